@@ -1,0 +1,85 @@
+"""Spa3R and Spa3-VLM: spatial representations from unposed photos, and vision-language models that use them.
+
+Public names load on first use. Importing the package registers its types with transformers' Auto classes and the
+attention back end ``"xformers"``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_MODULE_OF_NAME = {
+    "VggtConfig": "models.vggt.configuration_vggt",
+    "VggtModel": "models.vggt.modeling_vggt",
+    "Spa3RConfig": "models.spa3r.configuration_spa3r",
+    "Spa3RModel": "models.spa3r.modeling_spa3r",
+    "Spa3RForPreTraining": "models.spa3r.modeling_spa3r",
+    "Spa3RImageProcessor": "models.spa3r.image_processing_spa3r",
+    "Spa3VLMConfig": "models.spa3_vlm.configuration_spa3_vlm",
+    "Spa3VLMForConditionalGeneration": "models.spa3_vlm.modeling_spa3_vlm",
+    "Spa3VLM": "models.spa3_vlm.modeling_spa3_vlm",
+    "Spa3VLMProcessor": "models.spa3_vlm.processing_spa3_vlm",
+    "convert_checkpoint": "conversion",
+}
+
+__all__ = [*_MODULE_OF_NAME, "__version__"]
+
+if TYPE_CHECKING:
+    from spa3r.conversion import convert_checkpoint
+    from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
+    from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLM, Spa3VLMForConditionalGeneration
+    from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+    from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
+    from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
+    from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RModel
+    from spa3r.models.vggt.configuration_vggt import VggtConfig
+    from spa3r.models.vggt.modeling_vggt import VggtModel
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module 'spa3r' has no attribute {name!r}")
+    value = getattr(import_module(f"spa3r.{_MODULE_OF_NAME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _register() -> None:
+    """Make ``AutoModel`` and its like know our types, and transformers our attention back end."""
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForPreTraining,
+        AutoProcessor,
+    )
+
+    from spa3r import attention
+    from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
+    from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+    from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+    from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
+    from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
+    from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RModel
+    from spa3r.models.vggt.configuration_vggt import VggtConfig
+    from spa3r.models.vggt.modeling_vggt import VggtModel
+
+    attention.register()
+    for config in (VggtConfig, Spa3RConfig, Spa3VLMConfig):
+        AutoConfig.register(config.model_type, config)
+    AutoModel.register(VggtConfig, VggtModel)
+    AutoModel.register(Spa3RConfig, Spa3RModel)
+    AutoModelForPreTraining.register(Spa3RConfig, Spa3RForPreTraining)
+    AutoModelForImageTextToText.register(Spa3VLMConfig, Spa3VLMForConditionalGeneration)
+    AutoImageProcessor.register(VggtConfig, Spa3RImageProcessor)
+    AutoImageProcessor.register(Spa3RConfig, Spa3RImageProcessor)
+    AutoProcessor.register(Spa3VLMConfig, Spa3VLMProcessor)
+
+
+_register()

@@ -1,0 +1,97 @@
+"""Cameras: pose encodings, rays, points. Said once, for the whole library:
+
+- ``extrinsics`` (..., 4, 4): camera-from-world, rigid. OpenCV axes: x right, y down, z forward. World is the camera
+  of the scene's first view. Translations are in the backbone's unit (VGGT: relative to the scene, not metres) or, where
+  the caller gives the cameras, in the caller's unit.
+- ``intrinsics`` (..., 3, 3): pixels of the processed view, no skew; the centre of the top left pixel is (0.5, 0.5).
+- Everything here is computed in float32, whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spa3r.views import to_device
+
+MIN_FIELD_OF_VIEW = 0.01
+"""Radians. VGGT's ReLU lets a field of view be 0, which would make the focal length infinite and the loss NaN."""
+
+
+def quaternion_to_rotation(quaternion: Tensor) -> Tensor:  # (..., 4) -> (..., 3, 3)
+    """Rotation matrix of a quaternion (x, y, z, w), scalar last, of any non-zero norm."""
+    x, y, z, w = quaternion.unbind(-1)
+    s = 2.0 / quaternion.square().sum(-1)
+    rows = (
+        (1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w)),
+        (s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w)),
+        (s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)),
+    )
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+
+def homogeneous(matrix: Tensor) -> Tensor:  # (..., 3, 3) or (..., 3, 4) -> (..., 4, 4)
+    """Lift to 4 x 4: a missing fourth column becomes 0, the fourth row (0, 0, 0, 1)."""
+    if matrix.shape[-1] == 3:
+        matrix = torch.cat([matrix, torch.zeros_like(matrix[..., :1])], dim=-1)
+    last_row = torch.zeros_like(matrix[..., :1, :])
+    last_row[..., 3] = 1
+    return torch.cat([matrix, last_row], dim=-2)
+
+
+def pose_encoding_to_cameras(
+    pose_encoding: Tensor, image_hw: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:  # (V, 9) -> (V, 4, 4), (V, 3, 3)
+    """Cameras of VGGT's pose encoding [translation 3, quaternion 4 (x, y, z, w), fov_h, fov_w (radians)].
+
+    Args:
+        pose_encoding: (V, 9).
+        image_hw: Height and width of every processed view in pixels.
+
+    Returns:
+        ``extrinsics`` (V, 4, 4) and ``intrinsics`` (V, 3, 3), float32; the principal point is the image centre.
+        Fields of view below :data:`MIN_FIELD_OF_VIEW` are raised to it, so that focal lengths stay finite.
+    """
+    pose_encoding = pose_encoding.float()
+    translation, quaternion, fov = pose_encoding.split([3, 4, 2], dim=-1)
+    extrinsics = homogeneous(torch.cat([quaternion_to_rotation(quaternion), translation[..., None]], dim=-1))
+    half = to_device(image_hw, torch.float32, pose_encoding.device) / 2  # (V, 2), (height, width)
+    focal = half / torch.tan(fov.clamp(min=MIN_FIELD_OF_VIEW) / 2)  # (V, 2), (fy, fx)
+    zero, one = torch.zeros_like(focal[:, 0]), torch.ones_like(focal[:, 0])
+    rows = ((focal[:, 1], zero, half[:, 1]), (zero, focal[:, 0], half[:, 0]), (zero, zero, one))
+    return extrinsics, torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+
+def invert_extrinsics(extrinsics: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 4, 4)
+    """World-from-camera of a rigid camera-from-world."""
+    rotation = extrinsics[..., :3, :3].transpose(-2, -1)
+    return homogeneous(torch.cat([rotation, -rotation @ extrinsics[..., :3, 3:]], dim=-1))
+
+
+def relative_to_first_view(extrinsics: Tensor, views_per_scene: Sequence[int]) -> Tensor:  # (V, 4, 4) -> (V, 4, 4)
+    """Re-express cameras that share any world frame in the library's: the camera of each scene's first view."""
+    world_from_camera = invert_extrinsics(extrinsics)
+    scenes = zip(extrinsics.split(list(views_per_scene)), world_from_camera.split(list(views_per_scene)))
+    return torch.cat([cameras @ inverse[:1] for cameras, inverse in scenes])
+
+
+def camera_rays(intrinsics: Tensor, grid_hw: tuple[int, int], patch_size: int) -> Tensor:  # (V, 3, 3) -> (V, h*w, 3)
+    """Unit rays through the patch centres, in each camera's own frame, row by row.
+
+    Args:
+        intrinsics: (V, 3, 3) in pixels of the processed view.
+        grid_hw: Patch grid of the views.
+        patch_size: Pixels a side.
+    """
+    height, width = grid_hw
+    scaled = intrinsics.float() / patch_size
+    x = torch.arange(width, device=intrinsics.device) + 0.5
+    y = torch.arange(height, device=intrinsics.device) + 0.5
+    x = (x - scaled[:, 0, 2, None]) / scaled[:, 0, 0, None]  # (V, w)
+    y = (y - scaled[:, 1, 2, None]) / scaled[:, 1, 1, None]  # (V, h)
+    rays = torch.stack(
+        torch.broadcast_tensors(x[:, None, :], y[:, :, None], torch.ones_like(x[:, :1, None])), dim=-1
+    )  # (V, h, w, 3)
+    return torch.nn.functional.normalize(rays.flatten(1, 2), dim=-1)

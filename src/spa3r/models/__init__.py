@@ -1,0 +1,1 @@
+"""The three models, from the geometry backbone upwards: ``vggt`` -> ``spa3r`` -> ``spa3_vlm``."""

@@ -1,0 +1,95 @@
+"""What our models share: choice of the attention back end, initialisation, loading that accepts no surprise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from spa3r.attention import check_attention_implementation
+from spa3r.layers import TransformerLayer
+
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+"""Arguments of ``from_pretrained`` that also go to the parts which a checkpoint names instead of holding them."""
+
+
+def quote_keys(keys, limit: int = 8) -> str:
+    """A readable list of checkpoint keys for an error message."""
+    keys = sorted(keys)
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more
+
+
+class PackedPreTrainedModel(PreTrainedModel):
+    """Base of the models whose attention is packed."""
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["TransformerLayer"]  # noqa: RUF012
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Default to xformers where it is installed; refuse an unknown or unusable back end while loading."""
+        name = check_attention_implementation(requested_attention)
+        return super().get_correct_attn_implementation(name, is_init_check)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """As transformers' ``from_pretrained``, and strict.
+
+        Raises:
+            ValueError: The checkpoint lacks keys, has keys that the model doesn't know, or a file of it can't be read.
+        """
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{_unreadable_file(pretrained_model_name_or_path)} can't be read as safetensors ({error}). "
+                "It is truncated or damaged: download or convert it again."
+            ) from error
+        for kind, keys in (("lacks", info["missing_keys"]), ("has foreign", info["unexpected_keys"])):
+            if keys:
+                raise ValueError(
+                    f"The checkpoint {pretrained_model_name_or_path} {kind} keys of {cls.__name__}: "
+                    f"{quote_keys(keys)}. Load it with the class that saved it; research checkpoints are turned into "
+                    "ours by `spa3r convert`."
+                )
+        model._finish_loading({key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
+        return (model, info) if output_loading_info else model
+
+    def _finish_loading(self, hub_kwargs: dict) -> None:
+        """What remains to be done once the checkpoint's tensors are in place."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            if module.weight is not None:
+                init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, TransformerLayer) and module.layer_scale_init is not None:
+            init.constant_(module.layer_scale1, module.layer_scale_init)
+            init.constant_(module.layer_scale2, module.layer_scale_init)
+
+
+def _unreadable_file(name_or_path) -> str:
+    """The damaged file of a local checkpoint folder, or the checkpoint's name."""
+    for path in sorted(Path(name_or_path).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return str(path)
+    return f"A weights file of {name_or_path}"

@@ -1,0 +1,99 @@
+"""Configuration of Spa3R. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from spa3r.models.vggt.configuration_vggt import VggtConfig
+
+
+@strict
+class Spa3RConfig(PreTrainedConfig):
+    """Sizes and choices of a :class:`~spa3r.Spa3RModel`. The defaults are the released model's sizes.
+
+    Args:
+        backbone_config: Configuration of the frozen :class:`~spa3r.VggtModel`, or its fields.
+        backbone_name_or_path: Where the frozen backbone's weights come from, when they are not in the checkpoint
+            (``save_pretrained(..., include_backbone=False)``). None: they are in the checkpoint.
+        semantic_teacher_config: Configuration of the frozen DINOv3 that pretraining predicts, or its fields; only
+            :class:`~spa3r.Spa3RForPreTraining` holds the teacher.
+        semantic_teacher_name_or_path: Where the teacher's weights come from, when they are not in the checkpoint.
+        semantic_hidden_size: Width of the semantic features.
+        hidden_size: Width D of latents, encoder and decoder.
+        num_attention_heads: Heads of encoder and decoder.
+        num_encoder_layers: Layers of the encoder.
+        num_decoder_layers: Layers of the decoder.
+        mlp_ratio: Inner width of every MLP over its width.
+        num_latents: Latents of a scene, L.
+        num_register_tokens: Registers of the encoder and of the decoder.
+        layer_norm_eps: eps of the LayerNorms.
+        rope_theta: Base of the rotary encodings.
+        initializer_range: Standard deviation of the truncated normal initialisation.
+        mask_ratio: Share of a scene's views that pretraining predicts, in [0, 1). Context views:
+            ``max(1, int(V * (1 - mask_ratio)))``.
+        view_masking: How the backbone is kept from leaking target views into the context. ``"asymmetric"``, as in the
+            paper: one pass, context sees context, targets see all. ``"separate"``, as the released weights were
+            trained: one pass over the context, one over all views.
+        loss_views: Views that the loss covers: ``"all"`` as the released code, ``"target"`` as the paper writes.
+
+    Raises:
+        ValueError: The values contradict one another.
+    """
+
+    model_type = "spa3r"
+    sub_configs = {"backbone_config": VggtConfig, "semantic_teacher_config": AutoConfig}  # noqa: RUF012
+
+    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+    backbone_name_or_path: str | None = None
+    semantic_teacher_config: dict[str, Any] | PreTrainedConfig | None = None
+    semantic_teacher_name_or_path: str | None = None
+    semantic_hidden_size: int = 1024
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    mlp_ratio: float | int = 4
+    num_latents: int = 256
+    num_register_tokens: int = 4
+    layer_norm_eps: float = 1e-6
+    rope_theta: float | int = 100.0
+    initializer_range: float = 0.02
+    mask_ratio: float | int = 0.5
+    view_masking: Literal["asymmetric", "separate"] = "asymmetric"
+    loss_views: Literal["all", "target"] = "all"
+
+    def __post_init__(self, **kwargs):
+        if self.backbone_config is None:
+            self.backbone_config = VggtConfig()
+        elif isinstance(self.backbone_config, dict):
+            self.backbone_config = VggtConfig(**self.backbone_config)
+        if isinstance(self.semantic_teacher_config, dict):
+            fields = dict(self.semantic_teacher_config)
+            self.semantic_teacher_config = AutoConfig.for_model(fields.pop("model_type", "dinov3_vit"), **fields)
+        if self.semantic_teacher_config is not None:
+            self.semantic_hidden_size = self.semantic_teacher_config.hidden_size
+        super().__post_init__(**kwargs)
+        if self.hidden_size % (8 * self.num_attention_heads):
+            raise ValueError(
+                f"`hidden_size` must be a multiple of 8 x `num_attention_heads` = {8 * self.num_attention_heads} "
+                f"(projective and rotary encoding share a head), got {self.hidden_size}."
+            )
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"`mask_ratio` must be in [0, 1), got {self.mask_ratio}.")
+
+    @property
+    def geometry_hidden_size(self) -> int:
+        """Width of the geometry features: the backbone's frame and global features side by side."""
+        return 2 * self.backbone_config.hidden_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of the backbone's patches in pixels."""
+        return self.backbone_config.patch_size
+
+
+__all__ = ["Spa3RConfig"]

@@ -1,0 +1,242 @@
+"""Photos -> packed views: any pictures, any number of views a scene, any sizes in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, load_image
+from transformers.utils import TensorType
+
+Image = PIL.Image.Image | str | Path | np.ndarray | Tensor
+"""A PIL image, a path or URL, or an array or tensor: (H, W), (H, W, 1|3|4) or (1|3|4, H, W); uint8 in [0, 255], or
+floating point in [0, 1], or 16-bit in [0, 65535]."""
+
+LAYOUT_KEYS = ("view_grid_hw", "views_per_scene")
+
+
+class ViewBatch(BatchFeature):
+    """A BatchFeature whose ``.to(device)`` leaves the layout (``view_grid_hw``, ``views_per_scene``) on the CPU: the
+    models read it as Python integers, which from an accelerator would make the host wait."""
+
+    def to(self, *args, **kwargs) -> ViewBatch:
+        layout = {key: self.data[key] for key in LAYOUT_KEYS if key in self.data}
+        super().to(*args, **kwargs)
+        self.data.update(layout)
+        return self
+
+
+class Spa3RImageProcessor(BaseImageProcessor):
+    """Resizes views as VGGT was trained, and packs the patches of all views of all scenes into one sequence.
+
+    Args:
+        size: Width (crop) or longest side (pad) of a processed view in pixels, a multiple of `patch_size`.
+        patch_size: Side of a patch in pixels.
+        mode: ``"crop"``: width to `size`, height in proportion to a multiple of the patch, the middle of it if it
+            exceeds `size`. ``"pad"``: longest side to `size`, white margins to a square.
+        image_mean: Mean of the normalisation, by channel.
+        image_std: Standard deviation of the normalisation, by channel.
+    """
+
+    model_input_names = ["view_pixel_values", "view_grid_hw", "views_per_scene"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        size: int = 518,
+        patch_size: int = 14,
+        mode: Literal["crop", "pad"] = "crop",
+        image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if size < patch_size or size % patch_size:
+            raise ValueError(f"`size` must be a positive multiple of `patch_size` = {patch_size}, got {size}.")
+        if mode not in ("crop", "pad"):
+            raise ValueError(f"`mode` must be 'crop' or 'pad', got {mode!r}.")
+        self.size, self.patch_size, self.mode = size, patch_size, mode
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+
+    def preprocess(
+        self,
+        images: Image | Sequence[Image] | Sequence[Sequence[Image]],
+        return_tensors: str | TensorType | None = TensorType.PYTORCH,
+        mode: Literal["crop", "pad"] | None = None,
+    ) -> ViewBatch:
+        """
+        Args:
+            images: A list of scenes, each a list of pictures; or the pictures of one scene; or one picture.
+            return_tensors: ``"pt"``, ``"np"``, or None for lists of arrays.
+            mode: Overrides the processor's.
+
+        Returns:
+            ``view_pixel_values`` (sum of N, 3 * p * p) float32, patches in (channel, row, column) order;
+            ``view_grid_hw`` (views, 2); ``views_per_scene`` (scenes,).
+
+        Raises:
+            ValueError: There are no views, a picture can't be decoded, is smaller than a patch, or holds NaN or values
+                outside its range. The message names the picture.
+        """
+        return self.pack([[self.process_view(image, mode) for image in scene] for scene in as_scenes(images)], return_tensors)
+
+    def process_view(self, image: Image, mode: Literal["crop", "pad"] | None = None) -> PIL.Image.Image:
+        """One picture, resized and cropped or padded: RGB, sides multiples of the patch. What a VLM sees as well."""
+        mode = mode or self.mode
+        if mode not in ("crop", "pad"):
+            raise ValueError(f"`mode` must be 'crop' or 'pad', got {mode!r}.")
+        picture = to_rgb(image)
+        width, height = picture.size
+        if min(width, height) < self.patch_size:
+            raise ValueError(
+                f"Every picture must be at least one patch, {self.patch_size} x {self.patch_size} pixels, got "
+                f"{_describe(image)} of {width} x {height} (width x height). Leave it out or enlarge it."
+            )
+        scale = self.size / (width if mode == "crop" else max(width, height))
+        new_width, new_height = (
+            self.size if side * scale == self.size else self._round_to_patch(side, scale) for side in (width, height)
+        )
+        picture = picture.resize((new_width, new_height), PIL.Image.Resampling.BICUBIC)
+        if mode == "crop" and new_height > self.size:
+            top = (new_height - self.size) // 2
+            picture = picture.crop((0, top, self.size, top + self.size))
+        elif mode == "pad":
+            square = PIL.Image.new("RGB", (self.size, self.size), "white")
+            square.paste(picture, ((self.size - new_width) // 2, (self.size - new_height) // 2))
+            picture = square
+        return picture
+
+    def _round_to_patch(self, side: int, scale: float) -> int:
+        return max(1, round(side * scale / self.patch_size)) * self.patch_size
+
+    def pack(
+        self, scenes: Sequence[Sequence[PIL.Image.Image]], return_tensors: str | TensorType | None = TensorType.PYTORCH
+    ) -> ViewBatch:
+        """The three inputs of the models from views that :meth:`process_view` made."""
+        p = self.patch_size
+        mean, std = (np.asarray(values, np.float32) for values in (self.image_mean, self.image_std))
+        patches, grids = [], []
+        for view in (view for scene in scenes for view in scene):
+            pixels = (np.asarray(view, np.float32) / np.float32(255) - mean) / std
+            grid = (pixels.shape[0] // p, pixels.shape[1] // p)
+            grids.append(grid)
+            patches.append(pixels.reshape(grid[0], p, grid[1], p, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3 * p * p))
+        data = {
+            "view_pixel_values": np.concatenate(patches) if patches else np.zeros((0, 3 * p * p), np.float32),
+            "view_grid_hw": np.asarray(grids, np.int64).reshape(-1, 2),
+            "views_per_scene": np.asarray([len(scene) for scene in scenes], np.int64),
+        }
+        return ViewBatch(data, tensor_type=return_tensors)
+
+    def unpack(self, view_pixel_values: Tensor, view_grid_hw: Tensor) -> list[np.ndarray]:
+        """The processed views again, to look at: of every view (H, W, 3) uint8."""
+        p, views = self.patch_size, []
+        grids = [(int(height), int(width)) for height, width in view_grid_hw]
+        for patches, (height, width) in zip(view_pixel_values.float().split([h * w for h, w in grids]), grids):
+            pixels = patches.cpu().numpy().reshape(height, width, 3, p, p).transpose(0, 3, 1, 4, 2)
+            pixels = pixels.reshape(height * p, width * p, 3) * np.asarray(self.image_std) + np.asarray(self.image_mean)
+            views.append((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+        return views
+
+
+def as_scenes(images: Any) -> list[list[Image]]:
+    """A picture, a list of pictures or a list of lists of pictures -> a list of scenes, none of them empty."""
+    if isinstance(images, Image) and not (isinstance(images, np.ndarray | Tensor) and images.ndim == 4):
+        images = [images]
+    images = list(images)
+    scenes = [list(scene) for scene in images] if images and isinstance(images[0], list | tuple) else [images]
+    for index, scene in enumerate(scenes):
+        if not scene:
+            raise ValueError(
+                f"`images` must hold at least one view for every scene, got none for scene {index}. "
+                "Give at least one picture, or leave the scene out."
+            )
+    return scenes
+
+
+def to_rgb(image: Image) -> PIL.Image.Image:
+    """Any picture as 8-bit RGB: turned upright by its EXIF tag, transparency blended on white, 16 bits scaled to 8.
+
+    Raises:
+        ValueError: It can't be decoded, or its values are not a picture's.
+    """
+    if isinstance(image, np.ndarray | Tensor):
+        image = _from_array(image)
+    elif not isinstance(image, PIL.Image.Image):
+        image = _open(image)
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more a channel: PIL would clip, not scale
+        values = np.asarray(image, np.float32)
+        limit = 65535 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 255
+        image = PIL.Image.fromarray((values.clip(0, limit) * (255 / limit)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _open(source: Any) -> PIL.Image.Image:
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"A picture must be a PIL image, a path, a URL, an array or a tensor, got {type(source).__name__}."
+        )
+    try:
+        if str(source).startswith(("http://", "https://", "data:image/")):
+            return load_image(str(source))
+        with PIL.Image.open(source) as image:
+            image.load()
+            return image
+    except FileNotFoundError as error:
+        raise ValueError(f"The picture {source} doesn't exist. Check the path.") from error
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"The picture {source} can't be decoded ({error}). It is damaged or no picture: leave it out or replace it."
+        ) from error
+
+
+def _from_array(array: np.ndarray | Tensor) -> PIL.Image.Image:
+    values = array.detach().cpu().float().numpy() if isinstance(array, Tensor) and array.is_floating_point() else array
+    values = np.asarray(values)
+    if values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (1, 3, 4):
+        values = values.transpose(1, 2, 0)
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if values.ndim != 2 and not (values.ndim == 3 and values.shape[2] in (3, 4)):
+        raise ValueError(
+            "A picture given as array or tensor must have shape (H, W), (H, W, 1|3|4) or (1|3|4, H, W), got "
+            f"{tuple(array.shape)}."
+        )
+    if np.issubdtype(values.dtype, np.floating):
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"A picture must hold finite values, got {_describe(array)} with NaN or infinite pixels. "
+                "Find out where they come from; no picture file has them."
+            )
+        if values.size and (values.min() < -1e-3 or values.max() > 1 + 1e-3):
+            raise ValueError(
+                f"A floating point picture must hold values in [0, 1], got [{values.min():.4g}, {values.max():.4g}]. "
+                "Divide by 255, or pass uint8."
+            )
+        values = (values.clip(0, 1) * 255).round()
+    elif values.dtype != np.uint8:
+        limit = 65535 if values.size and values.max() > 255 else 255
+        values = np.round(values.clip(0, limit) * (255 / limit))
+    return PIL.Image.fromarray(values.astype(np.uint8))
+
+
+def _describe(image: Image) -> str:
+    if isinstance(image, str | Path):
+        return str(image)
+    if isinstance(image, np.ndarray | Tensor):
+        return f"an array of shape {tuple(image.shape)}"
+    return getattr(image, "filename", "") or "a picture"
+
+
+__all__ = ["Spa3RImageProcessor"]

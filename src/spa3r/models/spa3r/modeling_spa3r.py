@@ -1,0 +1,667 @@
+"""Spa3R: an encoder of unposed views into one latent, a decoder of the feature field, and the loss that trains both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from spa3r.attention import Segments
+from spa3r.geometry import camera_rays, relative_to_first_view
+from spa3r.layers import Mlp, TransformerLayer
+from spa3r.models.modeling_base import HUB_KWARGS, PackedPreTrainedModel
+from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
+from spa3r.models.vggt.modeling_vggt import VggtModel, VggtModelOutput
+from spa3r.prope import ProjectiveEncoding, projection_matrices
+from spa3r.rope import RotaryEncoding
+from spa3r.views import ViewLayout, prepend_tokens, select_rows, split_prefix, to_device
+
+SEMANTIC_IMAGE_SIZE = 224
+"""Side in pixels of the square to which views are resized for the semantic teacher."""
+
+
+@dataclass
+class Spa3RField(ModelOutput):
+    """A feature field at the patches of some views.
+
+    Attributes:
+        last_hidden_state: (sum of N, D), the decoder's normed ray tokens.
+        geometry_features: (sum of N, 2C), predicted backbone features.
+        semantic_features: (sum of N, semantic_hidden_size), predicted teacher features.
+        depth: (sum of N,), the probe's depth, in the backbone's unit.
+    """
+
+    last_hidden_state: Tensor | None = None
+    geometry_features: Tensor | None = None
+    semantic_features: Tensor | None = None
+    depth: Tensor | None = None
+
+
+@dataclass
+class Spa3RModelOutput(Spa3RField):
+    """What :class:`Spa3RModel` returns: the latents, the cameras, and the field at these cameras.
+
+    Attributes:
+        latents: (scenes, L, D).
+        extrinsics: (views, 4, 4) float32.
+        intrinsics: (views, 3, 3) float32, pixels.
+    """
+
+    latents: Tensor | None = None
+    extrinsics: Tensor | None = None
+    intrinsics: Tensor | None = None
+
+
+@dataclass
+class Spa3RForPreTrainingOutput(Spa3RModelOutput):
+    """What :class:`Spa3RForPreTraining` returns.
+
+    Attributes:
+        loss: The sum of the terms.
+        losses: The terms by name: ``geometry_l1``, ``geometry_cosine``, ``semantic_l1``, ``semantic_cosine``,
+            ``depth_probe``; means over all patches of the views that ``config.loss_views`` names.
+        losses_per_scene: The same terms, each (scenes,): means over one scene's patches; NaN where a scene has none.
+        target_mask: (views,) bool on the CPU, True = target.
+        context_features: (sum of N over context views, 2C), what the encoder saw, view by view.
+        geometry_targets: (sum of N, 2C).
+        semantic_targets: (sum of N, semantic_hidden_size).
+        depth_targets: (sum of N,), or None if the backbone has no depth head.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    losses_per_scene: dict[str, Tensor] | None = None
+    target_mask: Tensor | None = None
+    context_features: Tensor | None = None
+    geometry_targets: Tensor | None = None
+    semantic_targets: Tensor | None = None
+    depth_targets: Tensor | None = None
+
+
+def _make_layers(config: Spa3RConfig, count: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        TransformerLayer(
+            config,
+            config.hidden_size,
+            config.num_attention_heads,
+            int(config.hidden_size * config.mlp_ratio),
+            config.layer_norm_eps,
+            qk_norm="rms_norm",
+        )
+        for _ in range(count)
+    )
+
+
+class Spa3REncoder(nn.Module):
+    """Condenses a scene's backbone features into its latents."""
+
+    def __init__(self, config: Spa3RConfig):
+        super().__init__()
+        self.config = config
+        self.input_projection = nn.Linear(config.geometry_hidden_size, config.hidden_size)
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_latents, config.hidden_size))
+        self.layers = _make_layers(config, config.num_encoder_layers)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, features: Tensor, layout: ViewLayout) -> Tensor:  # (sum of N, 2C) -> (scenes, L, D)
+        scenes = len(layout.views_per_scene)
+        patches_per_scene = layout.per_scene(layout.patches_per_view)
+        patches = self.input_projection(features.to(self.input_projection.weight.dtype))
+        # Registers and queries sit at (0, 0); positions are per view, so that no view is first.
+        prefix = torch.cat([self.register_tokens, self.query_tokens], dim=1).expand(scenes, -1, -1)
+        tokens = prepend_tokens(prefix.to(patches.dtype), patches, patches_per_scene)
+        positions = prepend_tokens(
+            torch.zeros(*prefix.shape[:2], 2, dtype=torch.long, device=patches.device),
+            layout.positions(patches.device) + 1,
+            patches_per_scene,
+        )
+        config = self.config
+        rotary = RotaryEncoding.from_positions(
+            positions, config.hidden_size // config.num_attention_heads, config.rope_theta
+        )
+        segments = Segments.within([prefix.shape[1] + count for count in patches_per_scene])
+        for layer in self.layers:
+            tokens = layer(tokens, segments, rotary)
+        latents, _ = split_prefix(tokens, patches_per_scene, prefix.shape[1])
+        return self.norm(latents[:, config.num_register_tokens :])
+
+
+class Spa3RDecoder(nn.Module):
+    """Reads the features along a camera's rays out of a scene's latents, each view on its own."""
+
+    def __init__(self, config: Spa3RConfig):
+        super().__init__()
+        self.config = config
+        self.ray_projection = nn.Linear(3, config.hidden_size)
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
+        self.layers = _make_layers(config, config.num_decoder_layers)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self, latents: Tensor, extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout
+    ) -> Tensor:  # (scenes, L, D), (views, 4, 4), (views, 3, 3) -> (sum of N, D)
+        config = self.config
+        lengths = layout.patches_per_view
+        rays: list[Tensor] = [latents] * layout.num_views
+        for grid, views in layout.same_grid().items():
+            for view, view_rays in zip(
+                views, camera_rays(torch.stack([intrinsics[v] for v in views]), grid, config.patch_size)
+            ):
+                rays[view] = view_rays
+        ray_tokens = self.ray_projection(torch.cat(rays).to(self.ray_projection.weight.dtype))
+        scene_of_view = [scene for scene, count in enumerate(layout.views_per_scene) for _ in range(count)]
+        prefix = torch.cat(
+            [
+                self.register_tokens.to(ray_tokens.dtype).expand(layout.num_views, -1, -1),
+                torch.stack([latents[scene] for scene in scene_of_view]).to(ray_tokens.dtype),
+            ],
+            dim=1,
+        )
+        tokens = prepend_tokens(prefix, ray_tokens, lengths)
+        segments = Segments.within([prefix.shape[1] + count for count in lengths])
+        encoding = self._encoding(extrinsics, intrinsics, layout, prefix.shape[1])
+        for layer in self.layers:
+            tokens = layer(tokens, segments, encoding)
+        return self.norm(split_prefix(tokens, lengths, prefix.shape[1])[1])
+
+    def _encoding(
+        self, extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout, num_prefix: int
+    ) -> ProjectiveEncoding:
+        """PRoPE of the ray tokens; registers and latents have no camera: identity and position 0."""
+        device, lengths = extrinsics.device, layout.patches_per_view
+        image_hw = to_device(layout.image_hw(self.config.patch_size), torch.float32, device)
+
+        def per_token(matrices: Tensor) -> Tensor:  # (views, 4, 4) -> (S, 4, 4)
+            identity = torch.eye(4, device=device).expand(num_prefix, 4, 4)
+            return torch.cat(
+                [
+                    part
+                    for matrix, count in zip(matrices, lengths)
+                    for part in (identity, matrix.expand(count, 4, 4))
+                ]
+            )
+
+        with torch.autocast(device.type, enabled=False):
+            projection, inverse = projection_matrices(extrinsics, intrinsics, image_hw)
+        positions = prepend_tokens(
+            torch.zeros(layout.num_views, num_prefix, 2, dtype=torch.long, device=device),
+            layout.positions(device),
+            lengths,
+        )
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        return ProjectiveEncoding.from_cameras(
+            per_token(projection), per_token(inverse), positions, head_dim, self.config.rope_theta
+        )
+
+
+class Spa3RPreTrainedModel(PackedPreTrainedModel):
+    """Base of the Spa3R models: keeps the frozen parts frozen, and can leave them out of a checkpoint."""
+
+    config_class = Spa3RConfig
+    base_model_prefix = "spa3r"
+    main_input_name = "view_pixel_values"
+    _keep_in_fp32_modules_strict = ["camera_head"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Spa3REncoder | Spa3RDecoder):
+            init.normal_(module.register_tokens, std=1e-6)
+        if isinstance(module, Spa3REncoder):
+            init.trunc_normal_(module.query_tokens, std=self.config.initializer_range)
+
+    def frozen_modules(self) -> dict[str, nn.Module | None]:
+        """The parts that are never trained, by their path in the model."""
+        return {"backbone": self.backbone}
+
+    def _freeze(self) -> None:
+        for module in self.frozen_modules().values():
+            if module is not None:
+                module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        """As ``nn.Module.train``; the frozen parts stay in eval mode."""
+        super().train(mode)
+        for module in self.frozen_modules().values():
+            if module is not None:
+                module.eval()
+        return self
+
+    def save_pretrained(self, save_directory, include_backbone: bool = True, **kwargs) -> None:
+        """As transformers' ``save_pretrained``; optionally without the frozen parts.
+
+        Args:
+            save_directory: Folder.
+            include_backbone: False leaves the frozen parts (backbone, semantic teacher) out; the configuration then
+                names where they come from, and ``from_pretrained`` fetches them there.
+            **kwargs: As in transformers.
+
+        Raises:
+            ValueError: A part is to be left out, and it isn't known where it comes from.
+        """
+        config, saved_names = self.config, {}
+        if include_backbone:
+            names = dict.fromkeys(self.frozen_modules())
+        else:
+            names = {path: self._home_of(path, module) for path, module in self.frozen_modules().items()}
+            state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+            left_out = tuple(f"{path}." for path in names)
+            kwargs["state_dict"] = {key: value for key, value in state_dict.items() if not key.startswith(left_out)}
+        for path, name in names.items():
+            field = f"{path.rpartition('.')[2]}_name_or_path"
+            saved_names[field] = getattr(config, field)
+            setattr(config, field, name)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:  # the configuration in memory goes on saying what it said
+            for field, name in saved_names.items():
+                setattr(config, field, name)
+
+    def _home_of(self, path: str, module: nn.Module | None) -> str:
+        part = path.rpartition(".")[2]
+        field = f"{part}_name_or_path"
+        name = getattr(self.config, field) or (module.config.name_or_path if module is not None else "")
+        name = name or self.config.name_or_path
+        if not name:
+            raise ValueError(
+                f"`include_backbone=False` leaves out the {part}, and the configuration doesn't say where it comes "
+                f"from. Set `model.config.{field}` to a folder or hub id, or save with include_backbone=True."
+            )
+        return str(name)
+
+    def _finish_loading(self, hub_kwargs: dict) -> None:
+        """Fetch the frozen parts that the checkpoint only names, then freeze."""
+        for path, module in self.frozen_modules().items():
+            if module is None:
+                owner, _, part = path.rpartition(".")
+                name = getattr(self.config, f"{part}_name_or_path")
+                loaded = _load_frozen_part(part, name, dtype=self.dtype, **hub_kwargs)
+                setattr(self.get_submodule(owner), part, loaded.to(self.device))
+        self._freeze()
+
+
+def _load_frozen_part(part: str, name: str, **kwargs) -> nn.Module:
+    """A backbone or teacher from its own checkpoint, or from that of a whole Spa3R which contains it."""
+    if part == "semantic_teacher":
+        return AutoModel.from_pretrained(name, **kwargs)
+    config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
+    if config.model_type == "spa3r":
+        return Spa3RModel.from_pretrained(name, **kwargs).backbone
+    return VggtModel.from_pretrained(name, **kwargs)
+
+
+class Spa3RModel(Spa3RPreTrainedModel):
+    """Encodes unposed views into latents, and decodes the feature field of any camera from them.
+
+    The backbone is frozen and stays in eval mode. ``config.backbone_name_or_path`` set means that its weights live
+    elsewhere: then ``from_pretrained`` fetches them, while the bare constructor leaves ``backbone`` empty.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^semantic_teacher\."]  # noqa: RUF012
+
+    def __init__(self, config: Spa3RConfig):
+        super().__init__(config)
+        self.backbone = VggtModel(config.backbone_config) if config.backbone_name_or_path is None else None
+        self.encoder = Spa3REncoder(config)
+        self.decoder = Spa3RDecoder(config)
+        width = config.hidden_size
+        inner = int(width * config.mlp_ratio)
+        self.geometry_head = Mlp(width, inner, config.geometry_hidden_size)
+        self.semantic_head = Mlp(width, inner, config.semantic_hidden_size)
+        self.depth_probe = Mlp(width, inner, 1)
+        self.post_init()
+        self._freeze()
+
+    def forward(
+        self,
+        view_pixel_values: Tensor,
+        view_grid_hw: Tensor | Sequence[Sequence[int]],
+        views_per_scene: Tensor | Sequence[int],
+        extrinsics: Tensor | None = None,
+        intrinsics: Tensor | None = None,
+    ) -> Spa3RModelOutput:
+        """Encode all views, then decode the field at their cameras.
+
+        Args:
+            view_pixel_values: (sum of N, 3 * p * p), from the image processor.
+            view_grid_hw: (views, 2), likewise.
+            views_per_scene: (scenes,), likewise.
+            extrinsics: (views, 4, 4) of known cameras, in any world frame that a scene's views share; with
+                `intrinsics`. None: the backbone predicts both.
+            intrinsics: (views, 3, 3), pixels of the processed views.
+        """
+        layout = ViewLayout.from_inputs(view_grid_hw, views_per_scene, len(view_pixel_values))
+        given = self._given_cameras(extrinsics, intrinsics, layout)
+        features, cameras = self._run_backbone(view_pixel_values, layout, output_cameras=given is None)
+        latents = self.encoder(features, layout)
+        extrinsics, intrinsics = given or (cameras.extrinsics, cameras.intrinsics)
+        field = self._decode(latents, extrinsics, intrinsics, layout)
+        return Spa3RModelOutput(**field, latents=latents, extrinsics=extrinsics, intrinsics=intrinsics)
+
+    def encode(
+        self,
+        view_pixel_values: Tensor,
+        view_grid_hw: Tensor | Sequence[Sequence[int]],
+        views_per_scene: Tensor | Sequence[int],
+    ) -> Tensor:  # -> (scenes, L, D)
+        """The latents of every scene, all of its views being context.
+
+        Args:
+            view_pixel_values: (sum of N, 3 * p * p), from the image processor.
+            view_grid_hw: (views, 2), likewise.
+            views_per_scene: (scenes,), likewise.
+
+        Raises:
+            ValueError: There are no views, or the inputs contradict one another.
+        """
+        layout = ViewLayout.from_inputs(view_grid_hw, views_per_scene, len(view_pixel_values))
+        return self.encoder(self._run_backbone(view_pixel_values, layout)[0], layout)
+
+    def decode(
+        self,
+        latents: Tensor,
+        extrinsics: Tensor,
+        intrinsics: Tensor,
+        view_grid_hw: Tensor | Sequence[Sequence[int]],
+        views_per_scene: Tensor | Sequence[int],
+    ) -> Spa3RField:
+        """The feature field of any cameras.
+
+        Args:
+            latents: (scenes, L, D), from :meth:`encode`.
+            extrinsics: (views, 4, 4), camera-from-world; world is the camera of the scene's first encoded view.
+            intrinsics: (views, 3, 3), pixels of a picture of `view_grid_hw` patches.
+            view_grid_hw: (views, 2), patch grid of every camera.
+            views_per_scene: (scenes,), how many of the cameras are each scene's.
+
+        Raises:
+            ValueError: A shape doesn't fit; the message says which.
+        """
+        layout = ViewLayout.from_inputs(view_grid_hw, views_per_scene)
+        wanted = (len(layout.views_per_scene), self.config.num_latents, self.config.hidden_size)
+        if tuple(latents.shape) != wanted:
+            raise ValueError(
+                f"`latents` must have shape (scenes, num_latents, hidden_size) = {wanted}, got {tuple(latents.shape)}. "
+                "Pass what `encode` of this model returned."
+            )
+        _check_cameras(extrinsics, intrinsics, layout)
+        return self._decode(latents, extrinsics, intrinsics, layout)
+
+    def _decode(self, latents: Tensor, extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout) -> Spa3RField:
+        tokens = self.decoder(latents, extrinsics, intrinsics, layout)
+        return Spa3RField(
+            last_hidden_state=tokens,
+            geometry_features=self.geometry_head(tokens),
+            semantic_features=self.semantic_head(tokens),
+            depth=self.depth_probe(tokens.detach())[:, 0],  # the probe measures the features, it must not shape them
+        )
+
+    def _given_cameras(
+        self, extrinsics: Tensor | None, intrinsics: Tensor | None, layout: ViewLayout
+    ) -> tuple[Tensor, Tensor] | None:
+        if (extrinsics is None) != (intrinsics is None):
+            raise ValueError(
+                "`extrinsics` and `intrinsics` go together: got only "
+                f"{'`intrinsics`' if extrinsics is None else '`extrinsics`'}. Pass both, or neither to have the "
+                "backbone predict them."
+            )
+        if extrinsics is None:
+            return None
+        _check_cameras(extrinsics, intrinsics, layout)
+        return relative_to_first_view(extrinsics.float(), layout.views_per_scene), intrinsics.float()
+
+    def _run_backbone(
+        self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs
+    ) -> tuple[Tensor, VggtModelOutput]:
+        """The last layer's patch features (sum of N, 2C), and the backbone's whole output. Never with gradients."""
+        if self.backbone is None:
+            raise ValueError(
+                f"This {type(self).__name__} has no backbone: its configuration names "
+                f"{self.config.backbone_name_or_path!r}. Load it with from_pretrained, or set `model.backbone`."
+            )
+        with torch.no_grad():
+            output = self.backbone.forward_layout(view_pixel_values, layout, **kwargs)
+            return self.backbone.patch_tokens(output.tokens[0], layout), output
+
+
+def _check_cameras(extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout) -> None:
+    for name, tensor, side in (("extrinsics", extrinsics, 4), ("intrinsics", intrinsics, 3)):
+        wanted = (layout.num_views, side, side)
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"`{name}` must have shape (views, {side}, {side}) = {wanted}, got {tuple(tensor.shape)}. "
+                "Give one camera for each view of `view_grid_hw`, all scenes one after the other."
+            )
+
+
+class Spa3RForPreTraining(Spa3RPreTrainedModel):
+    """Predictive Spatial Field Modeling: predict the features of views that the encoder has not seen.
+
+    Trains the encoder, the decoder and the heads of ``spa3r``; the backbone and the semantic teacher are frozen.
+    """
+
+    def __init__(self, config: Spa3RConfig):
+        super().__init__(config)
+        if config.semantic_teacher_config is None:
+            raise ValueError(
+                "`semantic_teacher_config` must be set to pretrain: the semantic targets are a DINOv3's features. "
+                "Give a DINOv3ViTConfig, or use Spa3RForPreTraining.from_vggt_and_dinov3."
+            )
+        self.spa3r = Spa3RModel(config)
+        named = config.semantic_teacher_name_or_path is not None
+        self.semantic_teacher = None if named else AutoModel.from_config(config.semantic_teacher_config)
+        self.post_init()
+        self._freeze()
+
+    @classmethod
+    def from_vggt_and_dinov3(
+        cls, vggt: str | Path, dinov3: str | Path, dtype: torch.dtype | str = "auto", **fields
+    ) -> Spa3RForPreTraining:
+        """A fresh Spa3R on two pretrained frozen parts.
+
+        Args:
+            vggt: Folder or hub id of a :class:`VggtModel`.
+            dinov3: Folder or hub id of transformers' DINOv3ViTModel.
+            dtype: Of the loaded parts; the trained parts are float32.
+            **fields: Other fields of :class:`Spa3RConfig`.
+        """
+        backbone = VggtModel.from_pretrained(vggt, dtype=dtype)
+        teacher = AutoModel.from_pretrained(dinov3, dtype=dtype)
+        config = Spa3RConfig(
+            backbone_config=backbone.config,
+            semantic_teacher_config=teacher.config,
+            backbone_name_or_path=str(vggt),
+            semantic_teacher_name_or_path=str(dinov3),
+            **fields,
+        )
+        model = cls(config)
+        model.spa3r.backbone, model.semantic_teacher = backbone, teacher
+        model._freeze()
+        return model
+
+    def frozen_modules(self) -> dict[str, nn.Module | None]:
+        return {"spa3r.backbone": self.spa3r.backbone, "semantic_teacher": self.semantic_teacher}
+
+    def forward(
+        self,
+        view_pixel_values: Tensor,
+        view_grid_hw: Tensor | Sequence[Sequence[int]],
+        views_per_scene: Tensor | Sequence[int],
+        target_mask: Tensor | Sequence[bool] | None = None,
+        extrinsics: Tensor | None = None,
+        intrinsics: Tensor | None = None,
+    ) -> Spa3RForPreTrainingOutput:
+        """
+        Args:
+            view_pixel_values: (sum of N, 3 * p * p), from the image processor.
+            view_grid_hw: (views, 2), likewise.
+            views_per_scene: (scenes,), likewise.
+            target_mask: (views,) bool, True = target; each scene's first view must be context. None: drawn at random
+                by ``config.mask_ratio`` from PyTorch's CPU generator.
+            extrinsics: (views, 4, 4) of known cameras in any world frame that a scene's views share; with
+                `intrinsics`. None: the backbone predicts both.
+            intrinsics: (views, 3, 3), pixels of the processed views.
+
+        Raises:
+            ValueError: The inputs contradict one another, or the loss has no view to cover.
+        """
+        model, config = self.spa3r, self.config
+        layout = ViewLayout.from_inputs(view_grid_hw, views_per_scene, len(view_pixel_values))
+        given = model._given_cameras(extrinsics, intrinsics, layout)
+        targets = self._target_views(target_mask, layout)
+
+        # Context first within each scene, so that each attention segment is one contiguous run.
+        order = [
+            view
+            for first, count in zip(layout.first_views, layout.views_per_scene)
+            for view in sorted(range(first, first + count), key=lambda view: targets[view])
+        ]
+        sorted_layout = layout.select(order, layout.views_per_scene)
+        sorted_pixels = select_rows(view_pixel_values, layout.patches_per_view, order)
+        context_counts = [
+            count - sum(targets[first : first + count])
+            for first, count in zip(layout.first_views, layout.views_per_scene)
+        ]
+        context_views = [view for view in order if not targets[view]]
+        context_layout = layout.select(context_views, context_counts)
+        asymmetric = config.view_masking == "asymmetric"
+        sorted_features, backbone = model._run_backbone(
+            sorted_pixels,
+            sorted_layout,
+            output_cameras=given is None,
+            output_depth="depth" in config.backbone_config.heads,
+            context_views=context_counts if asymmetric else None,
+        )
+        places = [order.index(view) for view in range(layout.num_views)]  # from the sorted to the caller's order
+        geometry_targets = select_rows(sorted_features, sorted_layout.patches_per_view, places)
+        if asymmetric:
+            context_features = select_rows(geometry_targets, layout.patches_per_view, context_views)
+        else:
+            context_pixels = select_rows(view_pixel_values, layout.patches_per_view, context_views)
+            context_features, _ = model._run_backbone(context_pixels, context_layout)
+
+        latents = model.encoder(context_features, context_layout)
+        if given is None:
+            given = torch.stack([backbone.extrinsics[i] for i in places]), torch.stack(
+                [backbone.intrinsics[i] for i in places]
+            )
+        field = model._decode(latents, *given, layout)
+        semantic_targets = self._semantic_targets(view_pixel_values, layout)
+        depth_targets = None
+        if backbone.depth is not None:
+            depth_targets = _depth_at_patches([backbone.depth[i] for i in places], layout)
+
+        errors = field_errors(field, geometry_targets, semantic_targets, depth_targets)
+        counted = [config.loss_views == "all" or target for target in targets]
+        losses, losses_per_scene = _reduce(errors, layout, counted)
+        return Spa3RForPreTrainingOutput(
+            loss=sum(losses.values()),
+            losses=losses,
+            losses_per_scene=losses_per_scene,
+            target_mask=torch.tensor(targets),
+            latents=latents,
+            extrinsics=given[0],
+            intrinsics=given[1],
+            context_features=context_features,
+            geometry_targets=geometry_targets,
+            semantic_targets=semantic_targets,
+            depth_targets=depth_targets,
+            **field,
+        )
+
+    def _target_views(self, target_mask: Tensor | Sequence[bool] | None, layout: ViewLayout) -> list[bool]:
+        if target_mask is None:
+            targets = []
+            for count in layout.views_per_scene:
+                num_context = max(1, int(count * (1 - self.config.mask_ratio)))
+                context = {0, *(1 + i for i in torch.randperm(count - 1)[: num_context - 1].tolist())}
+                targets += [view not in context for view in range(count)]
+        else:
+            targets = [bool(target) for target in (target_mask.tolist() if hasattr(target_mask, "tolist") else target_mask)]
+            if len(targets) != layout.num_views:
+                raise ValueError(
+                    f"`target_mask` must have one entry for each of the {layout.num_views} views, got {len(targets)}."
+                )
+            if wrong := [scene for scene, first in enumerate(layout.first_views) if targets[first]]:
+                raise ValueError(
+                    f"`target_mask` must be False for the first view of every scene, which is always context; it is "
+                    f"True for the first view of scenes {wrong}. Reorder the views or change the mask."
+                )
+        if self.config.loss_views == "target" and not any(targets):
+            raise ValueError(
+                "`loss_views='target'` needs at least one target view in the batch, and there is none. "
+                "Give scenes of at least 2 views, or use loss_views='all'."
+            )
+        return targets
+
+    @torch.no_grad()
+    def _semantic_targets(self, view_pixel_values: Tensor, layout: ViewLayout) -> Tensor:  # -> (sum of N, width)
+        """The teacher's normed patch tokens of the resized view, resized to the view's own grid."""
+        config, patch = self.config, self.config.patch_size
+        teacher_grid = SEMANTIC_IMAGE_SIZE // config.semantic_teacher_config.patch_size
+        parts = view_pixel_values.split(list(layout.patches_per_view))
+        targets: list[Tensor] = list(parts)
+        for (height, width), views in layout.same_grid().items():
+            pixels = torch.stack([parts[view] for view in views])
+            pixels = pixels.reshape(len(views), height, width, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
+            images = pixels.reshape(len(views), 3, height * patch, width * patch).float()
+            images = nn.functional.interpolate(images, size=(SEMANTIC_IMAGE_SIZE,) * 2, mode="bilinear")
+            tokens = self.semantic_teacher(pixel_values=images.to(self.semantic_teacher.dtype)).last_hidden_state
+            tokens = tokens[:, -(teacher_grid**2) :].float().transpose(1, 2).unflatten(-1, (teacher_grid,) * 2)
+            tokens = nn.functional.interpolate(tokens, size=(height, width), mode="bilinear")
+            for view, grid in zip(views, tokens.flatten(2).transpose(1, 2)):
+                targets[view] = grid
+        return torch.cat(targets)
+
+
+def _depth_at_patches(depth: Sequence[Tensor], layout: ViewLayout) -> Tensor:  # of every view (H, W) -> (sum of N,)
+    resized = (
+        nn.functional.interpolate(view_depth[None, None], size=grid, mode="nearest").flatten()
+        for view_depth, grid in zip(depth, layout.grid_hw)
+    )
+    return torch.cat(list(resized))
+
+
+def field_errors(
+    field: Spa3RField, geometry: Tensor, semantic: Tensor, depth: Tensor | None
+) -> dict[str, Tensor]:  # -> of every term (sum of N,)
+    """The loss terms of every patch, in float32: smooth-L1 (beta 1) over channels, and 1 - cosine."""
+    errors = {}
+    pairs = {"geometry": (field.geometry_features, geometry), "semantic": (field.semantic_features, semantic)}
+    for name, (predicted, target) in pairs.items():
+        predicted, target = predicted.float(), target.float()
+        errors[f"{name}_l1"] = nn.functional.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
+        errors[f"{name}_cosine"] = 1 - nn.functional.cosine_similarity(predicted, target, dim=-1)
+    if depth is not None:
+        errors["depth_probe"] = nn.functional.smooth_l1_loss(field.depth.float(), depth.float(), reduction="none")
+    return errors
+
+
+def _reduce(
+    errors: dict[str, Tensor], layout: ViewLayout, counted: Sequence[bool]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Means over the patches of the counted views: of the whole batch, and of every scene."""
+    counts = [patches * use for patches, use in zip(layout.patches_per_view, counted)]
+    scene_counts = layout.per_scene(counts)
+    losses, per_scene = {}, {}
+    for name, error in errors.items():
+        sums = [part.sum() if use else part.new_zeros(()) for part, use in zip(error.split(list(layout.patches_per_view)), counted)]
+        scene_sums = [
+            torch.stack(sums[first : first + count]).sum()
+            for first, count in zip(layout.first_views, layout.views_per_scene)
+        ]
+        losses[name] = torch.stack(scene_sums).sum() / sum(counts)
+        per_scene[name] = torch.stack(
+            [total / count if count else total * float("nan") for total, count in zip(scene_sums, scene_counts)]
+        ).detach()
+    return losses, per_scene
+
+
+__all__ = ["Spa3RForPreTraining", "Spa3RForPreTrainingOutput", "Spa3RField", "Spa3RModel", "Spa3RModelOutput"]

@@ -1,0 +1,146 @@
+"""Which tokens belong to which view and scene, as plain Python integers.
+
+The processor makes the layout of a batch (``view_grid_hw``, ``views_per_scene``); the models cut their packed sequences
+by it. No length ever comes from a tensor on an accelerator as long as the caller leaves the two small tensors on the
+CPU, which :meth:`Spa3RImageProcessor <spa3r.Spa3RImageProcessor>`'s output does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ViewLayout:
+    """The views of a batch, scene after scene: their patch grids, and how many belong to each scene."""
+
+    grid_hw: tuple[tuple[int, int], ...]
+    views_per_scene: tuple[int, ...]
+
+    @classmethod
+    def from_inputs(
+        cls,
+        view_grid_hw: Tensor | Sequence[Sequence[int]],
+        views_per_scene: Tensor | Sequence[int],
+        num_patches: int | None = None,
+    ) -> ViewLayout:
+        """Check the two small inputs and turn them into integers.
+
+        Args:
+            view_grid_hw: (views, 2), patch grid (height, width) of every view.
+            views_per_scene: (scenes,), every entry at least 1.
+            num_patches: Rows of ``view_pixel_values``, to check against the grids.
+
+        Raises:
+            ValueError: There are no views, or the three inputs contradict one another.
+        """
+        grids = tuple((int(height), int(width)) for height, width in _to_list(view_grid_hw))
+        scenes = tuple(int(count) for count in _to_list(views_per_scene))
+        if not grids or not scenes:
+            raise ValueError(
+                "`view_grid_hw` and `views_per_scene` must hold at least one view of one scene, got "
+                f"{len(grids)} views in {len(scenes)} scenes. Give the processor at least one image."
+            )
+        if min(scenes) < 1:
+            raise ValueError(
+                f"`views_per_scene` must be at least 1 everywhere, got {list(scenes)}. "
+                "Leave scenes without views out of the batch."
+            )
+        if sum(scenes) != len(grids):
+            raise ValueError(
+                f"`views_per_scene` must add up to the number of views, {len(grids)} (the rows of `view_grid_hw`), "
+                f"got {list(scenes)}, which adds up to {sum(scenes)}. Pass both as the processor returned them."
+            )
+        layout = cls(grids, scenes)
+        if num_patches is not None and num_patches != sum(layout.patches_per_view):
+            raise ValueError(
+                f"`view_pixel_values` must have {sum(layout.patches_per_view)} rows, one for each patch of "
+                f"`view_grid_hw`, got {num_patches}. Pass both as the processor returned them."
+            )
+        return layout
+
+    @property
+    def num_views(self) -> int:
+        return len(self.grid_hw)
+
+    @cached_property
+    def patches_per_view(self) -> tuple[int, ...]:
+        return tuple(height * width for height, width in self.grid_hw)
+
+    @cached_property
+    def first_views(self) -> tuple[int, ...]:
+        """Index of each scene's first view."""
+        return tuple(accumulate(self.views_per_scene[:-1], initial=0))
+
+    def per_scene(self, per_view: Sequence[int]) -> tuple[int, ...]:
+        """Sums over the views of each scene."""
+        return tuple(
+            sum(per_view[first : first + count]) for first, count in zip(self.first_views, self.views_per_scene)
+        )
+
+    def same_grid(self) -> dict[tuple[int, int], list[int]]:
+        """Views by patch grid, for operations that need equal sizes."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for view, grid in enumerate(self.grid_hw):
+            groups.setdefault(grid, []).append(view)
+        return groups
+
+    def select(self, views: Sequence[int], views_per_scene: Sequence[int]) -> ViewLayout:
+        """The layout of some views in a given order."""
+        return ViewLayout(tuple(self.grid_hw[view] for view in views), tuple(views_per_scene))
+
+    def image_hw(self, patch_size: int) -> tuple[tuple[int, int], ...]:
+        """Height and width of every processed view in pixels."""
+        return tuple((height * patch_size, width * patch_size) for height, width in self.grid_hw)
+
+    def positions(self, device: torch.device) -> Tensor:  # -> (sum of N, 2)
+        """(y, x) of every patch, from 0, view by view."""
+        grids = {
+            (height, width): torch.cartesian_prod(
+                torch.arange(height, device=device), torch.arange(width, device=device)
+            ).view(-1, 2)
+            for height, width in set(self.grid_hw)
+        }
+        return torch.cat([grids[grid] for grid in self.grid_hw])
+
+
+def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor from Python numbers; pinned and asynchronous on CUDA, so that the host never waits."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _to_list(values: Tensor | Sequence) -> list:
+    return values.tolist() if isinstance(values, Tensor) else list(values)
+
+
+def select_rows(rows: Tensor, lengths: Sequence[int], views: Sequence[int]) -> Tensor:
+    """The rows of some views of a packed tensor, in the given order; `lengths` says how many rows each view has."""
+    parts = rows.split(list(lengths))
+    return torch.cat([parts[view] for view in views])
+
+
+def prepend_tokens(prefix: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Put tokens before each segment of a packed sequence.
+
+    Args:
+        prefix: (segments, n, C).
+        tokens: (sum of lengths, C).
+        lengths: Rows of each segment.
+
+    Returns:
+        (segments * n + sum of lengths, C).
+    """
+    parts = tokens.split(list(lengths))
+    return torch.cat([part for pair in zip(prefix.unbind(0), parts) for part in pair])
+
+
+def split_prefix(tokens: Tensor, lengths: Sequence[int], prefix: int) -> tuple[Tensor, Tensor]:
+    """Take :func:`prepend_tokens` apart again: (segments, prefix, C) and (sum of lengths, C)."""
+    parts = tokens.split([prefix + length for length in lengths])
+    return torch.stack([part[:prefix] for part in parts]), torch.cat([part[prefix:] for part in parts])
