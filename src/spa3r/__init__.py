@@ -77,8 +77,8 @@ def _register() -> None:
     AutoModel.register(Spa3RConfig, Spa3RModel)
     AutoModelForPreTraining.register(Spa3RConfig, Spa3RForPreTraining)
     AutoModelForImageTextToText.register(Spa3VLMConfig, Spa3VLMForConditionalGeneration)
-    AutoImageProcessor.register(VggtConfig, Spa3RImageProcessor)
-    AutoImageProcessor.register(Spa3RConfig, Spa3RImageProcessor)
+    for config in (VggtConfig, Spa3RConfig):
+        AutoImageProcessor.register(config, slow_image_processor_class=Spa3RImageProcessor)
     AutoProcessor.register(Spa3VLMConfig, Spa3VLMProcessor)
 
 

@@ -1,12 +1,13 @@
 """Released research checkpoints -> ours: a table of key patterns, sizes read off the tensors.
 
 Sources: VGGT-1B's ``model.safetensors`` or ``model.pt``, the released ``spa3r.ckpt`` and the released ``spa3_vlm``
-folder. Pickles are read with ``weights_only=True``: nothing but tensors and plain values is ever unpickled. Every key of
-a source is either translated, known to be unused, or refused by name.
+folder. Pickles are read with ``weights_only=True``: nothing but tensors and plain values is ever unpickled. Every key
+of a source is either translated, known to be unused, or refused by name.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import re
@@ -19,14 +20,27 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DINOv3ViTConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoProcessor,
+    DINOv3ViTConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+)
+from transformers.utils import logging
 
 from spa3r.models.modeling_base import quote_keys
+from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
+from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RModel
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 from spa3r.models.vggt.modeling_vggt import VggtModel
+
+logger = logging.get_logger(__name__)
 
 Kind = Literal["vggt", "spa3r", "spa3-vlm"]
 
@@ -57,7 +71,11 @@ def _layers(source: str, target: str) -> list[Rule]:
 
 
 VGGT_RULES = [
-    Rule(r"aggregator\.patch_embed\.patch_embed\.proj\.weight", "patch_embedding.projection.weight", lambda w: w.flatten(1)),
+    Rule(
+        r"aggregator\.patch_embed\.patch_embed\.proj\.weight",
+        "patch_embedding.projection.weight",
+        lambda kernel: kernel.flatten(1),
+    ),
     Rule(r"aggregator\.patch_embed\.patch_embed\.proj\.bias", "patch_embedding.projection.bias"),
     Rule(r"aggregator\.patch_embed\.pos_embed", "patch_embedding.position_embedding"),
     Rule(r"aggregator\.patch_embed\.(cls_token|register_tokens|norm\.weight|norm\.bias)", r"patch_embedding.\1"),
@@ -118,7 +136,14 @@ ADAPTER_RULES = [
     Rule(r"geometry_adaptor\.2\.(weight|bias)", r"bottleneck.fc2.\1"),
     Rule(r"geometry_gate\.0\.(weight|bias)", r"gate.\1"),
 ]
-VLM_KEY = re.compile(r"(visual|model|lm_head)\..*")
+VLM_RULES = [
+    Rule(r"visual\.(.*)", r"model.visual.\1"),
+    Rule(r"model\.(.*)", r"model.language_model.\1"),
+    Rule(r"lm_head\.weight", "lm_head.weight"),
+]
+SPA3R_PREFIX = "geometry_encoder.spa3r."
+RESEARCH_FIELDS = ("use_geometry_encoder", "spa3r_embed_dim", "spa3r_num_queries")
+"""Fields that the research code added to Qwen2.5-VL's configuration; the tensors say the same."""
 
 
 def translate(tensors: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, Tensor]:
@@ -251,6 +276,43 @@ def _convert_spa3r(source: Path, tensors: dict[str, Tensor], output_dir: Path, f
     Spa3RImageProcessor(patch_size=config.patch_size).save_pretrained(output_dir)
 
 
+def _convert_spa3_vlm(source: Path, tensors: dict[str, Tensor], output_dir: Path, fields: dict[str, Any]) -> None:
+    config_file = source / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"`source` must be the released spa3_vlm folder with its config.json, and {config_file} doesn't exist."
+        )
+    vlm_fields = json.loads(config_file.read_text(encoding="utf-8"))
+    vlm_config = Qwen2_5_VLConfig.from_dict({k: v for k, v in vlm_fields.items() if k not in RESEARCH_FIELDS})
+
+    spa3r = {key.removeprefix(SPA3R_PREFIX): tensors.pop(key) for key in list(tensors) if key.startswith(SPA3R_PREFIX)}
+    spa3r = {key: tensor for key, tensor in spa3r.items() if not key.startswith("dino.")}  # only pretraining needs it
+    vlm = {key: tensors.pop(key) for key in list(tensors) if re.match(r"(visual|model|lm_head)\.", key)}
+    spa3r_weights, spa3r_config = _translate_spa3r(spa3r, _own(fields.get("spa3r_config") or {}), None)
+    weights = {f"spa3r.{key}": tensor for key, tensor in spa3r_weights.items()}
+    weights |= {f"vlm.{key}": tensor for key, tensor in translate(vlm, VLM_RULES).items()}
+    weights |= {f"adapter.{key}": tensor for key, tensor in translate(tensors, ADAPTER_RULES).items()}
+    if vlm_config.tie_word_embeddings:
+        weights.setdefault("vlm.lm_head.weight", weights["vlm.model.language_model.embed_tokens.weight"])
+
+    with torch.device("meta"):
+        model = Spa3VLMForConditionalGeneration(Spa3VLMConfig(vlm_config=vlm_config, spa3r_config=spa3r_config))
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    _save(model, weights, output_dir)
+    if (source / "tokenizer_config.json").is_file():
+        Spa3VLMProcessor(
+            AutoProcessor.from_pretrained(source),
+            Spa3RImageProcessor(patch_size=spa3r_config.patch_size),
+            image_token_id=vlm_config.image_token_id,
+        ).save_pretrained(output_dir)
+    else:
+        logger.warning(
+            f"{source} holds no tokenizer, so no processor was written. Make one with "
+            "Spa3VLMProcessor.from_vlm_and_spa3r and save it beside the model."
+        )
+
+
 def _translate_spa3r(
     tensors: dict[str, Tensor], fields: dict[str, Any], teacher_config: PreTrainedConfig | None
 ) -> tuple[dict[str, Tensor], Spa3RConfig]:
@@ -364,8 +426,5 @@ def _save(model: PreTrainedModel, weights: Mapping[str, Tensor], output_dir: Pat
     ]:
         raise ValueError(f"The checkpoint has tensors of other shapes: {quote_keys(wrong)}. Check `config`.")
     model.load_state_dict(dict(weights), assign=True)
+    model.tie_weights()
     model.save_pretrained(output_dir)
-
-
-def _convert_spa3_vlm(source: Path, tensors: dict[str, Tensor], output_dir: Path, fields: dict[str, Any]) -> None:
-    raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,6 @@ from transformers import initialization as init
 
 from spa3r.attention import check_attention_implementation
 from spa3r.layers import TransformerLayer
-
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 """Arguments of ``from_pretrained`` that also go to the parts which a checkpoint names instead of holding them."""
@@ -82,6 +82,15 @@ class PackedPreTrainedModel(PreTrainedModel):
         elif isinstance(module, TransformerLayer) and module.layer_scale_init is not None:
             init.constant_(module.layer_scale1, module.layer_scale_init)
             init.constant_(module.layer_scale2, module.layer_scale_init)
+
+
+def save_without(save: Callable, model: nn.Module, left_out: Sequence[str], save_directory, **kwargs) -> None:
+    """Call `save` (``save_pretrained`` of `model`'s base class) without the parameters below some paths."""
+    if left_out:
+        state_dict = kwargs.pop("state_dict", None) or model.state_dict()
+        prefixes = tuple(f"{path}." for path in left_out)
+        kwargs["state_dict"] = {key: value for key, value in state_dict.items() if not key.startswith(prefixes)}
+    save(save_directory, **kwargs)
 
 
 def _unreadable_file(name_or_path) -> str:

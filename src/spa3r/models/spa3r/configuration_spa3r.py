@@ -76,6 +76,8 @@ class Spa3RConfig(PreTrainedConfig):
             self.semantic_teacher_config = AutoConfig.for_model(fields.pop("model_type", "dinov3_vit"), **fields)
         if self.semantic_teacher_config is not None:
             self.semantic_hidden_size = self.semantic_teacher_config.hidden_size
+        for choice in ("attn_implementation", "experts_implementation"):
+            kwargs.setdefault(choice, {})  # None would undo the choice of sub-configurations that a live model uses
         super().__post_init__(**kwargs)
         if self.hidden_size % (8 * self.num_attention_heads):
             raise ValueError(

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-import torch
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
@@ -85,7 +84,9 @@ class Spa3RImageProcessor(BaseImageProcessor):
             ValueError: There are no views, a picture can't be decoded, is smaller than a patch, or holds NaN or values
                 outside its range. The message names the picture.
         """
-        return self.pack([[self.process_view(image, mode) for image in scene] for scene in as_scenes(images)], return_tensors)
+        return self.pack(
+            [[self.process_view(image, mode) for image in scene] for scene in as_scenes(images)], return_tensors
+        )
 
     def process_view(self, image: Image, mode: Literal["crop", "pad"] | None = None) -> PIL.Image.Image:
         """One picture, resized and cropped or padded: RGB, sides multiples of the patch. What a VLM sees as well."""

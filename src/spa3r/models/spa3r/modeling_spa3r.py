@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers.utils import ModelOutput
 from spa3r.attention import Segments
 from spa3r.geometry import camera_rays, relative_to_first_view
 from spa3r.layers import Mlp, TransformerLayer
-from spa3r.models.modeling_base import HUB_KWARGS, PackedPreTrainedModel
+from spa3r.models.modeling_base import HUB_KWARGS, PackedPreTrainedModel, save_without
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.vggt.modeling_vggt import VggtModel, VggtModelOutput
 from spa3r.prope import ProjectiveEncoding, projection_matrices
@@ -181,11 +182,7 @@ class Spa3RDecoder(nn.Module):
         def per_token(matrices: Tensor) -> Tensor:  # (views, 4, 4) -> (S, 4, 4)
             identity = torch.eye(4, device=device).expand(num_prefix, 4, 4)
             return torch.cat(
-                [
-                    part
-                    for matrix, count in zip(matrices, lengths)
-                    for part in (identity, matrix.expand(count, 4, 4))
-                ]
+                [part for matrix, count in zip(matrices, lengths) for part in (identity, matrix.expand(count, 4, 4))]
             )
 
         with torch.autocast(device.type, enabled=False):
@@ -246,33 +243,34 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
         Raises:
             ValueError: A part is to be left out, and it isn't known where it comes from.
         """
-        config, saved_names = self.config, {}
-        if include_backbone:
-            names = dict.fromkeys(self.frozen_modules())
-        else:
-            names = {path: self._home_of(path, module) for path, module in self.frozen_modules().items()}
-            state_dict = kwargs.pop("state_dict", None) or self.state_dict()
-            left_out = tuple(f"{path}." for path in names)
-            kwargs["state_dict"] = {key: value for key, value in state_dict.items() if not key.startswith(left_out)}
-        for path, name in names.items():
-            field = f"{path.rpartition('.')[2]}_name_or_path"
-            saved_names[field] = getattr(config, field)
-            setattr(config, field, name)
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:  # the configuration in memory goes on saying what it said
-            for field, name in saved_names.items():
-                setattr(config, field, name)
+        with self.naming_frozen_parts(include_backbone) as left_out:
+            save_without(super().save_pretrained, self, left_out, save_directory, **kwargs)
 
-    def _home_of(self, path: str, module: nn.Module | None) -> str:
-        part = path.rpartition(".")[2]
-        field = f"{part}_name_or_path"
+    @contextmanager
+    def naming_frozen_parts(self, include_backbone: bool) -> Iterator[list[str]]:
+        """While a checkpoint is written, the configuration says which frozen parts it leaves out: their paths."""
+        paths = list(self.frozen_modules())
+        fields = [f"{path.rpartition('.')[2]}_name_or_path" for path in paths]
+        names = [
+            None if include_backbone else self._home_of(field, module)
+            for field, module in zip(fields, self.frozen_modules().values())
+        ]
+        before = {field: getattr(self.config, field) for field in fields}
+        try:
+            for field, name in zip(fields, names):
+                setattr(self.config, field, name)
+            yield [] if include_backbone else paths
+        finally:  # the configuration in memory goes on saying what it said
+            for field, name in before.items():
+                setattr(self.config, field, name)
+
+    def _home_of(self, field: str, module: nn.Module | None) -> str:
         name = getattr(self.config, field) or (module.config.name_or_path if module is not None else "")
         name = name or self.config.name_or_path
         if not name:
             raise ValueError(
-                f"`include_backbone=False` leaves out the {part}, and the configuration doesn't say where it comes "
-                f"from. Set `model.config.{field}` to a folder or hub id, or save with include_backbone=True."
+                "`include_backbone=False` leaves the frozen parts out, and the configuration doesn't say where they "
+                f"come from. Set `model.config.{field}` to a folder or hub id, or save with include_backbone=True."
             )
         return str(name)
 
@@ -417,9 +415,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
         _check_cameras(extrinsics, intrinsics, layout)
         return relative_to_first_view(extrinsics.float(), layout.views_per_scene), intrinsics.float()
 
-    def _run_backbone(
-        self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs
-    ) -> tuple[Tensor, VggtModelOutput]:
+    def _run_backbone(self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs) -> tuple[Tensor, VggtModelOutput]:
         """The last layer's patch features (sum of N, 2C), and the backbone's whole output. Never with gradients."""
         if self.backbone is None:
             raise ValueError(
@@ -549,8 +545,9 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
 
         latents = model.encoder(context_features, context_layout)
         if given is None:
-            given = torch.stack([backbone.extrinsics[i] for i in places]), torch.stack(
-                [backbone.intrinsics[i] for i in places]
+            given = (
+                torch.stack([backbone.extrinsics[i] for i in places]),
+                torch.stack([backbone.intrinsics[i] for i in places]),
             )
         field = model._decode(latents, *given, layout)
         semantic_targets = self._semantic_targets(view_pixel_values, layout)
@@ -584,7 +581,9 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
                 context = {0, *(1 + i for i in torch.randperm(count - 1)[: num_context - 1].tolist())}
                 targets += [view not in context for view in range(count)]
         else:
-            targets = [bool(target) for target in (target_mask.tolist() if hasattr(target_mask, "tolist") else target_mask)]
+            targets = [
+                bool(target) for target in (target_mask.tolist() if hasattr(target_mask, "tolist") else target_mask)
+            ]
             if len(targets) != layout.num_views:
                 raise ValueError(
                     f"`target_mask` must have one entry for each of the {layout.num_views} views, got {len(targets)}."
@@ -652,7 +651,10 @@ def _reduce(
     scene_counts = layout.per_scene(counts)
     losses, per_scene = {}, {}
     for name, error in errors.items():
-        sums = [part.sum() if use else part.new_zeros(()) for part, use in zip(error.split(list(layout.patches_per_view)), counted)]
+        sums = [
+            part.sum() if use else part.new_zeros(())
+            for part, use in zip(error.split(list(layout.patches_per_view)), counted)
+        ]
         scene_sums = [
             torch.stack(sums[first : first + count]).sum()
             for first, count in zip(layout.first_views, layout.views_per_scene)

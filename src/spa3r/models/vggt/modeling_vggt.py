@@ -20,7 +20,7 @@ from spa3r.layers import Mlp, TransformerLayer
 from spa3r.models.modeling_base import PackedPreTrainedModel
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 from spa3r.rope import RotaryEncoding
-from spa3r.views import ViewLayout, prepend_tokens, select_rows, split_prefix
+from spa3r.views import ViewLayout, prepend_tokens, split_prefix
 
 DPT_VIEWS_AT_ONCE = 8
 """Views that a dense head works on together: bounds its memory."""
@@ -323,7 +323,9 @@ class VggtModel(PackedPreTrainedModel):
             ValueError: The inputs contradict one another, or a head is asked for that the model doesn't have.
         """
         layout = ViewLayout.from_inputs(view_grid_hw, views_per_scene, len(view_pixel_values))
-        return self.forward_layout(view_pixel_values, layout, output_layers, output_cameras, output_depth, output_points)
+        return self.forward_layout(
+            view_pixel_values, layout, output_layers, output_cameras, output_depth, output_points
+        )
 
     def forward_layout(
         self,

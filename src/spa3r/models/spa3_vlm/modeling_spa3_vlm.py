@@ -1,0 +1,410 @@
+"""Spa3-VLM: a VLM's image tokens look at the scene's latents before the language model reads them.
+
+The marriage goes through the door that transformers gives every VLM: ``get_image_features`` makes the image tokens, and
+``mm_encoder_outputs`` takes them back. So there is no subclass for each VLM and no patch of one.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from spa3r.attention import Segments, packed_attention
+from spa3r.layers import Mlp
+from spa3r.models.modeling_base import PackedPreTrainedModel, save_without
+from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
+from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
+
+VIEW_KEYS = ("view_pixel_values", "view_grid_hw", "views_per_scene", "image_tokens_per_scene")
+"""What :class:`~spa3r.Spa3VLMProcessor` adds to the VLM's own inputs."""
+
+CLOSED_DOORS = {
+    "fuyu": "its forward reads raw patch embeddings",
+    "granite4_vision": "its image tokens enter between layers",
+    "instructblipvideo": "it takes videos only",
+    "llama4": "it projects image features inside its forward",
+}
+"""Families that accept ``mm_encoder_outputs`` and would silently ignore fused image tokens."""
+
+
+class Spa3VLMCrossAttention(nn.Module):
+    """Image tokens of a scene (queries) look at its projected latents (keys and values)."""
+
+    is_causal = False
+
+    def __init__(self, config: Spa3VLMConfig):
+        super().__init__()
+        self.config = config
+        width = config.get_text_config().hidden_size
+        self.head_dim = width // config.adapter_num_attention_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-5)
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-5)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, image_tokens: Tensor, latents: Tensor, segments: Segments) -> Tensor:
+        """(sum of image tokens, h), (sum of latents, h) -> (sum of image tokens, h)."""
+        query, key, value = (
+            projection(tokens).unflatten(-1, (-1, self.head_dim))
+            for projection, tokens in ((self.q_proj, image_tokens), (self.k_proj, latents), (self.v_proj, latents))
+        )
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        return self.proj(packed_attention(self, query, key, value, segments).flatten(-2))
+
+
+class Spa3VLMAdapter(nn.Module):
+    """Residual cross-attention with a gated bottleneck; its last layer starts at zero, so it starts as the identity."""
+
+    def __init__(self, config: Spa3VLMConfig):
+        super().__init__()
+        width = config.get_text_config().hidden_size
+        self.projector = Mlp(config.spa3r_config.hidden_size, width, width)
+        self.cross_attention = Spa3VLMCrossAttention(config)
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.bottleneck = Mlp(width, width // 4, width)
+        self.gate = nn.Linear(width, width)
+
+    def forward(self, image_tokens: Tensor, latents: Tensor, tokens_per_scene: Sequence[int]) -> Tensor:
+        """
+        Args:
+            image_tokens: (sum of tokens, h), of all scenes one after the other.
+            latents: (scenes, L, D).
+            tokens_per_scene: Image tokens of each scene.
+
+        Returns:
+            (sum of tokens, h), the fused image tokens.
+        """
+        segments = Segments.across(tokens_per_scene, [latents.shape[1]] * len(latents))
+        keys = self.projector(latents.to(self.projector.fc1.weight.dtype).flatten(0, 1))
+        attended = self.norm(self.cross_attention(image_tokens.to(keys.dtype), keys, segments))
+        residual = self.bottleneck(attended) * self.gate(attended).sigmoid()
+        return image_tokens + residual.to(image_tokens.dtype)
+
+
+class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
+    """Any vision-language model of transformers whose image tokens are fused with the latents of a Spa3R.
+
+    ``model.vlm`` is the VLM, ``model.spa3r`` the Spa3R, ``model.adapter`` what joins them. The adapter and the language
+    model are trained; Spa3R and the VLM's vision side (tower and projector) are frozen and stay in eval mode, until
+    their parameters are given ``requires_grad_(True)``.
+
+    Before training the adapter is the identity: logits equal the plain VLM's, bit for bit.
+    """
+
+    config_class = Spa3VLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _keep_in_fp32_modules_strict = ["camera_head"]  # noqa: RUF012
+
+    def __init__(self, config: Spa3VLMConfig, vlm: PreTrainedModel | None = None, spa3r: Spa3RModel | None = None):
+        super().__init__(config)
+        self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
+        check_vlm(self.vlm)
+        self.spa3r = spa3r if spa3r is not None else Spa3RModel(config.spa3r_config)
+        self.adapter = Spa3VLMAdapter(config)
+        config.vlm_config = self.vlm.config  # the model may hold a copy; there is to be one truth
+        self.post_init()
+        self._freeze()
+
+    # Loading and saving
+
+    @classmethod
+    def from_vlm_and_spa3r(
+        cls,
+        vlm: str | Path | PreTrainedModel,
+        spa3r: str | Path | Spa3RModel,
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str | dict | None = None,
+        device_map: Any = None,
+        **fields,
+    ) -> Spa3VLMForConditionalGeneration:
+        """Marry a VLM to a Spa3R; the adapter is fresh.
+
+        Args:
+            vlm: Folder or hub id of any VLM of transformers that takes ``mm_encoder_outputs``, or the model.
+            spa3r: Folder or hub id of a Spa3R, or the model.
+            dtype: Of both, where they are loaded here; the adapter gets the VLM's.
+            attn_implementation: Attention back end of both, or ``{"vlm_config": ..., "spa3r_config": ...}``.
+            device_map: Where the VLM is placed; Spa3R and adapter go to the VLM's first device.
+            **fields: Other fields of :class:`Spa3VLMConfig`.
+
+        Raises:
+            ValueError: The VLM's family can't be married; the message says why.
+        """
+        by_part = attn_implementation if isinstance(attn_implementation, dict) else {}
+        if not isinstance(vlm, PreTrainedModel):
+            vlm = AutoModelForImageTextToText.from_pretrained(
+                vlm,
+                dtype=dtype,
+                device_map=device_map,
+                attn_implementation=by_part.get("vlm_config") if by_part else attn_implementation,
+            )
+        if not isinstance(spa3r, PreTrainedModel):
+            spa3r = Spa3RModel.from_pretrained(
+                spa3r,
+                dtype=vlm.dtype if dtype == "auto" else dtype,
+                attn_implementation=by_part.get("spa3r_config") if by_part else attn_implementation,
+            )
+        # The dictionary form says what the adapter uses and leaves the loaded parts' own choice alone.
+        own = by_part.get("") if by_part else attn_implementation
+        config = cls.config_class(
+            vlm_config=vlm.config, spa3r_config=spa3r.config, attn_implementation={"": own}, **fields
+        )
+        model = cls(config, vlm=vlm, spa3r=spa3r.to(vlm.device))
+        model.adapter.to(device=vlm.device, dtype=vlm.dtype)
+        return model.eval()
+
+    def save_pretrained(self, save_directory, include_backbone: bool = True, **kwargs) -> None:
+        """As transformers' ``save_pretrained``; optionally without Spa3R's frozen backbone.
+
+        Args:
+            save_directory: Folder.
+            include_backbone: False leaves the backbone out; the configuration then names where it comes from, and
+                ``from_pretrained`` fetches it there.
+            **kwargs: As in transformers.
+        """
+        with self.spa3r.naming_frozen_parts(include_backbone) as left_out:
+            paths = [f"spa3r.{path}" for path in left_out]
+            save_without(super().save_pretrained, self, paths, save_directory, **kwargs)
+
+    def _finish_loading(self, hub_kwargs: dict) -> None:
+        self.spa3r._finish_loading(hub_kwargs)
+        self._freeze()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.adapter.bottleneck.fc2:
+            init.zeros_(module.weight)
+
+    # Which part is what
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The VLM's."""
+        return self.vlm.generation_config if "vlm" in self._modules else None
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        if "vlm" in self._modules:  # the constructor of PreTrainedModel sets a default before there is a VLM
+            self.vlm.generation_config = value
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.vlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.vlm.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.vlm.get_decoder()
+
+    def vision_modules(self) -> list[nn.Module]:
+        """The VLM's vision side: its largest modules that hold no part of the language model."""
+        language = {self.vlm.get_decoder(), self.vlm.get_output_embeddings(), self.vlm.get_input_embeddings()}
+
+        def walk(module: nn.Module) -> Iterator[nn.Module]:
+            for child in module.children():
+                if child in language:
+                    continue
+                if language & set(child.modules()):
+                    yield from walk(child)
+                else:
+                    yield child
+
+        return list(walk(self.vlm))
+
+    def vision_parameters(self) -> list[nn.Parameter]:
+        """The VLM's parameters outside its language model: vision tower, projector, learnt separators."""
+        language = {
+            id(parameter)
+            for part in (self.vlm.get_decoder(), self.vlm.get_output_embeddings(), self.vlm.get_input_embeddings())
+            if part is not None
+            for parameter in part.parameters()
+        }
+        return [parameter for parameter in self.vlm.parameters() if id(parameter) not in language]
+
+    def _freeze(self) -> None:
+        self.spa3r.requires_grad_(False)
+        for parameter in self.vision_parameters():
+            parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        """As ``nn.Module.train``; frozen parts stay in eval mode."""
+        super().train(mode)
+        for module in (self.spa3r, *self.vision_modules()):
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
+        return self
+
+    # Running
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        view_pixel_values: Tensor | None = None,
+        view_grid_hw: Tensor | Sequence[Sequence[int]] | None = None,
+        views_per_scene: Tensor | Sequence[int] | None = None,
+        image_tokens_per_scene: Tensor | Sequence[int] | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> ModelOutput:
+        """The VLM's forward, on fused image tokens.
+
+        Args:
+            input_ids: (batch, sequence), one scene a row, with the VLM's image placeholders.
+            attention_mask: (batch, sequence).
+            view_pixel_values: (sum of N, 3 * p * p), patches of all views of all rows.
+            view_grid_hw: (views, 2), patch grid of every view.
+            views_per_scene: (batch,), how many views each row has; 0 for a text-only row.
+            image_tokens_per_scene: (batch,), image placeholders in each row; None: counted in `input_ids`.
+            labels: (batch, sequence), token ids, -100 where the loss is not taken.
+            **kwargs: Everything else that the processor made for the VLM (``pixel_values`` and so on), and any other
+                argument of the VLM's forward.
+
+        Returns:
+            The VLM's own output: ``loss`` (with labels), ``logits``, ``past_key_values``, ...
+
+        Raises:
+            ValueError: Pictures without views or the other way round, or counts that contradict one another.
+        """
+        kwargs |= {
+            "view_pixel_values": view_pixel_values,
+            "view_grid_hw": view_grid_hw,
+            "views_per_scene": views_per_scene,
+            "image_tokens_per_scene": image_tokens_per_scene,
+        }
+        inputs = self._fuse(input_ids, kwargs)
+        return self.vlm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs) -> Tensor | ModelOutput:
+        """The VLM's ``generate``, on fused image tokens, with everything that it offers.
+
+        Args:
+            inputs: (batch, sequence), the prompt; or as ``input_ids=``.
+            **kwargs: What the processor made, and any argument of the VLM's ``generate``.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        return self.vlm.generate(input_ids=input_ids, **self._fuse(input_ids, kwargs))
+
+    def _fuse(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The VLM's arguments, with fused image tokens in place of pixels and views."""
+        views = {key: kwargs.pop(key, None) for key in VIEW_KEYS}
+        if kwargs.get("pixel_values") is None:
+            if views["view_pixel_values"] is not None and len(views["view_pixel_values"]):
+                raise ValueError(
+                    "`view_pixel_values` came without the VLM's own `pixel_values`, so there are no image tokens to "
+                    "fuse. Pass everything that Spa3VLMProcessor returned."
+                )
+            kwargs.pop("pixel_values", None)
+            return kwargs
+        if views["view_pixel_values"] is None:
+            raise ValueError(
+                "`pixel_values` came without `view_pixel_values`, `view_grid_hw` and `views_per_scene`. Make the "
+                "inputs with Spa3VLMProcessor, or call `model.vlm` to run the VLM alone."
+            )
+        encode = self.vlm.base_model.get_image_features
+        arguments = {key: kwargs[key] for key in inspect.signature(encode).parameters if key in kwargs}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_parameters())):
+            features = encode(**arguments, return_dict=True)
+        kwargs.pop("pixel_values")
+        tokens_per_row = self._tokens_per_row(input_ids, views["image_tokens_per_scene"])
+        latents, rows = self._encode_views(views, tokens_per_row)
+        fused = copy.copy(features)
+        fused.pooler_output = self._fuse_tokens(features.pooler_output, latents, tokens_per_row, rows)
+        if (deepstack := getattr(features, "deepstack_features", None)) is not None:
+            fused.deepstack_features = [_regroup(layer, tokens_per_row) for layer in deepstack]
+        return kwargs | {"mm_encoder_outputs": {"image": fused}}
+
+    def _tokens_per_row(self, input_ids: Tensor | None, given: Tensor | Sequence[int] | None) -> list[int]:
+        if given is not None:
+            return given.tolist() if isinstance(given, Tensor) else list(given)
+        if input_ids is None:
+            raise ValueError("`image_tokens_per_scene` must be given where `input_ids` is not (with `inputs_embeds`).")
+        return (input_ids == self.vlm.config.image_token_id).sum(dim=1).tolist()
+
+    def _encode_views(self, views: dict[str, Any], tokens_per_row: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Latents of the rows that have views, and which rows these are."""
+        counts = views["views_per_scene"]
+        counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
+        if len(counts) != len(tokens_per_row):
+            raise ValueError(
+                f"`views_per_scene` must have one entry for each of the {len(tokens_per_row)} rows of `input_ids` "
+                f"(0 for a text-only row), got {len(counts)}."
+            )
+        for row, (count, tokens) in enumerate(zip(counts, tokens_per_row)):
+            if (count > 0) != (tokens > 0):
+                raise ValueError(
+                    f"Row {row} has {count} views and {tokens} image tokens; a row has both or neither. Don't truncate "
+                    "image placeholders, and pass what Spa3VLMProcessor returned."
+                )
+        rows = [row for row, count in enumerate(counts) if count]
+        trainable = any(parameter.requires_grad for parameter in self.spa3r.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
+            latents = self.spa3r.encode(
+                views["view_pixel_values"], views["view_grid_hw"], [counts[row] for row in rows]
+            )
+        return latents, rows
+
+    def _fuse_tokens(
+        self, features: Tensor | Sequence[Tensor], latents: Tensor, tokens_per_row: Sequence[int], rows: Sequence[int]
+    ) -> Tensor | list[Tensor]:
+        """Fused image tokens in the form that the VLM wants them back: one tensor, or a list with an item a row."""
+        shape = features.shape if isinstance(features, Tensor) else None
+        tokens = features.flatten(0, -2) if shape is not None else torch.cat([f.flatten(0, -2) for f in features])
+        if len(tokens) != sum(tokens_per_row):
+            raise ValueError(
+                f"The pictures give {len(tokens)} image tokens and `input_ids` has {sum(tokens_per_row)} image "
+                "placeholders. Don't truncate image placeholders, and pass what Spa3VLMProcessor returned."
+            )
+        fused = self.adapter(tokens, latents.to(tokens.device), [tokens_per_row[row] for row in rows])
+        # Row by row, since some families expand lists for beams picture by picture, which would mix rows up.
+        return fused.reshape(shape) if shape is not None else list(fused.split(list(tokens_per_row)))
+
+
+def _regroup(features: Sequence[Tensor], tokens_per_row: Sequence[int]) -> list[Tensor]:
+    """The deepstack features of one layer, an item a row like the fused tokens."""
+    return list(torch.cat(list(features)).split(list(tokens_per_row)))
+
+
+def check_vlm(vlm: PreTrainedModel) -> None:
+    """Refuse a model whose image tokens can't be fused.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    family = vlm.config.model_type
+    reason = CLOSED_DOORS.get(family)
+    if "mm_encoder_outputs" not in inspect.signature(vlm.forward).parameters:
+        reason = "its forward takes no `mm_encoder_outputs`"
+    elif not hasattr(vlm.base_model, "get_image_features"):
+        reason = "it has no `get_image_features`"
+    if reason:
+        raise ValueError(
+            f"The VLM family {family!r} can't be married to a Spa3R: {reason}. Use a family whose fused image tokens "
+            "are taken back, such as qwen2_5_vl, qwen3_vl, internvl, llava or gemma3 (the documentation lists them)."
+        )
+
+
+Spa3VLM = Spa3VLMForConditionalGeneration
+
+__all__ = ["Spa3VLM", "Spa3VLMForConditionalGeneration"]

@@ -1,0 +1,381 @@
+"""Messages with pictures and videos -> everything that a Spa3-VLM reads: the VLM's own inputs and packed views."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import PIL.Image
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.utils import TensorType
+
+from spa3r.models.modeling_base import HUB_KWARGS
+from spa3r.models.spa3r.image_processing_spa3r import Image, Spa3RImageProcessor, ViewBatch, to_rgb
+from spa3r.video import sample_frames, uniform_indices
+
+VLM_FOLDER = "vlm_processor"
+"""Subfolder of a saved processor that holds the VLM's own files."""
+
+CONFIG_FILE = "processor_config.json"
+
+TOKEN_COUNTS = "image_tokens_per_scene"
+
+PICTURE_KEYS = ("image", "url", "path", "base64")
+VIDEO_KEYS = ("video", "url", "path")
+
+
+class Spa3VLMProcessor(ProcessorMixin):
+    """Any VLM's own processor, with packed views beside it.
+
+    All pictures of a conversation are views of one scene. A video becomes uniformly sampled frames, which the VLM gets
+    as pictures.
+
+    Args:
+        vlm_processor: The VLM's processor.
+        view_image_processor: Makes the views.
+        images: What the VLM sees. ``"aligned"``: the processed views, cut to whole VLM patches, as the released model
+            was trained; the VLM's own processor doesn't rescale them as long as they lie in its limits. ``"native"``:
+            the pictures as they are.
+        num_frames: Frames of a video; None: clamp(round(seconds / 2), 4, 8).
+        image_token_id: Id of the VLM's image placeholder (its configuration's ``image_token_id``), to count image
+            tokens by; None: the model counts, for which an accelerator has to be waited for.
+
+    Raises:
+        ValueError: `images` is unknown.
+    """
+
+    def __init__(
+        self,
+        vlm_processor: ProcessorMixin,
+        view_image_processor: Spa3RImageProcessor | None = None,
+        images: Literal["aligned", "native"] = "aligned",
+        num_frames: int | None = None,
+        image_token_id: int | None = None,
+    ):
+        if images not in ("aligned", "native"):
+            raise ValueError(f"`images` must be 'aligned' or 'native', got {images!r}.")
+        self.vlm_processor = vlm_processor
+        self.view_image_processor = view_image_processor or Spa3RImageProcessor()
+        self.images = images
+        self.num_frames = num_frames
+        self.image_token_id = image_token_id
+
+    # Loading and saving
+
+    @classmethod
+    def from_vlm_and_spa3r(cls, vlm: str | Path, spa3r: str | Path | None = None, **kwargs) -> Spa3VLMProcessor:
+        """The processor for ``Spa3VLMForConditionalGeneration.from_vlm_and_spa3r``.
+
+        Args:
+            vlm: Folder or hub id of the VLM.
+            spa3r: Folder or hub id of the Spa3R, for its image processor; None: the released settings.
+            **kwargs: Other arguments of the constructor.
+        """
+        return cls(
+            AutoProcessor.from_pretrained(vlm),
+            Spa3RImageProcessor.from_pretrained(spa3r) if spa3r is not None else None,
+            image_token_id=AutoConfig.from_pretrained(vlm).image_token_id,
+            **kwargs,
+        )
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+        """Write ``processor_config.json``, the VLM's processor below ``vlm_processor``, and its tokenizer once more at
+        the top, where ``AutoTokenizer`` looks for it."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", folder.name)
+            commit_message = kwargs.pop("commit_message", None)
+            before = self._get_files_timestamps(folder)
+        self.vlm_processor.save_pretrained(folder / VLM_FOLDER)
+        self.tokenizer.save_pretrained(folder)
+        (folder / CONFIG_FILE).write_text(self.to_json_string(), encoding="utf-8")
+        if push_to_hub:
+            self._upload_modified_files(folder, repo_id, before, commit_message=commit_message, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "processor_class": type(self).__name__,
+            "images": self.images,
+            "num_frames": self.num_frames,
+            "image_token_id": self.image_token_id,
+            "view_image_processor": self.view_image_processor.to_dict(),
+        }
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Spa3VLMProcessor:
+        """Load from a folder or the hub.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` for the hub; and
+                arguments of the constructor, which override what was saved.
+
+        Raises:
+            ValueError: The folder holds no processor of ours.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            hub = {key: kwargs[key] for key in (*HUB_KWARGS, "revision") if kwargs.get(key) is not None}
+            hub.pop("proxies", None)
+            folder = Path(
+                snapshot_download(
+                    str(pretrained_model_name_or_path), allow_patterns=[CONFIG_FILE, f"{VLM_FOLDER}/*"], **hub
+                )
+            )
+        file = folder / CONFIG_FILE
+        fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if fields.pop("processor_class", None) != cls.__name__:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no {cls.__name__} ({CONFIG_FILE} is missing or another "
+                "class's). Make one with Spa3VLMProcessor.from_vlm_and_spa3r and save it there."
+            )
+        fields["view_image_processor"] = Spa3RImageProcessor.from_dict(fields["view_image_processor"])
+        fields |= {key: kwargs[key] for key in fields if key in kwargs}
+        return cls(AutoProcessor.from_pretrained(folder / VLM_FOLDER), **fields)
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return []  # the parts are saved as wholes, not piece by piece
+
+    @property
+    def tokenizer(self):
+        """The VLM's tokenizer."""
+        return self.vlm_processor.tokenizer
+
+    @property
+    def image_processor(self):
+        """The VLM's image processor."""
+        return self.vlm_processor.image_processor
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.vlm_processor.chat_template
+
+    @chat_template.setter
+    def chat_template(self, value: str | None) -> None:
+        self.vlm_processor.chat_template = value
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.vlm_processor.model_input_names, *self.view_image_processor.model_input_names, TOKEN_COUNTS]
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(images={self.images!r}, num_frames={self.num_frames}, "
+            f"view_image_processor={self.view_image_processor!r}, vlm_processor={self.vlm_processor!r})"
+        )
+
+    # Pictures
+
+    def vlm_picture(self, view: PIL.Image.Image, original: PIL.Image.Image) -> PIL.Image.Image:
+        """What the VLM sees of a view: with ``"aligned"``, the view cut right and below to whole merged patches."""
+        if self.images == "native":
+            return original
+        unit = self._vlm_unit()
+        width, height = (max(side // unit, 1) * unit for side in view.size)
+        return view.crop((0, 0, min(width, view.width), min(height, view.height)))
+
+    def _vlm_unit(self) -> int:
+        """Side in pixels of what becomes one image token in VLMs of free resolution (Qwen: 14 x 2); else 1."""
+        processor = self.vlm_processor.image_processor
+        patch = getattr(processor, "patch_size", None)
+        merge = getattr(processor, "merge_size", None)
+        return patch * merge if isinstance(patch, int) and isinstance(merge, int) else 1
+
+    def _load_views(self, pictures: Sequence[Image]) -> tuple[list[PIL.Image.Image], list[PIL.Image.Image]]:
+        """Processed views, and what the VLM sees of them."""
+        originals = [to_rgb(picture) for picture in pictures]
+        views = [self.view_image_processor.process_view(original) for original in originals]
+        return views, [self.vlm_picture(view, original) for view, original in zip(views, originals)]
+
+    # Messages
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | TensorType | None = TensorType.PYTORCH,
+        num_frames: int | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> str | list[str] | ViewBatch | Any:
+        """As the VLM processor's ``apply_chat_template``, with views.
+
+        Args:
+            conversation: A conversation or a list of them. A message's content is a text or a list of
+                ``{"type": "text", "text": ...}``, ``{"type": "image", "image" | "url" | "path" | "base64": ...}`` and
+                ``{"type": "video", "video" | "url" | "path": ...}``; a picture may be anything that
+                :class:`~spa3r.Spa3RImageProcessor` takes, a video a file, a URL or a list of frames.
+            chat_template: Overrides the VLM's.
+            tokenize: Whether to make inputs instead of text.
+            return_dict: With `tokenize`: all inputs, not only the token ids.
+            return_tensors: ``"pt"`` or ``"np"``.
+            num_frames: Overrides the processor's.
+            processor_kwargs: For the VLM's processor. A batch is padded on the left unless this says otherwise.
+            **kwargs: As in transformers (``add_generation_prompt`` and so on).
+
+        Returns:
+            Text; or token ids; or with `return_dict` the VLM's inputs and ``view_pixel_values`` (sum of N, 3 * p * p),
+            ``view_grid_hw`` (views, 2), ``views_per_scene`` (batch,), ``image_tokens_per_scene`` (batch,).
+
+        Raises:
+            ValueError: A picture or video can't be read, or a content item is unknown.
+        """
+        is_batch = len(conversation) > 0 and isinstance(conversation[0], list | tuple)
+        scenes, rewritten = [], []
+        for messages in conversation if is_batch else [conversation]:
+            pictures, messages = self._pictures_of(messages, num_frames or self.num_frames)
+            views, seen = self._load_views(pictures) if tokenize else ([], pictures)
+            scenes.append(views)
+            rewritten.append(_with_pictures(messages, seen))
+        processor_kwargs = dict(processor_kwargs or {})
+        if tokenize:
+            kwargs["return_tensors"] = return_tensors
+            if is_batch:
+                processor_kwargs = {"padding": True, "padding_side": "left"} | processor_kwargs
+        output = self.vlm_processor.apply_chat_template(
+            rewritten if is_batch else rewritten[0],
+            chat_template=chat_template,
+            tokenize=tokenize,
+            return_dict=tokenize,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
+        if not tokenize:
+            return output
+        return self._add_views(output, scenes, return_tensors) if return_dict else output["input_ids"]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        return_tensors: str | TensorType | None = TensorType.PYTORCH,
+        **kwargs,
+    ) -> ViewBatch:
+        """Text that has the VLM's placeholders already, and its pictures.
+
+        Args:
+            images: Of every text a list of its pictures (empty for none); for a single text, its pictures or one.
+            text: A text or a list of texts.
+            return_tensors: ``"pt"`` or ``"np"``.
+            **kwargs: For the VLM's processor.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        nested = [list(pictures) for pictures in images] if _is_nested(images) else [_as_list(images)]
+        if len(nested) != len(texts):
+            raise ValueError(
+                f"`images` must have one list of pictures for each of the {len(texts)} texts, got {len(nested)}. "
+                "Give an empty list for a text without pictures."
+            )
+        loaded = [self._load_views(pictures) for pictures in nested]
+        seen = [pictures for _, pictures in loaded]
+        output = self.vlm_processor(
+            text=text, images=seen if any(seen) else None, return_tensors=return_tensors, **kwargs
+        )
+        return self._add_views(output, [views for views, _ in loaded], return_tensors)
+
+    def _add_views(self, output: BatchFeature, scenes: list[list[PIL.Image.Image]], return_tensors) -> ViewBatch:
+        views = self.view_image_processor.pack(scenes, return_tensors)
+        counts = {}
+        if self.image_token_id is not None:
+            counts[TOKEN_COUNTS] = (output["input_ids"] == self.image_token_id).sum(-1)
+        return ViewBatch({**output, **views, **counts})
+
+    def _pictures_of(
+        self, messages: Sequence[dict[str, Any]], num_frames: int | None
+    ) -> tuple[list[Image], list[dict[str, Any]]]:
+        """All pictures of a conversation in order, and the messages with an empty image item for each."""
+        pictures: list[Image] = []
+        rewritten = []
+        for message in messages:
+            content = message.get("content")
+            if not isinstance(content, list | tuple):
+                rewritten.append(message)
+                continue
+            items = []
+            for item in content:
+                new = _pictures_of_item(item, num_frames)
+                pictures += new
+                items += [{"type": "image"}] * len(new) if item.get("type") != "text" else [item]
+            rewritten.append({**message, "content": items})
+        return pictures, rewritten
+
+    # Text
+
+    def batch_decode(self, *args, **kwargs) -> list[str]:
+        return self.vlm_processor.batch_decode(*args, **kwargs)
+
+    def decode(self, *args, **kwargs) -> str:
+        return self.vlm_processor.decode(*args, **kwargs)
+
+    def post_process_image_text_to_text(self, generated_outputs, **kwargs) -> list[str]:
+        return self.vlm_processor.post_process_image_text_to_text(generated_outputs, **kwargs)
+
+
+def _pictures_of_item(item: dict[str, Any], num_frames: int | None) -> list[Image]:
+    """The pictures that one item of a message's content holds."""
+    kind = item.get("type")
+    if kind == "text":
+        return []
+    if kind == "image_url":  # OpenAI's form
+        url = item["image_url"]
+        return [url["url"] if isinstance(url, dict) else url]
+    if kind not in ("image", "video"):
+        raise ValueError(
+            f"A content item must have type 'text', 'image' or 'video', got {kind!r}. Leave it out: a Spa3-VLM sees "
+            "pictures and videos."
+        )
+    keys = PICTURE_KEYS if kind == "image" else VIDEO_KEYS
+    media = next((item[key] for key in keys if item.get(key) is not None), None)
+    if media is None:
+        raise ValueError(
+            f"A content item of type {kind!r} must hold its {kind} under one of {', '.join(map(repr, keys))}, got the "
+            f"keys {sorted(item)}."
+        )
+    if kind == "image":
+        return [f"data:image/png;base64,{media}" if "base64" in item and media == item["base64"] else media]
+    if isinstance(media, str | Path):
+        return sample_frames(media, num_frames)
+    frames = list(media)
+    if not frames:
+        raise ValueError("A video given as a list must hold at least one frame, got none. Leave the video out.")
+    return frames if num_frames is None else [frames[i] for i in uniform_indices(len(frames), num_frames)]
+
+
+def _with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[Image]) -> list[dict[str, Any]]:
+    """The messages with each image item given its picture."""
+    remaining = iter(pictures)
+    return [
+        message
+        if not isinstance(message.get("content"), list)
+        else {
+            **message,
+            "content": [
+                {"type": "image", "image": next(remaining)} if item.get("type") == "image" else item
+                for item in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def _is_nested(images: Any) -> bool:
+    return isinstance(images, list | tuple) and len(images) > 0 and isinstance(images[0], list | tuple)
+
+
+def _as_list(images: Any) -> list[Image]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+__all__ = ["Spa3VLMProcessor"]
