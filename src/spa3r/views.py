@@ -40,8 +40,8 @@ class ViewLayout:
         Raises:
             ValueError: There are no views, or the three inputs contradict one another.
         """
-        grids = tuple((int(height), int(width)) for height, width in _to_list(view_grid_hw))
-        scenes = tuple(int(count) for count in _to_list(views_per_scene))
+        grids = tuple((int(height), int(width)) for height, width in as_list(view_grid_hw))
+        scenes = tuple(int(count) for count in as_list(views_per_scene))
         if not grids or not scenes:
             raise ValueError(
                 "`view_grid_hw` and `views_per_scene` must hold at least one view of one scene, got "
@@ -115,7 +115,8 @@ def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Ten
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def _to_list(values: Tensor | Sequence) -> list:
+def as_list(values: Tensor | Sequence) -> list:
+    """A small tensor or sequence of numbers as Python numbers."""
     return values.tolist() if isinstance(values, Tensor) else list(values)
 
 

@@ -32,7 +32,7 @@ class PackedPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["TransformerLayer"]  # noqa: RUF012
+    _no_split_modules = ["TransformerLayer"]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Default to xformers where it is installed; refuse an unknown or unusable back end while loading."""

@@ -27,7 +27,7 @@ class Spa3VLMConfig(PreTrainedConfig):
     """
 
     model_type = "spa3_vlm"
-    sub_configs = {"vlm_config": AutoConfig, "spa3r_config": Spa3RConfig}  # noqa: RUF012
+    sub_configs = {"vlm_config": AutoConfig, "spa3r_config": Spa3RConfig}
 
     vlm_config: dict[str, Any] | PreTrainedConfig | None = None
     spa3r_config: dict[str, Any] | PreTrainedConfig | None = None

@@ -23,6 +23,7 @@ from spa3r.layers import Mlp
 from spa3r.models.modeling_base import PackedPreTrainedModel, save_without
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
 from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
+from spa3r.views import as_list
 
 VIEW_KEYS = ("view_pixel_values", "view_grid_hw", "views_per_scene", "image_tokens_per_scene")
 """What :class:`~spa3r.Spa3VLMProcessor` adds to the VLM's own inputs."""
@@ -105,7 +106,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
     config_class = Spa3VLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    _keep_in_fp32_modules_strict = ["camera_head"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["camera_head"]
 
     def __init__(self, config: Spa3VLMConfig, vlm: PreTrainedModel | None = None, spa3r: Spa3RModel | None = None):
         super().__init__(config)
@@ -337,15 +338,14 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
 
     def _tokens_per_row(self, input_ids: Tensor | None, given: Tensor | Sequence[int] | None) -> list[int]:
         if given is not None:
-            return given.tolist() if isinstance(given, Tensor) else list(given)
+            return as_list(given)
         if input_ids is None:
             raise ValueError("`image_tokens_per_scene` must be given where `input_ids` is not (with `inputs_embeds`).")
         return (input_ids == self.vlm.config.image_token_id).sum(dim=1).tolist()
 
     def _encode_views(self, views: dict[str, Any], tokens_per_row: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Latents of the rows that have views, and which rows these are."""
-        counts = views["views_per_scene"]
-        counts = counts.tolist() if isinstance(counts, Tensor) else list(counts)
+        counts = as_list(views["views_per_scene"])
         if len(counts) != len(tokens_per_row):
             raise ValueError(
                 f"`views_per_scene` must have one entry for each of the {len(tokens_per_row)} rows of `input_ids` "

@@ -45,7 +45,7 @@ class Spa3RConfig(PreTrainedConfig):
     """
 
     model_type = "spa3r"
-    sub_configs = {"backbone_config": VggtConfig, "semantic_teacher_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"backbone_config": VggtConfig, "semantic_teacher_config": AutoConfig}
 
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     backbone_name_or_path: str | None = None

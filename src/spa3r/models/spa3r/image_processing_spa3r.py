@@ -45,7 +45,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         image_std: Standard deviation of the normalisation, by channel.
     """
 
-    model_input_names = ["view_pixel_values", "view_grid_hw", "views_per_scene"]  # noqa: RUF012
+    model_input_names = ["view_pixel_values", "view_grid_hw", "views_per_scene"]
 
     def __init__(
         self,
@@ -84,9 +84,8 @@ class Spa3RImageProcessor(BaseImageProcessor):
             ValueError: There are no views, a picture can't be decoded, is smaller than a patch, or holds NaN or values
                 outside its range. The message names the picture.
         """
-        return self.pack(
-            [[self.process_view(image, mode) for image in scene] for scene in as_scenes(images)], return_tensors
-        )
+        scenes = [[self.process_view(image, mode) for image in scene] for scene in as_scenes(images)]
+        return self.pack(scenes, return_tensors)
 
     def process_view(self, image: Image, mode: Literal["crop", "pad"] | None = None) -> PIL.Image.Image:
         """One picture, resized and cropped or padded: RGB, sides multiples of the patch. What a VLM sees as well."""

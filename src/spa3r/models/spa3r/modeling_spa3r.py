@@ -21,7 +21,7 @@ from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.vggt.modeling_vggt import VggtModel, VggtModelOutput
 from spa3r.prope import ProjectiveEncoding, projection_matrices
 from spa3r.rope import RotaryEncoding
-from spa3r.views import ViewLayout, prepend_tokens, select_rows, split_prefix, to_device
+from spa3r.views import ViewLayout, as_list, prepend_tokens, select_rows, split_prefix, to_device
 
 SEMANTIC_IMAGE_SIZE = 224
 """Side in pixels of the square to which views are resized for the semantic teacher."""
@@ -204,7 +204,7 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
     config_class = Spa3RConfig
     base_model_prefix = "spa3r"
     main_input_name = "view_pixel_values"
-    _keep_in_fp32_modules_strict = ["camera_head"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["camera_head"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -302,7 +302,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
     elsewhere: then ``from_pretrained`` fetches them, while the bare constructor leaves ``backbone`` empty.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^semantic_teacher\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^semantic_teacher\."]
 
     def __init__(self, config: Spa3RConfig):
         super().__init__(config)
@@ -581,9 +581,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
                 context = {0, *(1 + i for i in torch.randperm(count - 1)[: num_context - 1].tolist())}
                 targets += [view not in context for view in range(count)]
         else:
-            targets = [
-                bool(target) for target in (target_mask.tolist() if hasattr(target_mask, "tolist") else target_mask)
-            ]
+            targets = [bool(target) for target in as_list(target_mask)]
             if len(targets) != layout.num_views:
                 raise ValueError(
                     f"`target_mask` must have one entry for each of the {layout.num_views} views, got {len(targets)}."
@@ -651,10 +649,8 @@ def _reduce(
     scene_counts = layout.per_scene(counts)
     losses, per_scene = {}, {}
     for name, error in errors.items():
-        sums = [
-            part.sum() if use else part.new_zeros(())
-            for part, use in zip(error.split(list(layout.patches_per_view)), counted)
-        ]
+        parts = error.split(list(layout.patches_per_view))
+        sums = [part.sum() if use else part.new_zeros(()) for part, use in zip(parts, counted)]
         scene_sums = [
             torch.stack(sums[first : first + count]).sum()
             for first, count in zip(layout.first_views, layout.views_per_scene)

@@ -73,8 +73,8 @@ class VggtConfig(PreTrainedConfig):
         ):
             if getattr(self, width) % (4 * getattr(self, heads)):
                 raise ValueError(
-                    f"`{width}` must be a multiple of 4 x `{heads}` = {4 * getattr(self, heads)} (rotary encoding in two "
-                    f"dimensions), got {getattr(self, width)}."
+                    f"`{width}` must be a multiple of 4 x `{heads}` = {4 * getattr(self, heads)} (rotary encoding in "
+                    f"two dimensions), got {getattr(self, width)}."
                 )
         if {"depth", "point"} & set(self.heads):
             if len(self.dpt_layers) != 4 or len(self.dpt_channels) != 4:

@@ -256,7 +256,7 @@ class VggtModel(PackedPreTrainedModel):
     config_class = VggtConfig
     base_model_prefix = "vggt"
     main_input_name = "view_pixel_values"
-    _keep_in_fp32_modules_strict = ["camera_head"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["camera_head"]
 
     def __init__(self, config: VggtConfig):
         super().__init__(config)
