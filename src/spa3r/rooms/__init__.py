@@ -1,0 +1,36 @@
+"""The embedded world: seeded, furnished rooms seen through a camera that walks through them.
+
+It stands in for real data where there is none: pictures with exact depth, instance ids and cameras, and a room whose
+every fact is known. Plain numpy; the same seed and level give the same arrays, in any order and process.
+
+    room = generate_room(seed=0, level=2)
+    cameras = camera_walk(room, num_views=32)
+    views = render(room, cameras)
+"""
+
+from spa3r.rooms.finishes import COLOURS, Finish
+from spa3r.rooms.furniture import FURNITURE, Furniture
+from spa3r.rooms.levels import LEVELS, RoomLevel
+from spa3r.rooms.render import RoomViews, render
+from spa3r.rooms.room import Fixture, Light, Room, RoomObject, generate_room
+from spa3r.rooms.walk import CAMERA_CLEARANCE, Cameras, camera_walk, relative_to_first
+
+__all__ = [
+    "CAMERA_CLEARANCE",
+    "COLOURS",
+    "FURNITURE",
+    "LEVELS",
+    "Cameras",
+    "Finish",
+    "Fixture",
+    "Furniture",
+    "Light",
+    "Room",
+    "RoomLevel",
+    "RoomObject",
+    "RoomViews",
+    "camera_walk",
+    "generate_room",
+    "relative_to_first",
+    "render",
+]

@@ -1,0 +1,297 @@
+"""The camera walk: a smooth tour through the free space of a room that looks at everything in turn.
+
+The path is a closed loop through points spread over the floor, found on a grid that avoids everything, then smoothed.
+The gaze turns from object to object and wall to wall like a person's, so that a long enough walk sees all of them and
+neighbouring frames overlap. The camera goes at bounded speed: more frames see more of the room until the loop is
+closed, still more take smaller steps along the same loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from spa3r.rooms.levels import Range
+from spa3r.rooms.room import Room, check_seed
+
+CAMERA_CLEARANCE = 0.25
+"""Metres that a walking camera keeps from objects and walls, seen from above."""
+
+_CELL = 0.15  # metres; a passage of 0.8 m leaves a free band of 0.3 m, which holds a path of such cells
+_COMFORT = 0.35  # clearance that the smoothed path strives for, metres
+_STRIDE = 0.05  # spacing of the smoothed path, metres
+_READING_DISTANCE = 0.8  # metres from which something is worth looking at
+_FIXATION = np.radians(8)  # how near to the middle of the picture something has been looked at
+_FLOOR_PER_STOP = 5.0  # square metres of floor for every point that the loop visits
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """Cameras of a walk, in order.
+
+    Attributes:
+        extrinsics: (V, 4, 4) float32, camera-from-world, OpenCV axes; world = the room's frame, metres.
+        intrinsics: (V, 3, 3) float32, pixels of a picture of `size`; pixel centres at +0.5.
+        size: height and width of the pictures, pixels.
+    """
+
+    extrinsics: np.ndarray
+    intrinsics: np.ndarray
+    size: tuple[int, int]
+
+    def __post_init__(self):
+        check_size(self.size)
+        for name, value, n in (("extrinsics", self.extrinsics, 4), ("intrinsics", self.intrinsics, 3)):
+            if np.ndim(value) != 3 or np.shape(value)[1:] != (n, n):
+                raise ValueError(
+                    f"{name}: wanted an array (V, {n}, {n}), got {np.shape(value)}; one camera needs a first axis of 1."
+                )
+        if len(self.extrinsics) != len(self.intrinsics):
+            raise ValueError(
+                f"intrinsics: wanted {len(self.extrinsics)} views as in extrinsics, got {len(self.intrinsics)}; "
+                "repeat a shared one with numpy.repeat."
+            )
+
+
+def camera_walk(
+    room: Room,
+    num_views: int,
+    size: tuple[int, int] = (112, 112),
+    seed: int = 0,
+    max_step: float = 0.3,
+    max_turn: float = 15.0,
+) -> Cameras:
+    """Cameras of a smooth walk through a room.
+
+    At the default speed 32 views walk about 8 m and look around once, which shows nearly all objects; 64 views show
+    all. For fewer views of a whole room take every n-th of a longer walk. The camera stays `CAMERA_CLEARANCE` away
+    from everything, seen from above.
+
+    Args:
+        room: where to walk.
+        num_views: number of frames, >= 1.
+        size: height and width of the pictures, pixels.
+        seed: another walk through the same room for every value.
+        max_step: most that the camera moves from a frame to the next, metres.
+        max_turn: most that it turns from a frame to the next, degrees.
+    """
+    check_size(size)
+    check_seed(seed)
+    if isinstance(num_views, bool) or not isinstance(num_views, int | np.integer) or num_views < 1:
+        raise ValueError(f"num_views: wanted an int >= 1, got {num_views!r}; ask for at least one frame.")
+    for name, value in (("max_step", max_step), ("max_turn", max_turn)):
+        if not value > 0:
+            raise ValueError(f"{name}: wanted a number > 0, got {value!r}; leave it out for the default.")
+    rng = np.random.default_rng([room.seed, 1, seed])
+    loop = _smooth(room, _loop(rng, room))
+    along = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(loop, axis=0, append=loop[:1]), axis=1))])
+    # What the height and the roll add to a step and a turn is bounded by how slowly they swing.
+    step = min(0.9 * max_step, along[-1] / num_views)
+    turn = max_turn * max(step / (0.9 * max_step), 0.25)
+    walked = step * np.arange(num_views)
+    closed = np.concatenate([loop, loop[:1]])
+    x, y = (np.interp(walked, along, closed[:, axis]) for axis in (0, 1))
+    level = room.level
+    rise, tilt = np.ptp(level.camera_height), np.ptp(level.roll)
+    centers = np.stack([x, y, _wander(rng, level.camera_height, walked, max(6.0, 12 * rise))], axis=1)
+    yaw, pitch = _gaze(rng, room, centers, turn)
+    roll = np.radians(_wander(rng, level.roll, walked, max(8.0, np.pi * tilt * step / (0.2 * turn))))
+    fov = np.radians(_wander(rng, level.field_of_view, walked, 14.0))
+    height, width = size
+    intrinsics = np.zeros((num_views, 3, 3), np.float32)
+    intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = max(size) / 2 / np.tan(fov / 2)
+    intrinsics[:, :, 2] = (width / 2, height / 2, 1)
+    return Cameras(_extrinsics(centers, yaw, pitch, roll), intrinsics, (int(height), int(width)))
+
+
+def relative_to_first(extrinsics: np.ndarray) -> np.ndarray:
+    """Re-expresses cameras in the frame of the first one, the world of the rest of the library.
+
+    Args:
+        extrinsics: (V, 4, 4) camera-from-world, of any world.
+
+    Returns:
+        (V, 4, 4) float32 camera-from-first-camera; the first is the identity.
+    """
+    if np.ndim(extrinsics) != 3 or np.shape(extrinsics)[1:] != (4, 4):
+        raise ValueError(
+            f"extrinsics: wanted an array (V, 4, 4), got {np.shape(extrinsics)}; stack the views of a scene."
+        )
+    extrinsics = np.asarray(extrinsics, np.float64)
+    return (extrinsics @ np.linalg.inv(extrinsics[0])).astype(np.float32)
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raises a ValueError unless `size` is a height and a width >= 1."""
+    if not (
+        isinstance(size, tuple | list)
+        and len(size) == 2
+        and all(isinstance(side, int | np.integer) and not isinstance(side, bool) and side >= 1 for side in size)
+    ):
+        raise ValueError(f"size: wanted (height, width), two ints >= 1, got {size!r}; for example (112, 112).")
+
+
+def _extrinsics(centers: np.ndarray, yaw: np.ndarray, pitch: np.ndarray, roll: np.ndarray) -> np.ndarray:
+    """Cameras (V, 4, 4) float32 at centers (V, 3), looking along yaw and pitch (radians), turned by roll about it."""
+    zero = np.zeros_like(yaw)
+    forward = np.stack([np.cos(yaw) * np.cos(pitch), np.sin(yaw) * np.cos(pitch), np.sin(pitch)], axis=1)
+    level_right = np.stack([np.sin(yaw), -np.cos(yaw), zero], axis=1)
+    level_down = np.cross(forward, level_right)
+    c, s = np.cos(roll)[:, None], np.sin(roll)[:, None]
+    rotation = np.stack([c * level_right + s * level_down, c * level_down - s * level_right, forward], axis=1)
+    extrinsics = np.zeros((len(centers), 4, 4), np.float32)
+    extrinsics[:, :3, :3] = rotation
+    extrinsics[:, :3, 3] = -np.einsum("vij,vj->vi", rotation, centers)
+    extrinsics[:, 3, 3] = 1
+    return extrinsics
+
+
+def _wander(rng: np.random.Generator, limits: Range, walked: np.ndarray, shortest: float) -> np.ndarray:
+    """A value that swings slowly within its limits; `shortest` is its shortest period, metres walked."""
+    low, high = limits
+    phase, period = rng.uniform(0, 2 * np.pi), shortest * rng.uniform(1.0, 1.5)
+    return (low + high) / 2 + (high - low) / 2 * np.sin(phase + 2 * np.pi * walked / period)
+
+
+def _loop(rng: np.random.Generator, room: Room) -> np.ndarray:
+    """Corners (N, 2) of a closed path through free cells, around the room by way of points spread over its floor."""
+    length, width, _ = room.size
+    xs, ys = (np.arange(-extent / 2 + _CELL, extent / 2, _CELL) for extent in (length, width))
+    cells = np.stack(np.meshgrid(xs, ys, indexing="ij"), axis=-1)  # (X, Y, 2)
+    clearance = room.clearance(cells)
+    free = clearance >= CAMERA_CLEARANCE
+    if not free.any():
+        raise ValueError(
+            f"room: wanted floor {CAMERA_CLEARANCE} m away from everything, got none among {len(room.objects)} objects "
+            f"in {length:.1f} x {width:.1f} m; take away objects or enlarge the room."
+        )
+    cost = np.where(free, 1 + 0.3 / np.maximum(clearance, 0.05), np.inf)  # prefers the middle of a passage
+    home = np.unravel_index(np.argmax(clearance), clearance.shape)
+    reachable = np.argwhere(np.isfinite(_travel(cost, home)))
+    # Farthest-point sampling spreads the stops, going round the middle makes a loop of them.
+    points = cells[tuple(reachable.T)]
+    stops = [int(rng.integers(len(points)))]
+    spread = np.full(len(points), np.inf)
+    for _ in range(max(3, round(length * width / _FLOOR_PER_STOP)) - 1):
+        spread = np.minimum(spread, np.linalg.norm(points - points[stops[-1]], axis=1))
+        stops.append(int(np.argmax(spread)))
+    offsets = points[stops] - points[stops].mean(axis=0)
+    order = np.argsort(np.arctan2(offsets[:, 1], offsets[:, 0]))[:: rng.choice((-1, 1))]
+    tour = [tuple(reachable[stops[i]]) for i in np.roll(order, rng.integers(len(order)))]
+    path = []
+    for start, goal in zip(tour, tour[1:] + tour[:1], strict=True):
+        path += _descend(_travel(cost, goal), start)
+    return cells[tuple(np.array(path).T)]
+
+
+_NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
+
+
+def _travel(cost: np.ndarray, goal: tuple[int, int]) -> np.ndarray:
+    """Cheapest way (X, Y) from every cell to the goal over eight neighbours; infinite where there is none."""
+    x, y = cost.shape
+    best = np.full((x + 2, y + 2), np.inf)  # a border of one cell spares all bounds checks
+    best[goal[0] + 1, goal[1] + 1] = 0
+    inner = best[1:-1, 1:-1]
+    while True:
+        ways = [best[1 + i : 1 + i + x, 1 + j : 1 + j + y] + cost * np.hypot(i, j) for i, j in _NEIGHBOURS]
+        shorter = np.minimum(inner, np.min(ways, axis=0))
+        if np.array_equal(shorter, inner):
+            return inner
+        inner[:] = shorter
+
+
+def _descend(travel: np.ndarray, start: tuple[int, int]) -> list[tuple[int, int]]:
+    """Cells from `start` to the goal of `travel`, without the goal."""
+    path, cell = [], start
+    padded = np.pad(travel, 1, constant_values=np.inf)
+    while travel[cell] > 0:
+        path.append(cell)
+        cell = min(((cell[0] + i, cell[1] + j) for i, j in _NEIGHBOURS), key=lambda c: padded[c[0] + 1, c[1] + 1])
+    return path
+
+
+def _smooth(room: Room, corners: np.ndarray) -> np.ndarray:
+    """Closed path (N, 2), evenly spaced and rounded, still clear of everything."""
+    path = _respaced(corners)
+    kernel = np.exp(-0.5 * (np.arange(-12, 13) / 5) ** 2)
+    kernel /= kernel.sum()
+    for _ in range(12):
+        wrapped = np.concatenate([path[-12:], path, path[:12]])
+        path = np.stack([np.convolve(wrapped[:, axis], kernel, mode="valid") for axis in (0, 1)], axis=1)
+        path = _pushed_away(room, path, _COMFORT)
+    path = _respaced(path)
+    for _ in range(20):
+        if room.clearance(path).min() >= CAMERA_CLEARANCE:
+            break
+        path = _pushed_away(room, path, CAMERA_CLEARANCE + 0.02)
+    return path
+
+
+def _respaced(path: np.ndarray) -> np.ndarray:
+    """The same closed path with points `_STRIDE` apart."""
+    closed = np.concatenate([path, path[:1]])
+    along = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(closed, axis=0), axis=1))])
+    at = np.linspace(0, along[-1], max(32, round(along[-1] / _STRIDE)), endpoint=False)
+    return np.stack([np.interp(at, along, closed[:, axis]) for axis in (0, 1)], axis=1)
+
+
+def _pushed_away(room: Room, points: np.ndarray, wanted: float) -> np.ndarray:
+    """Moves points (N, 2) that are too near to something straight away from it."""
+    missing = wanted - room.clearance(points)
+    near = missing > 0
+    if near.any():
+        nudge = 1e-4 * np.eye(2)
+        slope = np.stack(
+            [room.clearance(points[near] + n) - room.clearance(points[near] - n) for n in nudge], axis=1
+        ) / (2e-4)
+        points = points.copy()
+        points[near] += missing[near, None] * slope
+    return points
+
+
+def _gaze(rng: np.random.Generator, room: Room, centers: np.ndarray, max_turn: float) -> tuple[np.ndarray, np.ndarray]:
+    """Yaw and pitch (V,) in radians of a camera that looks at one object or wall after another.
+
+    It turns on to the next one that it has not looked at yet, with bounded rate and gentle starts; when it
+    has seen all it begins anew.
+    """
+    limit = np.radians(0.75 * max_turn)  # the rest is left to pitch and roll
+    lowest, highest = np.radians(room.level.pitch)
+    x, y, z = np.array(room.size) / 2
+    walls = [(-x, 0.0, z), (0.0, -y, z), (x, 0.0, z), (0.0, y, z)]
+    targets = np.array([item.center for item in room.objects] + walls)
+    unseen = np.ones(len(targets), bool)
+    to_middle = np.arctan2(-centers[0, 1], -centers[0, 0])
+    yaw, rate = to_middle + rng.uniform(-0.5, 0.5), 0.0  # a first frame of the room, not of a wall at arm's length
+    pitch = (lowest + highest) / 2
+    yaws, pitches = [], []
+    for center in centers:
+        offsets = targets - center
+        distance = np.linalg.norm(offsets[:, :2], axis=1)
+        error = _wrapped(np.arctan2(offsets[:, 1], offsets[:, 0]) - yaw)
+        far = distance > _READING_DISTANCE
+        looked_at = far & (np.abs(error) < _FIXATION)
+        unseen &= ~looked_at
+        if not (unseen & far).any():
+            unseen[:] = True
+        candidates = np.flatnonzero(unseen & far & ~looked_at)
+        if len(candidates):
+            # Nearest to where the turn is heading: turning on is easier than turning back, and sees more.
+            chosen = candidates[np.argmin(np.abs(error[candidates] - 4 * rate))]
+            wanted = 0.35 * error[chosen]
+            wanted_pitch = np.arctan2(offsets[chosen, 2], distance[chosen])
+        else:
+            wanted, wanted_pitch = rate, pitch
+        rate += np.clip(np.clip(wanted, -limit, limit) - rate, -0.4 * limit, 0.4 * limit)
+        yaw = yaw + rate
+        pitch += np.clip(0.3 * (np.clip(wanted_pitch, lowest, highest) - pitch), -limit / 3, limit / 3)
+        yaws.append(yaw)
+        pitches.append(pitch)
+    return np.array(yaws), np.array(pitches)
+
+
+def _wrapped(angle: np.ndarray) -> np.ndarray:
+    """The same angle in [-pi, pi)."""
+    return (angle + np.pi) % (2 * np.pi) - np.pi
