@@ -23,7 +23,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -67,22 +67,22 @@ class Segments:
         starts = accumulate(key_lengths, initial=0)
         return cls(tuple(query_lengths), tuple(zip(starts, key_lengths)))
 
-    @cached_property
+    @property
     def key_lengths(self) -> tuple[int, ...]:
         return tuple(length for _, length in self.key_ranges)
 
-    @cached_property
+    @property
     def keys_are_packed(self) -> bool:
         """Whether the key ranges follow one another from 0, so that the keys need no gathering."""
         starts = accumulate(self.key_lengths, initial=0)
         return all(start == expected for (start, _), expected in zip(self.key_ranges, starts))
 
-    @cached_property
+    @property
     def is_uniform(self) -> bool:
         """Whether all segments have one shape and lie one after the other: then a reshape makes the batch."""
         return self.keys_are_packed and len(set(zip(self.query_lengths, self.key_lengths))) == 1
 
-    @cached_property
+    @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Indices of the segments that have the same (query, key) lengths, group by group."""
         groups: dict[tuple[int, int], list[int]] = {}
@@ -224,7 +224,7 @@ def xformers_attention_forward(
     Causal and padding masks of such models come as tensors, for which SDPA is the better kernel; xformers' own kernels
     serve the packed attention of this library (:func:`packed_attention`), which has no mask tensor.
     """
-    if not query.is_cuda:
+    if not query.is_cuda and not torch.compiler.is_compiling():  # a log call would break the graph
         logger.warning_once(
             f"attn_implementation='xformers': xformers' kernels run on CUDA only; on {query.device.type} tensors "
             "PyTorch's scaled-dot-product attention computes the same."

@@ -253,10 +253,11 @@ def convert_checkpoint(
 
 def _convert_vggt(source: Path, tensors: dict[str, Tensor], output_dir: Path, fields: dict[str, Any]) -> None:
     weights = translate(tensors, VGGT_RULES)
+    config = vggt_config(weights, fields)
     with torch.device("meta"):
-        model = VggtModel(vggt_config(weights, fields))
+        model = VggtModel(config)
     _save(model, weights, output_dir)
-    Spa3RImageProcessor().save_pretrained(output_dir)
+    _image_processor(config).save_pretrained(output_dir)
 
 
 def _convert_spa3r(source: Path, tensors: dict[str, Tensor], output_dir: Path, fields: dict[str, Any]) -> None:
@@ -273,7 +274,7 @@ def _convert_spa3r(source: Path, tensors: dict[str, Tensor], output_dir: Path, f
         weights = {f"spa3r.{key}": tensor for key, tensor in weights.items()}
         weights |= {f"semantic_teacher.{key}": tensor for key, tensor in teacher.items()}
     _save(model, weights, output_dir)
-    Spa3RImageProcessor(patch_size=config.patch_size).save_pretrained(output_dir)
+    _image_processor(config.backbone_config).save_pretrained(output_dir)
 
 
 def _convert_spa3_vlm(source: Path, tensors: dict[str, Tensor], output_dir: Path, fields: dict[str, Any]) -> None:
@@ -303,7 +304,7 @@ def _convert_spa3_vlm(source: Path, tensors: dict[str, Tensor], output_dir: Path
     if (source / "tokenizer_config.json").is_file():
         Spa3VLMProcessor(
             AutoProcessor.from_pretrained(source),
-            Spa3RImageProcessor(patch_size=spa3r_config.patch_size),
+            _image_processor(spa3r_config.backbone_config),
             image_token_id=vlm_config.image_token_id,
         ).save_pretrained(output_dir)
     else:
@@ -311,6 +312,10 @@ def _convert_spa3_vlm(source: Path, tensors: dict[str, Tensor], output_dir: Path
             f"{source} holds no tokenizer, so no processor was written. Make one with "
             "Spa3VLMProcessor.from_vlm_and_spa3r and save it beside the model."
         )
+
+
+def _image_processor(config: VggtConfig) -> Spa3RImageProcessor:
+    return Spa3RImageProcessor(size=config.image_size, patch_size=config.patch_size)
 
 
 def _translate_spa3r(

@@ -72,9 +72,10 @@ def invert_extrinsics(extrinsics: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 4, 
 
 def relative_to_first_view(extrinsics: Tensor, views_per_scene: Sequence[int]) -> Tensor:  # (V, 4, 4) -> (V, 4, 4)
     """Re-express cameras that share any world frame in the library's: the camera of each scene's first view."""
-    world_from_camera = invert_extrinsics(extrinsics)
-    scenes = zip(extrinsics.split(list(views_per_scene)), world_from_camera.split(list(views_per_scene)))
-    return torch.cat([cameras @ inverse[:1] for cameras, inverse in scenes])
+    with torch.autocast(extrinsics.device.type, enabled=False):
+        extrinsics = extrinsics.float()
+        scenes = extrinsics.split(list(views_per_scene))
+        return torch.cat([cameras @ invert_extrinsics(cameras[:1]) for cameras in scenes])
 
 
 def camera_rays(intrinsics: Tensor, grid_hw: tuple[int, int], patch_size: int) -> Tensor:  # (V, 3, 3) -> (V, h*w, 3)

@@ -78,13 +78,14 @@ def projection_matrices(
         intrinsics: (V, 3, 3) in pixels, no skew.
         image_hw: (V, 2), height and width of the processed views in pixels.
     """
-    extrinsics, intrinsics = extrinsics.float(), intrinsics.float()
-    height, width = image_hw.float().unbind(-1)
-    fx, fy = intrinsics[:, 0, 0] / width, intrinsics[:, 1, 1] / height
-    cx, cy = intrinsics[:, 0, 2] / width - 0.5, intrinsics[:, 1, 2] / height - 0.5
-    calibration = _upper_triangular(fx, fy, cx, cy)
-    inverse = _upper_triangular(1 / fx, 1 / fy, -cx / fx, -cy / fy)
-    return homogeneous(calibration) @ extrinsics, invert_extrinsics(extrinsics) @ homogeneous(inverse)
+    with torch.autocast(extrinsics.device.type, enabled=False):
+        extrinsics, intrinsics = extrinsics.float(), intrinsics.float()
+        height, width = image_hw.float().unbind(-1)
+        fx, fy = intrinsics[:, 0, 0] / width, intrinsics[:, 1, 1] / height
+        cx, cy = intrinsics[:, 0, 2] / width - 0.5, intrinsics[:, 1, 2] / height - 0.5
+        calibration = _upper_triangular(fx, fy, cx, cy)
+        inverse = _upper_triangular(1 / fx, 1 / fy, -cx / fx, -cy / fy)
+        return homogeneous(calibration) @ extrinsics, invert_extrinsics(extrinsics) @ homogeneous(inverse)
 
 
 def _upper_triangular(fx: Tensor, fy: Tensor, cx: Tensor, cy: Tensor) -> Tensor:  # each (V,) -> (V, 3, 3)

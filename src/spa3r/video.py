@@ -37,7 +37,7 @@ def sample_frames(video: str | Path, num_frames: int | None = None) -> list[PIL.
         count, seconds = _length(str(video))
         indices = uniform_indices(count, num_frames or default_num_frames(seconds)) if count else np.empty(0, int)
         frames, decoded = _decode(str(video), set(indices.tolist()))
-        if count and decoded <= indices[-1]:  # the container promised more frames than it has
+        if count and decoded <= indices[-1]:  # not every packet gave a frame
             indices = uniform_indices(decoded, len(indices)) if decoded else np.empty(0, int)
             frames, _ = _decode(str(video), set(indices.tolist()))
     except FileNotFoundError as error:
@@ -52,12 +52,12 @@ def sample_frames(video: str | Path, num_frames: int | None = None) -> list[PIL.
 
 
 def _length(path: str) -> tuple[int, float]:
-    """Number of frames and seconds, by the container's word or else by counting its packets."""
+    """Number of frames, by counting packets (some containers name none or a wrong number), and seconds."""
     with av.open(path) as container:
         if not container.streams.video:
             return 0, 0.0
         stream = container.streams.video[0]
-        count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        count = sum(packet.size > 0 for packet in container.demux(stream))
         if stream.duration is not None:
             return count, float(stream.duration * stream.time_base)
         return count, count / float(stream.average_rate or 30)

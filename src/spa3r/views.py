@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -69,11 +68,11 @@ class ViewLayout:
     def num_views(self) -> int:
         return len(self.grid_hw)
 
-    @cached_property
+    @property
     def patches_per_view(self) -> tuple[int, ...]:
         return tuple(height * width for height, width in self.grid_hw)
 
-    @cached_property
+    @property
     def first_views(self) -> tuple[int, ...]:
         """Index of each scene's first view."""
         return tuple(accumulate(self.views_per_scene[:-1], initial=0))
@@ -95,6 +94,23 @@ class ViewLayout:
         """The layout of some views in a given order."""
         return ViewLayout(tuple(self.grid_hw[view] for view in views), tuple(views_per_scene))
 
+    def split_context(self, targets: Sequence[bool]) -> ContextSplit:
+        """Sort context before target views within every scene: then each attention segment is one contiguous run.
+
+        Args:
+            targets: Of every view, whether it is a target; each scene's first view is not.
+        """
+        scenes = [range(first, first + count) for first, count in zip(self.first_views, self.views_per_scene)]
+        order = [view for scene in scenes for view in sorted(scene, key=lambda view: targets[view])]
+        context_views = [view for view in order if not targets[view]]
+        return ContextSplit(
+            order=order,
+            places=[order.index(view) for view in range(self.num_views)],
+            sorted_layout=self.select(order, self.views_per_scene),
+            context_views=context_views,
+            context_layout=self.select(context_views, [sum(not targets[view] for view in scene) for scene in scenes]),
+        )
+
     def image_hw(self, patch_size: int) -> tuple[tuple[int, int], ...]:
         """Height and width of every processed view in pixels."""
         return tuple((height * patch_size, width * patch_size) for height, width in self.grid_hw)
@@ -113,6 +129,17 @@ class ViewLayout:
 def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small tensor from Python numbers; pinned and asynchronous on CUDA, so that the host never waits."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class ContextSplit:
+    """A batch with context before target views within every scene, and the way back to the caller's order."""
+
+    order: list[int]  # the caller's view at each sorted place
+    places: list[int]  # the sorted place of each of the caller's views
+    sorted_layout: ViewLayout
+    context_views: list[int]  # of the caller's, scene after scene
+    context_layout: ViewLayout
 
 
 def as_list(values: Tensor | Sequence) -> list:

@@ -1,7 +1,5 @@
 """Configuration of Spa3R. Imports no torch."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Iterable, Sequence
+from http.client import HTTPException
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
+from urllib.request import Request, urlopen
 
 import numpy as np
 import PIL.Image
@@ -12,19 +16,20 @@ import PIL.ImageOps
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, load_image
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import TensorType
 
 Image = PIL.Image.Image | str | Path | np.ndarray | Tensor
 """A PIL image, a path or URL, or an array or tensor: (H, W), (H, W, 1|3|4) or (1|3|4, H, W); uint8 in [0, 255], or
 floating point in [0, 1], or 16-bit in [0, 65535]."""
 
-LAYOUT_KEYS = ("view_grid_hw", "views_per_scene")
+LAYOUT_KEYS = ("view_grid_hw", "views_per_scene", "image_tokens_per_scene")
 
 
 class ViewBatch(BatchFeature):
-    """A BatchFeature whose ``.to(device)`` leaves the layout (``view_grid_hw``, ``views_per_scene``) on the CPU: the
-    models read it as Python integers, which from an accelerator would make the host wait."""
+    """A BatchFeature whose ``.to(device)`` leaves the layout (``view_grid_hw``, ``views_per_scene``,
+    ``image_tokens_per_scene``) on the CPU: the models read it as Python integers, which from an accelerator would make
+    the host wait."""
 
     def to(self, *args, **kwargs) -> ViewBatch:
         layout = {key: self.data[key] for key in LAYOUT_KEYS if key in self.data}
@@ -150,8 +155,16 @@ def as_scenes(images: Any) -> list[list[Image]]:
     """A picture, a list of pictures or a list of lists of pictures -> a list of scenes, none of them empty."""
     if isinstance(images, Image) and not (isinstance(images, np.ndarray | Tensor) and images.ndim == 4):
         images = [images]
+    if not isinstance(images, Iterable):
+        raise ValueError(f"`images` must be pictures, or lists of pictures, got {type(images).__name__}.")
     images = list(images)
-    scenes = [list(scene) for scene in images] if images and isinstance(images[0], list | tuple) else [images]
+    nested = {isinstance(image, list | tuple) for image in images}
+    if len(nested) == 2:
+        raise ValueError(
+            "`images` must hold either pictures or lists of pictures, got both. Put every scene's pictures in a list, "
+            "a single one too."
+        )
+    scenes = [list(scene) for scene in images] if nested == {True} else [images]
     for index, scene in enumerate(scenes):
         if not scene:
             raise ValueError(
@@ -169,11 +182,12 @@ def to_rgb(image: Image) -> PIL.Image.Image:
     """
     if isinstance(image, np.ndarray | Tensor):
         image = _from_array(image)
-    elif not isinstance(image, PIL.Image.Image):
-        image = _open(image)
+    else:
+        image = _decode(image)
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more a channel: PIL would clip, not scale
         values = np.asarray(image, np.float32)
+        _check_finite(values, image)
         limit = 65535 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 255
         image = PIL.Image.fromarray((values.clip(0, limit) * (255 / limit)).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -182,23 +196,37 @@ def to_rgb(image: Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def _open(source: Any) -> PIL.Image.Image:
-    if not isinstance(source, str | Path):
+def _decode(source: Any) -> PIL.Image.Image:
+    """The picture, read to its end."""
+    if not isinstance(source, PIL.Image.Image | str | Path):
         raise ValueError(
             f"A picture must be a PIL image, a path, a URL, an array or a tensor, got {type(source).__name__}."
         )
+    file = _fetch(source) if str(source).startswith(("http://", "https://")) else source
     try:
-        if str(source).startswith(("http://", "https://", "data:image/")):
-            return load_image(str(source))
-        with PIL.Image.open(source) as image:
+        if isinstance(source, PIL.Image.Image):
+            source.load()  # it may come from a file that nobody has read yet
+            return source
+        if str(source).startswith("data:image/"):
+            file = BytesIO(base64.b64decode(str(source).partition(",")[2]))
+        with PIL.Image.open(file) as image:
             image.load()
             return image
     except FileNotFoundError as error:
-        raise ValueError(f"The picture {source} doesn't exist. Check the path.") from error
+        raise ValueError(f"The picture {_describe(source)} doesn't exist. Check the path.") from error
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(
-            f"The picture {source} can't be decoded ({error}). It is damaged or no picture: leave it out or replace it."
+            f"The picture {_describe(source)} can't be decoded ({error}). It is damaged or no picture: leave it out or "
+            "replace it."
         ) from error
+
+
+def _fetch(url: str) -> BytesIO:
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "spa3r"}), timeout=60) as response:
+            return BytesIO(response.read())
+    except (OSError, ValueError, HTTPException) as error:
+        raise ValueError(f"The picture {url} can't be fetched ({error}). Check the address and the network.") from error
 
 
 def _from_array(array: np.ndarray | Tensor) -> PIL.Image.Image:
@@ -213,27 +241,38 @@ def _from_array(array: np.ndarray | Tensor) -> PIL.Image.Image:
             "A picture given as array or tensor must have shape (H, W), (H, W, 1|3|4) or (1|3|4, H, W), got "
             f"{tuple(array.shape)}."
         )
-    if np.issubdtype(values.dtype, np.floating):
-        if not np.isfinite(values).all():
-            raise ValueError(
-                f"A picture must hold finite values, got {_describe(array)} with NaN or infinite pixels. "
-                "Find out where they come from; no picture file has them."
-            )
+    if values.dtype == bool:
+        values = values * np.uint8(255)
+    elif np.issubdtype(values.dtype, np.floating):
+        _check_finite(values, array)
         if values.size and (values.min() < -1e-3 or values.max() > 1 + 1e-3):
             raise ValueError(
                 f"A floating point picture must hold values in [0, 1], got [{values.min():.4g}, {values.max():.4g}]. "
                 "Divide by 255, or pass uint8."
             )
         values = (values.clip(0, 1) * 255).round()
-    elif values.dtype != np.uint8:
-        limit = 65535 if values.size and values.max() > 255 else 255
-        values = np.round(values.clip(0, limit) * (255 / limit))
+    elif not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"A picture given as array must hold integers or floats, got {values.dtype}.")
+    elif values.dtype != np.uint8 and values.size:
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"An integer picture must hold values in [0, 65535], got [{values.min()}, {values.max()}]. Pass uint8."
+            )
+        values = np.round(values * (255 / (65535 if values.dtype == np.uint16 or values.max() > 255 else 255)))
     return PIL.Image.fromarray(values.astype(np.uint8))
+
+
+def _check_finite(values: np.ndarray, image: Image) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"A picture must hold finite values, got {_describe(image)} with NaN or infinite pixels. "
+            "Find out where they come from; no picture file has them."
+        )
 
 
 def _describe(image: Image) -> str:
     if isinstance(image, str | Path):
-        return str(image)
+        return str(image) if len(str(image)) <= 200 else f"{str(image)[:40]}..."
     if isinstance(image, np.ndarray | Tensor):
         return f"an array of shape {tuple(image.shape)}"
     return getattr(image, "filename", "") or "a picture"

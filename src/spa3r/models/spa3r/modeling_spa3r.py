@@ -185,8 +185,7 @@ class Spa3RDecoder(nn.Module):
                 [part for matrix, count in zip(matrices, lengths) for part in (identity, matrix.expand(count, 4, 4))]
             )
 
-        with torch.autocast(device.type, enabled=False):
-            projection, inverse = projection_matrices(extrinsics, intrinsics, image_hw)
+        projection, inverse = projection_matrices(extrinsics, intrinsics, image_hw)
         positions = prepend_tokens(
             torch.zeros(layout.num_views, num_prefix, 2, dtype=torch.long, device=device),
             layout.positions(device),
@@ -280,8 +279,10 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
             if module is None:
                 owner, _, part = path.rpartition(".")
                 name = getattr(self.config, f"{part}_name_or_path")
-                loaded = _load_frozen_part(part, name, dtype=self.dtype, **hub_kwargs)
+                back_end = getattr(self.config, f"{part}_config")._attn_implementation
+                loaded = _load_frozen_part(part, name, dtype=self.dtype, attn_implementation=back_end, **hub_kwargs)
                 setattr(self.get_submodule(owner), part, loaded.to(self.device))
+                setattr(self.config, f"{part}_config", loaded.config)  # the one object that its layers look into
         self._freeze()
 
 
@@ -413,7 +414,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
         if extrinsics is None:
             return None
         _check_cameras(extrinsics, intrinsics, layout)
-        return relative_to_first_view(extrinsics.float(), layout.views_per_scene), intrinsics.float()
+        return relative_to_first_view(extrinsics, layout.views_per_scene), intrinsics.float()
 
     def _run_backbone(self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs) -> tuple[Tensor, VggtModelOutput]:
         """The last layer's patch features (sum of N, 2C), and the backbone's whole output. Never with gradients."""
@@ -513,47 +514,33 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         given = model._given_cameras(extrinsics, intrinsics, layout)
         targets = self._target_views(target_mask, layout)
 
-        # Context first within each scene, so that each attention segment is one contiguous run.
-        order = [
-            view
-            for first, count in zip(layout.first_views, layout.views_per_scene)
-            for view in sorted(range(first, first + count), key=lambda view: targets[view])
-        ]
-        sorted_layout = layout.select(order, layout.views_per_scene)
-        sorted_pixels = select_rows(view_pixel_values, layout.patches_per_view, order)
-        context_counts = [
-            count - sum(targets[first : first + count])
-            for first, count in zip(layout.first_views, layout.views_per_scene)
-        ]
-        context_views = [view for view in order if not targets[view]]
-        context_layout = layout.select(context_views, context_counts)
+        split = layout.split_context(targets)
         asymmetric = config.view_masking == "asymmetric"
         sorted_features, backbone = model._run_backbone(
-            sorted_pixels,
-            sorted_layout,
+            select_rows(view_pixel_values, layout.patches_per_view, split.order),
+            split.sorted_layout,
             output_cameras=given is None,
             output_depth="depth" in config.backbone_config.heads,
-            context_views=context_counts if asymmetric else None,
+            context_views=split.context_layout.views_per_scene if asymmetric else None,
         )
-        places = [order.index(view) for view in range(layout.num_views)]  # from the sorted to the caller's order
-        geometry_targets = select_rows(sorted_features, sorted_layout.patches_per_view, places)
+        geometry_targets = select_rows(sorted_features, split.sorted_layout.patches_per_view, split.places)
         if asymmetric:
-            context_features = select_rows(geometry_targets, layout.patches_per_view, context_views)
+            context_features = select_rows(geometry_targets, layout.patches_per_view, split.context_views)
         else:
-            context_pixels = select_rows(view_pixel_values, layout.patches_per_view, context_views)
-            context_features, _ = model._run_backbone(context_pixels, context_layout)
+            context_pixels = select_rows(view_pixel_values, layout.patches_per_view, split.context_views)
+            context_features, _ = model._run_backbone(context_pixels, split.context_layout)
 
-        latents = model.encoder(context_features, context_layout)
+        latents = model.encoder(context_features, split.context_layout)
         if given is None:
-            given = (
-                torch.stack([backbone.extrinsics[i] for i in places]),
-                torch.stack([backbone.intrinsics[i] for i in places]),
+            given = tuple(
+                torch.stack([cameras[place] for place in split.places])
+                for cameras in (backbone.extrinsics, backbone.intrinsics)
             )
         field = model._decode(latents, *given, layout)
         semantic_targets = self._semantic_targets(view_pixel_values, layout)
         depth_targets = None
         if backbone.depth is not None:
-            depth_targets = _depth_at_patches([backbone.depth[i] for i in places], layout)
+            depth_targets = _depth_at_patches([backbone.depth[place] for place in split.places], layout)
 
         errors = field_errors(field, geometry_targets, semantic_targets, depth_targets)
         counted = [config.loss_views == "all" or target for target in targets]
