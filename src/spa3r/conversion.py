@@ -212,7 +212,9 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
             f"{file} can't be read: only pickles of tensors and plain values are loaded, and whole ones ({error}). If "
             "you trust it, save its state dict as safetensors and convert that."
         ) from error
-    content = content.get("state_dict", content)
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a dictionary of tensors by name, got {type(content).__name__}.")
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
@@ -330,6 +332,7 @@ def _translate_spa3r(
     backbone_config = vggt_config(backbone, fields.pop("backbone_config", {}))
     fields.pop("semantic_teacher_config", None)
     _require(weights, "encoder.query_tokens", "encoder.register_tokens", "semantic_head.fc2.weight")
+    _require(weights, "encoder.layers.0.attention.q_norm.weight", "encoder.layers.0.mlp.fc1.weight")
     _, num_latents, width = weights["encoder.query_tokens"].shape
     inferred = {
         "hidden_size": width,
@@ -381,7 +384,8 @@ def vggt_config(weights: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Vgg
 
 def dinov3_config(weights: Mapping[str, Tensor], fields: Mapping[str, Any]) -> DINOv3ViTConfig:
     """The configuration of a DINOv3 ViT: sizes from shapes, the rest from `fields` or the released ViT-L/16."""
-    _require(weights, "embeddings.patch_embeddings.weight", "model.layer.0.mlp.up_proj.weight")
+    _require(weights, "embeddings.patch_embeddings.weight", "embeddings.register_tokens")
+    _require(weights, "model.layer.0.mlp.up_proj.weight")
     width, _, patch, _ = weights["embeddings.patch_embeddings.weight"].shape
     inferred = {
         "hidden_size": width,

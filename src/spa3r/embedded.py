@@ -162,7 +162,7 @@ def _vlm_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
 
 
@@ -210,7 +210,7 @@ def embedded_model(seed: int = 0) -> tuple[Spa3VLMForConditionalGeneration, Spa3
         torch.manual_seed(seed)
         vlm = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         spa3r = Spa3RModel(_spa3r_config())
-        model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r)
+        model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r, initializer_range=0.1)
         # A fresh adapter is the identity; here the scene shall have a say.
         model.adapter.bottleneck.fc2.weight.normal_(std=0.1)
     processor = Spa3VLMProcessor(

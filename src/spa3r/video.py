@@ -16,6 +16,8 @@ def default_num_frames(seconds: float) -> int:
 
 def uniform_indices(count: int, num_frames: int) -> np.ndarray:
     """``linspace(0, count - 1, num_frames)``, cut to integers; a short video repeats frames."""
+    if num_frames < 1:
+        raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
     return np.linspace(0, count - 1, num_frames).astype(int)
 
 
@@ -29,16 +31,15 @@ def sample_frames(video: str | Path, num_frames: int | None = None) -> list[PIL.
         num_frames: How many frames; None: by the length, :func:`default_num_frames`.
 
     Raises:
-        ValueError: The file can't be opened, or holds no frames.
+        ValueError: The file can't be opened or holds no frames, or `num_frames` is less than 1.
     """
-    if num_frames is not None and num_frames < 1:
-        raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
     try:
         count, seconds = _length(str(video))
-        indices = uniform_indices(count, num_frames or default_num_frames(seconds)) if count else np.empty(0, int)
+        num_frames = default_num_frames(seconds) if num_frames is None else num_frames
+        indices = uniform_indices(count, num_frames) if count else np.empty(0, int)
         frames, decoded = _decode(str(video), set(indices.tolist()))
         if count and decoded <= indices[-1]:  # not every packet gave a frame
-            indices = uniform_indices(decoded, len(indices)) if decoded else np.empty(0, int)
+            indices = uniform_indices(decoded, num_frames) if decoded else np.empty(0, int)
             frames, _ = _decode(str(video), set(indices.tolist()))
     except FileNotFoundError as error:
         raise ValueError(f"The video {video} doesn't exist. Check the path.") from error

@@ -40,15 +40,25 @@ class PackedPreTrainedModel(PreTrainedModel):
         return super().get_correct_attn_implementation(name, is_init_check)
 
     @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers searches the class's own file for its interface; ours is called in attention.py
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """As transformers' ``from_pretrained``, and strict.
 
         Raises:
-            ValueError: The checkpoint lacks keys, has keys that the model doesn't know, or a file of it can't be read.
+            ValueError: The checkpoint lacks keys, has keys that the model doesn't know or tensors of other shapes, or a
+                file of it can't be read.
         """
+        accepts_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # ours to judge, below
+                **kwargs,
             )
         except SafetensorError as error:
             raise ValueError(
@@ -62,6 +72,12 @@ class PackedPreTrainedModel(PreTrainedModel):
                     f"{quote_keys(keys)}. Load it with the class that saved it; research checkpoints are turned into "
                     "ours by `spa3r convert`."
                 )
+        if info["mismatched_keys"] and not accepts_other_shapes:
+            wrong = [f"{key} {tuple(got)}, wanted {tuple(wanted)}" for key, got, wanted in info["mismatched_keys"]]
+            raise ValueError(
+                f"The checkpoint {pretrained_model_name_or_path} has tensors of other shapes than {cls.__name__}: "
+                f"{quote_keys(wrong)}. Its configuration belongs to other weights."
+            )
         model._finish_loading({key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
         return (model, info) if output_loading_info else model
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -122,7 +123,7 @@ def _sofa(size: Size, finish: Finish) -> list[Part]:
             np.concatenate(
                 [
                     box((a + 0.012, b - 0.012), (-d / 2 + 0.02, d / 2 - back), (0.6 * seat, seat))
-                    for a, b in zip(edges[:-1], edges[1:], strict=True)
+                    for a, b in pairwise(edges)
                 ]
             ),
             _tinted(finish, 1.2),

@@ -16,9 +16,7 @@ from spa3r.rooms.room import Room
 from spa3r.rooms.walk import Cameras
 
 _EDGE = 0.1  # colour difference of neighbouring pixels from which a pixel is sampled more than once
-_SKY = np.array(
-    [0.12, 0.08, 0.26], np.float32
-)  # where ambient light comes from most: faces in shadow stay distinguishable
+_SKY = np.array([0.12, 0.08, 0.26], np.float32)  # where ambient light comes from most: shadowed faces stay apart
 _REACH = 4.0  # metres at which the lamp's light has fallen to half
 
 
@@ -147,9 +145,8 @@ class _Scene:
         distance = (self.plane - self.normal @ center).take(hit) / facing
         # From here on float32 and channels first: colours need no more, and numpy is several times faster that way.
         points = (center[:, None] + distance * rays.T).astype(np.float32)
-        normal = (normal.T * -np.sign(facing)).astype(
-            np.float32
-        )  # to the camera, whichever side of the triangle it sees
+        # Towards the camera, whichever side of the triangle it sees.
+        normal = (normal.T * -np.sign(facing)).astype(np.float32)
         rgb = self.rgb.take(hit, axis=1)
         rgb *= self._darkness(hit, points)
         rgb *= self._light(points, normal)

@@ -54,7 +54,9 @@ class RoomObject:
         center: middle of the box in the room's frame, metres.
         size: width, depth, height along the object's own axes (x to its right, y to its back, z up), metres.
         yaw: turn of these axes about z, counter-clockwise, radians in [-pi, pi).
-        pattern, period, contrast: texture of the main part; see `Finish`.
+        pattern: texture of the main part; see `Finish`.
+        period: of the pattern, metres.
+        contrast: of the pattern, 0..1.
     """
 
     name: str
@@ -133,7 +135,8 @@ class Room:
         level: how much varies.
         size: length (x), width (y), height (z), metres.
         objects: object k of the instance ids is `objects[k - 1]`.
-        floor, ceiling: their looks.
+        floor: its look.
+        ceiling: its look.
         walls: looks of walls 0..3.
         fixtures: door, window, pictures.
         light: the lamp.

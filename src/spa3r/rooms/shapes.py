@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 _ROUND_SIDES = 16  # a multiple of 4, so that a ring touches its bounding box on all four sides
@@ -58,5 +60,5 @@ def ellipsoid(center: tuple[float, float, float], radii: tuple[float, float, flo
         for a in latitudes
     ]
     poles = [np.array([*center[:2], center[2] + sign * radii[2]]) for sign in (-1, 1)]
-    bands = [_band(low, high) for low, high in zip(rings[:-1], rings[1:], strict=True)]
+    bands = [_band(low, high) for low, high in pairwise(rings)]
     return np.concatenate([_fan(rings[0], poles[0]), *bands, _fan(rings[-1], poles[1])])

@@ -17,13 +17,14 @@ class Spa3VLMConfig(PreTrainedConfig):
 
     Args:
         vlm_config: Configuration of any vision-language model of transformers, or its fields with ``model_type``.
+            None: Qwen2.5-VL's defaults.
         spa3r_config: Configuration of the Spa3R, or its fields.
         adapter_num_attention_heads: Heads of the adapter's cross-attention; they divide the language model's width.
             None: as many as the language model has.
         initializer_range: Standard deviation of the truncated normal initialisation of the adapter.
 
     Raises:
-        ValueError: No VLM is given, or the heads don't divide its width.
+        ValueError: The VLM's fields don't name a family, or the heads don't divide its width.
     """
 
     model_type = "spa3_vlm"

@@ -113,6 +113,11 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
         check_vlm(self.vlm)
         self.spa3r = spa3r if spa3r is not None else Spa3RModel(config.spa3r_config)
+        if self.spa3r.config.hidden_size != config.spa3r_config.hidden_size:
+            raise ValueError(
+                f"`spa3r` must make latents of width {config.spa3r_config.hidden_size}, as `spa3r_config` says, got "
+                f"{self.spa3r.config.hidden_size}. Pass `spa3r.config` in the configuration."
+            )
         self.adapter = Spa3VLMAdapter(config)
         config.vlm_config = self.vlm.config  # the model may hold a copy; there is to be one truth
         self.post_init()
@@ -208,6 +213,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         self.vlm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
+        """The VLM's language model head."""
         return self.vlm.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:

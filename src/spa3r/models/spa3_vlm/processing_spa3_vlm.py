@@ -142,7 +142,8 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        return []  # the parts are saved as wholes, not piece by piece
+        """No piecewise parts for transformers: the VLM's processor is saved and loaded as a whole."""
+        return []
 
     @property
     def tokenizer(self):
@@ -156,6 +157,7 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     @property
     def chat_template(self) -> str | None:
+        """The VLM's chat template."""
         return self.vlm_processor.chat_template
 
     @chat_template.setter
@@ -164,6 +166,7 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
+        """The VLM's inputs and the views'."""
         return [*self.vlm_processor.model_input_names, *self.view_image_processor.model_input_names, TOKEN_COUNTS]
 
     def __repr__(self) -> str:
@@ -233,7 +236,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         is_batch = len(conversation) > 0 and isinstance(conversation[0], list | tuple)
         scenes, rewritten = [], []
         for messages in conversation if is_batch else [conversation]:
-            pictures, messages = self._pictures_of(messages, num_frames or self.num_frames)
+            pictures, messages = self._pictures_of(messages, self.num_frames if num_frames is None else num_frames)
             views, seen = self._load_views(pictures) if tokenize else ([], pictures)
             scenes.append(views)
             rewritten.append(_with_pictures(messages, seen))
@@ -270,6 +273,8 @@ class Spa3VLMProcessor(ProcessorMixin):
             **kwargs: For the VLM's processor.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
+        if images is None:
+            images = [[] for _ in texts]
         nested = [list(pictures) for pictures in images] if _is_nested(images) else [_as_list(images)]
         if len(nested) != len(texts):
             raise ValueError(
@@ -342,7 +347,8 @@ def _pictures_of_item(item: dict[str, Any], num_frames: int | None) -> list[Imag
             f"keys {sorted(item)}."
         )
     if kind == "image":
-        return [f"data:image/png;base64,{media}" if "base64" in item and media == item["base64"] else media]
+        is_bare = media is item.get("base64") and not media.startswith("data:")
+        return [f"data:image/png;base64,{media}" if is_bare else media]
     if isinstance(media, str | Path):
         return sample_frames(media, num_frames)
     frames = list(media)
@@ -373,8 +379,6 @@ def _is_nested(images: Any) -> bool:
 
 
 def _as_list(images: Any) -> list[Image]:
-    if images is None:
-        return []
     return list(images) if isinstance(images, list | tuple) else [images]
 
 

@@ -132,7 +132,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
             pixels = (np.asarray(view, np.float32) / np.float32(255) - mean) / std
             grid = (pixels.shape[0] // p, pixels.shape[1] // p)
             grids.append(grid)
-            patches.append(pixels.reshape(grid[0], p, grid[1], p, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3 * p * p))
+            patches.append(rearrange(pixels, "(h p) (w q) c -> (h w) (c p q)", p=p, q=p))
         data = {
             "view_pixel_values": np.concatenate(patches) if patches else np.zeros((0, 3 * p * p), np.float32),
             "view_grid_hw": np.asarray(grids, np.int64).reshape(-1, 2),
@@ -145,8 +145,8 @@ class Spa3RImageProcessor(BaseImageProcessor):
         p, views = self.patch_size, []
         grids = [(int(height), int(width)) for height, width in view_grid_hw]
         for patches, (height, width) in zip(view_pixel_values.float().split([h * w for h, w in grids]), grids):
-            pixels = patches.cpu().numpy().reshape(height, width, 3, p, p).transpose(0, 3, 1, 4, 2)
-            pixels = pixels.reshape(height * p, width * p, 3) * np.asarray(self.image_std) + np.asarray(self.image_mean)
+            pixels = rearrange(patches.cpu().numpy(), "(h w) (c p q) -> (h p) (w q) c", h=height, w=width, p=p, q=p)
+            pixels = pixels * np.asarray(self.image_std) + np.asarray(self.image_mean)
             views.append((pixels.clip(0, 1) * 255).round().astype(np.uint8))
         return views
 
@@ -216,8 +216,8 @@ def _decode(source: Any) -> PIL.Image.Image:
         raise ValueError(f"The picture {_describe(source)} doesn't exist. Check the path.") from error
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(
-            f"The picture {_describe(source)} can't be decoded ({error}). It is damaged or no picture: leave it out or "
-            "replace it."
+            f"The picture can't be decoded: {_describe(source)} ({error}). It is damaged or no picture: leave it out "
+            "or replace it."
         ) from error
 
 
@@ -275,7 +275,7 @@ def _describe(image: Image) -> str:
         return str(image) if len(str(image)) <= 200 else f"{str(image)[:40]}..."
     if isinstance(image, np.ndarray | Tensor):
         return f"an array of shape {tuple(image.shape)}"
-    return getattr(image, "filename", "") or "a picture"
+    return getattr(image, "filename", "") or "a PIL image"
 
 
 __all__ = ["Spa3RImageProcessor"]

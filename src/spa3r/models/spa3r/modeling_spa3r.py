@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
@@ -288,12 +289,12 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
 
 def _load_frozen_part(part: str, name: str, **kwargs) -> nn.Module:
     """A backbone or teacher from its own checkpoint, or from that of a whole Spa3R which contains it."""
-    if part == "semantic_teacher":
-        return AutoModel.from_pretrained(name, **kwargs)
     config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
-    if config.model_type == "spa3r":
+    if config.model_type != "spa3r":
+        return (VggtModel if part == "backbone" else AutoModel).from_pretrained(name, **kwargs)
+    if part == "backbone":
         return Spa3RModel.from_pretrained(name, **kwargs).backbone
-    return VggtModel.from_pretrained(name, **kwargs)
+    return Spa3RForPreTraining.from_pretrained(name, **kwargs).semantic_teacher
 
 
 class Spa3RModel(Spa3RPreTrainedModel):
@@ -593,9 +594,14 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         parts = view_pixel_values.split(list(layout.patches_per_view))
         targets: list[Tensor] = list(parts)
         for (height, width), views in layout.same_grid().items():
-            pixels = torch.stack([parts[view] for view in views])
-            pixels = pixels.reshape(len(views), height, width, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
-            images = pixels.reshape(len(views), 3, height * patch, width * patch).float()
+            images = rearrange(
+                torch.stack([parts[view] for view in views]).float(),
+                "v (h w) (c p q) -> v c (h p) (w q)",
+                h=height,
+                w=width,
+                p=patch,
+                q=patch,
+            )
             images = nn.functional.interpolate(images, size=(SEMANTIC_IMAGE_SIZE,) * 2, mode="bilinear")
             tokens = self.semantic_teacher(pixel_values=images.to(self.semantic_teacher.dtype)).last_hidden_state
             tokens = tokens[:, -(teacher_grid**2) :].float().transpose(1, 2).unflatten(-1, (teacher_grid,) * 2)

@@ -65,15 +65,17 @@ class VggtConfig(PreTrainedConfig):
         unknown = sorted(set(self.heads) - {"camera", "depth", "point"})
         if unknown:
             raise ValueError(f"`heads` may hold 'camera', 'depth' and 'point', got {unknown}.")
-        for width, heads in (
-            ("hidden_size", "num_attention_heads"),
-            ("hidden_size", "patch_embedding_num_heads"),
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                "`hidden_size` must be a multiple of 4 x `num_attention_heads` = "
+                f"{4 * self.num_attention_heads} (rotary encoding in two dimensions), got {self.hidden_size}."
+            )
+        for name, width in (
+            ("patch_embedding_num_heads", self.hidden_size),
+            ("camera_num_heads", 2 * self.hidden_size),
         ):
-            if getattr(self, width) % (4 * getattr(self, heads)):
-                raise ValueError(
-                    f"`{width}` must be a multiple of 4 x `{heads}` = {4 * getattr(self, heads)} (rotary encoding in "
-                    f"two dimensions), got {getattr(self, width)}."
-                )
+            if width % getattr(self, name):
+                raise ValueError(f"`{name}` must divide the width {width} of its layers, got {getattr(self, name)}.")
         if {"depth", "point"} & set(self.heads):
             if len(self.dpt_layers) != 4 or len(self.dpt_channels) != 4:
                 raise ValueError(

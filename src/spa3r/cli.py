@@ -1,0 +1,780 @@
+"""The command line, ``spa3r``: ask about photos, encode scenes, convert checkpoints, and see what works here.
+
+Standard output carries the result alone, as text or with ``--json`` as one JSON object; progress, notes and errors go
+to standard error. torch and the models are imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import time
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from spa3r import __version__
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import torch
+    from torch import Tensor
+
+    from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+    from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+    from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
+    from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
+
+EMBEDDED = "embedded"
+VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".heic", ".heif", ".avif"}
+PACKAGES = (
+    *("spa3r", "torch", "torchvision", "transformers", "xformers", "flash-attn", "accelerate", "peft", "safetensors"),
+    *("huggingface-hub", "tokenizers", "numpy", "pillow", "av", "matplotlib", "embreex", "typer"),
+)
+DEMO_QUESTION = "How many chairs are in the room?"
+
+app = typer.Typer(
+    name="spa3r",
+    help="Spatial representations from unposed photos, and vision-language models that see space.",
+    epilog="Without --model a tiny embedded model runs. It is untrained: it shows that everything works, no more.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Images(StrEnum):
+    aligned = "aligned"
+    native = "native"
+
+
+class Kind(StrEnum):
+    vggt = "vggt"
+    spa3r = "spa3r"
+    spa3_vlm = "spa3-vlm"
+
+
+Model = Annotated[str, typer.Option("--model", metavar="ID", help="A folder, a hub id, or 'embedded'.")]
+NumFrames = Annotated[
+    int | None, typer.Option(min=1, help="Frames of each video, uniformly sampled; by its length if not given (4-8).")
+]
+Device = Annotated[str, typer.Option(help="auto (the first of cuda, mps, cpu), or a device such as cuda:1.")]
+WeightType = Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto: as saved.")]
+Attention = Annotated[
+    str | None, typer.Option("--attn", metavar="NAME", help="Attention back end; `spa3r info` lists those that work.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"spa3r {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# What all commands share
+
+
+class Report:
+    """The result of a command, told once at its end."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.result: dict[str, Any] = {}
+        self.text = ""
+        self.exit_code = 0
+        self.console = Console(stderr=True, highlight=False)
+
+    def finish(self, text: str, exit_code: int = 0, **result: Any) -> None:
+        """Keep the result: its fields, the same as text, and the exit code."""
+        self.result = result | {"seconds": round(time.perf_counter() - self.start, 3)}
+        self.text, self.exit_code = text, exit_code
+
+    def note(self, text: str) -> None:
+        """One line for the reader, not for the result."""
+        self.console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        """One line of what went wrong."""
+        self.console.print(f"error: {text}", style="red", markup=False, soft_wrap=True)
+
+    def status(self, text: str):
+        """A spinner while something takes long; nothing where nobody looks."""
+        return self.console.status(text)
+
+    def progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        return Progress(
+            *columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal, transient=True
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _printable(text: str) -> str:
+    """A model's words without control characters, which could rule a terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+@contextmanager
+def _reporting(as_json: bool, verbose: bool) -> Iterator[Report]:
+    """Run a command: its result alone goes to standard output, expected errors become one line and exit code 1."""
+    report = Report()
+    try:
+        with redirect_stdout(sys.stderr), _quiet(not verbose):
+            yield report
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, ImportError) as error:
+        if as_json:
+            print(json.dumps({"error": _one_line(error)}))
+        else:
+            report.error(_one_line(error))
+        raise typer.Exit(1) from error
+    print(json.dumps(report.result) if as_json else report.text)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+@contextmanager
+def _quiet(wanted: bool) -> Iterator[None]:
+    """Keep the libraries' logs, warnings and bars (but for downloads) off the screen, and leave them as they were."""
+    if not wanted:
+        yield
+        return
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "spa3r.attention")]
+    levels, bars = [logger.level for logger in loggers], is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    if bars:
+        disable_progress_bar()
+        enable_progress_bars()  # the hub's, which the line above took along: a download is worth watching
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+        if bars:
+            enable_progress_bar()
+
+
+def _torch_device(name: str) -> torch.device:
+    import torch
+
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    usable = [*(kind for kind, backend in backends.items() if backend.is_available()), "cpu"]
+    if name == "auto":
+        return torch.device(usable[0])
+    kind, colon, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in usable or (colon and not (index.isdigit() and int(index) < count)):
+        raise ValueError(f"`--device` must be auto or a device that is here ({', '.join(usable)}), got {name!r}.")
+    return torch.device(name)
+
+
+def _check_model(name: str) -> None:
+    """A path that doesn't exist would be looked up on the hub, to a puzzling end."""
+    path = Path(name)
+    is_path = name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or path.exists()
+    if is_path and not path.is_dir():
+        raise FileNotFoundError(
+            f"There is no model folder {name}. Give a folder, a hub id, or 'embedded'; a research checkpoint becomes a "
+            "folder by `spa3r convert`."
+        )
+
+
+def _loading_arguments(dtype: Dtype, attention: str | None) -> dict[str, Any]:
+    from spa3r.attention import check_attention_implementation
+
+    if attention is not None:
+        check_attention_implementation(attention)
+    return {"dtype": dtype.value, "attn_implementation": attention}
+
+
+def _load_vlm(
+    name: str, device: str, dtype: Dtype, attention: str | None
+) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
+    import torch
+
+    from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
+    from spa3r.embedded import embedded_model
+
+    arguments, place = _loading_arguments(dtype, attention), _torch_device(device)
+    if name == EMBEDDED:
+        model, processor = embedded_model()
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        return model.to(place, torch.float32 if dtype is Dtype.auto else getattr(torch, dtype)), processor
+    _check_model(name)
+    processor = Spa3VLMProcessor.from_pretrained(name)
+    return Spa3VLMForConditionalGeneration.from_pretrained(name, **arguments).to(place).eval(), processor
+
+
+def _load_spa3r(name: str, device: str, dtype: Dtype, attention: str | None) -> tuple[Spa3RModel, Spa3RImageProcessor]:
+    """A Spa3R, on its own or out of a Spa3-VLM."""
+    from transformers import AutoConfig
+
+    from spa3r import Spa3RImageProcessor, Spa3RModel
+
+    arguments, place = _loading_arguments(dtype, attention), _torch_device(device)
+    if name != EMBEDDED:
+        _check_model(name)
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind == "spa3r":
+            model = Spa3RModel.from_pretrained(name, **arguments).to(place).eval()
+            return model, Spa3RImageProcessor.from_pretrained(name)
+        if kind != "spa3_vlm":
+            raise ValueError(f"`--model` must be a Spa3R or a Spa3-VLM to encode with, and {name} is a {kind}.")
+    model, processor = _load_vlm(name, device, dtype, attention)
+    return model.spa3r, processor.view_image_processor
+
+
+# Photos
+
+
+def _suffix(source: str) -> str:
+    return Path(source.partition("?")[0] if "://" in source else source).suffix.lower()
+
+
+def _files(source: str) -> list[str]:
+    """A file or URL as it is, a folder as its pictures and videos, ``2.jpg`` before ``10.jpg``."""
+    if source.startswith(("http://", "https://")):
+        return [source]
+    path = Path(source)
+    if not os.path.exists(source):
+        raise FileNotFoundError(f"The picture {source} doesn't exist. Check the path.")
+    if not path.is_dir():
+        return [source]
+    files = [file for file in path.iterdir() if file.suffix.lower() in PICTURES | VIDEOS and file.name[0] != "."]
+    if not files:
+        raise ValueError(
+            f"The folder {source} holds no pictures and no videos (its subfolders are not searched). Give another."
+        )
+    numbers_as_such = (
+        [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", file.name)] for file in files
+    )
+    return [str(file) for _, file in sorted(zip(numbers_as_such, files))]
+
+
+def _read_views(sources: list[str], num_frames: int | None) -> tuple[list[str], list[PIL.Image.Image]]:
+    """All views of the sources, in order, and their names: a path, a URL, or ``video#i`` for the i-th sampled frame."""
+    from spa3r.models.spa3r.image_processing_spa3r import to_rgb
+    from spa3r.video import sample_frames
+
+    names, views = [], []
+    for file in [file for source in sources for file in _files(source)]:
+        if _suffix(file) in VIDEOS:
+            frames = sample_frames(file, num_frames)
+            names += [f"{file}#{index}" for index in range(len(frames))]
+            views += frames
+        else:
+            names.append(file)
+            views.append(to_rgb(file))
+    return names, views
+
+
+# Commands
+
+
+@app.command(no_args_is_help=True)
+def ask(
+    photos_and_question: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PHOTOS... QUESTION",
+            help="Pictures, videos, folders of them, or URLs, all of one scene; and last the question.",
+            show_default=False,
+        ),
+    ],
+    model: Model = EMBEDDED,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
+    num_frames: NumFrames = None,
+    images: Annotated[
+        Images, typer.Option(help="What the VLM sees: the views as Spa3R sees them, or the pictures as they are.")
+    ] = Images.aligned,
+    device: Device = "auto",
+    dtype: WeightType = Dtype.auto,
+    attention: Attention = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Ask a Spa3-VLM a question about photos of a scene."""
+    *photos, question = photos_and_question
+    if not photos or os.path.exists(question):
+        raise typer.BadParameter(
+            f"The last argument must be the question, after at least one photo; got {question!r}.",
+            param_hint="PHOTOS... QUESTION",
+        )
+    with _reporting(as_json, verbose) as report:
+        with report.status("Reading the photos"):
+            names, views = _read_views(photos, num_frames)
+        with report.status(f"Loading {model}"):
+            vlm, processor = _load_vlm(model, device, dtype, attention)
+        if model == EMBEDDED:
+            report.note(_untrained_note())
+        processor.images = images.value
+        with report.status(f"Looking at {_plural(len(views), 'view')}"):
+            answer = _answer(vlm, processor, views, question, max_new_tokens)
+        report.finish(
+            _printable(answer),
+            model=model,
+            question=question,
+            answer=answer,
+            views=names,
+            num_views=len(names),
+            untrained=model == EMBEDDED,
+        )
+
+
+def _untrained_note() -> str:
+    from spa3r.embedded import UNTRAINED_NOTE
+
+    return UNTRAINED_NOTE
+
+
+def _answer(
+    model: Spa3VLMForConditionalGeneration,
+    processor: Spa3VLMProcessor,
+    views: list[PIL.Image.Image],
+    question: str,
+    max_new_tokens: int,
+) -> str:
+    content = [*({"type": "image", "image": view} for view in views), {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+    ).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@app.command(no_args_is_help=True)
+def encode(
+    photos: Annotated[
+        list[str],
+        typer.Argument(metavar="PHOTOS...", help="Pictures, videos, folders of them, or URLs.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The file; with --scene-per-folder a folder. [default: latents(.safetensors)]"
+        ),
+    ] = None,
+    scene_per_folder: Annotated[
+        bool,
+        typer.Option(
+            "--scene-per-folder",
+            help="Every argument, such as a folder, is a scene with a file of its own. A scene that this model has "
+            "already encoded there is left alone.",
+        ),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Scenes encoded at once.")] = 8,
+    model: Model = EMBEDDED,
+    num_frames: NumFrames = None,
+    device: Device = "auto",
+    dtype: WeightType = Dtype.auto,
+    attention: Attention = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Encode photos of a scene, or of many, into latents: a safetensors file of (1, L, D) for each scene."""
+    with _reporting(as_json, verbose) as report:
+        if model == EMBEDDED:
+            report.note(_untrained_note())
+
+        def load() -> tuple[Spa3RModel, Spa3RImageProcessor]:
+            with report.status(f"Loading {model}"):
+                return _load_spa3r(model, device, dtype, attention)
+
+        if scene_per_folder:
+            _encode_many(report, load, model, photos, output or Path("latents"), batch_size, num_frames)
+            return
+        names, views = _read_views(photos, num_frames)
+        spa3r, processor = load()
+        file = output or Path("latents.safetensors")
+        with report.status(f"Encoding {_plural(len(views), 'view')}"):
+            scene = (file, names, [processor.process_view(view) for view in views])
+            shape = _encode_and_save(spa3r, processor, model, [scene])
+        report.finish(
+            f"{file}: latents {' x '.join(map(str, shape))} of {_plural(len(names), 'view')}",
+            model=model,
+            output=str(file),
+            latents_shape=shape,
+            views=names,
+            num_views=len(names),
+            untrained=model == EMBEDDED,
+        )
+
+
+def _encode_many(
+    report: Report,
+    load: Callable[[], tuple[Spa3RModel, Spa3RImageProcessor]],
+    model: str,
+    sources: list[str],
+    folder: Path,
+    batch_size: int,
+    num_frames: int | None,
+) -> None:
+    """Every source is a scene. One that can't be read is named and counted, and all others are done."""
+    scenes = _scene_files(sources, folder)
+    waiting = [(file, source) for file, source in scenes.items() if not _is_encoded(file, model)]
+    failed: dict[str, str] = {}
+    if waiting:
+        spa3r, processor = load()
+    with report.progress() as progress:
+        task = progress.add_task("Encoding scenes", total=len(waiting))
+        for start in range(0, len(waiting), batch_size):
+            batch = []
+            for file, source in waiting[start : start + batch_size]:
+                try:
+                    names, views = _read_views([source], num_frames)
+                    batch.append((file, names, [processor.process_view(view) for view in views]))
+                except (ValueError, OSError) as error:
+                    failed[source] = _one_line(error)
+                    report.error(f"{source}: {failed[source]}")
+            if batch:
+                _encode_and_save(spa3r, processor, model, batch)
+            progress.advance(task, min(batch_size, len(waiting) - start))
+    encoded, skipped = len(waiting) - len(failed), len(scenes) - len(waiting)
+    report.finish(
+        f"{folder}: {_plural(encoded, 'scene')} encoded, {skipped} already done, {len(failed)} failed",
+        exit_code=int(bool(failed)),
+        model=model,
+        output=str(folder),
+        num_scenes=len(scenes),
+        encoded=encoded,
+        skipped=skipped,
+        failed=failed,
+        untrained=model == EMBEDDED,
+    )
+
+
+def _scene_files(sources: list[str], folder: Path) -> dict[Path, str]:
+    """Where each scene's latents go: a file named like the scene."""
+    files: dict[Path, str] = {}
+    for source in sources:
+        path = Path(source).absolute()
+        file = folder / f"{path.name if path.is_dir() else path.stem}.safetensors"
+        if file in files:
+            raise ValueError(
+                f"Scenes must have names of their own, and {files[file]} and {source} would both become {file}. "
+                "Rename one, or encode them into two folders."
+            )
+        files[file] = source
+    return files
+
+
+def _is_encoded(file: Path, model: str) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            return (content.metadata() or {}).get("model") == model
+    except (OSError, SafetensorError):
+        return False
+
+
+def _encode_and_save(
+    spa3r: Spa3RModel,
+    processor: Spa3RImageProcessor,
+    model: str,
+    scenes: list[tuple[Path, list[str], list[PIL.Image.Image]]],
+) -> list[int]:
+    """Encode scenes (file, names of the views, processed views) in one batch; each file appears whole or not at all.
+
+    Returns:
+        Shape of the latents in each file, [1, L, D].
+    """
+    import torch
+    from safetensors.torch import save
+
+    with torch.inference_mode():
+        latents = spa3r.encode(**processor.pack([views for _, _, views in scenes]).to(spa3r.device)).cpu()
+    versions = {name: metadata.version(name) for name in ("spa3r", "torch", "transformers")}
+    for (file, names, _), scene in zip(scenes, latents.split(1)):
+        about = {"model": model, "views": json.dumps(names), "versions": json.dumps(versions)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        try:
+            unfinished.write_bytes(save({"latents": scene.clone()}, metadata=about))
+            os.replace(unfinished, file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return [1, *latents.shape[1:]]
+
+
+@app.command(no_args_is_help=True)
+def convert(
+    source: Annotated[Path, typer.Argument(help="VGGT-1B's file or folder, spa3r.ckpt, or the spa3_vlm folder.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    kind: Annotated[Kind, typer.Option(help="What the source is.")],
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON", help="Fields of the configuration that tensors don't tell: JSON, or a file of it."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Convert a released research checkpoint into a folder that from_pretrained and --model take."""
+    with _reporting(as_json, verbose) as report:
+        from spa3r import convert_checkpoint
+
+        fields = _read_config(config) if config is not None else None
+        with report.status(f"Converting {source}"):
+            convert_checkpoint(source, output, kind.value, fields)
+        files = sorted(str(file.relative_to(output)) for file in output.rglob("*") if file.is_file())
+        report.finish(
+            f"{output}: {', '.join(files)}", source=str(source), output=str(output), kind=kind.value, files=files
+        )
+
+
+def _read_config(text: str) -> dict[str, Any]:
+    """A JSON object, given as such or in a file."""
+    try:
+        fields = json.loads(text if text.lstrip()[:1] in ("{", "[") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`--config` must be a JSON object or a file of one, got {text}: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"`--config` must be a JSON object or a file of one, got {text}: no object.")
+    return fields
+
+
+@app.command()
+def info(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """What is installed, and what works here: devices, types, attention back ends. Each one is tried."""
+    with _reporting(as_json, verbose) as report:
+        versions: dict[str, str | None] = {"python": sys.version.split()[0]}
+        for name in PACKAGES:
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                versions[name] = None
+        device = _torch_device("auto")
+        devices, dtypes, attention = _devices(), _try_dtypes(device), _try_attention(device)
+        sections = {
+            "Versions": {name: version or "not installed" for name, version in versions.items()},
+            "Devices": devices,
+            f"Types on {device}": {name: note for name, (_, note) in dtypes.items()},
+            f"Attention on {device}": {name: note for name, (_, note) in attention.items()},
+        }
+        width = max(len(name) for section in sections.values() for name in section)
+        report.finish(
+            "\n\n".join(
+                "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in section.items())])
+                for title, section in sections.items()
+            ),
+            versions=versions,
+            devices=devices,
+            device=str(device),
+            dtypes={name: {"works": works, "note": note} for name, (works, note) in dtypes.items()},
+            attention={name: {"works": works, "note": note} for name, (works, note) in attention.items()},
+        )
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    devices = {"cpu": _plural(torch.get_num_threads(), "thread")}
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = (
+            f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute {card.major}.{card.minor}"
+        )
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple GPU"
+    return devices
+
+
+def _try_dtypes(device: torch.device) -> dict[str, tuple[bool, str]]:
+    """Of every type of weights whether it works, and what there is to say."""
+    import torch
+
+    found = {}
+    for name in ("float32", "bfloat16", "float16"):
+        try:
+            square = torch.ones(16, 16, device=device, dtype=getattr(torch, name))
+            (square @ square).softmax(-1).sum().item()
+            found[name] = (True, "works")
+        except RuntimeError as error:
+            found[name] = (False, f"fails: {_one_line(error)}")
+    return found
+
+
+def _try_attention(device: torch.device) -> dict[str, tuple[bool, str]]:
+    """Of every back end whether it works, on segments of unequal lengths and against the definition; and why not."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from spa3r.attention import Segments, check_attention_implementation, packed_attention, why_unusable
+
+    segments = Segments.within([3, 5, 1])
+    tokens = torch.randn(9, 2, 32, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def attend(name: str, dtype: torch.dtype) -> Tensor:
+        layer = torch.nn.Module()
+        layer.config = SimpleNamespace(_attn_implementation=name)
+        layer.is_causal = False
+        return packed_attention(layer, *[tokens.to(dtype)] * 3, segments).float()
+
+    found = {}
+    for name in ("xformers", "sdpa", "eager", "flash_attention_2"):
+        if reason := why_unusable(name):
+            found[name] = (False, reason)
+            continue
+        try:
+            half = device.type == "cuda"
+            error = (
+                (attend(name, torch.float16 if half else torch.float32) - attend("eager", torch.float32)).abs().max()
+            )
+            note = f"works, within {error:.0e} of the definition"
+            if name == "xformers" and not half:
+                note += "; here it is PyTorch's SDPA, xformers' own kernels run on CUDA only"
+            found[name] = (True, note) if error < (1e-2 if half else 1e-4) else (False, f"is off by {error:.0e}")
+        except Exception as error:  # whatever it is, it is the answer
+            found[name] = (False, f"fails: {_one_line(error)}")
+    default = check_attention_implementation(None)
+    found[default] = (found[default][0], f"{found[default][1]} (the default)")
+    return found
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Which room.")] = 0,
+    level: Annotated[int, typer.Option(help="How varied the room is, 0 to 3.")] = 1,
+    views: Annotated[int, typer.Option(min=2, help="Views of the room; one of them is held out.")] = 8,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("spa3r_demo"),
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """See it all at work without a download: a room, its latents, the field at a held-out camera, an answer."""
+    with _reporting(as_json, verbose) as report:
+        from dataclasses import replace
+
+        import PIL.Image
+        import torch
+        from torch.nn.functional import cosine_similarity
+
+        from spa3r.embedded import UNTRAINED_NOTE, embedded_model
+        from spa3r.geometry import relative_to_first_view
+        from spa3r.rooms import camera_walk, generate_room, render
+        from spa3r.views import ViewLayout
+        from spa3r.visualization import contact_sheet, field_figure
+
+        with report.status("Making the model"):
+            model, processor = embedded_model()
+        spa3r, view_processor = model.spa3r, processor.view_image_processor
+        with report.status("Rendering the room"):
+            room = generate_room(seed, level)
+            walk = camera_walk(room, 3 * views, size=(view_processor.size,) * 2)  # every third: they see more of it
+            walk = replace(walk, extrinsics=walk.extrinsics[::3], intrinsics=walk.intrinsics[::3])
+            rendered = render(room, walk)
+        held_out = views // 2
+        context = [index for index in range(views) if index != held_out]
+        order = [*context, held_out]
+
+        with report.status("Encoding, decoding and answering"), torch.inference_mode():
+            latents = spa3r.encode(**view_processor([rendered.images[index] for index in context]))
+            inputs = view_processor([rendered.images[index] for index in order])
+            layout = ViewLayout.from_inputs(inputs["view_grid_hw"], inputs["views_per_scene"])
+            # As in pretraining: the held-out view sees all views, the others don't see it.
+            backbone = spa3r.backbone.forward_layout(inputs["view_pixel_values"], layout, context_views=[len(context)])
+            features = spa3r.backbone.patch_tokens(backbone.tokens[0], layout).split(list(layout.patches_per_view))
+            *context_features, true = features
+            extrinsics = relative_to_first_view(torch.from_numpy(rendered.extrinsics[order]), [views])
+            intrinsics = torch.from_numpy(rendered.intrinsics[order])
+            field = spa3r.decode(latents, extrinsics[-1:], intrinsics[-1:], inputs["view_grid_hw"][-1:], [1])
+            baseline = torch.cat(context_features).mean(0, keepdim=True)
+            decoded_similarity, baseline_similarity = (
+                cosine_similarity(predicted, true, dim=-1).mean().item()
+                for predicted in (field.geometry_features, baseline)
+            )
+            pictures = [PIL.Image.fromarray(rendered.images[index]) for index in context]
+            answer = _answer(model, processor, pictures, DEMO_QUESTION, max_new_tokens=16)
+
+        with report.status("Drawing"):
+            output.mkdir(parents=True, exist_ok=True)
+            files = [output / "views.png", output / "field.png"]
+            contact_sheet(
+                rendered.images,
+                f"Room of seed {seed}, level {level}",
+                labels=[f"view {index}" + (", held out" if index == held_out else "") for index in range(views)],
+                marked=[held_out],
+            ).savefig(files[0])
+            field_figure(
+                [rendered.images[index] for index in context],
+                rendered.images[held_out],
+                layout.grid_hw[-1],
+                true,
+                field.geometry_features,
+                field.depth,
+                rendered.depth[held_out],
+                title="Feature field at a held-out camera (cameras: given)",
+                note=UNTRAINED_NOTE[0].upper() + UNTRAINED_NOTE[1:],
+            ).savefig(files[1])
+        rows = {
+            "room": f"seed {seed}, level {level}; {views} views, view {held_out} held out; cameras: given",
+            "model": UNTRAINED_NOTE,
+            "latents": f"{' x '.join(map(str, latents.shape))}, of {_plural(len(context), 'context view')}",
+            "field": f"cosine similarity to the true features of the held-out view: {decoded_similarity:.2f}",
+            "baseline": f"the same of the mean of the context features: {baseline_similarity:.2f}",
+            "question": DEMO_QUESTION,
+            "answer": _printable(answer),
+            "pictures": ", ".join(map(str, files)),
+        }
+        report.finish(
+            "\n".join(f"{name:<9} {text}" for name, text in rows.items()),
+            seed=seed,
+            level=level,
+            num_views=views,
+            cameras="given",
+            untrained=True,
+            question=DEMO_QUESTION,
+            answer=answer,
+            latents_shape=list(latents.shape),
+            field={"cosine_similarity": decoded_similarity, "baseline_cosine_similarity": baseline_similarity},
+            pictures=[str(file) for file in files],
+        )

@@ -1,0 +1,38 @@
+"""What all tests share: nothing is downloaded, nothing is random, golden checkpoints are converted once."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("tiny")
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden_folders(tmp_path_factory):
+    """Golden weights in every released layout, converted: layout -> folder of ours."""
+    from tiny import GOLDEN_SPA3R_FIELDS, GOLDEN_VGGT_FIELDS, released_checkpoints
+
+    from spa3r import convert_checkpoint
+
+    root = tmp_path_factory.mktemp("golden")
+    folders = {}
+    for layout, source in released_checkpoints(root / "released").items():
+        kind, fields = ("vggt", GOLDEN_VGGT_FIELDS) if "vggt" in layout else ("spa3r", GOLDEN_SPA3R_FIELDS)
+        folders[layout] = convert_checkpoint(source, root / layout, kind, fields)
+    return folders

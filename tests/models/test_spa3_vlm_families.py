@@ -1,0 +1,300 @@
+"""Every family of vision-language models marries: the couple is the plain VLM until trained, then it sees the scene.
+
+The adapter of the `couple` has random weights, so that whatever reaches the wrong row, picture or beam changes the
+words. Tolerances are relative, ||ours - reference|| / ||reference||.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import pytest
+import torch
+from media import noise, user
+from tiny import alive, relative_error, spa3r_config, vggt_config
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    TextIteratorStreamer,
+)
+from transformers.generation import BaseStreamer
+from vlm_families import FAMILIES, build
+
+from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
+
+# Two processors of transformers still use an old protocol of NumPy.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SIZE, WORDS = 42, 3
+VIEW_KEYS = {"view_pixel_values", "view_grid_hw", "views_per_scene", "image_tokens_per_scene"}
+CONVERSATIONS = [
+    user(noise(60, 40, 0), noise(33, 90, 1), "and", noise(28, 28, 2), "How many chairs?"),
+    user(noise(120, 50, 3), "Which object is closer?"),
+    user("What is two plus two?"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For tensors this small, threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Couple:
+    name: str
+    vlm: PreTrainedModel
+    spa3r: Spa3RModel
+    model: Spa3VLMForConditionalGeneration
+    processor: Spa3VLMProcessor
+
+    @cached_property
+    def conversations(self) -> list:
+        # A processor that was not made for conversations wants a picture in every call.
+        return CONVERSATIONS if FAMILIES[self.name].chats else CONVERSATIONS[:2]
+
+    @cached_property
+    def special_tokens(self) -> list[int]:
+        # An image token among the words would ask for one more picture.
+        return sorted(self.processor.tokenizer.get_added_vocab().values())
+
+    def inputs_of(self, conversations, processor=None) -> dict:
+        inputs = (processor or self.processor).apply_chat_template(
+            conversations, tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        return {key: value for key, value in inputs.items() if key != "labels"}  # PaliGemma's makes labels, too
+
+    @cached_property
+    def batch(self) -> dict:
+        return self.inputs_of(self.conversations)
+
+    @cached_property
+    def alone(self) -> list[dict]:
+        return [self.inputs_of([conversation]) for conversation in self.conversations]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def couple(request) -> Couple:
+    vlm, vlm_processor = build(request.param)
+    spa3r = alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(patch_size=14, image_size=70))))
+    model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r)
+    alive(model.adapter)
+    processor = Spa3VLMProcessor(
+        vlm_processor, Spa3RImageProcessor(size=SIZE), image_token_id=vlm.config.image_token_id
+    )
+    return Couple(request.param, vlm, spa3r, model, processor)
+
+
+def without_views(inputs: dict) -> dict:
+    return {key: value for key, value in inputs.items() if key not in VIEW_KEYS}
+
+
+def generate(couple: Couple, inputs: dict, model=None, **kwargs):
+    """Tokens and the logits that they were chosen by (copies of a row one after the other)."""
+    choice = {"max_new_tokens": WORDS, "do_sample": False, "suppress_tokens": couple.special_tokens} | kwargs
+    output = (model or couple.model).generate(
+        **inputs, **choice, return_dict_in_generate=True, output_logits=True, output_scores=True
+    )
+    output.words = output.sequences[:, inputs["input_ids"].shape[1] :]
+    assert output.words.shape[1] == WORDS
+    return output
+
+
+@torch.no_grad()
+def decode_step_by_step(couple: Couple, inputs: dict, cached: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Greedy decoding of one row as it is defined: the best next token (no special one), again and again."""
+    inputs, ids, all_logits = dict(inputs), inputs["input_ids"], []
+    per_token = [key for key, value in inputs.items() if torch.is_tensor(value) and value.shape == ids.shape]
+    step = inputs
+    for _ in range(WORDS):
+        output = couple.model(**step, use_cache=cached)
+        all_logits.append(output.logits[:, -1])
+        allowed = output.logits[:, -1].clone()
+        allowed[:, couple.special_tokens] = -torch.inf
+        ids = torch.cat([ids, allowed.argmax(-1, keepdim=True)], 1)
+        for key in per_token:
+            # (PaliGemma) what follows the prompt is causal and of type 1.
+            one = key == "attention_mask" or (couple.name == "paligemma" and key == "token_type_ids")
+            more = ids[:, -1:] if key == "input_ids" else torch.full_like(ids[:, -1:], one)
+            inputs[key] = torch.cat([inputs[key], more], 1)
+        step = {"input_ids": ids[:, -1:], "past_key_values": output.past_key_values} if cached else inputs
+    return ids[:, -WORDS:], all_logits
+
+
+def labels_of(couple: Couple) -> torch.Tensor:
+    """Every word of the prompts."""
+    ids, mask = couple.batch["input_ids"], couple.batch["attention_mask"].bool()
+    return ids.masked_fill(~mask | (ids == couple.vlm.config.image_token_id), -100)
+
+
+# Before training ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_untouched_it_is_the_plain_vlm_to_the_bit(couple, tmp_path):
+    fresh = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(couple.vlm, couple.spa3r)
+    plain, labels = without_views(couple.batch), labels_of(couple)
+    reference = couple.vlm(**plain, labels=labels)
+    output, logits = fresh(**couple.batch, labels=labels), reference.logits
+    assert torch.equal(output.logits, logits) and torch.equal(output.loss, reference.loss)
+
+    # Of a row with one picture: the copies of a row with more see wrong pictures in some families (GLM) left alone.
+    row = couple.alone[1]
+    for kwargs in (
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2, "top_k": 0, "temperature": 2.0},
+    ):
+        words = []
+        for model, inputs in ((fresh, row), (couple.vlm, without_views(row))):
+            torch.manual_seed(3)
+            words.append(generate(couple, inputs, model, **kwargs).words)
+        assert torch.equal(*words), kwargs
+    assert not torch.equal(*words[0])
+
+    fresh.save_pretrained(tmp_path)
+    couple.processor.save_pretrained(tmp_path)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is Spa3VLMForConditionalGeneration and not any(info.values())
+    assert type(loaded.vlm) is type(couple.vlm)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert type(processor) is Spa3VLMProcessor and type(processor.vlm_processor) is type(couple.processor.vlm_processor)
+    again = couple.inputs_of(couple.conversations, processor)
+    assert again.keys() == couple.batch.keys()
+    assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(couple.batch[key])) for key in again)
+    assert torch.equal(loaded(**again).logits, logits)
+
+    half = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.adapter.parameters()} == {torch.bfloat16} == {p.dtype for p in half.vlm.parameters()}
+    assert {p.dtype for p in half.spa3r.backbone.camera_head.parameters()} == {torch.float32}
+    alive(half.adapter)
+    inputs = {key: value.bfloat16() if torch.is_floating_point(value) else value for key, value in again.items()}
+    output = half(**inputs).logits
+    assert output.dtype == torch.bfloat16 and output.isfinite().all() and not torch.equal(output, logits.bfloat16())
+
+
+# The scene matters ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_views_reach_the_words_of_their_own_row(couple):
+    def difference(a, b):  # of the last position, by row
+        return (a - b)[:, -1].abs().amax(-1)
+
+    batch, logits = couple.batch, couple.model(**couple.batch).logits
+    has_views = batch["views_per_scene"] > 0
+    assert torch.equal(difference(logits, couple.vlm(**without_views(batch)).logits) > 1e-3, has_views)
+
+    patches = int(batch["view_grid_hw"][:3].prod(-1).sum())  # of the first row's three views
+    changed = batch["view_pixel_values"].clone()
+    changed[:patches] = changed[:patches].flip(0)
+    seen = difference(couple.model(**batch | {"view_pixel_values": changed}).logits, logits)
+    assert seen[0] > 1e-3 and (seen[1:] == 0).all()
+
+    counted = couple.model(**{key: value for key, value in batch.items() if key != "image_tokens_per_scene"}).logits
+    assert torch.equal(counted, logits)
+
+
+@torch.no_grad()
+def test_a_batch_is_its_rows_alone(couple):
+    logits, mask = couple.model(**couple.batch).logits, couple.batch["attention_mask"].bool()
+    assert not mask.all()
+    for row, inputs in enumerate(couple.alone):
+        error = relative_error(logits[row][mask[row]], couple.model(**inputs).logits[0])
+        assert error <= 1e-5, f"row {row}: {error:.1e}"
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_words_are_the_definitions(couple):
+    together = generate(couple, couple.batch)
+    plain = generate(couple, without_views(couple.batch), couple.vlm)
+    for row, inputs in enumerate(couple.alone):
+        for cached in (False, True):
+            words, logits = decode_step_by_step(couple, inputs, cached)
+            assert torch.equal(together.words[row], words[0]), (row, cached)
+            for ours, reference in zip(together.logits, logits, strict=True):
+                assert relative_error(ours[row], reference[0]) <= 1e-5, (row, cached)
+        moved = relative_error(together.logits[0][row], plain.logits[0][row])
+        assert moved > 1e-3 if couple.batch["views_per_scene"][row] else moved == 0
+
+
+def test_beams_of_a_batch_are_the_beams_of_its_rows(couple):
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    together = generate(couple, couple.batch, **beams)
+    words, scores, moved = together.words.split(2), together.sequences_scores.split(2), []
+    for row, inputs in enumerate(couple.alone):
+        alone = generate(couple, inputs, **beams)
+        assert torch.equal(words[row], alone.words), row
+        assert relative_error(scores[row], alone.sequences_scores) <= 1e-5, row
+        plain = generate(couple, without_views(inputs), couple.vlm, **beams)
+        moved.append(relative_error(alone.sequences_scores, plain.sequences_scores))
+    assert len(words) == len(moved)
+    assert min(moved[:2]) > 1e-4 and sum(moved[2:]) <= 1e-6
+
+
+def test_samples_of_a_row_see_its_own_scene(couple):
+    """Samples with the best token only are greedy; equal seeds give equal samples, other seeds others."""
+    greedy = generate(couple, couple.batch)
+    sample = {"do_sample": True, "num_return_sequences": 2}
+    best = generate(couple, couple.batch, top_k=1, **sample)
+    assert torch.equal(best.words, greedy.words.repeat_interleave(2, 0))
+    for ours, reference in zip(best.logits, greedy.logits, strict=True):
+        assert relative_error(ours, reference.repeat_interleave(2, 0)) <= 1e-5
+    drawn = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        drawn.append(generate(couple, couple.batch, temperature=2.0, top_k=0, **sample).words)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+class Collector(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamers_are_heard(couple):
+    inputs, streamer = couple.alone[0], Collector()
+    words = generate(couple, inputs, streamer=streamer).words[0].tolist()
+    assert streamer.ended and streamer.tokens == [*inputs["input_ids"][0].tolist(), *words]
+    texts = TextIteratorStreamer(couple.processor.tokenizer, skip_prompt=True)
+    generate(couple, inputs, streamer=texts)
+    assert "".join(texts) == couple.processor.tokenizer.decode(words)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_reach_adapter_and_language_model_and_nothing_else(couple):
+    model = couple.model.train()
+    frozen = [*model.spa3r.parameters(), *model.vision_parameters()]
+    assert not any(parameter.requires_grad for parameter in frozen)
+    assert model.training and model.vlm.get_decoder().training and model.adapter.training
+    assert not any(module.training for part in (model.spa3r, *model.vision_modules()) for module in part.modules())
+
+    loss = model(**couple.batch, labels=labels_of(couple)).loss
+    assert loss.isfinite()
+    loss.backward()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = {id(parameter) for parameter in model.parameters()} - {id(parameter) for parameter in frozen}
+    assert trained >= {id(parameter) for parameter in model.adapter.parameters()}
+    silent = [
+        name
+        for key, name in names.items()
+        if key in trained
+        and not ((p := model.get_parameter(name)).requires_grad and p.grad is not None and p.grad.any())
+    ]
+    touched = [names[id(parameter)] for parameter in frozen if parameter.grad is not None]
+    model.zero_grad()
+    model.eval()
+    assert (silent, touched) == ([], [])

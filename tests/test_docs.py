@@ -1,0 +1,275 @@
+"""The documentation is true: its code runs, it names what there is, and it names nothing else.
+
+Python blocks of the README and of the guides are run page by page, each page in one namespace. A block that follows a
+line ``<!-- not run: why -->`` is compiled only.
+"""
+
+import ast
+import contextlib
+import importlib
+import inspect
+import itertools
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from vlm_families import FAMILIES
+
+import spa3r
+import spa3r.rooms
+from spa3r.cli import app
+from spa3r.models.spa3_vlm.modeling_spa3_vlm import CLOSED_DOORS
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "spa3r"
+PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
+TEXTS = [*sorted(ROOT.glob("*.md")), *PAGES, *sorted((ROOT / "examples").glob("*.py"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+REFERENCE = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent.name == "reference")
+
+BLOCK = re.compile(r"^(?P<mark><!-- not run: [^>]+ -->\n)?```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+FORBIDDEN = ("/work/", "/tmp/", "/root/", "/home/", "pypi.org", "pythonhosted", "download.pytorch.org", "localhost")
+"""Paths of somebody's machine, and hosts of package registries."""
+
+
+def read(*parts: str) -> str:
+    return ROOT.joinpath(*parts).read_text(encoding="utf-8")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> list[tuple[bool, str]]:
+    """Of every Python block of a page whether it is to be run, and its code, moved to its line on the page."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (match["mark"] is None, "\n" * text.count("\n", 0, match.start("code")) + match["code"])
+        for match in BLOCK.finditer(text)
+    ]
+
+
+@pytest.fixture
+def calm(tmp_path, monkeypatch):
+    """An empty folder to work in, and one thread: tiny models gain nothing from more, and lose much to neighbours."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    torch.set_num_threads(threads)
+
+
+# Code on pages and in examples ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [page for page in [ROOT / "README.md", *PAGES] if blocks(page)], ids=name_of)
+def test_code_of_a_page_runs(page, calm):
+    namespace = {"__name__": page.stem}
+    for is_run, code in blocks(page):
+        compiled = compile(code, str(page), "exec")
+        if is_run:
+            exec(compiled, namespace)
+
+
+def test_blocks_that_are_not_run_tell_the_reader_why():
+    for page in [ROOT / "README.md", *PAGES]:
+        text = page.read_text(encoding="utf-8")
+        for why, first_line in re.findall(r"^<!-- not run: (.+) -->\n```\w+\n(.*)$", text, re.MULTILINE):
+            assert first_line == f"# {why}", name_of(page)
+
+
+def test_every_python_block_is_found():
+    for page in [ROOT / "README.md", *PAGES]:
+        assert len(blocks(page)) == len(re.findall(r"^\s*```\s*{?python", page.read_text(encoding="utf-8"), re.M)), page
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+def test_example_runs(example, calm, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(example), *(["--steps", "2"] if example.stem == "train_step" else [])])
+    runpy.run_path(str(example), run_name="__main__")
+    output = capsys.readouterr().out
+    assert output.strip()
+    assert "untrained" in output or example.stem == "train_step"
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 60
+    with pytest.raises(SystemExit) as stopped:
+        sys.argv[1:] = ["--help"]
+        runpy.run_path(str(example), run_name="__main__")
+    assert stopped.value.code == 0 and "--model" in capsys.readouterr().out
+
+
+def test_ci_and_readme_share_their_commands():
+    readme = read("README.md")
+    for step in ("set-up", "demo", "tests"):
+        assert len(re.findall(rf"^<!-- ci: {step} -->\n```bash\n(.+?)^```$", readme, re.DOTALL | re.MULTILINE)) == 1
+        assert re.search(rf"\breadme {step}\b", read(".ci", "run"))
+    assert len(re.search(r"<!-- ci: set-up -->\n```bash\n(.+?)```", readme, re.DOTALL)[1].splitlines()) == 2
+
+
+# Public names ---------------------------------------------------------------------------------------------------------
+
+
+def public_names() -> list[tuple[str, object]]:
+    return [
+        (f"{module.__name__}.{name}", getattr(module, name))
+        for module in (spa3r, spa3r.rooms)
+        for name in module.__all__
+    ]
+
+
+def documented_constants(module: str) -> set[str]:
+    """Names that are followed by a string, as constants are documented."""
+    folder = SOURCE.joinpath(*module.split(".")[1:])
+    found = set()
+    for file in folder.glob("*.py"):
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        for statement, following in itertools.pairwise(body):
+            is_text = isinstance(following, ast.Expr) and isinstance(getattr(following.value, "value", None), str)
+            targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+            if isinstance(statement, ast.Assign | ast.AnnAssign) and is_text:
+                found |= {target.id for target in targets}
+    return found
+
+
+@pytest.mark.parametrize(("path", "value"), [pytest.param(*pair, id=pair[0]) for pair in public_names()])
+def test_public_name_is_documented(path, value):
+    directive = rf"^\.\. (auto(class|function|data)|py:data):: {re.escape(path)}$"
+    assert re.search(directive, REFERENCE, re.MULTILINE), f"{path} is missing in docs/reference"
+    module, _, name = path.rpartition(".")
+    if inspect.isclass(value) or inspect.isfunction(value):
+        # A dataclass without a docstring is given its signature for one.
+        assert value.__doc__ and not value.__doc__.startswith(f"{name}("), f"{path} has no docstring"
+    elif name != "__version__":
+        assert name in documented_constants(module), f"{path} has no docstring below it"
+
+
+@pytest.mark.parametrize(
+    ("path", "cls"),
+    [pytest.param(path, value, id=path) for path, value in public_names() if inspect.isclass(value)],
+)
+def test_public_methods_are_documented(path, cls):
+    ours = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == "spa3r"]
+    silent = [
+        name
+        for base in ours
+        for name, member in vars(base).items()
+        if not name.startswith("_")
+        and (inspect.isfunction(member) or isinstance(member, classmethod | staticmethod | property))
+        and not inspect.getdoc(getattr(cls, name))
+    ]
+    assert not silent, f"{path} has methods without docstrings: {silent}"
+
+
+def test_readme_names_what_is_public():
+    table = read("README.md").partition("## Public names")[2].partition("\n## ")[0]
+    assert {name for name in spa3r.__all__ if not name.startswith("_")} <= set(re.findall(r"`(\w+)`", table))
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def table_below(text: str, heading: str) -> list[list[str]]:
+    """Cells of the rows of the first table below a heading."""
+    lines = f"\n{text}".partition(f"\n{heading}\n")[2].splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_families_are_those_that_are_run():
+    page = read("docs", "guides", "marry.md")
+    told = {row[0].strip("`"): row[2].strip("`") for row in table_below(page, "## What was run")}
+    assert told == {name: family.processor[0] for name, family in FAMILIES.items()}
+    refused = {row[0].strip("`"): row[1] for row in table_below(page, "## What is refused, and why")}
+    assert refused == CLOSED_DOORS
+    assert read("docs", "guides", "marry.md").count("tests/models/test_spa3_vlm_families.py") == 1
+    assert (ROOT / "tests" / "models" / "test_spa3_vlm_families.py").is_file()
+
+
+def test_commands_are_all_told():
+    page = read("docs", "guides", "command_line.md")
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert commands == {re.match(r"`spa3r (\w+)", row[0])[1] for row in table_below(page, "# Command line")}
+
+
+def test_levels_are_those_of_the_rooms():
+    rows = table_below(read("docs", "guides", "rooms.md"), "## Levels")
+    told = {int(row[0]): tuple(int(count) for count in row[1].split("–")) for row in rows}
+    assert told == {index: level.num_objects for index, level in enumerate(spa3r.rooms.LEVELS)}
+
+
+# Structure ------------------------------------------------------------------------------------------------------------
+
+
+def structure() -> list[str]:
+    """Files and folders of the package, in the order of the page: imports go downwards."""
+    return [row[0].strip("`") for row in table_below(read("docs", "structure.md"), "# Structure of the house")]
+
+
+def row_of(file: str) -> int:
+    rows = [index for index, row in enumerate(structure()) if file == row or (row[-1] == "/" and file.startswith(row))]
+    assert rows, f"src/spa3r/{file} has no row in docs/structure.md: add one where its imports allow"
+    return rows[0]
+
+
+def imported_files(file: Path) -> set[str]:
+    """Files of the package that a file imports from, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "spa3r":
+            for name in node.names:
+                parts = node.module.split(".")[1:]
+                places = (SOURCE.joinpath(*path) for path in ([*parts, name.name], parts))
+                files = (file for place in places for file in (place.with_suffix(".py"), place / "__init__.py"))
+                found.add(next(file for file in files if file.is_file()).relative_to(SOURCE).as_posix())
+        elif isinstance(node, ast.Import):
+            assert all(name.name.partition(".")[0] != "spa3r" for name in node.names), f"{file}: use `from spa3r ...`"
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: file.relative_to(SOURCE).as_posix())
+def test_imports_go_one_way(file):
+    name = file.relative_to(SOURCE).as_posix()
+    row = row_of(name)
+    for imported in imported_files(file) - {"__init__.py"}:  # names of the package itself stand for those below
+        assert row_of(imported) > row or (structure()[row].endswith("/") and row_of(imported) == row), (
+            f"{name} imports {imported}, which stands above it in docs/structure.md"
+        )
+    if file.name.startswith("configuration_"):
+        assert "import torch" not in file.read_text(encoding="utf-8")
+
+
+def test_structure_names_nothing_that_is_gone():
+    assert [row for row in structure() if not (SOURCE / row).exists()] == []
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=name_of)
+def test_texts_name_no_machine_and_no_registry(text):
+    content = text.read_text(encoding="utf-8")
+    assert [word for word in FORBIDDEN if word in content] == []
+
+
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *PAGES], ids=name_of)
+def test_links_and_objects_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
+    for path in re.findall(r"{(?:class|func|meth)}`(?:[^`<]*<)?~?(spa3r[\w.]*)", text):
+        module, value = path.split("."), None
+        for cut in range(len(module), 0, -1):
+            with contextlib.suppress(ModuleNotFoundError):
+                value = importlib.import_module(".".join(module[:cut]))
+                break
+        for name in module[cut:]:
+            value = getattr(value, name)
