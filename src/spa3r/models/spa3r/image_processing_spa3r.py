@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+from einops import rearrange
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
