@@ -48,6 +48,14 @@ def test_a_file_a_folder_and_shards_are_read_alike(released, tmp_path):
         assert all(torch.equal(tensors[name], weights[name]) for name in names)
 
 
+def test_a_pickle_of_the_old_form_is_read(tmp_path):
+    weights = vggt_weights()
+    torch.save(weights, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    read = read_checkpoint(tmp_path / "model.pt")
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[key], weights[key]) for key in weights)
+
+
 def test_sizes_are_read_off_the_tensors(golden_folders):
     config = AutoConfig.from_pretrained(golden_folders["vggt-folder"])
     sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.patch_size)

@@ -232,10 +232,31 @@ def xformers_attention_forward(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
+@lru_cache(maxsize=1)
+def _xformers_fault() -> str | None:
+    """What keeps xformers from running on this machine's CUDA device; None where it runs or there is no device.
+
+    Builds exist that import and yet have no kernel for the card, so one tiny call is made.
+    """
+    if not torch.cuda.is_available():
+        return None  # on other devices its path is PyTorch's own
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        tokens = torch.zeros(1, 8, 1, 64, device="cuda", dtype=torch.float16)
+        memory_efficient_attention(tokens, tokens, tokens)
+    except (ImportError, OSError, NotImplementedError, RuntimeError) as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
 def why_unusable(name: str) -> str | None:
     """Why the back end can't be used here, with the cure; None where it can."""
-    if name == "xformers" and importlib.util.find_spec("xformers") is None:
-        return "the package xformers is not installed: `pip install xformers`, or use attn_implementation='sdpa'"
+    if name == "xformers":
+        if importlib.util.find_spec("xformers") is None:
+            return "the package xformers is not installed: `pip install xformers`, or use attn_implementation='sdpa'"
+        if fault := _xformers_fault():
+            return f"xformers doesn't run on this device ({fault}): use attn_implementation='sdpa'"
     if name == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:
             return "the package flash-attn is not installed: use attn_implementation='xformers' or 'sdpa'"

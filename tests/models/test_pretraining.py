@@ -354,20 +354,19 @@ def test_fresh_weights_start_as_stated():
             assert (parameter == 1).all(), name
 
 
+@torch.no_grad()
 def test_teacher_sees_the_view_resized_without_antialiasing(golden_folders):
-    """The teacher's part on its own: one view through transformers' DINOv3, then back to the view's grid."""
+    """A view larger than the teacher's 224 x 224 (the golden ones are smaller), through transformers' DINOv3."""
     model = Spa3RForPreTraining.from_pretrained(golden_folders["spa3r-ckpt"])
-    inputs = golden_inputs("spa3r_asymmetric")
-    images = golden("spa3r_asymmetric", "inputs.")["images"].flatten(0, 1)[:1]
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    pixels = (images - mean[:, None, None]) / std[:, None, None]
-    pixels = torch.nn.functional.interpolate(pixels, (224, 224), mode="bilinear")
+    (height, width), p = (19, 23), 14
+    images = torch.randn(1, 3, height * p, width * p)
+    patches = images.view(3, height, p, width, p).permute(1, 3, 0, 2, 4).reshape(-1, 3 * p * p)
     teacher = AutoModel.from_config(model.config.semantic_teacher_config).eval()
     teacher.load_state_dict(golden("spa3r_asymmetric", "teacher."))
-    with torch.no_grad():
-        tokens = teacher(pixel_values=pixels).last_hidden_state[:, 5:].transpose(1, 2).unflatten(-1, (14, 14))
-        tokens = torch.nn.functional.interpolate(tokens, (4, 6), mode="bilinear")[0].flatten(1).t()
-        ours = model(**inputs).semantic_targets[:24]
+    resized = torch.nn.functional.interpolate(images, (224, 224), mode="bilinear", antialias=False)
+    tokens = teacher(pixel_values=resized).last_hidden_state[:, 5:].transpose(1, 2).unflatten(-1, (14, 14))
+    tokens = torch.nn.functional.interpolate(tokens, (height, width), mode="bilinear")[0].flatten(1).t()
+    ours = model(patches, [(height, width)], [1]).semantic_targets
     assert relative_error(ours, tokens) <= 1e-5
 
 

@@ -1,7 +1,5 @@
 """Configuration of a Spa3-VLM. Imports no torch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
