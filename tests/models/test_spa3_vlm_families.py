@@ -286,6 +286,9 @@ def test_gradients_reach_adapter_and_language_model_and_nothing_else(couple):
     assert loss.isfinite()
     loss.backward()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # A softmax doesn't see what is added to all keys alike, so this one's gradient is rounding error.
+    assert model.adapter.cross_attention.k_norm.bias.grad is not None
+    names.pop(id(model.adapter.cross_attention.k_norm.bias))
     trained = {id(parameter) for parameter in model.parameters()} - {id(parameter) for parameter in frozen}
     assert trained >= {id(parameter) for parameter in model.adapter.parameters()}
     silent = [

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -29,12 +36,14 @@ VIEW_KEYS = ("view_pixel_values", "view_grid_hw", "views_per_scene", "image_toke
 """What :class:`~spa3r.Spa3VLMProcessor` adds to the VLM's own inputs."""
 
 CLOSED_DOORS = {
+    "blip-2": "its generate takes pixels only",
     "fuyu": "its forward reads raw patch embeddings",
     "granite4_vision": "its image tokens enter between layers",
+    "instructblip": "its generate takes pixels only",
     "instructblipvideo": "it takes videos only",
     "llama4": "it projects image features inside its forward",
 }
-"""Families that accept ``mm_encoder_outputs`` and would silently ignore fused image tokens."""
+"""Families that accept ``mm_encoder_outputs`` and yet would ignore fused image tokens, in forward or in generate."""
 
 
 class Spa3VLMCrossAttention(nn.Module):
@@ -111,7 +120,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
     def __init__(self, config: Spa3VLMConfig, vlm: PreTrainedModel | None = None, spa3r: Spa3RModel | None = None):
         super().__init__(config)
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
-        check_vlm(self.vlm)
+        check_vlm(self.vlm.config.model_type, type(self.vlm))
         self.spa3r = spa3r if spa3r is not None else Spa3RModel(config.spa3r_config)
         if self.spa3r.config.hidden_size != config.spa3r_config.hidden_size:
             raise ValueError(
@@ -150,6 +159,9 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         """
         by_part = attn_implementation if isinstance(attn_implementation, dict) else {}
         if not isinstance(vlm, PreTrainedModel):
+            vlm_config = AutoConfig.from_pretrained(vlm)
+            # Before gigabytes are loaded.
+            check_vlm(vlm_config.model_type, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(vlm_config), None))
             vlm = AutoModelForImageTextToText.from_pretrained(
                 vlm,
                 dtype=dtype,
@@ -392,18 +404,21 @@ def _regroup(features: Sequence[Tensor], tokens_per_row: Sequence[int]) -> list[
     return list(torch.cat(list(features)).split(list(tokens_per_row)))
 
 
-def check_vlm(vlm: PreTrainedModel) -> None:
-    """Refuse a model whose image tokens can't be fused.
+def check_vlm(family: str, vlm_class: type | None) -> None:
+    """Refuse a VLM whose image tokens can't be fused.
+
+    Args:
+        family: Its ``model_type``.
+        vlm_class: Its class; None if transformers has no image-text-to-text model of the family.
 
     Raises:
         ValueError: With the reason.
     """
-    family = vlm.config.model_type
     reason = CLOSED_DOORS.get(family)
-    if "mm_encoder_outputs" not in inspect.signature(vlm.forward).parameters:
+    if vlm_class is None:
+        reason = "transformers has no image-text-to-text model of it"
+    elif "mm_encoder_outputs" not in inspect.signature(vlm_class.forward).parameters:
         reason = "its forward takes no `mm_encoder_outputs`"
-    elif not hasattr(vlm.base_model, "get_image_features"):
-        reason = "it has no `get_image_features`"
     if reason:
         raise ValueError(
             f"The VLM family {family!r} can't be married to a Spa3R: {reason}. Use a family whose fused image tokens "
