@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     size = tuple(args.size)
 
-    print(f"{processor()}, {os.cpu_count()} cores (one thread used), {platform.platform()}")
+    print(f"{processor()}, {os.cpu_count()} cores (one thread used), {platform.system()}")
     print(f"Python {platform.python_version()}, numpy {version('numpy')}, embreex {version('embreex')}")
     print(f"{args.rooms} rooms a level, {args.views} views of {size[0]} x {size[1]} each; views per second:\n")
     print("| level | antialias | room + walk + render | render alone | ms a room | ms a walk |")
