@@ -232,18 +232,19 @@ def _add_position_embedding(maps: Tensor, image_hw: tuple[int, int]) -> Tensor: 
     channels, height, width = maps.shape[1:]
     aspect = image_hw[1] / image_hw[0]
     diagonal = (aspect**2 + 1) ** 0.5
+    device = torch.device("cpu") if maps.device.type == "mps" else maps.device  # MPS has no float64
 
     def embed(span: float, count: int) -> Tensor:  # -> (count, c / 2)
         limit = span * (count - 1) / count
         # The grid itself is float32 as in the original; only the angles are taken in float64.
-        places = torch.linspace(-limit, limit, count, dtype=torch.float32, device=maps.device).double()
-        exponents = torch.arange(channels // 4, dtype=torch.float64, device=maps.device) / (channels // 4)
+        places = torch.linspace(-limit, limit, count, dtype=torch.float32, device=device).double()
+        exponents = torch.arange(channels // 4, dtype=torch.float64, device=device) / (channels // 4)
         angles = places[:, None] * 100.0**-exponents
         return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
     columns = embed(aspect / diagonal, width)[None].expand(height, -1, -1)
     rows = embed(1 / diagonal, height)[:, None].expand(-1, width, -1)
-    return maps + 0.1 * torch.cat([columns, rows], dim=-1).permute(2, 0, 1).to(maps.dtype)
+    return maps + 0.1 * torch.cat([columns, rows], dim=-1).permute(2, 0, 1).to(maps.device, maps.dtype)
 
 
 class VggtModel(PackedPreTrainedModel):
