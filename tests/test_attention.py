@@ -344,3 +344,25 @@ def test_xformers_serves_a_language_model_of_transformers(tmp_path):
     assert torch.equal(texts["xformers"], texts["sdpa"])
     alone = model(tokens[:1, 4:]).logits
     assert relative_error(logits["xformers"][:1, 4:], alone) <= 1e-5
+
+
+def test_offsets_made_while_inferring_can_be_trained_with():
+    lengths = (3, 1, 7)
+    attention._cumulative_lengths.cache_clear()
+    with torch.inference_mode():
+        offsets = attention._cumulative_lengths(lengths, torch.device("cpu"))
+    assert offsets.tolist() == [0, 3, 4, 11] and not offsets.is_inference()
+
+
+def test_flash_attention_leaves_float32_to_pytorch(monkeypatch):
+    """The camera head is always float32, which flash attention doesn't know."""
+    monkeypatch.setattr(attention, "_varlen_flash_attention", lambda *args: pytest.fail("called with float32"))
+    tokens = torch.randn(6, 2, 8)
+    segments = Segments.within((2, 4))
+    ours = packed_attention(Caller("flash_attention_2"), tokens, tokens, tokens, segments)
+    assert torch.equal(ours, packed_attention(Caller("sdpa"), tokens, tokens, tokens, segments))
+
+
+def test_back_ends_of_a_paged_cache_are_refused():
+    with pytest.raises(ValueError, match=r"`attn_implementation` must be one of .* got 'paged\|eager'"):
+        attention.check_attention_implementation("paged|eager")

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import spa3r
 from spa3r import Spa3VLMForConditionalGeneration, VggtModel, cli, embedded
+from spa3r import attention as attention_module
 
 QUESTION = "How many chairs are there?"
 
@@ -336,7 +337,10 @@ def test_info_tells_what_works():
 
 
 def test_info_says_why_a_back_end_does_not_work(monkeypatch):
-    monkeypatch.setattr("spa3r.attention.why_unusable", lambda name: "it is away" if name == "xformers" else None)
+    asked = attention_module.why_unusable
+    monkeypatch.setattr(
+        attention_module, "why_unusable", lambda name: "it is away" if name == "xformers" else asked(name)
+    )
     attention = run_json("info")["attention"]
     assert attention["xformers"] == {"works": False, "note": "it is away"}
     assert "(the default)" in attention["sdpa"]["note"]

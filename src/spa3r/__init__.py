@@ -1,7 +1,7 @@
 """Spa3R and Spa3-VLM: spatial representations from unposed photos, and vision-language models that use them.
 
-Public names load on first use. Importing the package registers its types with transformers' Auto classes and the
-attention back end ``"xformers"``.
+Importing the package registers its types with transformers' Auto classes and the attention back end ``"xformers"``, for
+which the models are imported; everything else loads on first use.
 """
 
 from importlib import import_module
@@ -72,14 +72,15 @@ def _register() -> None:
 
     attention.register()
     for config in (VggtConfig, Spa3RConfig, Spa3VLMConfig):
-        AutoConfig.register(config.model_type, config)
-    AutoModel.register(VggtConfig, VggtModel)
-    AutoModel.register(Spa3RConfig, Spa3RModel)
-    AutoModelForPreTraining.register(Spa3RConfig, Spa3RForPreTraining)
-    AutoModelForImageTextToText.register(Spa3VLMConfig, Spa3VLMForConditionalGeneration)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(VggtConfig, VggtModel, exist_ok=True)
+    AutoModel.register(Spa3RConfig, Spa3RModel, exist_ok=True)
+    AutoModel.register(Spa3VLMConfig, Spa3VLMForConditionalGeneration, exist_ok=True)
+    AutoModelForPreTraining.register(Spa3RConfig, Spa3RForPreTraining, exist_ok=True)
+    AutoModelForImageTextToText.register(Spa3VLMConfig, Spa3VLMForConditionalGeneration, exist_ok=True)
     for config in (VggtConfig, Spa3RConfig):
-        AutoImageProcessor.register(config, slow_image_processor_class=Spa3RImageProcessor)
-    AutoProcessor.register(Spa3VLMConfig, Spa3VLMProcessor)
+        AutoImageProcessor.register(config, slow_image_processor_class=Spa3RImageProcessor, exist_ok=True)
+    AutoProcessor.register(Spa3VLMConfig, Spa3VLMProcessor, exist_ok=True)
 
 
 _register()

@@ -12,7 +12,8 @@ The back end is the model's ``config._attn_implementation``, looked up in transf
 ``sdpa``               PyTorch's scaled-dot-product attention: equal segments in one batched call, unequal ones grouped
                        by length
 ``eager``              plain matrix products, grouped in the same way; the definition that the others must match
-``flash_attention_2``  one variable-length call; half precision on CUDA only, needs the flash-attn package
+``flash_attention_2``  one variable-length call; CUDA only, needs the flash-attn package; has no float32, for which (the
+                       camera head) the ``sdpa`` path is taken
 =====================  ================================================================================================
 
 Any other name registered in ``AttentionInterface`` runs grouped, as ``sdpa`` does.
@@ -120,6 +121,8 @@ def packed_attention(
     name = module.config._attn_implementation
     if name == "xformers" and query.is_cuda:
         return _xformers_attention(query, segments.gather_keys(key), segments.gather_keys(value), segments, scaling)
+    if "flash" in name and query.dtype == torch.float32:
+        name = "sdpa"  # flash attention has no float32; the camera head, always float32, takes PyTorch's
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
     if "flash" in name:
         return _varlen_flash_attention(
@@ -175,7 +178,8 @@ def eager_attention_forward(
 @lru_cache(maxsize=128)
 def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """(segments + 1,) int32 offsets on the device, cached, so that all layers share one copy."""
-    return to_device([0, *accumulate(lengths)], torch.int32, device)
+    with torch.inference_mode(False):  # the cache may outlive it, and what is made in it can't be trained with
+        return to_device([0, *accumulate(lengths)], torch.int32, device)
 
 
 def _varlen_flash_attention(
@@ -201,7 +205,8 @@ def _block_diagonal_mask(segments: Segments, device: torch.device):
     """xformers' ragged mask (offsets only, nothing dense), made once for all layers."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    return BlockDiagonalMask.from_seqlens(segments.query_lengths, segments.key_lengths, device=device)
+    with torch.inference_mode(False):  # as above
+        return BlockDiagonalMask.from_seqlens(segments.query_lengths, segments.key_lengths, device=device)
 
 
 def _xformers_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
@@ -234,20 +239,19 @@ def xformers_attention_forward(
 
 @lru_cache(maxsize=1)
 def _xformers_fault() -> str | None:
-    """What keeps xformers from running on this machine's CUDA device; None where it runs or there is no device.
+    """What keeps xformers from running where there is a CUDA device; None where nothing is known to.
 
-    Builds exist that import and yet have no kernel for the card, so one tiny call is made.
+    Builds exist that import and yet bring no kernels. Nothing is put on the device to find out: a model may be built
+    before the device is chosen.
     """
     if not torch.cuda.is_available():
         return None  # on other devices its path is PyTorch's own
     try:
-        from xformers.ops import memory_efficient_attention
-
-        tokens = torch.zeros(1, 8, 1, 64, device="cuda", dtype=torch.float16)
-        memory_efficient_attention(tokens, tokens, tokens)
-    except (ImportError, OSError, NotImplementedError, RuntimeError) as error:
+        from xformers.ops import fmha
+    except (ImportError, OSError) as error:
         return str(error).strip().partition("\n")[0]
-    return None
+    has_kernel = any(kernel.is_available() for kernel in (fmha.cutlass.FwOp, fmha.flash.FwOp))
+    return None if has_kernel else "the installed build brings no attention kernel"
 
 
 def why_unusable(name: str) -> str | None:
@@ -274,7 +278,7 @@ def check_attention_implementation(name: str | None) -> str:
     """
     if name is None:
         return "sdpa" if why_unusable("xformers") else "xformers"
-    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    known = ["eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if not key.startswith("paged|"))]
     if name not in known:
         raise ValueError(f"`attn_implementation` must be one of {sorted(set(known))}, got {name!r}.")
     if reason := why_unusable(name):

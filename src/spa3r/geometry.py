@@ -4,7 +4,7 @@
   of the scene's first view. Translations are in the backbone's unit (VGGT: relative to the scene, not metres) or, where
   the caller gives the cameras, in the caller's unit.
 - ``intrinsics`` (..., 3, 3): pixels of the processed view, no skew; the centre of the top left pixel is (0.5, 0.5).
-- Everything here is computed in float32, whatever the model's dtype.
+- Cameras are made and changed in float32, whatever the model's dtype and also under autocast.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import maybe_autocast
 
 from spa3r.views import to_device
 
@@ -72,7 +73,7 @@ def invert_extrinsics(extrinsics: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 4, 
 
 def relative_to_first_view(extrinsics: Tensor, views_per_scene: Sequence[int]) -> Tensor:  # (V, 4, 4) -> (V, 4, 4)
     """Re-express cameras that share any world frame in the library's: the camera of each scene's first view."""
-    with torch.autocast(extrinsics.device.type, enabled=False):
+    with maybe_autocast(extrinsics.device.type, enabled=False):
         extrinsics = extrinsics.float()
         scenes = extrinsics.split(list(views_per_scene))
         return torch.cat([cameras @ invert_extrinsics(cameras[:1]) for cameras in scenes])

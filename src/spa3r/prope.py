@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import maybe_autocast
 
 from spa3r.geometry import homogeneous, invert_extrinsics
 
@@ -54,7 +55,7 @@ class ProjectiveEncoding:
 
     def _apply(self, tokens: Tensor, matrix: Tensor, sin: Tensor) -> Tensor:
         # In float32 also under autocast: translations times features lose too much in half precision.
-        with torch.autocast(tokens.device.type, enabled=False):
+        with maybe_autocast(tokens.device.type, enabled=False):
             heads, head_dim = tokens.shape[1:]
             projective, rotary = tokens.float().split(head_dim // 2, dim=-1)
             vectors = projective.reshape(-1, heads * head_dim // 8, 4)
@@ -78,7 +79,7 @@ def projection_matrices(
         intrinsics: (V, 3, 3) in pixels, no skew.
         image_hw: (V, 2), height and width of the processed views in pixels.
     """
-    with torch.autocast(extrinsics.device.type, enabled=False):
+    with maybe_autocast(extrinsics.device.type, enabled=False):
         extrinsics, intrinsics = extrinsics.float(), intrinsics.float()
         height, width = image_hw.float().unbind(-1)
         fx, fy = intrinsics[:, 0, 0] / width, intrinsics[:, 1, 1] / height

@@ -27,19 +27,23 @@ class ViewLayout:
         cls,
         view_grid_hw: Tensor | Sequence[Sequence[int]],
         views_per_scene: Tensor | Sequence[int],
-        num_patches: int | None = None,
     ) -> ViewLayout:
         """Check the two small inputs and turn them into integers.
 
         Args:
-            view_grid_hw: (views, 2), patch grid (height, width) of every view.
+            view_grid_hw: (views, 2), patch grid (height, width) of every view, at least (1, 1).
             views_per_scene: (scenes,), every entry at least 1.
-            num_patches: Rows of ``view_pixel_values``, to check against the grids.
 
         Raises:
-            ValueError: There are no views, or the three inputs contradict one another.
+            ValueError: There are no views, or the inputs contradict one another.
         """
-        grids = tuple((int(height), int(width)) for height, width in as_list(view_grid_hw))
+        rows = as_list(view_grid_hw)
+        if wrong := [row for row in rows if len(row) != 2 or min(row) < 1]:
+            raise ValueError(
+                "`view_grid_hw` must hold a (height, width) of at least (1, 1) patches for every view, got "
+                f"{wrong[0]}. Pass it as the processor returned it."
+            )
+        grids = tuple((int(height), int(width)) for height, width in rows)
         scenes = tuple(int(count) for count in as_list(views_per_scene))
         if not grids or not scenes:
             raise ValueError(
@@ -56,11 +60,40 @@ class ViewLayout:
                 f"`views_per_scene` must add up to the number of views, {len(grids)} (the rows of `view_grid_hw`), "
                 f"got {list(scenes)}, which adds up to {sum(scenes)}. Pass both as the processor returned them."
             )
-        layout = cls(grids, scenes)
-        if num_patches is not None and num_patches != sum(layout.patches_per_view):
+        return cls(grids, scenes)
+
+    @classmethod
+    def from_pixels(
+        cls,
+        view_pixel_values: Tensor,
+        view_grid_hw: Tensor | Sequence[Sequence[int]],
+        views_per_scene: Tensor | Sequence[int],
+        patch_size: int,
+    ) -> ViewLayout:
+        """As :meth:`from_inputs`, and check that the pixels fit.
+
+        Args:
+            view_pixel_values: (sum of N, 3 * p * p), normalised, floating point.
+            view_grid_hw: (views, 2).
+            views_per_scene: (scenes,).
+            patch_size: Side of a patch in pixels, p.
+        """
+        layout = cls.from_inputs(view_grid_hw, views_per_scene)
+        wanted = (sum(layout.patches_per_view), 3 * patch_size**2)
+        if view_pixel_values.ndim != 2 or len(view_pixel_values) != wanted[0]:
             raise ValueError(
-                f"`view_pixel_values` must have {sum(layout.patches_per_view)} rows, one for each patch of "
-                f"`view_grid_hw`, got {num_patches}. Pass both as the processor returned them."
+                f"`view_pixel_values` must have {wanted[0]} rows, one for each patch of `view_grid_hw`, got shape "
+                f"{tuple(view_pixel_values.shape)}. Pass both as the processor returned them."
+            )
+        if view_pixel_values.shape[1] != wanted[1]:
+            raise ValueError(
+                f"`view_pixel_values` must have {wanted[1]} columns (3 x {patch_size} x {patch_size} pixels a patch), "
+                f"got {view_pixel_values.shape[1]}. Use the processor that was saved with the model."
+            )
+        if not view_pixel_values.is_floating_point():
+            raise ValueError(
+                "`view_pixel_values` must be floating point, normalised as the processor does it, got "
+                f"{view_pixel_values.dtype}."
             )
         return layout
 

@@ -384,3 +384,58 @@ def test_frozen_parts_without_a_home_are_not_left_out(tmp_path):
     with pytest.raises(ValueError, match=r"`include_backbone=False` leaves the frozen parts out"):
         Spa3RForPreTraining(pretraining_config()).save_pretrained(tmp_path, include_backbone=False)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_frozen_parts_are_not_destroyed_by_saving_over_their_home(tmp_path):
+    model = Spa3RForPreTraining(pretraining_config())
+    model.save_pretrained(tmp_path)
+    loaded = Spa3RForPreTraining.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is where they come from: saving there would destroy them\. Choose another"):
+        loaded.save_pretrained(tmp_path, include_backbone=False)
+    again = Spa3RForPreTraining.from_pretrained(tmp_path)
+    assert torch.equal(again.spa3r.backbone.camera_token, model.spa3r.backbone.camera_token)
+
+
+def test_a_part_that_was_never_loaded_goes_on_being_named(tmp_path):
+    whole = Spa3RForPreTraining(pretraining_config())
+    whole.spa3r.backbone.save_pretrained(tmp_path / "vggt")
+    model = Spa3RForPreTraining(pretraining_config(backbone_name_or_path=str(tmp_path / "vggt")))
+    assert model.spa3r.backbone is None
+    model.save_pretrained(tmp_path / "spa3r")
+    loaded = Spa3RForPreTraining.from_pretrained(tmp_path / "spa3r")
+    assert torch.equal(loaded.spa3r.backbone.camera_token, whole.spa3r.backbone.camera_token)
+
+
+def test_without_a_depth_head_the_probe_is_not_trained():
+    """A trainable parameter without a gradient stops distributed training."""
+    config = pretraining_config()
+    config.backbone_config.heads = ["camera"]
+    model = Spa3RForPreTraining(config).train()
+    model(**view_inputs()).loss.backward()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trainable and all(parameter.grad is not None for parameter in trainable)
+
+
+def test_under_autocast_it_trains():
+    model, inputs = alive(Spa3RForPreTraining(pretraining_config())).train(), view_inputs()
+    mask = [False, *[True] * (len(inputs["view_grid_hw"]) - 1)]
+    for first in inputs["views_per_scene"].cumsum(0)[:-1].tolist():
+        mask[first] = False
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**inputs, target_mask=mask)
+    output.loss.backward()
+    reference = model(**inputs, target_mask=mask)
+    assert output.extrinsics.dtype == torch.float32 and output.loss.dtype == torch.float32
+    assert relative_error(output.loss, reference.loss) < 2e-2
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_token_goes_to_the_hub_and_unheard_keywords_are_refused(tmp_path):
+    whole = Spa3RForPreTraining(pretraining_config())
+    whole.spa3r.backbone.save_pretrained(tmp_path / "vggt")
+    whole.semantic_teacher.save_pretrained(tmp_path / "dinov3")
+    fields = {"hidden_size": 48, "num_attention_heads": 3, "num_latents": 8, "token": "a_secret"}
+    model = Spa3RForPreTraining.from_vggt_and_dinov3(tmp_path / "vggt", tmp_path / "dinov3", **fields)
+    assert "a_secret" not in model.config.to_json_string(use_diff=False)
+    with pytest.raises(TypeError, match="Unknown keywords 'num_latent': wanted fields of Spa3RConfig or one of"):
+        Spa3RForPreTraining.from_vggt_and_dinov3(tmp_path / "vggt", tmp_path / "dinov3", num_latent=8)

@@ -455,3 +455,38 @@ def test_a_folder_without_our_processor_is_refused(what, tmp_path):
 def test_what_the_vlm_sees_is_checked():
     with pytest.raises(ValueError, match="`images` must be 'aligned' or 'native', got 'both'"):
         make(images="both")
+
+
+def test_a_view_is_cut_to_whole_tokens_where_the_processor_holds_their_size():
+    """Pixtral's processor knows how patches are merged, its image processor doesn't."""
+    processor = make("pixtral")
+    processor.vlm_processor.patch_size, processor.vlm_processor.spatial_merge_size = 14, 2
+    view = noise(70, 56)
+    assert processor.vlm_picture(view, view).size == (56, 56)
+
+
+def test_placeholders_make_text_and_pictures_follow(processor, reference):
+    """The two steps of model cards: the prompt first, then prompt and pictures."""
+    message = {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which is closer?"}],
+    }
+    prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+    assert prompt == processor.vlm_processor.apply_chat_template([message], add_generation_prompt=True)
+    assert_same(processor(text=prompt, images=[PICTURE, OTHER]), reference)
+    with pytest.raises(ValueError, match=r"Or make the text first \(tokenize=False\) and pass pictures to processor\("):
+        inputs_of(processor, [message])
+
+
+def test_keywords_of_the_vlms_processor_reach_it(tmp_path):
+    make().save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path, max_pixels=28 * 28 * 4, images="native")
+    assert again.images == "native"
+    assert again.image_processor.size["longest_edge"] == 28 * 28 * 4
+
+
+def test_lists_have_their_tokens_counted_too(processor):
+    prompts = [processor.apply_chat_template(user(PICTURE, "A?")), processor.apply_chat_template(user("What now?"))]
+    lists = processor(text=prompts, images=[[PICTURE], []], return_tensors=None)
+    tensors = processor(text=prompts, images=[[PICTURE], []], padding=True)
+    assert lists["image_tokens_per_scene"] == tensors["image_tokens_per_scene"].tolist()

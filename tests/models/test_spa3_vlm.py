@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import BACK_ENDS, alive, back_ends_in_use, golden, relative_error, spa3r_config, vggt_config
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
@@ -395,6 +396,65 @@ def test_pipeline(folder, processor):
     assert answer["generated_text"] == processor.batch_decode(words, skip_special_tokens=True)[0]
 
 
+def test_a_batch_of_text_alone_gives_the_adapter_a_gradient_of_zero(processor):
+    """Processes of distributed training wait for one another's gradients."""
+    model = make().train()
+    inputs = inputs_of(processor, [user("Hello."), user("How are you?")])
+    labels = inputs["input_ids"]
+    output = model(**inputs, labels=labels)
+    plain = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    assert torch.equal(output.loss, model.vlm(**plain, labels=labels).loss)
+    output.loss.backward()
+    assert all(not parameter.grad.any() for parameter in model.adapter.parameters())
+    tuple_loss = model(**inputs, labels=labels, return_dict=False)[0]
+    assert torch.equal(tuple_loss, output.loss) and tuple_loss.requires_grad
+
+
+def test_under_autocast_it_trains(batch):
+    model = make().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**batch, labels=batch["input_ids"])
+    output.loss.backward()
+    reference = model(**batch, labels=batch["input_ids"]).loss
+    assert relative_error(output.loss, reference) < 2e-2
+    assert all(parameter.grad.isfinite().all() for parameter in model.adapter.parameters())
+
+
+@pytest.mark.parametrize("cast", [lambda model: model.to(torch.bfloat16), lambda model: model.half()])
+def test_casting_leaves_the_camera_head_in_float32(cast):
+    model = make()
+    before = [parameter.clone() for parameter in model.spa3r.backbone.camera_head.parameters()]
+    cast(model)
+    after = list(model.spa3r.backbone.camera_head.parameters())
+    assert model.spa3r.encoder.norm.weight.dtype != torch.float32
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(after, before))
+
+
+def test_parts_of_another_configuration_are_what_is_saved(tmp_path):
+    vlm, spa3r = build("qwen2_5_vl")[0], make_spa3r()
+    spa3r.backbone.save_pretrained(tmp_path / "vggt")
+    spa3r.config.backbone_name_or_path = str(tmp_path / "vggt")
+    config = Spa3VLMConfig(vlm_config=vlm.config.to_dict(), spa3r_config=spa3r.config.to_dict())
+    model = Spa3VLMForConditionalGeneration(config, vlm=vlm, spa3r=spa3r)
+    assert model.config.spa3r_config is spa3r.config and model.config.vlm_config is vlm.config
+    model.save_pretrained(tmp_path / "couple", include_backbone=False)
+    loaded = Spa3VLM.from_pretrained(tmp_path / "couple")
+    assert torch.equal(loaded.spa3r.backbone.camera_token, spa3r.backbone.camera_token)
+
+
+def test_generate_takes_its_configuration_in_second_place(model, batch):
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    inputs = {key: value for key, value in batch.items() if key != "input_ids"}
+    words = model.generate(batch["input_ids"], config, **inputs)
+    assert torch.equal(words, model.generate(**batch, generation_config=config))
+    assert words.shape[1] == batch["input_ids"].shape[1] + 3
+
+
+def test_automodel_knows_the_couple(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is Spa3VLMForConditionalGeneration
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -431,7 +491,7 @@ def model():
         ),
         (
             {"image_tokens_per_scene": [4, 4, 4]},
-            "image tokens and `input_ids` has 12 image placeholders. Don't truncate",
+            r"`image_tokens_per_scene` must say how many image placeholders each row of `input_ids` has, .* got \[4, 4",
         ),
     ],
     ids="no_views no_pictures few many sum_of_views row_without_views grids token_counts".split(),
@@ -614,3 +674,20 @@ def test_the_adapters_sizes_follow_the_vlm_and_the_spa3r():
     shapes = {name: tuple(p.shape) for name, p in make().adapter.named_parameters() if p.ndim > 1}
     assert shapes["projector.fc1.weight"] == (64, 32) and shapes["bottleneck.fc1.weight"] == (16, 64)
     assert len(golden("vlm_adapter", "weights.")) == len(make().adapter.state_dict())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"revision": "main"}, {"quantization_config": {"load_in_4bit": True}}, {"hidden_size": 3}]
+)
+def test_keywords_that_nothing_would_hear_are_refused(wrong):
+    """A configuration would keep and save them."""
+    with pytest.raises(TypeError, match=f"Unknown keywords '{next(iter(wrong))}': wanted fields of Spa3VLMConfig or"):
+        Spa3VLM.from_vlm_and_spa3r(build("qwen2_5_vl")[0], make_spa3r(), **wrong)
+
+
+def test_a_token_goes_to_the_hub_and_not_into_the_configuration(tmp_path):
+    vlm, spa3r = build("qwen2_5_vl")[0], make_spa3r()
+    vlm.save_pretrained(tmp_path / "vlm")
+    spa3r.save_pretrained(tmp_path / "spa3r")
+    model = Spa3VLM.from_vlm_and_spa3r(tmp_path / "vlm", tmp_path / "spa3r", token="a_secret", local_files_only=True)
+    assert "a_secret" not in model.config.to_json_string(use_diff=False)

@@ -170,10 +170,37 @@ def test_asymmetric_masking_without_a_mask_equals_a_dense_mask(back_end, monkeyp
         ),
         (
             lambda x: x | {"view_pixel_values": x["view_pixel_values"][1:]},
-            r"`view_pixel_values` must have 154 rows, one for each patch of `view_grid_hw`, got 153",
+            r"`view_pixel_values` must have 154 rows, one for each patch of `view_grid_hw`, got shape \(153, 48\)",
         ),
+        (
+            lambda x: x | {"view_pixel_values": x["view_pixel_values"][:, 1:]},
+            r"`view_pixel_values` must have 48 columns \(3 x 4 x 4 pixels a patch\), got 47. Use the processor",
+        ),
+        (
+            lambda x: x | {"view_pixel_values": x["view_pixel_values"].to(torch.uint8)},
+            r"`view_pixel_values` must be floating point, normalised .* got torch.uint8",
+        ),
+        (
+            lambda x: x | {"view_grid_hw": [[0, 4], *x["view_grid_hw"].tolist()[1:]]},
+            r"`view_grid_hw` must hold a \(height, width\) of at least \(1, 1\) patches .* got \[0, 4\]",
+        ),
+        (
+            lambda x: x | {"view_grid_hw": [[1, 2, 3]]},
+            r"`view_grid_hw` must hold a \(height, width\) .* got \[1, 2, 3\]",
+        ),
+        (lambda x: x | {"output_layers": ()}, "`output_layers` must name at least one of the 2 layers, got none"),
     ],
-    ids=("no views", "wrong sum", "empty scene", "wrong patch count"),
+    ids=(
+        "no views",
+        "wrong sum",
+        "empty scene",
+        "patch count",
+        "patch width",
+        "integers",
+        "no grid",
+        "3 columns",
+        "no layer",
+    ),
 )
 def test_contradicting_inputs_are_refused(change, words):
     with pytest.raises(ValueError, match=words):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +18,23 @@ from spa3r.layers import TransformerLayer
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 """Arguments of ``from_pretrained`` that also go to the parts which a checkpoint names instead of holding them."""
+
+
+def split_hub_kwargs(kwargs: dict[str, Any], config_class: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords for the hub, and those that are fields of a configuration.
+
+    Raises:
+        TypeError: A keyword is neither: a configuration would keep it, unheard, and save it.
+    """
+    hub = {key: value for key, value in kwargs.items() if key in HUB_KWARGS}
+    fields = {key: value for key, value in kwargs.items() if key not in hub}
+    known = {field.name for field in dataclasses.fields(config_class)}
+    if unknown := sorted(fields.keys() - known):
+        raise TypeError(
+            f"Unknown keywords {', '.join(map(repr, unknown))}: wanted fields of {config_class.__name__} or one of "
+            f"{', '.join(map(repr, HUB_KWARGS))}. For anything else load the parts yourself and pass the models."
+        )
+    return hub, fields
 
 
 def quote_keys(keys, limit: int = 8) -> str:
@@ -32,7 +51,8 @@ class PackedPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["TransformerLayer"]
+    # Parts that one device has to hold: their positions travel in objects that accelerate's hooks don't look into.
+    _no_split_modules = ["TransformerLayer", "VggtModel", "Spa3REncoder", "Spa3RDecoder"]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Default to xformers where it is installed; refuse an unknown or unusable back end while loading."""
@@ -111,6 +131,8 @@ def save_without(save: Callable, model: nn.Module, left_out: Sequence[str], save
 
 def _unreadable_file(name_or_path) -> str:
     """The damaged file of a local checkpoint folder, or the checkpoint's name."""
+    if name_or_path is None:
+        return "The state dict's file"
     for path in sorted(Path(name_or_path).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):

@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from spa3r.attention import Segments, packed_attention
 from spa3r.layers import Mlp
-from spa3r.models.modeling_base import PackedPreTrainedModel, save_without
+from spa3r.models.modeling_base import PackedPreTrainedModel, save_without, split_hub_kwargs
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
 from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
 from spa3r.views import as_list
@@ -96,7 +96,7 @@ class Spa3VLMAdapter(nn.Module):
             (sum of tokens, h), the fused image tokens.
         """
         segments = Segments.across(tokens_per_scene, [latents.shape[1]] * len(latents))
-        keys = self.projector(latents.to(self.projector.fc1.weight.dtype).flatten(0, 1))
+        keys = self.projector(latents.to(self.norm.weight.dtype).flatten(0, 1))
         attended = self.norm(self.cross_attention(image_tokens.to(keys.dtype), keys, segments))
         residual = self.bottleneck(attended) * self.gate(attended).sigmoid()
         return image_tokens + residual.to(image_tokens.dtype)
@@ -116,6 +116,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     _keep_in_fp32_modules_strict = ["camera_head"]
+    _no_split_modules = ["Spa3RModel", "Spa3VLMAdapter"]  # and what the VLM names
 
     def __init__(self, config: Spa3VLMConfig, vlm: PreTrainedModel | None = None, spa3r: Spa3RModel | None = None):
         super().__init__(config)
@@ -128,7 +129,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 f"{self.spa3r.config.hidden_size}. Pass `spa3r.config` in the configuration."
             )
         self.adapter = Spa3VLMAdapter(config)
-        config.vlm_config = self.vlm.config  # the model may hold a copy; there is to be one truth
+        config.vlm_config, config.spa3r_config = self.vlm.config, self.spa3r.config  # parts may hold copies: one truth
         self.post_init()
         self._freeze()
 
@@ -142,7 +143,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | dict | None = None,
         device_map: Any = None,
-        **fields,
+        **kwargs,
     ) -> Spa3VLMForConditionalGeneration:
         """Marry a VLM to a Spa3R; the adapter is fresh.
 
@@ -152,14 +153,17 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             dtype: Of both, where they are loaded here; the adapter gets the VLM's.
             attn_implementation: Attention back end of both, or ``{"vlm_config": ..., "spa3r_config": ...}``.
             device_map: Where the VLM is placed; Spa3R and adapter go to the VLM's first device.
-            **fields: Other fields of :class:`Spa3VLMConfig`.
+            **kwargs: Other fields of :class:`Spa3VLMConfig`; and ``token``, ``cache_dir``, ``local_files_only``,
+                ``force_download`` for the hub. For anything else (quantisation, a revision) load the parts yourself.
 
         Raises:
+            TypeError: A keyword is neither.
             ValueError: The VLM's family can't be married; the message says why.
         """
+        hub_kwargs, fields = split_hub_kwargs(kwargs, cls.config_class)
         by_part = attn_implementation if isinstance(attn_implementation, dict) else {}
         if not isinstance(vlm, PreTrainedModel):
-            vlm_config = AutoConfig.from_pretrained(vlm)
+            vlm_config = AutoConfig.from_pretrained(vlm, **hub_kwargs)
             # Before gigabytes are loaded.
             check_vlm(vlm_config.model_type, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(vlm_config), None))
             vlm = AutoModelForImageTextToText.from_pretrained(
@@ -167,12 +171,14 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 dtype=dtype,
                 device_map=device_map,
                 attn_implementation=by_part.get("vlm_config") if by_part else attn_implementation,
+                **hub_kwargs,
             )
         if not isinstance(spa3r, PreTrainedModel):
             spa3r = Spa3RModel.from_pretrained(
                 spa3r,
                 dtype=vlm.dtype if dtype == "auto" else dtype,
                 attn_implementation=by_part.get("spa3r_config") if by_part else attn_implementation,
+                **hub_kwargs,
             )
         # The dictionary form says what the adapter uses and leaves the loaded parts' own choice alone.
         own = by_part.get("") if by_part else attn_implementation
@@ -192,7 +198,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 ``from_pretrained`` fetches it there.
             **kwargs: As in transformers.
         """
-        with self.spa3r.naming_frozen_parts(include_backbone) as left_out:
+        with self.spa3r.naming_frozen_parts(include_backbone, save_directory) as left_out:
             paths = [f"spa3r.{path}" for path in left_out]
             save_without(super().save_pretrained, self, paths, save_directory, **kwargs)
 
@@ -234,9 +240,13 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.vlm.get_decoder()
 
+    def _language_modules(self) -> set[nn.Module]:
+        parts = (self.vlm.get_decoder(), self.vlm.get_output_embeddings(), self.vlm.get_input_embeddings())
+        return {part for part in parts if part is not None}
+
     def vision_modules(self) -> list[nn.Module]:
         """The VLM's vision side: its largest modules that hold no part of the language model."""
-        language = {self.vlm.get_decoder(), self.vlm.get_output_embeddings(), self.vlm.get_input_embeddings()}
+        language = self._language_modules()
 
         def walk(module: nn.Module) -> Iterator[nn.Module]:
             for child in module.children():
@@ -251,12 +261,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
 
     def vision_parameters(self) -> list[nn.Parameter]:
         """The VLM's parameters outside its language model: vision tower, projector, learnt separators."""
-        language = {
-            id(parameter)
-            for part in (self.vlm.get_decoder(), self.vlm.get_output_embeddings(), self.vlm.get_input_embeddings())
-            if part is not None
-            for parameter in part.parameters()
-        }
+        language = {id(parameter) for part in self._language_modules() for parameter in part.parameters()}
         return [parameter for parameter in self.vlm.parameters() if id(parameter) not in language]
 
     def _freeze(self) -> None:
@@ -312,18 +317,31 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             "image_tokens_per_scene": image_tokens_per_scene,
         }
         inputs = self._fuse(input_ids, kwargs)
-        return self.vlm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
+        output = self.vlm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
+        if labels is not None and "mm_encoder_outputs" not in inputs and torch.is_grad_enabled():
+            # Distributed training waits for a gradient of every parameter, also of a batch that has text only.
+            loss = output["loss"] if isinstance(output, dict) else output[0]
+            idle = 0.0 * sum(parameter.sum() for parameter in self.adapter.parameters() if parameter.requires_grad)
+            if isinstance(output, dict):
+                output["loss"] = loss + idle
+            else:
+                output = (loss + idle, *output[1:])
+        return output
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs) -> Tensor | ModelOutput:
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
+    ) -> Tensor | ModelOutput:
         """The VLM's ``generate``, on fused image tokens, with everything that it offers.
 
         Args:
             inputs: (batch, sequence), the prompt; or as ``input_ids=``.
+            generation_config: As in transformers; None: the VLM's.
             **kwargs: What the processor made, and any argument of the VLM's ``generate``.
         """
         input_ids = kwargs.pop("input_ids", inputs)
-        return self.vlm.generate(input_ids=input_ids, **self._fuse(input_ids, kwargs))
+        kwargs = self._fuse(input_ids, kwargs)
+        return self.vlm.generate(input_ids=input_ids, generation_config=generation_config, **kwargs)
 
     def _fuse(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The VLM's arguments, with fused image tokens in place of pixels and views."""
@@ -355,11 +373,18 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         return kwargs | {"mm_encoder_outputs": {"image": fused}}
 
     def _tokens_per_row(self, input_ids: Tensor | None, given: Tensor | Sequence[int] | None) -> list[int]:
-        if given is not None:
-            return as_list(given)
-        if input_ids is None:
+        if input_ids is None and given is None:
             raise ValueError("`image_tokens_per_scene` must be given where `input_ids` is not (with `inputs_embeds`).")
-        return (input_ids == self.vlm.config.image_token_id).sum(dim=1).tolist()
+        given = None if given is None else as_list(given)
+        if given is not None and (input_ids is None or input_ids.device.type != "cpu"):
+            return given  # counting would make the host wait for the device
+        counted = (input_ids == self.vlm.config.image_token_id).sum(dim=1).tolist()
+        if given is not None and given != counted:
+            raise ValueError(
+                "`image_tokens_per_scene` must say how many image placeholders each row of `input_ids` has, "
+                f"{counted}, got {given}. Pass what Spa3VLMProcessor returned."
+            )
+        return counted
 
     def _encode_views(self, views: dict[str, Any], tokens_per_row: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Latents of the rows that have views, and which rows these are."""
@@ -379,7 +404,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         trainable = any(parameter.requires_grad for parameter in self.spa3r.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
             latents = self.spa3r.encode(
-                views["view_pixel_values"], views["view_grid_hw"], [counts[row] for row in rows]
+                views["view_pixel_values"].to(self.spa3r.device), views["view_grid_hw"], [counts[row] for row in rows]
             )
         return latents, rows
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import PIL.Image
-from huggingface_hub import snapshot_download
+from huggingface_hub import create_repo, snapshot_download
 from transformers import AutoConfig, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.utils import TensorType
 
@@ -18,6 +18,9 @@ from spa3r.video import sample_frames, uniform_indices
 
 VLM_FOLDER = "vlm_processor"
 """Subfolder of a saved processor that holds the VLM's own files."""
+
+NOT_FOR_VLM = (*HUB_KWARGS, "revision", "trust_remote_code", "subfolder", "_from_auto")
+"""Keywords of ``from_pretrained`` that say where files lie; the VLM's own lie in a local folder by then."""
 
 CONFIG_FILE = "processor_config.json"
 
@@ -72,12 +75,14 @@ class Spa3VLMProcessor(ProcessorMixin):
         Args:
             vlm: Folder or hub id of the VLM.
             spa3r: Folder or hub id of the Spa3R, for its image processor; None: the released settings.
-            **kwargs: Other arguments of the constructor.
+            **kwargs: Other arguments of the constructor; and ``token``, ``cache_dir``, ``local_files_only``,
+                ``force_download`` for the hub.
         """
+        hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         return cls(
-            AutoProcessor.from_pretrained(vlm),
-            Spa3RImageProcessor.from_pretrained(spa3r) if spa3r is not None else None,
-            image_token_id=AutoConfig.from_pretrained(vlm).image_token_id,
+            AutoProcessor.from_pretrained(vlm, **hub),
+            Spa3RImageProcessor.from_pretrained(spa3r, **hub) if spa3r is not None else None,
+            image_token_id=AutoConfig.from_pretrained(vlm, **hub).image_token_id,
             **kwargs,
         )
 
@@ -87,8 +92,10 @@ class Spa3VLMProcessor(ProcessorMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", folder.name)
             commit_message = kwargs.pop("commit_message", None)
+            repo_id = kwargs.pop("repo_id", folder.name)
+            create = {key: kwargs[key] for key in ("token", "private") if key in kwargs}
+            repo_id = create_repo(repo_id, exist_ok=True, **create).repo_id
             before = self._get_files_timestamps(folder)
         self.vlm_processor.save_pretrained(folder / VLM_FOLDER)
         self.tokenizer.save_pretrained(folder)
@@ -114,8 +121,8 @@ class Spa3VLMProcessor(ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path: Folder or hub id.
-            **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` for the hub; and
-                arguments of the constructor, which override what was saved.
+            **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` for the hub;
+                arguments of the constructor, which override what was saved; the rest goes to the VLM's processor.
 
         Raises:
             ValueError: The folder holds no processor of ours.
@@ -137,8 +144,9 @@ class Spa3VLMProcessor(ProcessorMixin):
                 "class's). Make one with Spa3VLMProcessor.from_vlm_and_spa3r and save it there."
             )
         fields["view_image_processor"] = Spa3RImageProcessor.from_dict(fields["view_image_processor"])
+        for_vlm = {key: value for key, value in kwargs.items() if key not in (*fields, *NOT_FOR_VLM)}
         fields |= {key: kwargs[key] for key in fields if key in kwargs}
-        return cls(AutoProcessor.from_pretrained(folder / VLM_FOLDER), **fields)
+        return cls(AutoProcessor.from_pretrained(folder / VLM_FOLDER, **for_vlm), **fields)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -187,10 +195,14 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     def _vlm_unit(self) -> int:
         """Side in pixels of what becomes one image token in VLMs of free resolution (Qwen: 14 x 2); else 1."""
-        processor = self.vlm_processor.image_processor
-        patch = getattr(processor, "patch_size", None)
-        merge = getattr(processor, "merge_size", None)
-        return patch * merge if isinstance(patch, int) and isinstance(merge, int) else 1
+        for processor, merge_name in (
+            (self.vlm_processor.image_processor, "merge_size"),
+            (self.vlm_processor, "spatial_merge_size"),  # Pixtral's
+        ):
+            patch, merge = getattr(processor, "patch_size", None), getattr(processor, merge_name, None)
+            if isinstance(patch, int) and isinstance(merge, int):
+                return patch * merge
+        return 1
 
     def _load_views(self, pictures: Sequence[Image]) -> tuple[list[PIL.Image.Image], list[PIL.Image.Image]]:
         """Processed views, and what the VLM sees of them."""
@@ -236,10 +248,14 @@ class Spa3VLMProcessor(ProcessorMixin):
         is_batch = len(conversation) > 0 and isinstance(conversation[0], list | tuple)
         scenes, rewritten = [], []
         for messages in conversation if is_batch else [conversation]:
-            pictures, messages = self._pictures_of(messages, self.num_frames if num_frames is None else num_frames)
-            views, seen = self._load_views(pictures) if tokenize else ([], pictures)
-            scenes.append(views)
-            rewritten.append(_with_pictures(messages, seen))
+            pictures, messages = self._pictures_of(
+                messages, self.num_frames if num_frames is None else num_frames, placeholders=not tokenize
+            )
+            if tokenize:
+                views, seen = self._load_views(pictures)
+                scenes.append(views)
+                messages = _with_pictures(messages, seen)
+            rewritten.append(messages)
         processor_kwargs = dict(processor_kwargs or {})
         if tokenize:
             kwargs["return_tensors"] = return_tensors
@@ -292,13 +308,20 @@ class Spa3VLMProcessor(ProcessorMixin):
         views = self.view_image_processor.pack(scenes, return_tensors)
         counts = {}
         if self.image_token_id is not None:
-            counts[TOKEN_COUNTS] = (output["input_ids"] == self.image_token_id).sum(-1)
+            ids = output["input_ids"]
+            if not hasattr(ids, "shape"):  # lists, of different lengths
+                counts[TOKEN_COUNTS] = [sum(token == self.image_token_id for token in row) for row in ids]
+            else:
+                counts[TOKEN_COUNTS] = (ids == self.image_token_id).sum(-1)
         return ViewBatch({**output, **views, **counts})
 
     def _pictures_of(
-        self, messages: Sequence[dict[str, Any]], num_frames: int | None
+        self, messages: Sequence[dict[str, Any]], num_frames: int | None, placeholders: bool
     ) -> tuple[list[Image], list[dict[str, Any]]]:
-        """All pictures of a conversation in order, and the messages with an empty image item for each."""
+        """All pictures of a conversation in order, and the messages with an empty image item for each.
+
+        With `placeholders` an item ``{"type": "image"}`` may come without its picture, which only text is made of.
+        """
         pictures: list[Image] = []
         rewritten = []
         for message in messages:
@@ -308,6 +331,9 @@ class Spa3VLMProcessor(ProcessorMixin):
                 continue
             items = []
             for item in content:
+                if placeholders and dict(item) == {"type": "image"}:
+                    items.append(item)
+                    continue
                 new = _pictures_of_item(item, num_frames)
                 pictures += new
                 items += [{"type": "image"}] * len(new) if item.get("type") != "text" else [item]
@@ -344,7 +370,7 @@ def _pictures_of_item(item: dict[str, Any], num_frames: int | None) -> list[Imag
     if media is None:
         raise ValueError(
             f"A content item of type {kind!r} must hold its {kind} under one of {', '.join(map(repr, keys))}, got the "
-            f"keys {sorted(item)}."
+            f"keys {sorted(item)}. Or make the text first (tokenize=False) and pass pictures to processor(images=...)."
         )
     if kind == "image":
         is_bare = media is item.get("base64") and not media.startswith("data:")

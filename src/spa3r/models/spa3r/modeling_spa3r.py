@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from spa3r.attention import Segments
 from spa3r.geometry import camera_rays, relative_to_first_view
 from spa3r.layers import Mlp, TransformerLayer
-from spa3r.models.modeling_base import HUB_KWARGS, PackedPreTrainedModel, save_without
+from spa3r.models.modeling_base import HUB_KWARGS, PackedPreTrainedModel, save_without, split_hub_kwargs
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.vggt.modeling_vggt import VggtModel, VggtModelOutput
 from spa3r.prope import ProjectiveEncoding, projection_matrices
@@ -115,7 +115,7 @@ class Spa3REncoder(nn.Module):
     def forward(self, features: Tensor, layout: ViewLayout) -> Tensor:  # (sum of N, 2C) -> (scenes, L, D)
         scenes = len(layout.views_per_scene)
         patches_per_scene = layout.per_scene(layout.patches_per_view)
-        patches = self.input_projection(features.to(self.input_projection.weight.dtype))
+        patches = self.input_projection(features.to(self.norm.weight.dtype))
         # Registers and queries sit at (0, 0); positions are per view, so that no view is first.
         prefix = torch.cat([self.register_tokens, self.query_tokens], dim=1).expand(scenes, -1, -1)
         tokens = prepend_tokens(prefix.to(patches.dtype), patches, patches_per_scene)
@@ -157,7 +157,7 @@ class Spa3RDecoder(nn.Module):
                 views, camera_rays(torch.stack([intrinsics[v] for v in views]), grid, config.patch_size)
             ):
                 rays[view] = view_rays
-        ray_tokens = self.ray_projection(torch.cat(rays).to(self.ray_projection.weight.dtype))
+        ray_tokens = self.ray_projection(torch.cat(rays).to(self.norm.weight.dtype))
         scene_of_view = [scene for scene, count in enumerate(layout.views_per_scene) for _ in range(count)]
         prefix = torch.cat(
             [
@@ -243,36 +243,48 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
         Raises:
             ValueError: A part is to be left out, and it isn't known where it comes from.
         """
-        with self.naming_frozen_parts(include_backbone) as left_out:
+        with self.naming_frozen_parts(include_backbone, save_directory) as left_out:
             save_without(super().save_pretrained, self, left_out, save_directory, **kwargs)
 
     @contextmanager
-    def naming_frozen_parts(self, include_backbone: bool) -> Iterator[list[str]]:
-        """While a checkpoint is written, the configuration says which frozen parts it leaves out: their paths."""
-        paths = list(self.frozen_modules())
-        fields = [f"{path.rpartition('.')[2]}_name_or_path" for path in paths]
-        names = [
-            None if include_backbone else self._home_of(field, module)
-            for field, module in zip(fields, self.frozen_modules().values())
-        ]
-        before = {field: getattr(self.config, field) for field in fields}
+    def naming_frozen_parts(self, include_backbone: bool, save_directory: str | Path) -> Iterator[list[str]]:
+        """While a checkpoint is written, the configuration says which frozen parts it leaves out: their paths.
+
+        Args:
+            include_backbone: False leaves all of them out. A part that was never loaded is left out in any case.
+            save_directory: Where the checkpoint goes.
+        """
+        parts = self.frozen_modules()
+        homes = {
+            path: None if include_backbone and module is not None else self._home_of(path, module, save_directory)
+            for path, module in parts.items()
+        }
+        fields = {path: f"{path.rpartition('.')[2]}_name_or_path" for path in parts}
+        before = {field: getattr(self.config, field) for field in fields.values()}
         try:
-            for field, name in zip(fields, names):
-                setattr(self.config, field, name)
-            yield [] if include_backbone else paths
+            for path, home in homes.items():
+                setattr(self.config, fields[path], home)
+            yield [path for path, home in homes.items() if home is not None]
         finally:  # the configuration in memory goes on saying what it said
             for field, name in before.items():
                 setattr(self.config, field, name)
 
-    def _home_of(self, field: str, module: nn.Module | None) -> str:
+    def _home_of(self, path: str, module: nn.Module | None, save_directory: str | Path) -> str:
+        """Where a frozen part comes from: what the configuration names, or where the part or the model was loaded."""
+        field = f"{path.rpartition('.')[2]}_name_or_path"
         name = getattr(self.config, field) or (module.config.name_or_path if module is not None else "")
-        name = name or self.config.name_or_path
+        name = str(name or self.config.name_or_path)
         if not name:
             raise ValueError(
                 "`include_backbone=False` leaves the frozen parts out, and the configuration doesn't say where they "
                 f"come from. Set `model.config.{field}` to a folder or hub id, or save with include_backbone=True."
             )
-        return str(name)
+        if Path(name).is_dir() and Path(name).resolve() == Path(save_directory).resolve():
+            raise ValueError(
+                f"`include_backbone=False` leaves the frozen parts out, and {name} is where they come from: saving "
+                "there would destroy them. Choose another folder."
+            )
+        return name
 
     def _finish_loading(self, hub_kwargs: dict) -> None:
         """Fetch the frozen parts that the checkpoint only names, then freeze."""
@@ -337,7 +349,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
                 `intrinsics`. None: the backbone predicts both.
             intrinsics: (views, 3, 3), pixels of the processed views.
         """
-        layout = ViewLayout.from_inputs(view_grid_hw, views_per_scene, len(view_pixel_values))
+        layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         given = self._given_cameras(extrinsics, intrinsics, layout)
         features, cameras = self._run_backbone(view_pixel_values, layout, output_cameras=given is None)
         latents = self.encoder(features, layout)
@@ -361,7 +373,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
         Raises:
             ValueError: There are no views, or the inputs contradict one another.
         """
-        layout = ViewLayout.from_inputs(view_grid_hw, views_per_scene, len(view_pixel_values))
+        layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         return self.encoder(self._run_backbone(view_pixel_values, layout)[0], layout)
 
     def decode(
@@ -460,7 +472,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
 
     @classmethod
     def from_vggt_and_dinov3(
-        cls, vggt: str | Path, dinov3: str | Path, dtype: torch.dtype | str = "auto", **fields
+        cls, vggt: str | Path, dinov3: str | Path, dtype: torch.dtype | str = "auto", **kwargs
     ) -> Spa3RForPreTraining:
         """A fresh Spa3R on two pretrained frozen parts.
 
@@ -468,10 +480,15 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             vggt: Folder or hub id of a :class:`VggtModel`.
             dinov3: Folder or hub id of transformers' DINOv3ViTModel.
             dtype: Of the loaded parts; the trained parts are float32.
-            **fields: Other fields of :class:`Spa3RConfig`.
+            **kwargs: Other fields of :class:`Spa3RConfig`; and ``token``, ``cache_dir``, ``local_files_only``,
+                ``force_download`` for the hub.
+
+        Raises:
+            TypeError: A keyword is neither.
         """
-        backbone = VggtModel.from_pretrained(vggt, dtype=dtype)
-        teacher = AutoModel.from_pretrained(dinov3, dtype=dtype)
+        hub_kwargs, fields = split_hub_kwargs(kwargs, Spa3RConfig)
+        backbone = VggtModel.from_pretrained(vggt, dtype=dtype, **hub_kwargs)
+        teacher = AutoModel.from_pretrained(dinov3, dtype=dtype, **hub_kwargs)
         config = Spa3RConfig(
             backbone_config=backbone.config,
             semantic_teacher_config=teacher.config,
@@ -483,6 +500,11 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         model.spa3r.backbone, model.semantic_teacher = backbone, teacher
         model._freeze()
         return model
+
+    def _freeze(self) -> None:
+        super()._freeze()
+        if "depth" not in self.config.backbone_config.heads:  # nothing to learn depth from
+            self.spa3r.depth_probe.requires_grad_(False)
 
     def frozen_modules(self) -> dict[str, nn.Module | None]:
         return {"spa3r.backbone": self.spa3r.backbone, "semantic_teacher": self.semantic_teacher}
@@ -511,7 +533,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             ValueError: The inputs contradict one another, or the loss has no view to cover.
         """
         model, config = self.spa3r, self.config
-        layout = ViewLayout.from_inputs(view_grid_hw, views_per_scene, len(view_pixel_values))
+        layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         given = model._given_cameras(extrinsics, intrinsics, layout)
         targets = self._target_views(target_mask, layout)
 

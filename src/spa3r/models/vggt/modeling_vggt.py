@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
+from transformers.utils.generic import maybe_autocast
 
 from spa3r.attention import Segments
 from spa3r.geometry import pose_encoding_to_cameras
@@ -21,6 +22,8 @@ from spa3r.models.modeling_base import PackedPreTrainedModel
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 from spa3r.rope import RotaryEncoding
 from spa3r.views import ViewLayout, prepend_tokens, split_prefix
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 DPT_VIEWS_AT_ONCE = 8
 """Views that a dense head works on together: bounds its memory."""
@@ -78,7 +81,7 @@ class VggtPatchEmbedding(nn.Module):
 
     def forward(self, pixel_values: Tensor, layout: ViewLayout) -> Tensor:  # (sum of N, 3 * p * p) -> (sum of N, C)
         embeddings = {grid: self._position_embedding(grid) for grid in set(layout.grid_hw)}
-        patches = self.projection(pixel_values.to(self.projection.weight.dtype))
+        patches = self.projection(pixel_values.to(self.norm.weight.dtype))  # a quantised Linear's own type says nothing
         patches = patches + torch.cat([embeddings[grid] for grid in layout.grid_hw])
         prefix = torch.cat([self.cls_token + self.position_embedding[:, :1], self.register_tokens], dim=1)
         tokens = prepend_tokens(
@@ -128,7 +131,7 @@ class VggtCameraHead(nn.Module):
         """(views, 2C) -> of every refinement (views, 9): translation, quaternion (x, y, z, w), fov_h, fov_w."""
         segments = Segments.within(views_per_scene)
         # Poses are the one output that half precision spoils, and the head is small: always float32.
-        with torch.autocast(camera_tokens.device.type, enabled=False):
+        with maybe_autocast(camera_tokens.device.type, enabled=False):
             tokens = self.token_norm(camera_tokens.to(self.token_norm.weight.dtype))
             normed = self.adaptive_norm(tokens)
             pose = self.empty_pose.expand(len(tokens), -1)
@@ -142,6 +145,15 @@ class VggtCameraHead(nn.Module):
                 poses.append(torch.cat([raw[:, :7], nn.functional.relu(raw[:, 7:])], dim=-1).float())
                 pose = raw.detach()  # each refinement starts from the last one's value, not from its graph
             return tuple(poses)
+
+    def _apply(self, fn, recurse: bool = True):
+        """As ``nn.Module._apply``, which moves and casts; but half precision is not for poses."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device, torch.float32) if result.dtype in HALF_PRECISION else result
+
+        return super()._apply(keep_precision, recurse)
 
 
 class VggtResidualUnit(nn.Module):
@@ -281,7 +293,7 @@ class VggtModel(PackedPreTrainedModel):
             )
             for qk_norm in ("layer_norm", config.global_qk_norm)
         )
-        self.camera_head = VggtCameraHead(config) if "camera" in config.heads else None
+        self.camera_head = VggtCameraHead(config).float() if "camera" in config.heads else None
         self.depth_head = VggtDenseHead(config, 2) if "depth" in config.heads else None
         self.point_head = VggtDenseHead(config, 4) if "point" in config.heads else None
         self.post_init()
@@ -323,7 +335,7 @@ class VggtModel(PackedPreTrainedModel):
         Raises:
             ValueError: The inputs contradict one another, or a head is asked for that the model doesn't have.
         """
-        layout = ViewLayout.from_inputs(view_grid_hw, views_per_scene, len(view_pixel_values))
+        layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         return self.forward_layout(
             view_pixel_values, layout, output_layers, output_cameras, output_depth, output_points
         )
@@ -351,6 +363,8 @@ class VggtModel(PackedPreTrainedModel):
                 another only, while the scene's other views see all of it. None: all views see all.
         """
         count = self.config.num_hidden_layers
+        if not len(output_layers):
+            raise ValueError(f"`output_layers` must name at least one of the {count} layers, got none.")
         output_layers = [_layer_index(index, count) for index in output_layers]
         for head, wanted in (("camera", output_cameras), ("depth", output_depth), ("point", output_points)):
             if wanted and head not in self.config.heads:
