@@ -267,6 +267,37 @@ def test_failed_scenes_are_named_and_all_others_done(scenes, tmp_path):
     assert result.stderr.count("error: ") == 4
 
 
+def test_other_photos_or_options_are_encoded_again(scenes, tmp_path):
+    folder, arguments = scenes[0].parent, ("encode", *scenes, "--scene-per-folder", "--output", tmp_path)
+    run_json(*arguments)
+    assert run_json(*arguments)["encoded"] == 0
+    photo = next(file for file in sorted(scenes[0].iterdir()) if file.suffix == ".png")
+    added = photo.with_name("zz_added.png")
+    added.write_bytes(photo.read_bytes())
+    try:
+        assert run_json(*arguments)["encoded"] == 1
+    finally:
+        added.unlink()
+    assert run_json(*arguments, "--dtype", "bfloat16")["encoded"] == len(scenes), folder
+
+
+def test_an_empty_question_and_a_folder_for_a_file_are_refused(scene, tmp_path):
+    assert "must be the question" in said(run("ask", scene, " ", code=2))
+    wanted = f"`--output` must be a file, and {tmp_path} is a folder: give {tmp_path / 'latents.safetensors'}."
+    assert run_json("encode", scene, "--output", tmp_path, code=1)["error"] == wanted
+
+
+def test_a_text_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "notes.ckpt").write_text("Remember the milk.")
+    error = run_json("convert", tmp_path / "notes.ckpt", tmp_path / "out", "--kind", "spa3r", code=1)["error"]
+    assert "notes.ckpt can't be read: only pickles of tensors and plain values are loaded" in error
+
+
+def test_python_runs_the_package():
+    done = subprocess.run([sys.executable, "-m", "spa3r", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"spa3r {spa3r.__version__}\n"
+
+
 def test_scenes_of_one_name_are_refused(tmp_path):
     for parent in ("a", "b"):
         (tmp_path / parent / "room").mkdir(parents=True)
@@ -368,7 +399,9 @@ def test_demo_shows_everything(tmp_path):
 
 def test_demo_refuses_what_it_can_not_do(tmp_path):
     assert "--views" in said(run("demo", "--views", 1, code=2))
-    assert "level: wanted an int in 0..3" in run_json("demo", "--level", 9, "--output", tmp_path, code=1)["error"]
+    for option in ("--level", "--seed"):
+        assert option in said(run("demo", option, -1, code=2))
+    assert "--level" in said(run("demo", "--level", 9, code=2))
 
 
 # What all commands share

@@ -15,7 +15,9 @@ from spa3r.geometry import (
     pose_encoding_to_cameras,
     quaternion_to_rotation,
     relative_to_first_view,
+    unproject,
 )
+from spa3r.rooms import camera_walk, generate_room, render
 
 
 def cameras(count: int) -> torch.Tensor:
@@ -102,3 +104,17 @@ def test_rays_go_through_patch_centres_row_by_row():
                 ray = torch.linalg.inv(intrinsics[view]) @ pixel
                 assert torch.allclose(rays[view, 3 * row + column], ray / ray.norm(), atol=1e-6)
     assert rays.norm(dim=-1).sub(1).abs().max() < 1e-6 and (rays[..., 2] > 0).all()
+
+
+def test_points_of_two_views_are_one_room():
+    """Rendered depth, unprojected, lies inside the room and on what it shows."""
+    room = generate_room(seed=0, level=1)
+    views = render(room, camera_walk(room, 3, size=(48, 64)))
+    points = unproject(*(torch.from_numpy(array) for array in (views.depth, views.extrinsics, views.intrinsics)))
+    assert points.shape == (3, 48, 64, 3)
+    half = torch.tensor(room.size) / 2
+    centred = points - torch.tensor([0, 0, half[2]])
+    assert (centred.abs() <= half + 1e-3).all()
+    on_a_wall = (centred.abs() - half).abs().amin(-1) < 1e-3
+    background = torch.from_numpy(views.instance_ids) == 0
+    assert on_a_wall[background].float().mean() > 0.9 and not on_a_wall[~background].float().mean() > 0.5

@@ -293,7 +293,7 @@ def _files(source: str) -> list[str]:
             f"The folder {source} holds no pictures and no videos (its subfolders are not searched). Give another."
         )
     numbers_as_such = (
-        [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", file.name)] for file in files
+        [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", file.name)] for file in files
     )
     return [str(file) for _, file in sorted(zip(numbers_as_such, files))]
 
@@ -342,7 +342,7 @@ def ask(
 ) -> None:
     """Ask a Spa3-VLM a question about photos of a scene."""
     *photos, question = photos_and_question
-    if not photos or os.path.exists(question):
+    if not photos or os.path.exists(question) or not question.strip():
         raise typer.BadParameter(
             f"The last argument must be the question, after at least one photo; got {question!r}.",
             param_hint="PHOTOS... QUESTION",
@@ -405,8 +405,8 @@ def encode(
         bool,
         typer.Option(
             "--scene-per-folder",
-            help="Every argument, such as a folder, is a scene with a file of its own. A scene that this model has "
-            "already encoded there is left alone.",
+            help="Every argument, such as a folder, is a scene with a file of its own. A scene whose file was made of "
+            "the same photos by the same model and options is left alone.",
         ),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Scenes encoded at once.")] = 8,
@@ -428,13 +428,18 @@ def encode(
                 return _load_spa3r(model, device, dtype, attention)
 
         if scene_per_folder:
-            _encode_many(report, load, model, photos, output or Path("latents"), batch_size, num_frames)
+            options = json.dumps({"num_frames": num_frames, "dtype": dtype, "attn": attention})
+            _encode_many(report, load, model, photos, output or Path("latents"), batch_size, num_frames, options)
             return
+        if output is not None and output.is_dir():
+            raise ValueError(
+                f"`--output` must be a file, and {output} is a folder: give {output / 'latents.safetensors'}."
+            )
         names, views = _read_views(photos, num_frames)
         spa3r, processor = load()
         file = output or Path("latents.safetensors")
         with report.status(f"Encoding {_plural(len(views), 'view')}"):
-            scene = (file, names, [processor.process_view(view) for view in views])
+            scene = (file, {"views": json.dumps(names)}, [processor.process_view(view) for view in views])
             shape = _encode_and_save(spa3r, processor, model, [scene])
         report.finish(
             f"{file}: latents {' x '.join(map(str, shape))} of {_plural(len(names), 'view')}",
@@ -455,10 +460,12 @@ def _encode_many(
     folder: Path,
     batch_size: int,
     num_frames: int | None,
+    options: str,
 ) -> None:
     """Every source is a scene. One that can't be read is named and counted, and all others are done."""
     scenes = _scene_files(sources, folder)
-    waiting = [(file, source) for file, source in scenes.items() if not _is_encoded(file, model)]
+    made_from = {file: options + _fingerprint(source) + _fingerprint(model) for file, source in scenes.items()}
+    waiting = [(file, source) for file, source in scenes.items() if not _is_encoded(file, model, made_from[file])]
     failed: dict[str, str] = {}
     if waiting:
         spa3r, processor = load()
@@ -469,7 +476,8 @@ def _encode_many(
             for file, source in waiting[start : start + batch_size]:
                 try:
                     names, views = _read_views([source], num_frames)
-                    batch.append((file, names, [processor.process_view(view) for view in views]))
+                    about = {"views": json.dumps(names), "made_from": made_from[file]}
+                    batch.append((file, about, [processor.process_view(view) for view in views]))
                 except (ValueError, OSError) as error:
                     failed[source] = _one_line(error)
                     report.error(f"{source}: {failed[source]}")
@@ -505,12 +513,21 @@ def _scene_files(sources: list[str], folder: Path) -> dict[Path, str]:
     return files
 
 
-def _is_encoded(file: Path, model: str) -> bool:
+def _fingerprint(source: str) -> str:
+    """The files of a photo, folder or model by name, size and time of change: another one means other latents."""
+    path = Path(source)
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    return json.dumps(stats)
+
+
+def _is_encoded(file: Path, model: str, made_from: str) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as content:
-            return (content.metadata() or {}).get("model") == model
+            about = content.metadata() or {}
+            return (about.get("model"), about.get("made_from")) == (model, made_from)
     except (OSError, SafetensorError):
         return False
 
@@ -519,9 +536,9 @@ def _encode_and_save(
     spa3r: Spa3RModel,
     processor: Spa3RImageProcessor,
     model: str,
-    scenes: list[tuple[Path, list[str], list[PIL.Image.Image]]],
+    scenes: list[tuple[Path, dict[str, str], list[PIL.Image.Image]]],
 ) -> list[int]:
-    """Encode scenes (file, names of the views, processed views) in one batch; each file appears whole or not at all.
+    """Encode scenes (file, what it is to say, processed views) in one batch; each file appears whole or not at all.
 
     Returns:
         Shape of the latents in each file, [1, L, D].
@@ -532,8 +549,8 @@ def _encode_and_save(
     with torch.inference_mode():
         latents = spa3r.encode(**processor.pack([views for _, _, views in scenes]).to(spa3r.device)).cpu()
     versions = {name: metadata.version(name) for name in ("spa3r", "torch", "transformers")}
-    for (file, names, _), scene in zip(scenes, latents.split(1)):
-        about = {"model": model, "views": json.dumps(names), "versions": json.dumps(versions)}
+    for (file, told, _), scene in zip(scenes, latents.split(1)):
+        about = {"model": model, "versions": json.dumps(versions)} | told
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
@@ -683,8 +700,8 @@ def _try_attention(device: torch.device) -> dict[str, tuple[bool, str]]:
 
 @app.command()
 def demo(
-    seed: Annotated[int, typer.Option(help="Which room.")] = 0,
-    level: Annotated[int, typer.Option(help="How varied the room is, 0 to 3.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Which room.")] = 0,
+    level: Annotated[int, typer.Option(min=0, max=3, help="How varied the room is.")] = 1,
     views: Annotated[int, typer.Option(min=2, help="Views of the room; one of them is held out.")] = 8,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("spa3r_demo"),
     as_json: AsJson = False,
@@ -704,6 +721,8 @@ def demo(
         from spa3r.views import ViewLayout
         from spa3r.visualization import contact_sheet, field_figure
 
+        photos = output / "photos"
+        photos.mkdir(parents=True, exist_ok=True)
         with report.status("Making the model"):
             model, processor = embedded_model()
         spa3r, view_processor = model.spa3r, processor.view_image_processor
@@ -736,8 +755,9 @@ def demo(
             answer = _answer(model, processor, pictures, DEMO_QUESTION, max_new_tokens=16)
 
         with report.status("Drawing"):
-            output.mkdir(parents=True, exist_ok=True)
             files = [output / "views.png", output / "field.png"]
+            for index, image in enumerate(rendered.images):  # to go on with: spa3r ask, spa3r encode
+                PIL.Image.fromarray(image).save(photos / f"{index}.png")
             contact_sheet(
                 rendered.images,
                 f"Room of seed {seed}, level {level}",
@@ -764,6 +784,7 @@ def demo(
             "question": DEMO_QUESTION,
             "answer": _printable(answer),
             "pictures": ", ".join(map(str, files)),
+            "photos": str(photos),
         }
         report.finish(
             "\n".join(f"{name:<9} {text}" for name, text in rows.items()),
@@ -777,4 +798,5 @@ def demo(
             latents_shape=list(latents.shape),
             field={"cosine_similarity": decoded_similarity, "baseline_cosine_similarity": baseline_similarity},
             pictures=[str(file) for file in files],
+            photos=str(photos),
         )

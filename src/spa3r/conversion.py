@@ -43,6 +43,9 @@ from spa3r.models.vggt.modeling_vggt import VggtModel
 
 logger = logging.get_logger(__name__)
 
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError)
+"""What reading a pickle may raise: a file that is none makes the unpickler stumble over anything."""
+
 Kind = Literal["vggt", "spa3r", "spa3-vlm"]
 
 
@@ -208,10 +211,19 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    # What is no pickle at all makes the unpickler stumble over anything.
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise ValueError(
-            f"{file} can't be read: only pickles of tensors and plain values are loaded, and whole ones ({error}). If "
-            "you trust it, save its state dict as safetensors and convert that."
+            f"{file} can't be read: only pickles of tensors and plain values are loaded, and whole ones "
+            f"({type(error).__name__}). If you trust it, save its state dict as safetensors and convert that."
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):

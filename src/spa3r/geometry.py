@@ -79,6 +79,25 @@ def relative_to_first_view(extrinsics: Tensor, views_per_scene: Sequence[int]) -
         return torch.cat([cameras @ invert_extrinsics(cameras[:1]) for cameras in scenes])
 
 
+def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:  # (V, H, W) -> (V, H, W, 3)
+    """World points of depth maps: a point cloud.
+
+    Args:
+        depth: (V, H, W), along the optical axis, in the unit of the extrinsics.
+        extrinsics: (V, 4, 4).
+        intrinsics: (V, 3, 3), pixels of a picture of H x W.
+    """
+    height, width = depth.shape[-2:]
+    depth, intrinsics = depth.float(), intrinsics.float()[:, None, None]
+    x = (torch.arange(width, device=depth.device) + 0.5 - intrinsics[..., 0, 2]) / intrinsics[..., 0, 0]  # (V, 1, W)
+    y = torch.arange(height, device=depth.device)[:, None] + 0.5
+    y = (y - intrinsics[..., 1, 2]) / intrinsics[..., 1, 1]  # (V, H, 1)
+    points = torch.stack([x * depth, y * depth, depth], dim=-1)  # in the camera's frame
+    with maybe_autocast(depth.device.type, enabled=False):
+        inverse = invert_extrinsics(extrinsics.float())[:, None]
+        return points @ inverse[..., :3, :3].transpose(-2, -1) + inverse[..., None, :3, 3]
+
+
 def camera_rays(intrinsics: Tensor, grid_hw: tuple[int, int], patch_size: int) -> Tensor:  # (V, 3, 3) -> (V, h*w, 3)
     """Unit rays through the patch centres, in each camera's own frame, row by row.
 

@@ -37,14 +37,14 @@ class ViewLayout:
         Raises:
             ValueError: There are no views, or the inputs contradict one another.
         """
-        rows = as_list(view_grid_hw)
-        if wrong := [row for row in rows if len(row) != 2 or min(row) < 1]:
+        rows, scenes = as_list(view_grid_hw), as_list(views_per_scene)
+        if wrong := [row for row in rows if not isinstance(row, Sequence) or len(row) != 2 or min(row) < 1]:
             raise ValueError(
                 "`view_grid_hw` must hold a (height, width) of at least (1, 1) patches for every view, got "
                 f"{wrong[0]}. Pass it as the processor returned it."
             )
         grids = tuple((int(height), int(width)) for height, width in rows)
-        scenes = tuple(int(count) for count in as_list(views_per_scene))
+        scenes = tuple(int(count) for count in scenes)
         if not grids or not scenes:
             raise ValueError(
                 "`view_grid_hw` and `views_per_scene` must hold at least one view of one scene, got "
@@ -176,8 +176,9 @@ class ContextSplit:
 
 
 def as_list(values: Tensor | Sequence) -> list:
-    """A small tensor or sequence of numbers as Python numbers."""
-    return values.tolist() if isinstance(values, Tensor) else list(values)
+    """A small tensor, array or sequence of numbers as Python numbers; a lone number as a list of it."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return list(values) if isinstance(values, Sequence) else [values]
 
 
 def select_rows(rows: Tensor, lengths: Sequence[int], views: Sequence[int]) -> Tensor:

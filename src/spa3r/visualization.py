@@ -78,6 +78,9 @@ def contact_sheet(
     """
     if not len(views):
         raise ValueError("`views` must hold at least one picture, got none.")
+    if labels is not None and len(labels) != len(views):
+        raise ValueError(f"`labels` must have one entry for each of the {len(views)} views, got {len(labels)}.")
+    views = [np.asarray(view) for view in views]  # PIL images too
     columns = math.ceil(math.sqrt(len(views) * 1.3))
     rows = math.ceil(len(views) / columns)
     aspect = max(view.shape[0] / view.shape[1] for view in views)

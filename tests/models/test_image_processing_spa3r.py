@@ -426,8 +426,11 @@ def test_files_that_are_no_pictures_are_named(processor, tmp_path):
     (tmp_path / "text.jpg").write_text("This is no picture.")
     with pytest.raises(ValueError, match=r"The picture can't be decoded: \S+text\.jpg \("):
         processor(tmp_path / "text.jpg")
-    with pytest.raises(ValueError, match=r"The picture can't be decoded: \S+ \("):
+    with pytest.raises(ValueError, match=r"The picture \S+ can't be opened: Is a directory\. Give a file"):
         processor(tmp_path)
+    (tmp_path / "photo.heic").write_text("No decoder knows this.")
+    with pytest.raises(ValueError, match=r"photo\.heic \(.*Register the package pillow-heif with PIL, or export"):
+        processor(tmp_path / "photo.heic")
     with pytest.raises(ValueError, match=r"The picture \S+missing\.jpg doesn't exist\. Check the path\."):
         processor([[GOOD], [str(tmp_path / "missing.jpg")]])
 
@@ -503,3 +506,36 @@ def test_save_and_load(tmp_path):
         assert all(torch.equal(ours[key], reference[key]) for key in reference)
     assert Spa3RImageProcessor.from_pretrained(tmp_path, mode="crop").mode == "crop"
     assert vars(Spa3RImageProcessor())["size"] == 518
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("size", [(320, 240), (240, 320), (160, 160), (300, 100)])
+def test_intrinsics_follow_the_picture(size, mode):
+    """A bright spot stays where its ray meets the picture, also when that is resized, cropped or padded."""
+    processor, (width, height) = Spa3RImageProcessor(size=140, mode=mode), size
+    intrinsics = np.array([[200.0, 0, width / 2 + 5], [0, 210.0, height / 2 - 3], [0, 0, 1]])
+    ray = np.array([0.1, -0.05, 1.0])
+    x, y, _ = intrinsics @ ray
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[int(y) - 3 : int(y) + 4, int(x) - 3 : int(x) + 4] = 255
+    spot = np.argwhere(pixels[..., 0]).mean(0) + 0.5 - (y, x)  # whole pixels miss the point a little
+    view = np.asarray(processor.process_view(pixels), np.float64)[..., 0]
+    if mode == "pad":  # the margins are white too
+        new_size, (left, top), _ = processor._placement(width, height, None)
+        inside = np.zeros_like(view)
+        inside[top : top + new_size[1], left : left + new_size[0]] = 1
+        view = view * inside
+    rows, columns = np.mgrid[: view.shape[0], : view.shape[1]] + 0.5
+    found = np.array([(rows * view).sum(), (columns * view).sum()]) / view.sum()
+    changed = processor.process_intrinsics(intrinsics, (height, width))
+    x, y, _ = changed @ ray
+    assert np.abs(found - spot * (changed[1, 1] / 210, changed[0, 0] / 200) - (y, x)).max() < 0.1
+    as_tensor = processor.process_intrinsics(torch.from_numpy(intrinsics).float()[None], (height, width))
+    assert as_tensor.dtype == torch.float32 and np.allclose(as_tensor[0].numpy(), changed, atol=1e-4)
+
+
+def test_a_small_picture_is_named(processor, tmp_path):
+    noise(5, 50).save(tmp_path / "thin.png")
+    for picture in (tmp_path / "thin.png", to_rgb(tmp_path / "thin.png")):
+        with pytest.raises(ValueError, match=r"got \S+thin\.png of 5 x 50 \(width x height\)\. Leave it out"):
+            processor(picture)

@@ -26,10 +26,10 @@ from tiny import (
     vggt_config,
     view_inputs,
 )
-from transformers import AutoModel, AutoModelForPreTraining
+from transformers import AutoModel, AutoModelForPreTraining, Trainer, TrainingArguments
 from transformers.models.dinov3_vit import DINOv3ViTModel
 
-from spa3r import Spa3RForPreTraining, VggtModel
+from spa3r import Spa3RForPreTraining, Spa3VLM, VggtModel
 
 LOSSES = ("geometry_l1", "geometry_cosine", "semantic_l1", "semantic_cosine", "depth_probe")
 GOLDEN_OUTPUTS = {
@@ -439,3 +439,44 @@ def test_a_token_goes_to_the_hub_and_unheard_keywords_are_refused(tmp_path):
     assert "a_secret" not in model.config.to_json_string(use_diff=False)
     with pytest.raises(TypeError, match="Unknown keywords 'num_latent': wanted fields of Spa3RConfig or one of"):
         Spa3RForPreTraining.from_vggt_and_dinov3(tmp_path / "vggt", tmp_path / "dinov3", num_latent=8)
+
+
+def test_trainer_evaluates_it(tmp_path):
+    """Without being told of labels."""
+    model, inputs = alive(Spa3RForPreTraining(pretraining_config())), view_inputs()
+    arguments = TrainingArguments(output_dir=tmp_path, report_to=[], use_cpu=True, remove_unused_columns=False)
+    trainer = Trainer(model, arguments, data_collator=lambda rows: rows[0], eval_dataset=[inputs, inputs])
+    assert 0 < trainer.evaluate()["eval_loss"] < 100
+
+
+@pytest.mark.parametrize("wrong_class", [VggtModel, Spa3VLM])
+def test_the_checkpoint_of_another_model_is_refused_before_one_is_built(wrong_class, tmp_path):
+    Spa3RForPreTraining(pretraining_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"holds a model of type 'spa3r', and {wrong_class.__name__}.* loads"):
+        wrong_class.from_pretrained(tmp_path)
+
+
+def test_a_home_that_moved_is_named_with_its_cure(tmp_path):
+    model = Spa3RForPreTraining(pretraining_config())
+    model.spa3r.backbone.save_pretrained(tmp_path / "vggt")
+    model.semantic_teacher.save_pretrained(tmp_path / "dinov3")
+    model.config.backbone_name_or_path = str(tmp_path / "vggt")
+    model.config.semantic_teacher_name_or_path = str(tmp_path / "dinov3")
+    model.save_pretrained(tmp_path / "spa3r", include_backbone=False)
+    (tmp_path / "vggt").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"home of its backbone, which can't be loaded.*backbone_name_or_path=\.\.\."):
+        Spa3RForPreTraining.from_pretrained(tmp_path / "spa3r")
+    found = Spa3RForPreTraining.from_pretrained(tmp_path / "spa3r", backbone_name_or_path=str(tmp_path / "moved"))
+    assert torch.equal(found.spa3r.backbone.camera_token, model.spa3r.backbone.camera_token)
+
+
+def test_cameras_may_be_arrays():
+    model, inputs = alive(Spa3RForPreTraining(pretraining_config())).spa3r.eval(), view_inputs()
+    with torch.no_grad():
+        out = model(**inputs)
+        cameras = {"extrinsics": out.extrinsics, "intrinsics": out.intrinsics}
+        arrays = {name: tensor.numpy() for name, tensor in cameras.items()}
+        layout = (inputs["view_grid_hw"], inputs["views_per_scene"])
+        assert torch.equal(model(**inputs, **arrays).depth, model(**inputs, **cameras).depth)
+        ours = model.decode(out.latents, arrays["extrinsics"], arrays["intrinsics"], *layout)
+        assert torch.equal(ours.depth, model.decode(out.latents, *cameras.values(), *layout).depth)

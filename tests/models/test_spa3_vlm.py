@@ -360,6 +360,12 @@ def test_the_plain_trainer_trains_it(checkpointing, processor, tmp_path):
     frozen = {id(parameter) for parameter in (*model.spa3r.parameters(), *model.vision_parameters())}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (id(parameter) in frozen), name
+    assert {*load_file(tmp_path / "checkpoint-2" / "model.safetensors")} <= model.state_dict().keys()
+    resumed = make()
+    arguments.max_steps = 3
+    again = Trainer(resumed, arguments, data_collator=Collator(processor), train_dataset=rows)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.log_history[-2]["loss"] < losses[1]  # goes on from where it was, not from fresh weights
     loaded = Spa3VLM.from_pretrained(tmp_path / "checkpoint-2")
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
 

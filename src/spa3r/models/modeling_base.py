@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from spa3r.attention import check_attention_implementation
@@ -68,9 +68,18 @@ class PackedPreTrainedModel(PreTrainedModel):
         """As transformers' ``from_pretrained``, and strict.
 
         Raises:
-            ValueError: The checkpoint lacks keys, has keys that the model doesn't know or tensors of other shapes, or a
-                file of it can't be read.
+            ValueError: The checkpoint is another model's, lacks keys, has keys that the model doesn't know or tensors
+                of other shapes, or a file of it can't be read.
         """
+        if kwargs.get("config") is None and pretrained_model_name_or_path is not None:
+            where = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
+            kind = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)[0].get("model_type")
+            if kind != cls.config_class.model_type:  # before a model of default sizes is built
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} holds a model of type {kind!r}, and {cls.__name__} loads "
+                    f"{cls.config_class.model_type!r}. Load it with its own class (AutoModel finds it); the Spa3R of a "
+                    "couple is `Spa3VLM.from_pretrained(...).spa3r`."
+                )
         accepts_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(

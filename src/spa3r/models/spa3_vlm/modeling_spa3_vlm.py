@@ -198,6 +198,8 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 ``from_pretrained`` fetches it there.
             **kwargs: As in transformers.
         """
+        # Names as they are in memory: trainers load what they saved by name, and the layout is ours anyway.
+        kwargs.setdefault("save_original_format", False)
         with self.spa3r.naming_frozen_parts(include_backbone, save_directory) as left_out:
             paths = [f"spa3r.{path}" for path in left_out]
             save_without(super().save_pretrained, self, paths, save_directory, **kwargs)

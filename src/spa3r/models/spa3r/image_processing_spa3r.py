@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import torch
 from einops import rearrange
 from torch import Tensor
 from transformers import BatchFeature
@@ -63,7 +64,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if size < patch_size or size % patch_size:
+        if not isinstance(size, int) or size < patch_size or size % patch_size:
             raise ValueError(f"`size` must be a positive multiple of `patch_size` = {patch_size}, got {size}.")
         if mode not in ("crop", "pad"):
             raise ValueError(f"`mode` must be 'crop' or 'pad', got {mode!r}.")
@@ -95,29 +96,59 @@ class Spa3RImageProcessor(BaseImageProcessor):
 
     def process_view(self, image: Image, mode: Literal["crop", "pad"] | None = None) -> PIL.Image.Image:
         """One picture, resized and cropped or padded: RGB, sides multiples of the patch. What a VLM sees as well."""
+        picture = to_rgb(image)
+        if min(picture.size) < self.patch_size:
+            size = f"{picture.width} x {picture.height} (width x height)"
+            raise ValueError(
+                f"Every picture must be at least one patch, {self.patch_size} x {self.patch_size} pixels, got "
+                f"{_describe(picture)} of {size}. Leave it out or enlarge it."
+            )
+        new_size, (left, top), view_size = self._placement(*picture.size, mode)
+        picture = picture.resize(new_size, PIL.Image.Resampling.BICUBIC)
+        if view_size != new_size:  # what is cropped lies outside, what is padded stays white
+            view = PIL.Image.new("RGB", view_size, "white")
+            view.paste(picture, (left, top))
+            picture = view
+        return picture
+
+    def process_intrinsics(
+        self,
+        intrinsics: np.ndarray | Tensor,
+        image_hw: tuple[int, int],
+        mode: Literal["crop", "pad"] | None = None,
+    ) -> np.ndarray | Tensor:
+        """Intrinsics of pictures of one size -> those of their processed views.
+
+        Args:
+            intrinsics: (..., 3, 3), pixels of the original picture.
+            image_hw: Height and width of the original picture.
+            mode: Overrides the processor's.
+
+        Returns:
+            (..., 3, 3), pixels of the processed view, as every model here takes them.
+        """
+        height, width = image_hw
+        (new_width, new_height), (left, top), _ = self._placement(width, height, mode)
+        x, y = new_width / width, new_height / height
+        change = np.array([[x, 0, left], [0, y, top], [0, 0, 1]])
+        return (torch.as_tensor(change).to(intrinsics) if isinstance(intrinsics, Tensor) else change) @ intrinsics
+
+    def _placement(
+        self, width: int, height: int, mode: Literal["crop", "pad"] | None
+    ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """Size (width, height) after resizing, where its top left corner lies in the view, and the view's size."""
         mode = mode or self.mode
         if mode not in ("crop", "pad"):
             raise ValueError(f"`mode` must be 'crop' or 'pad', got {mode!r}.")
-        picture = to_rgb(image)
-        width, height = picture.size
-        if min(width, height) < self.patch_size:
-            raise ValueError(
-                f"Every picture must be at least one patch, {self.patch_size} x {self.patch_size} pixels, got "
-                f"{_describe(image)} of {width} x {height} (width x height). Leave it out or enlarge it."
-            )
         scale = self.size / (width if mode == "crop" else max(width, height))
         new_width, new_height = (
             self.size if side * scale == self.size else self._round_to_patch(side, scale) for side in (width, height)
         )
-        picture = picture.resize((new_width, new_height), PIL.Image.Resampling.BICUBIC)
-        if mode == "crop" and new_height > self.size:
-            top = (new_height - self.size) // 2
-            picture = picture.crop((0, top, self.size, top + self.size))
-        elif mode == "pad":
-            square = PIL.Image.new("RGB", (self.size, self.size), "white")
-            square.paste(picture, ((self.size - new_width) // 2, (self.size - new_height) // 2))
-            picture = square
-        return picture
+        if mode == "crop":
+            top = -(max(new_height - self.size, 0) // 2)
+            return (new_width, new_height), (0, top), (new_width, min(new_height, self.size))
+        corner = ((self.size - new_width) // 2, (self.size - new_height) // 2)
+        return (new_width, new_height), corner, (self.size, self.size)
 
     def _round_to_patch(self, side: int, scale: float) -> int:
         return max(1, round(side * scale / self.patch_size)) * self.patch_size
@@ -181,10 +212,8 @@ def to_rgb(image: Image) -> PIL.Image.Image:
     Raises:
         ValueError: It can't be decoded, or its values are not a picture's.
     """
-    if isinstance(image, np.ndarray | Tensor):
-        image = _from_array(image)
-    else:
-        image = _decode(image)
+    name = _describe(image)
+    image = _from_array(image) if isinstance(image, np.ndarray | Tensor) else _decode(image)
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more a channel: PIL would clip, not scale
         values = np.asarray(image, np.float32)
@@ -194,7 +223,9 @@ def to_rgb(image: Image) -> PIL.Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    picture = image.convert("RGB")
+    picture.filename = name  # messages further on can name it
+    return picture
 
 
 def _decode(source: Any) -> PIL.Image.Image:
@@ -215,11 +246,13 @@ def _decode(source: Any) -> PIL.Image.Image:
             return image
     except FileNotFoundError as error:
         raise ValueError(f"The picture {_describe(source)} doesn't exist. Check the path.") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise ValueError(f"The picture {_describe(source)} can't be opened: {error.strerror}. Give a file.") from error
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"The picture can't be decoded: {_describe(source)} ({error}). It is damaged or no picture: leave it out "
-            "or replace it."
-        ) from error
+        cure = "It is damaged or no picture: leave it out or replace it."
+        if str(source).lower().endswith((".heic", ".heif")):
+            cure = "Register the package pillow-heif with PIL, or export the photo as JPEG."
+        raise ValueError(f"The picture can't be decoded: {_describe(source)} ({error}). {cure}") from error
 
 
 def _fetch(url: str) -> BytesIO:

@@ -279,12 +279,13 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
                 "`include_backbone=False` leaves the frozen parts out, and the configuration doesn't say where they "
                 f"come from. Set `model.config.{field}` to a folder or hub id, or save with include_backbone=True."
             )
-        if Path(name).is_dir() and Path(name).resolve() == Path(save_directory).resolve():
+        folder = Path(name)
+        if folder.is_dir() and folder.resolve() == Path(save_directory).resolve():
             raise ValueError(
                 f"`include_backbone=False` leaves the frozen parts out, and {name} is where they come from: saving "
                 "there would destroy them. Choose another folder."
             )
-        return name
+        return str(folder.resolve()) if folder.is_dir() else name  # whatever folder a program will run from
 
     def _finish_loading(self, hub_kwargs: dict) -> None:
         """Fetch the frozen parts that the checkpoint only names, then freeze."""
@@ -301,7 +302,13 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
 
 def _load_frozen_part(part: str, name: str, **kwargs) -> nn.Module:
     """A backbone or teacher from its own checkpoint, or from that of a whole Spa3R which contains it."""
-    config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
+    try:
+        config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
+    except OSError as error:
+        raise ValueError(
+            f"The checkpoint names {name} as the home of its {part}, which can't be loaded ({error}). Say where it is "
+            f"with from_pretrained(..., {part}_name_or_path=...)."
+        ) from error
     if config.model_type != "spa3r":
         return (VggtModel if part == "backbone" else AutoModel).from_pretrained(name, **kwargs)
     if part == "backbone":
@@ -350,7 +357,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
             intrinsics: (views, 3, 3), pixels of the processed views.
         """
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
-        given = self._given_cameras(extrinsics, intrinsics, layout)
+        given = self._given_cameras(extrinsics, intrinsics, layout, view_pixel_values.device)
         features, cameras = self._run_backbone(view_pixel_values, layout, output_cameras=given is None)
         latents = self.encoder(features, layout)
         extrinsics, intrinsics = given or (cameras.extrinsics, cameras.intrinsics)
@@ -403,7 +410,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
                 f"`latents` must have shape (scenes, num_latents, hidden_size) = {wanted}, got {tuple(latents.shape)}. "
                 "Pass what `encode` of this model returned."
             )
-        _check_cameras(extrinsics, intrinsics, layout)
+        extrinsics, intrinsics = _check_cameras(extrinsics, intrinsics, layout, latents.device)
         return self._decode(latents, extrinsics, intrinsics, layout)
 
     def _decode(self, latents: Tensor, extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout) -> Spa3RField:
@@ -416,7 +423,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
         )
 
     def _given_cameras(
-        self, extrinsics: Tensor | None, intrinsics: Tensor | None, layout: ViewLayout
+        self, extrinsics: Tensor | None, intrinsics: Tensor | None, layout: ViewLayout, device: torch.device
     ) -> tuple[Tensor, Tensor] | None:
         if (extrinsics is None) != (intrinsics is None):
             raise ValueError(
@@ -426,7 +433,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
             )
         if extrinsics is None:
             return None
-        _check_cameras(extrinsics, intrinsics, layout)
+        extrinsics, intrinsics = _check_cameras(extrinsics, intrinsics, layout, device)
         return relative_to_first_view(extrinsics, layout.views_per_scene), intrinsics.float()
 
     def _run_backbone(self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs) -> tuple[Tensor, VggtModelOutput]:
@@ -441,7 +448,11 @@ class Spa3RModel(Spa3RPreTrainedModel):
             return self.backbone.patch_tokens(output.tokens[0], layout), output
 
 
-def _check_cameras(extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout) -> None:
+def _check_cameras(
+    extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cameras as tensors on the device; NumPy arrays, which the rooms give, are taken too."""
+    extrinsics, intrinsics = (torch.as_tensor(cameras).to(device) for cameras in (extrinsics, intrinsics))
     for name, tensor, side in (("extrinsics", extrinsics, 4), ("intrinsics", intrinsics, 3)):
         wanted = (layout.num_views, side, side)
         if tuple(tensor.shape) != wanted:
@@ -449,6 +460,7 @@ def _check_cameras(extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout) -
                 f"`{name}` must have shape (views, {side}, {side}) = {wanted}, got {tuple(tensor.shape)}. "
                 "Give one camera for each view of `view_grid_hw`, all scenes one after the other."
             )
+    return extrinsics, intrinsics
 
 
 class Spa3RForPreTraining(Spa3RPreTrainedModel):
@@ -517,6 +529,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         target_mask: Tensor | Sequence[bool] | None = None,
         extrinsics: Tensor | None = None,
         intrinsics: Tensor | None = None,
+        return_loss: bool = True,
     ) -> Spa3RForPreTrainingOutput:
         """
         Args:
@@ -528,13 +541,15 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             extrinsics: (views, 4, 4) of known cameras in any world frame that a scene's views share; with
                 `intrinsics`. None: the backbone predicts both.
             intrinsics: (views, 3, 3), pixels of the processed views.
+            return_loss: Without effect: there is always a loss. By this name ``Trainer.evaluate`` knows that it need
+                not look for labels.
 
         Raises:
             ValueError: The inputs contradict one another, or the loss has no view to cover.
         """
         model, config = self.spa3r, self.config
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
-        given = model._given_cameras(extrinsics, intrinsics, layout)
+        given = model._given_cameras(extrinsics, intrinsics, layout, view_pixel_values.device)
         targets = self._target_views(target_mask, layout)
 
         split = layout.split_context(targets)
