@@ -211,16 +211,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    # What is no pickle at all makes the unpickler stumble over anything.
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{file} can't be read: only pickles of tensors and plain values are loaded, and whole ones "
             f"({type(error).__name__}). If you trust it, save its state dict as safetensors and convert that."

@@ -480,3 +480,15 @@ def test_cameras_may_be_arrays():
         assert torch.equal(model(**inputs, **arrays).depth, model(**inputs, **cameras).depth)
         ours = model.decode(out.latents, arrays["extrinsics"], arrays["intrinsics"], *layout)
         assert torch.equal(ours.depth, model.decode(out.latents, *cameras.values(), *layout).depth)
+
+
+def test_a_checkpoint_that_names_itself_as_a_home_is_refused(tmp_path):
+    model = Spa3RForPreTraining(pretraining_config())
+    model.config.backbone_name_or_path = model.config.semantic_teacher_name_or_path = str(tmp_path / "elsewhere")
+    model.save_pretrained(tmp_path / "spa3r", include_backbone=False)
+    file = tmp_path / "spa3r" / "config.json"
+    file.write_text(file.read_text().replace(str(tmp_path / "elsewhere"), str(tmp_path / "spa3r")))
+    with pytest.raises(
+        ValueError, match=r"names itself as the home of its backbone, which it doesn't hold\. Say where"
+    ):
+        Spa3RForPreTraining.from_pretrained(tmp_path / "spa3r")

@@ -311,6 +311,11 @@ def _load_frozen_part(part: str, name: str, **kwargs) -> nn.Module:
         ) from error
     if config.model_type != "spa3r":
         return (VggtModel if part == "backbone" else AutoModel).from_pretrained(name, **kwargs)
+    if getattr(config, f"{part}_name_or_path") == name:
+        raise ValueError(
+            f"The checkpoint {name} names itself as the home of its {part}, which it doesn't hold. Say where it is "
+            f"with from_pretrained(..., {part}_name_or_path=...)."
+        )
     if part == "backbone":
         return Spa3RModel.from_pretrained(name, **kwargs).backbone
     return Spa3RForPreTraining.from_pretrained(name, **kwargs).semantic_teacher
