@@ -18,6 +18,8 @@ class RoomLevel:
         ceiling: height of the room, metres.
         size_variation: 0 = all objects of a class have the same size, 1 = the full range of their class.
         any_yaw: free-standing objects are turned by any angle, not by quarter turns only.
+        varied_walls: the four walls have any of eight colours; otherwise the same four in the same order in every
+            room, so that one look at a wall tells where it stands.
         varied_floor: the floor has one of several patterns and colours instead of always the same checker.
         wall_contrast: strongest pattern on the walls, 0..1; 0 = plain walls.
         object_contrast: strongest pattern on the objects, 0..1; 0 = plain objects.
@@ -36,6 +38,7 @@ class RoomLevel:
     ceiling: Range
     size_variation: float
     any_yaw: bool
+    varied_walls: bool
     varied_floor: bool
     wall_contrast: float
     object_contrast: float
@@ -64,6 +67,7 @@ LEVELS: tuple[RoomLevel, ...] = (
         ceiling=(2.6, 2.6),
         size_variation=0.0,
         any_yaw=False,
+        varied_walls=False,
         varied_floor=False,
         wall_contrast=0.0,
         object_contrast=0.0,
@@ -82,6 +86,7 @@ LEVELS: tuple[RoomLevel, ...] = (
         ceiling=(2.5, 2.8),
         size_variation=0.5,
         any_yaw=True,
+        varied_walls=True,
         varied_floor=True,
         wall_contrast=0.0,
         object_contrast=0.0,
@@ -100,6 +105,7 @@ LEVELS: tuple[RoomLevel, ...] = (
         ceiling=(2.5, 3.0),
         size_variation=1.0,
         any_yaw=True,
+        varied_walls=True,
         varied_floor=True,
         wall_contrast=0.25,
         object_contrast=0.2,
@@ -118,6 +124,7 @@ LEVELS: tuple[RoomLevel, ...] = (
         ceiling=(2.4, 3.2),
         size_variation=1.0,
         any_yaw=True,
+        varied_walls=True,
         varied_floor=True,
         wall_contrast=0.45,
         object_contrast=0.35,
@@ -131,7 +138,7 @@ LEVELS: tuple[RoomLevel, ...] = (
         field_of_view=(60.0, 90.0),
     ),
 )
-"""Levels 0 (one camera height, yaw only, plain colours, few objects) to 3 (everything varies, many objects)."""
+"""Levels 0 (one camera height, yaw only, plain colours, the same walls, few objects) to 3 (everything varies, many objects)."""
 
 
 def resolve_level(level: int | RoomLevel) -> RoomLevel:

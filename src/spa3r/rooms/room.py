@@ -326,6 +326,8 @@ def _draw_texture(
 
 def _draw_walls(rng: np.random.Generator, level: RoomLevel) -> tuple[Finish, Finish, Finish, Finish]:
     colours = rng.permutation(len(_WALL_COLOURS))[:4]  # four different ones: a colour tells where one looks
+    if not level.varied_walls:
+        colours = range(4)
     patterns = ("plain", "stripes", "bricks", "tiles", "mottle")
     return tuple(Finish(_WALL_COLOURS[i], *_draw_texture(rng, patterns, level.wall_contrast, 0.35)) for i in colours)
 
