@@ -1,0 +1,338 @@
+"""How well a Spa3R predicts the features of views that it has not seen, beside honest baselines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, interpolate
+
+from spa3r.geometry import invert_extrinsics
+from spa3r.models.spa3r.modeling_spa3r import Spa3RField, Spa3RForPreTraining
+from spa3r.views import ViewLayout, as_list
+
+Predictor = Literal["model", "context_mean", "nearest_view", "shuffled_latents", "shuffled_cameras"]
+Metric = Literal["geometry_cosine", "geometry_error", "semantic_cosine", "semantic_error", "depth_error"]
+
+TITLES: dict[Predictor, str] = {
+    "model": "model",
+    "context_mean": "mean of the context",
+    "nearest_view": "nearest context view",
+    "shuffled_latents": "model, another scene's latents",
+    "shuffled_cameras": "model, shuffled cameras",
+}
+BASELINES: tuple[Predictor, ...] = ("context_mean", "nearest_view")
+Fields = dict[str, Tensor]
+"""By target: ``"geometry"`` and ``"semantic"`` features (patches, C), ``"depth"`` (patches,)."""
+
+
+@dataclass
+class Measure:
+    """Mean and spread over scenes of one number, which is taken in one scene at a time and keeps no list.
+
+    Attributes:
+        scenes: How many scenes it was measured on.
+        mean: Over these scenes; NaN for none.
+        squares: Sum of the squared distances from the mean (Welford).
+    """
+
+    scenes: int = 0
+    mean: float = math.nan
+    squares: float = 0.0
+
+    def add(self, value: float) -> None:
+        """Take in one scene's number."""
+        self.scenes += 1
+        before = self.mean if self.scenes > 1 else 0.0
+        self.mean = before + (value - before) / self.scenes
+        self.squares += (value - before) * (value - self.mean)
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the mean over scenes; NaN below two scenes."""
+        return math.sqrt(self.squares / (self.scenes - 1) / self.scenes) if self.scenes > 1 else math.nan
+
+
+@dataclass
+class FieldReport:
+    """What :func:`evaluate_field` returns.
+
+    Attributes:
+        rows: Of every predictor (``"model"``, ``"context_mean"``, ``"nearest_view"``, ``"shuffled_latents"``,
+            ``"shuffled_cameras"``) the metrics by name (``"geometry_cosine"``, ``"geometry_error"``,
+            ``"semantic_cosine"``, ``"semantic_error"``, ``"depth_error"``). A metric is missing where the model has no
+            such target.
+        num_scenes: Scenes measured.
+        num_views: Their target views.
+        skipped: Scenes left out because they have no target view.
+    """
+
+    rows: dict[Predictor, dict[Metric, Measure]] = field(default_factory=lambda: {name: {} for name in TITLES})
+    num_scenes: int = 0
+    num_views: int = 0
+    skipped: int = 0
+
+    @property
+    def best_baseline(self) -> dict[Metric, Predictor]:
+        """Of every metric the better of ``"context_mean"`` and ``"nearest_view"``."""
+        best = {}
+        for metric in self.rows["model"]:
+            sign = 1 if metric.endswith("cosine") else -1
+            best[metric] = max(BASELINES, key=lambda baseline: sign * self.rows[baseline][metric].mean)
+        return best
+
+    @property
+    def gap_closed(self) -> dict[Metric, float]:
+        """Share of the way from the best baseline to perfect prediction: 1 is perfect, 0 no better than the baseline.
+
+        (model - best) / (1 - best) of a cosine, (best - model) / best of an error; NaN where the baseline is perfect.
+        """
+        gaps = {}
+        for metric, baseline in self.best_baseline.items():
+            model, best = self.rows["model"][metric].mean, self.rows[baseline][metric].mean
+            perfect = 1.0 if metric.endswith("cosine") else 0.0
+            gaps[metric] = (model - best) / (perfect - best) if best != perfect else math.nan
+        return gaps
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, ready for JSON; what could not be measured is None."""
+        return {
+            "num_scenes": self.num_scenes,
+            "num_views": self.num_views,
+            "skipped": self.skipped,
+            "rows": {
+                predictor: {
+                    metric: {
+                        "mean": _or_none(measure.mean),
+                        "standard_error": _or_none(measure.standard_error),
+                        "scenes": measure.scenes,
+                    }
+                    for metric, measure in measures.items()
+                }
+                for predictor, measures in self.rows.items()
+            },
+            "best_baseline": self.best_baseline,
+            "gap_closed": {metric: _or_none(gap) for metric, gap in self.gap_closed.items()},
+        }
+
+    def table(self) -> str:
+        """The report as a Markdown table that is readable as plain text; ± is the standard error over scenes."""
+        metrics = list(self.rows["model"])
+        cells = [["", *(f"{m.replace('_', ' ')} {'↑' if m.endswith('cosine') else '↓'}" for m in metrics)]]
+        for predictor, measures in self.rows.items():
+            cells.append([TITLES[predictor], *(_cell(measures.get(metric, Measure())) for metric in metrics)])
+        gaps = self.gap_closed.values()
+        cells.append(["gap closed by the model", *("–" if math.isnan(gap) else f"{100 * gap:.0f} %" for gap in gaps)])
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        return "\n".join(lines)
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _cell(measure: Measure) -> str:
+    if not measure.scenes:
+        return "–"
+    return f"{measure.mean:.3f}" + (f" ± {measure.standard_error:.3f}" if measure.scenes > 1 else "")
+
+
+def evaluate_field(
+    model: Spa3RForPreTraining,
+    batches: Iterable[Mapping[str, Any]],
+    max_scenes: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> FieldReport:
+    """Measure the predicted fields of target views, in eval mode and without gradients.
+
+    Every number is taken in one scene, over the patches of all of its target views, and then averaged over scenes:
+
+    - *cosine*: mean over patches of the cosine similarity of predicted and true features; 1 is perfect.
+    - *error*: ``||predicted - true|| / ||true||``, over all patches at once; 0 is perfect.
+    - *depth error*: mean over patches of ``|predicted - true| / true``: the depth probe against the backbone's depth.
+
+    Predictors:
+
+    - *model*: decoded from the scene's latents at the target's camera.
+    - *context_mean*: the mean of the context's features (and depth), the same for every patch.
+    - *nearest_view*: what the nearest context view has at the same patch, resized bilinearly if its patch grid is
+      another. Distance of two views: :func:`pose_distances`.
+    - *shuffled_latents*: the model with another scene's latents, those of the scene before; the first scene takes those
+      of the second. With one scene in all the row stays empty.
+    - *shuffled_cameras*: the model where every view has the pose of the view half of the scene away, in a circle: none
+      keeps its own. Intrinsics stay, since they belong to the view's size.
+
+    The two baselines may use the context views only: geometry features are those that the encoder saw, which know
+    nothing of the target views; semantic features are the teacher's.
+
+    Scenes are run one at a time: what else is in a batch changes nothing, and memory stays flat.
+
+    Args:
+        model: On any device. Its modules are left in the mode in which they were.
+        batches: Dictionaries of the model's inputs: ``view_pixel_values``, ``view_grid_hw``, ``views_per_scene``,
+            ``target_mask``, and where cameras are known ``extrinsics`` and ``intrinsics``. Other entries are ignored.
+        max_scenes: Stop after so many measured scenes. None: all.
+        progress: Called with the number of scenes measured so far, after each.
+
+    Raises:
+        ValueError: A batch has no ``target_mask``, or no scene has a target view.
+    """
+    if max_scenes is not None and max_scenes < 1:
+        raise ValueError(f"`max_scenes` must be at least 1, or None for all scenes, got {max_scenes}.")
+    report = FieldReport()
+    first = before = None
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for inputs in _scenes_with_targets(batches, report):
+                scene = _Scene(model, inputs)
+                for predictor, fields in scene.predictions():
+                    scene.measure(report, predictor, fields)
+                if before is None:
+                    first = scene
+                else:
+                    scene.measure(report, "shuffled_latents", scene.decode(latents=before))
+                if first is not None and first is not scene:
+                    first.measure(report, "shuffled_latents", first.decode(latents=scene.latents))
+                    first = None
+                before = scene.latents
+                report.num_scenes += 1
+                report.num_views += len(scene.targets)
+                if progress is not None:
+                    progress(report.num_scenes)
+                if report.num_scenes == max_scenes:
+                    break
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not report.num_scenes:
+        raise ValueError(
+            "`batches` must hold at least one scene with a target view, and there is none among "
+            f"{report.skipped} scenes. Give scenes of at least 2 views, with some of them True in `target_mask`."
+        )
+    return report
+
+
+def _scenes_with_targets(batches: Iterable[Mapping[str, Any]], report: FieldReport) -> Iterator[dict[str, Any]]:
+    """The inputs of one scene after the other; those without a target view are counted and left out."""
+    for batch in batches:
+        if batch.get("target_mask") is None:
+            raise ValueError(
+                f"Every batch must hold `target_mask`, got {', '.join(batch)}. It says which views are to be predicted "
+                "(True): set it yourself, False for the first view of every scene."
+            )
+        layout = ViewLayout.from_inputs(batch["view_grid_hw"], batch["views_per_scene"])
+        is_target = [bool(target) for target in as_list(batch["target_mask"])]
+        pixels = batch["view_pixel_values"].split(list(layout.patches_per_view))
+        for start, count in zip(layout.first_views, layout.views_per_scene):
+            views = slice(start, start + count)
+            if not any(is_target[views]):
+                report.skipped += 1
+                continue
+            cameras = {name: batch[name][views] for name in ("extrinsics", "intrinsics") if batch.get(name) is not None}
+            yield cameras | {
+                "view_pixel_values": torch.cat(pixels[views]),
+                "view_grid_hw": layout.grid_hw[views],
+                "views_per_scene": [count],
+                "target_mask": is_target[views],
+            }
+
+
+class _Scene:
+    """One scene, run once: the truth of its target views, and what every predictor says of them."""
+
+    def __init__(self, model: Spa3RForPreTraining, inputs: dict[str, Any]):
+        self.model, self.grids = model, inputs["view_grid_hw"]
+        self.targets = [view for view, target in enumerate(inputs["target_mask"]) if target]
+        self.context = [view for view, target in enumerate(inputs["target_mask"]) if not target]
+        inputs["view_pixel_values"] = inputs["view_pixel_values"].to(model.device)
+        output = model(**inputs)
+        self.latents, self.extrinsics, self.intrinsics = output.latents, output.extrinsics, output.intrinsics
+        counts = [height * width for height, width in self.grids]
+        truth = {
+            "geometry": output.geometry_targets,
+            "semantic": output.semantic_targets,
+            "depth": output.depth_targets,
+        }
+        views = {name: values.split(counts) for name, values in truth.items() if values is not None}
+        self.true = self._of_targets(views)
+        self.predicted = self._of_targets({name: values.split(counts) for name, values in _by_target(output).items()})
+        self.known = {name: [values[view] for view in self.context] for name, values in views.items()}
+        if "geometry" in self.known:
+            self.known["geometry"] = output.context_features.split([counts[view] for view in self.context])
+
+    def _of_targets(self, views: dict[str, Sequence[Tensor]]) -> Fields:
+        return {name: torch.cat([values[view] for view in self.targets]) for name, values in views.items()}
+
+    def predictions(self) -> Iterator[tuple[Predictor, Fields]]:
+        """All predictors but the one that needs another scene."""
+        yield "model", self.predicted
+        means = {name: torch.cat(list(views)).float().mean(0, keepdim=True) for name, views in self.known.items()}
+        yield "context_mean", means
+        distances = pose_distances(self.extrinsics)[self.targets][:, self.context]
+        nearest = distances.argmin(-1).tolist()  # of every target view, an index into the context
+        yield "nearest_view", {name: self._copied(views, nearest) for name, views in self.known.items()}
+        yield "shuffled_cameras", self.decode(extrinsics=self.extrinsics.roll(max(1, len(self.grids) // 2), 0))
+
+    def _copied(self, views: Sequence[Tensor], nearest: list[int]) -> Tensor:
+        """Of every target view what its nearest context view has at the same patch."""
+        grids = [(self.grids[self.context[near]], self.grids[view]) for near, view in zip(nearest, self.targets)]
+        return torch.cat([_resized(views[near], *grid) for near, grid in zip(nearest, grids)])
+
+    def decode(self, latents: Tensor | None = None, extrinsics: Tensor | None = None) -> Fields:
+        """The field of the target views, with other latents or other poses than the scene's."""
+        field = self.model.spa3r.decode(
+            self.latents if latents is None else latents,
+            (self.extrinsics if extrinsics is None else extrinsics)[self.targets],
+            self.intrinsics[self.targets],
+            [self.grids[view] for view in self.targets],
+            [len(self.targets)],
+        )
+        return _by_target(field)
+
+    def measure(self, report: FieldReport, predictor: Predictor, fields: Fields) -> None:
+        """Add this scene's numbers of one predictor to the report."""
+        numbers = {}
+        for name, true in self.true.items():
+            predicted, true = torch.broadcast_tensors(fields[name].float(), true.float())
+            if name == "depth":
+                numbers["depth_error"] = ((predicted - true).abs() / true).mean()
+            else:
+                numbers[f"{name}_cosine"] = cosine_similarity(predicted, true, dim=-1).mean()
+                numbers[f"{name}_error"] = (predicted - true).norm() / true.norm()
+        for metric, number in zip(numbers, torch.stack(list(numbers.values())).tolist()):
+            report.rows[predictor].setdefault(metric, Measure()).add(number)
+
+
+def _by_target(field: Spa3RField) -> Fields:
+    fields = {"geometry": field.geometry_features, "semantic": field.semantic_features, "depth": field.depth}
+    return {name: values for name, values in fields.items() if values is not None}
+
+
+def _resized(values: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:  # (N,) or (N, C)
+    """Features or depth on another patch grid, bilinearly."""
+    if grid == wanted:
+        return values
+    image = values.float().reshape(1, *grid, -1).movedim(-1, 1)
+    return interpolate(image, size=wanted, mode="bilinear").flatten(2)[0].t().reshape(-1, *values.shape[1:])
+
+
+def pose_distances(extrinsics: Tensor) -> Tensor:  # (V, 4, 4) -> (V, V)
+    """How far apart the views of one scene are, whatever its unit.
+
+    The angle between two cameras (radians) plus the distance of their centres, where the two centres that are farthest
+    apart have distance 1. In a scene where all cameras stand at one place the angle alone counts.
+    """
+    extrinsics = extrinsics.cpu().double()  # single precision is coarse near an angle of 0
+    rotation, centres = extrinsics[:, :3, :3], invert_extrinsics(extrinsics)[:, :3, 3]
+    relative = rotation[:, None] @ rotation.transpose(-2, -1)
+    angles = ((relative.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1).acos()
+    distances = torch.cdist(centres, centres)
+    return angles + distances / distances.max().clamp(min=1e-12)
