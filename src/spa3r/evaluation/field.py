@@ -169,7 +169,8 @@ def evaluate_field(
       keeps its own. Intrinsics stay, since they belong to the view's size.
 
     The two baselines may use the context views only: geometry features are those that the encoder saw, which know
-    nothing of the target views; semantic features are the teacher's.
+    nothing of the target views; semantic features are the teacher's; depths are the backbone's targets (with
+    ``view_masking="separate"`` from its pass over all views).
 
     Scenes are run one at a time: what else is in a batch changes nothing, and memory stays flat.
 
