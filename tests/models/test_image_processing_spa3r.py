@@ -448,7 +448,7 @@ def test_decompression_bombs_are_refused(processor, tmp_path, monkeypatch):
         ({"size": 520}, "`size` must be a positive multiple of `patch_size` = 14, got 520"),
         ({"size": 0}, "`size` must be a positive multiple of `patch_size` = 14, got 0"),
         ({"size": 56, "patch_size": 16}, "multiple of `patch_size` = 16, got 56"),
-        ({"mode": "stretch"}, "`mode` must be 'crop' or 'pad', got 'stretch'"),
+        ({"mode": "stretch"}, "`mode` must be 'crop', 'pad' or 'pretraining', got 'stretch'"),
     ],
 )
 def test_settings_are_checked(fields, words):
@@ -457,7 +457,7 @@ def test_settings_are_checked(fields, words):
 
 
 def test_mode_is_checked_in_every_call(processor):
-    with pytest.raises(ValueError, match="`mode` must be 'crop' or 'pad', got 'fit'"):
+    with pytest.raises(ValueError, match="`mode` must be 'crop', 'pad' or 'pretraining', got 'fit'"):
         processor(GOOD, mode="fit")
 
 

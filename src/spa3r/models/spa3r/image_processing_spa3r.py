@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -24,6 +24,9 @@ from transformers.utils import TensorType
 Image = PIL.Image.Image | str | Path | np.ndarray | Tensor
 """A PIL image, a path or URL, or an array or tensor: (H, W), (H, W, 1|3|4) or (1|3|4, H, W); uint8 in [0, 255], or
 floating point in [0, 1], or 16-bit in [0, 65535]."""
+
+Mode = Literal["crop", "pad", "pretraining"]
+"""How a picture becomes a view, see :class:`Spa3RImageProcessor`."""
 
 LAYOUT_KEYS = ("view_grid_hw", "views_per_scene", "image_tokens_per_scene")
 
@@ -44,10 +47,12 @@ class Spa3RImageProcessor(BaseImageProcessor):
     """Resizes views as VGGT was trained, and packs the patches of all views of all scenes into one sequence.
 
     Args:
-        size: Width (crop) or longest side (pad) of a processed view in pixels, a multiple of `patch_size`.
+        size: Width (crop, pretraining) or longest side (pad) of a processed view in pixels, a multiple of `patch_size`.
         patch_size: Side of a patch in pixels.
         mode: ``"crop"``: width to `size`, height in proportion to a multiple of the patch, the middle of it if it
-            exceeds `size`. ``"pad"``: longest side to `size`, white margins to a square.
+            exceeds `size`. ``"pad"``: longest side to `size`, white margins to a square. ``"pretraining"``: width to
+            `size`, height in exact proportion, the middle of it that is a multiple of the patch, without a limit; how
+            Spa3R was pretrained.
         image_mean: Mean of the normalisation, by channel.
         image_std: Standard deviation of the normalisation, by channel.
     """
@@ -58,7 +63,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         self,
         size: int = 518,
         patch_size: int = 14,
-        mode: Literal["crop", "pad"] = "crop",
+        mode: Mode = "crop",
         image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
         **kwargs,
@@ -66,8 +71,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         if not isinstance(size, int) or size < patch_size or size % patch_size:
             raise ValueError(f"`size` must be a positive multiple of `patch_size` = {patch_size}, got {size}.")
-        if mode not in ("crop", "pad"):
-            raise ValueError(f"`mode` must be 'crop' or 'pad', got {mode!r}.")
+        _check_mode(mode)
         self.size, self.patch_size, self.mode = size, patch_size, mode
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
@@ -75,7 +79,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         self,
         images: Image | Sequence[Image] | Sequence[Sequence[Image]],
         return_tensors: str | TensorType | None = TensorType.PYTORCH,
-        mode: Literal["crop", "pad"] | None = None,
+        mode: Mode | None = None,
     ) -> ViewBatch:
         """
         Args:
@@ -94,7 +98,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         scenes = [[self.process_view(image, mode) for image in scene] for scene in as_scenes(images)]
         return self.pack(scenes, return_tensors)
 
-    def process_view(self, image: Image, mode: Literal["crop", "pad"] | None = None) -> PIL.Image.Image:
+    def process_view(self, image: Image, mode: Mode | None = None) -> PIL.Image.Image:
         """One picture, resized and cropped or padded: RGB, sides multiples of the patch. What a VLM sees as well."""
         picture = to_rgb(image)
         if min(picture.size) < self.patch_size:
@@ -115,7 +119,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         self,
         intrinsics: np.ndarray | Tensor,
         image_hw: tuple[int, int],
-        mode: Literal["crop", "pad"] | None = None,
+        mode: Mode | None = None,
     ) -> np.ndarray | Tensor:
         """Intrinsics of pictures of one size -> those of their processed views.
 
@@ -134,12 +138,15 @@ class Spa3RImageProcessor(BaseImageProcessor):
         return (torch.as_tensor(change).to(intrinsics) if isinstance(intrinsics, Tensor) else change) @ intrinsics
 
     def _placement(
-        self, width: int, height: int, mode: Literal["crop", "pad"] | None
+        self, width: int, height: int, mode: Mode | None
     ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """Size (width, height) after resizing, where its top left corner lies in the view, and the view's size."""
         mode = mode or self.mode
-        if mode not in ("crop", "pad"):
-            raise ValueError(f"`mode` must be 'crop' or 'pad', got {mode!r}.")
+        _check_mode(mode)
+        if mode == "pretraining":
+            new_height = max(self.size * height // width, self.patch_size)
+            cut = new_height % self.patch_size
+            return (self.size, new_height), (0, -(cut // 2)), (self.size, new_height - cut)
         scale = self.size / (width if mode == "crop" else max(width, height))
         new_width, new_height = (
             self.size if side * scale == self.size else self._round_to_patch(side, scale) for side in (width, height)
@@ -302,6 +309,11 @@ def _check_finite(values: np.ndarray, image: Image) -> None:
             f"A picture must hold finite values, got {_describe(image)} with NaN or infinite pixels. "
             "Find out where they come from; no picture file has them."
         )
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"`mode` must be 'crop', 'pad' or 'pretraining', got {mode!r}.")
 
 
 def _describe(image: Image) -> str:

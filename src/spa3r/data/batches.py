@@ -1,0 +1,304 @@
+"""Scenes as batches: a drawn number of views under a budget of pictures, the same for any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from spa3r.data.sampling import EpochPlan, Step, sample_frames, sample_targets
+from spa3r.data.skipped import SkippedReport
+from spa3r.data.source import SceneError, SceneSource
+from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
+from spa3r.rooms import relative_to_first
+
+_ROUNDS = 3  # how often other frames are tried in the place of unreadable ones
+_MOST_SCENES = 100  # scenes tried one after the other for a batch of which nothing could be read
+_NO_END = 2**32  # scenes of an epoch that doesn't end
+
+
+class SceneBatches(IterableDataset):
+    """Batches for pretraining, to be used as ``DataLoader(batches, batch_size=None, num_workers=n)``.
+
+    A step draws a number of views and takes as many scenes as the budget of pictures holds, for all ranks together;
+    each rank loads its share. What is drawn is a pure function of the seed, the epoch and the place in the epoch, and
+    the number of workers doesn't change what is seen. Pictures that can't be read are replaced by others of their
+    scene, scenes that can't be read are left out, and both are reported; where that would leave a batch empty, the
+    next scene of the order takes its place, which is then seen twice in that epoch.
+
+    A batch is a dictionary with the model's inputs ``view_pixel_values``, ``view_grid_hw``, ``views_per_scene`` and
+    ``target_mask``; with ``cameras="given"`` also ``extrinsics`` (views, 4, 4), relative to each scene's first view,
+    and ``intrinsics`` (views, 3, 3) of the processed views, both float32. Beside them ``scenes`` (names),
+    ``skipped`` (dictionaries of source, scene, picture, reason; the picture of a whole scene is "") and
+    ``num_pictures`` (tried, in the scenes that could be read).
+
+    Args:
+        sources: Where scenes come from: one or several.
+        image_processor: Makes views of the pictures.
+        views: Smallest and largest number of views of a scene.
+        pictures_per_batch: Budget of pictures of a batch, at least the largest number of views.
+        mask_ratio: Share of the views that are targets, 0..1.
+        cameras: ``"given"`` adds the known cameras, and leaves frames without a valid one out.
+        weights: Share of every source in the scenes drawn; None: every scene once an epoch. Small sources start over in
+            a new order.
+        scenes_per_epoch: Length of an epoch in scenes of all ranks; None: all scenes once. Sources without end, and
+            weighted ones among which one has no end, then make an epoch that doesn't end.
+        seed: Of everything drawn, >= 0.
+        rank: Number of this process among those that train together.
+        world_size: How many there are.
+        max_bad_share: Share of pictures or scenes that may be unreadable, 0..1, before iterating fails.
+
+    Raises:
+        ValueError: An argument is out of its range, a source has no known cameras and they are wanted, or several
+            sources of which one has no end come without weights.
+    """
+
+    def __init__(
+        self,
+        sources: SceneSource | Sequence[SceneSource],
+        image_processor: Spa3RImageProcessor,
+        *,
+        views: tuple[int, int] = (4, 12),
+        pictures_per_batch: int = 24,
+        mask_ratio: float = 0.5,
+        cameras: Literal["predicted", "given"] = "predicted",
+        weights: Sequence[float] | None = None,
+        scenes_per_epoch: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        max_bad_share: float = 0.05,
+    ):
+        super().__init__()
+        self.sources = [sources] if isinstance(sources, SceneSource) else list(sources)
+        self.image_processor = image_processor
+        self.views, self.pictures_per_batch, self.mask_ratio = tuple(views), pictures_per_batch, mask_ratio
+        self.cameras, self.weights, self.scenes_per_epoch = cameras, weights, scenes_per_epoch
+        self.seed, self.rank, self.world_size, self.max_bad_share = seed, rank, world_size, max_bad_share
+        self._lengths = [_length(source) for source in self.sources]
+        self._check()
+        self._num_scenes = scenes_per_epoch
+        if scenes_per_epoch is None and None not in self._lengths:
+            self._num_scenes = sum(self._lengths)
+        if self._num_scenes is not None and self._num_scenes < world_size:
+            raise ValueError(
+                f"An epoch must hold at least a scene for each of the {world_size} ranks, got {self._num_scenes}. "
+                "Use fewer processes, or more scenes."
+            )
+        # Shared with worker processes, which may outlive an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._skip = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._num_batches: int | None = None
+
+    def _check(self) -> None:
+        if not self.sources or not all(isinstance(source, SceneSource) for source in self.sources):
+            raise ValueError(f"`sources` must be at least one SceneSource, got {self.sources!r}.")
+        low, high = self.views if len(self.views) == 2 else (0, 0)
+        if not 1 <= low <= high:
+            raise ValueError(
+                f"`views` must be the smallest and the largest number of views, 1 <= smallest <= largest, got "
+                f"{self.views}. For example (4, 12)."
+            )
+        if self.pictures_per_batch < high:
+            raise ValueError(
+                f"`pictures_per_batch` must hold one scene of the largest number of views, {high}, got "
+                f"{self.pictures_per_batch}. Raise it, or lower `views`."
+            )
+        if self.cameras not in ("predicted", "given"):
+            raise ValueError(f"`cameras` must be 'predicted' or 'given', got {self.cameras!r}.")
+        for key in ("mask_ratio", "max_bad_share"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"`{key}` must be in [0, 1], got {getattr(self, key)}.")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"`rank` must be in [0, world_size), got {self.rank} of {self.world_size}.")
+        if self.scenes_per_epoch is not None and self.scenes_per_epoch < 1:
+            raise ValueError(f"`scenes_per_epoch` must be at least 1, got {self.scenes_per_epoch}.")
+        if self.weights is None and len(self.sources) > 1 and None in self._lengths:
+            endless = [source.name for source, length in zip(self.sources, self._lengths) if length is None]
+            raise ValueError(
+                f"Several sources of which some have no end ({', '.join(endless)}) need `weights`, got None. Give each "
+                "its share, for example [1, 1]."
+            )
+        if self.weights is not None:
+            if len(self.weights) != len(self.sources) or not all(weight > 0 for weight in self.weights):
+                raise ValueError(
+                    f"`weights` must be a positive number for each of the {len(self.sources)} sources, got "
+                    f"{list(self.weights)}. Leave out a source that shall not be seen."
+                )
+        if self.cameras == "given":
+            for source in self.sources:
+                source.check_cameras()
+
+    def __len__(self) -> int:
+        """Batches of one epoch and one rank: the same for every rank and epoch.
+
+        Raises:
+            TypeError: The epoch doesn't end, or its end isn't known.
+        """
+        if self._num_scenes is None:
+            raise TypeError(
+                "The length of an epoch is not known: a source has no end or is streamed. Give `scenes_per_epoch`."
+            )
+        if self._num_batches is None:
+            self._num_batches = self._plan(0).num_steps
+        return self._num_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that is iterated over next; batches are skipped in the current one only."""
+        if epoch != int(self._epoch):
+            self._skip.zero_()
+        self._epoch.fill_(epoch)
+
+    def skip_batches(self, count: int) -> None:
+        """Starts the epoch that was set after `count` of its batches, to resume. Decodes nothing."""
+        self._skip.fill_(count)
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        return EpochPlan(
+            self._lengths,
+            self.weights,
+            self._num_scenes,
+            self.views,
+            self.pictures_per_batch,
+            self.world_size,
+            self.seed,
+            epoch,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        skip, plan = int(self._skip), self._plan(int(self._epoch))
+        report = SkippedReport(self.max_bad_share)
+        for step in plan.steps(skip + number, workers):
+            yield self._batch(plan, step, report)
+
+    def _batch(self, plan: EpochPlan, step: Step, report: SkippedReport) -> dict[str, Any]:
+        places = step.share(self.rank, self.world_size)
+        batch = _Batch([], [], [], [], [], [], 0)
+        for place in places:
+            self._add_scene(batch, plan, place, step.views, report)
+        for place in range(places.stop, places.stop + _MOST_SCENES):
+            if batch.scenes:
+                return self._packed(batch)
+            self._add_scene(batch, plan, place, step.views, report)
+        raise RuntimeError(f"None of {_MOST_SCENES} scenes in a row can be read.\n{report}")
+
+    def _add_scene(self, batch: _Batch, plan: EpochPlan, place: int, views: int, report: SkippedReport) -> None:
+        number, scene = plan.scene_at(place)
+        source, rng = self.sources[number], plan.scene_rng(place)
+        if self._lengths[number] is None:
+            scene += plan.epoch * (self._num_scenes or _NO_END)  # every epoch brings new ones
+        name = source.scene_name(scene)
+        targets = sample_targets(views, self.mask_ratio, rng)
+        try:
+            read = self._read_views(source, scene, views, rng)
+        except SceneError as error:
+            unread, tried = [("", str(error))], 0
+        else:
+            unread, tried = read.unread, read.num_tried
+            batch.scenes.append(f"{source.name}/{name}")
+            batch.views.append(read.views)
+            batch.targets += targets.tolist()
+            if self.cameras == "given":
+                batch.extrinsics.append(relative_to_first(np.stack(read.extrinsics)))
+                batch.intrinsics.append(np.stack(read.intrinsics).astype(np.float32))
+        skipped = [
+            {"source": source.name, "scene": name, "picture": picture, "reason": reason} for picture, reason in unread
+        ]
+        batch.skipped += skipped
+        batch.num_pictures += tried
+        report.count(skipped, tried, int(tried > 0))
+
+    def _read_views(self, source: SceneSource, scene: Any, views: int, rng: np.random.Generator) -> _Read:
+        """The views of a scene. In the place of a frame that can't be read comes the nearest one that was not tried;
+        where none is left, the nearest one that could be read."""
+        if self.cameras == "given":
+            usable = source.camera_frames(scene)
+            if not len(usable):
+                raise SceneError("None of its frames has a valid camera.")
+        else:
+            usable = np.arange(max(1, source.num_frames(scene)))
+        frames = usable[sample_frames(len(usable), views, source.stride, rng)].tolist()
+        good: dict[int, tuple] = {}
+        unread: list[tuple[str, str]] = []
+        tried: set[int] = set()
+        for _ in range(1 + _ROUNDS):
+            wanted = sorted(set(frames) - tried)
+            if not wanted:
+                break
+            tried.update(wanted)
+            good |= self._load(source, scene, wanted, unread)
+            for bad in sorted(set(wanted) - set(good)):
+                left = [frame for frame in usable.tolist() if frame not in tried and frame not in frames]
+                if left:
+                    nearest = min(left, key=lambda frame: abs(frame - bad))
+                    frames = [nearest if frame == bad else frame for frame in frames]
+        if not good:
+            raise SceneError(f"None of the {len(tried)} pictures tried can be read, the first: {' '.join(unread[0])}")
+        chosen = sorted(min(good, key=lambda other: abs(other - frame)) for frame in frames)
+        return _Read(*([good[frame][part] for frame in chosen] for part in range(3)), unread, len(tried))
+
+    def _load(self, source: SceneSource, scene: Any, frames: list[int], unread: list[tuple[str, str]]) -> dict:
+        """Of every frame that could be read the processed view, its extrinsics and intrinsics."""
+        loaded = source.load(scene, frames)
+        unread += loaded.unread
+        good = {}
+        for place, (frame, image) in enumerate(zip(loaded.frames, loaded.images)):
+            extrinsics = intrinsics = None
+            try:
+                view = self.image_processor.process_view(image)
+            except ValueError as error:  # smaller than a patch
+                unread.append((str(getattr(image, "filename", "") or f"frame {frame}"), str(error)))
+                continue
+            if self.cameras == "given":
+                if loaded.extrinsics is None or loaded.intrinsics is None:
+                    raise SceneError("A camera that was known can't be read any more.")
+                extrinsics = loaded.extrinsics[place]
+                size = (image.height, image.width)
+                intrinsics = self.image_processor.process_intrinsics(loaded.intrinsics[place], size)
+            good[frame] = (view, extrinsics, intrinsics)
+        return good
+
+    def _packed(self, batch: _Batch) -> dict[str, Any]:
+        packed = dict(self.image_processor.pack(batch.views))
+        packed["target_mask"] = torch.tensor(batch.targets)
+        if self.cameras == "given":
+            packed["extrinsics"] = torch.from_numpy(np.concatenate(batch.extrinsics))
+            packed["intrinsics"] = torch.from_numpy(np.concatenate(batch.intrinsics))
+        return packed | {"scenes": batch.scenes, "skipped": batch.skipped, "num_pictures": batch.num_pictures}
+
+
+@dataclass
+class _Batch:
+    """A batch while it is filled, scene after scene."""
+
+    scenes: list[str]
+    views: list[list[PIL.Image.Image]]
+    targets: list[bool]
+    extrinsics: list[np.ndarray]
+    intrinsics: list[np.ndarray]
+    skipped: list[dict[str, str]]
+    num_pictures: int
+
+
+class _Read(NamedTuple):
+    """Views of a scene."""
+
+    views: list[PIL.Image.Image]
+    extrinsics: list[np.ndarray | None]
+    intrinsics: list[np.ndarray | None]
+    unread: list[tuple[str, str]]
+    num_tried: int
+
+
+def _length(source: SceneSource) -> int | None:
+    try:
+        return len(source)
+    except TypeError:
+        return None

@@ -1,0 +1,246 @@
+"""Scenes as folders of pictures: any folder of folders, and the layouts of ScanNet and ScanNet++."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spa3r.data.index import Entry, SceneIndex, natural_key
+from spa3r.data.source import LoadedScene, SceneError, SceneSource, check_stride
+from spa3r.models.spa3r.image_processing_spa3r import to_rgb
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""What names of pictures end in, whatever their case."""
+
+Camera = tuple[np.ndarray, np.ndarray]
+"""Extrinsics (4, 4) camera-from-world, and intrinsics (3, 3) in pixels of the original picture."""
+
+
+class _PictureFolders(SceneSource):
+    """What the layouts share: an index over folders, and pictures read from them."""
+
+    endings = PICTURES
+
+    def __init__(
+        self,
+        root: str | Path,
+        scenes: Sequence[str] | str | Path | None = None,
+        stride: Sequence[int] = (1, 4),
+        name: str | None = None,
+        cache_dir: str | Path | None = None,
+    ):
+        self.root = existing_folder(root)
+        self.name, self.stride = name or self.root.name, check_stride(stride)
+        entries = self._entries(read_names(scenes))
+        self.index = SceneIndex.build(
+            [type(self).__name__, self.root.resolve(), *([] if scenes is None else [str(scenes)])],
+            entries,
+            self._scan,
+            cache_dir,
+        )
+        self._rows = np.flatnonzero(self.index.counts)
+        if not len(self._rows):
+            raise ValueError(self._why_empty())
+
+    @abstractmethod
+    def _entries(self, scenes: list[str] | None) -> list[Entry]:
+        """Names of the scenes and the folders of their pictures."""
+
+    @abstractmethod
+    def _why_empty(self) -> str:
+        """What is wrong if there are no scenes."""
+
+    def _scan(self, folder: str) -> tuple[list[str], int]:
+        names = [name for name in listed(folder) if name.lower().endswith(self.endings)]
+        names.sort(key=natural_key)
+        return names, len(names)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def scene_name(self, scene: int) -> str:
+        return self.index.name(self._rows[scene])
+
+    def num_frames(self, scene: int) -> int:
+        return int(self.index.counts[self._rows[scene]])
+
+    def load(self, scene: int, frames: Sequence[int]) -> LoadedScene:
+        row = self._rows[scene]
+        folder = Path(self.index.path(row))
+        if not folder.is_dir():
+            raise SceneError(f"The folder {folder} is gone. Start the run again to index the source anew.")
+        loaded, names = LoadedScene([], []), []
+        for frame in frames:
+            picture = self.index.picture(row, int(frame))
+            try:
+                loaded.images.append(to_rgb(folder / picture))
+            except ValueError as error:
+                loaded.unread.append((picture, str(error)))
+            else:
+                loaded.frames.append(int(frame))
+                names.append(picture)
+        sizes = [image.size for image in loaded.images]
+        cameras = self._cameras(scene, folder, names, sizes)
+        if names and all(camera is not None for camera in cameras):
+            loaded.extrinsics, loaded.intrinsics = (np.stack(values) for values in zip(*cameras))
+        return loaded
+
+    def check_cameras(self) -> None:
+        missing = [
+            self.scene_name(scene)
+            for scene, row in enumerate(self._rows)
+            if not self._camera_file(Path(self.index.path(row))).exists()
+        ]
+        if missing:
+            raise ValueError(
+                f'cameras="given" wants known cameras for every scene; in {self.name!r} {len(missing)} of {len(self)} '
+                f"scenes have none, the first: {missing[0]} "
+                f"(wanted {self._camera_file(Path(self.index.path(self._rows[self._scene(missing[0])])))}). "
+                'Add them, choose others with `scenes`, or use cameras="predicted".'
+            )
+
+    def _scene(self, name: str) -> int:
+        return next(scene for scene in range(len(self)) if self.scene_name(scene) == name)
+
+    def camera_frames(self, scene: int) -> np.ndarray:
+        row = self._rows[scene]
+        cameras = self._cameras(scene, Path(self.index.path(row)), self.index.pictures(row), None)
+        return np.flatnonzero([camera is not None for camera in cameras])
+
+    @abstractmethod
+    def _camera_file(self, folder: Path) -> Path:
+        """What has to be there if a scene's cameras are known."""
+
+    @abstractmethod
+    def _cameras(
+        self, scene: int, folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]] | None
+    ) -> list[Camera | None]:
+        """Cameras of pictures, None where unknown or invalid. `sizes` (width, height): None where only validity
+        matters."""
+
+
+class FolderScenes(_PictureFolders):
+    """A folder for every scene, its pictures in natural order of their names.
+
+    A scene's folder may hold ``cameras.json``: ``{"000.png": {"extrinsics": 4 x 4 camera-from-world with OpenCV axes,
+    "intrinsics": 3 x 3 in pixels of that file}, ...}``.
+
+    Args:
+        root: The folder of the scenes' folders. Hidden ones, and those without pictures, are no scenes.
+        scenes: Names of the folders to use, or a text file with one a line; None: all.
+        stride: Smallest and largest step between frames drawn.
+        name: What reports call the source; None: the folder's name.
+        cache_dir: Where the index is kept; None: the user's cache.
+
+    Raises:
+        ValueError: The folder doesn't exist or holds no scene, or a named scene is missing.
+    """
+
+    def _entries(self, scenes: list[str] | None) -> list[Entry]:
+        if scenes is None:
+            return [(name, str(self.root / name)) for name in sorted(folders_in(self.root), key=natural_key)]
+        return [(name, str(existing_scene(self.root / name))) for name in scenes]
+
+    def _why_empty(self) -> str:
+        if self._scan(str(self.root))[1]:
+            return (
+                f"`root` must be a folder of folders, one for every scene, got {self.root}, which holds pictures "
+                "itself. Give the folder above it."
+            )
+        return f"{self.root} holds no folder with pictures ({', '.join(PICTURES)}). Check the path."
+
+    def _camera_file(self, folder: Path) -> Path:
+        return folder / "cameras.json"
+
+    def _cameras(self, scene, folder, names, sizes) -> list[Camera | None]:
+        file = self._camera_file(folder)
+        if not file.exists():
+            return [None] * len(names)
+        known = read_json(file)
+        try:
+            return [
+                valid_camera(known[name]["extrinsics"], known[name]["intrinsics"]) if name in known else None
+                for name in names
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise SceneError(
+                f"{file} must map names of pictures to {{'extrinsics': 4 x 4, 'intrinsics': 3 x 3}}, got {error!r}."
+            ) from error
+
+
+def existing_folder(path: str | Path) -> Path:
+    """The folder, which must exist."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"`root` must be a folder, got {folder}, which is none. Check the path.")
+    return folder
+
+
+def existing_scene(folder: Path) -> Path:
+    """The folder of a scene that was asked for by name."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"`scenes` names {folder.name!r}, and there is no folder {folder}. Take it out of the list, or add it."
+        )
+    return folder
+
+
+def listed(folder: str | Path) -> list[str]:
+    """What is in a folder, hidden names left out; nothing if it can't be read."""
+    try:
+        with os.scandir(folder) as content:
+            return [entry.name for entry in content if not entry.name.startswith(".")]
+    except OSError:
+        return []
+
+
+def folders_in(folder: str | Path) -> list[str]:
+    """Names of the folders in a folder, hidden ones left out."""
+    with os.scandir(folder) as content:
+        return [entry.name for entry in content if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def read_names(scenes: Sequence[str] | str | Path | None) -> list[str] | None:
+    """Names of scenes, given or in a text file, one a line."""
+    if scenes is None or not isinstance(scenes, str | Path):
+        return None if scenes is None else list(scenes)
+    try:
+        lines: Iterable[str] = Path(scenes).expanduser().read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(
+            f"`scenes` must be names, or a text file with one name a line, got {scenes} ({error.strerror})."
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        SceneError: It can't be read.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SceneError(f"{file} can't be read as JSON ({error}). Repair or remove it.") from error
+    if not isinstance(content, dict):
+        raise SceneError(f"{file} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def valid_camera(extrinsics: Any, intrinsics: Any) -> Camera | None:
+    """A camera of finite numbers; None if some are not.
+
+    Raises:
+        ValueError: The shapes are others.
+    """
+    extrinsics, intrinsics = np.asarray(extrinsics, np.float64), np.asarray(intrinsics, np.float64)
+    if extrinsics.shape != (4, 4) or intrinsics.shape != (3, 3):
+        raise ValueError(f"extrinsics of shape {extrinsics.shape}, intrinsics of shape {intrinsics.shape}")
+    return (extrinsics, intrinsics) if np.isfinite(extrinsics).all() and np.isfinite(intrinsics).all() else None

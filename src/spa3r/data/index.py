@@ -1,0 +1,220 @@
+"""The index of a source on disk: which scenes there are, and which pictures each has.
+
+It is an Arrow file that is memory-mapped, so a million pictures cost hardly any memory, and worker processes share it.
+It lies in a cache, is written whole or not at all, and what changed on disk is listed anew when it is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+_VERSION = 1
+_CHUNK = 256  # scenes that are listed and written at a time
+_RACY = 2_000_000_000  # nanoseconds: a folder that changed just now may change again within the clock's tick
+_DIGITS = re.compile(r"\d+")
+
+Entry = tuple[str, str]
+"""A scene's name, and the folder or file that it is listed from."""
+
+
+def natural_key(name: str) -> str:
+    """Sorts numbers in names by value: 2.jpg before 10.jpg."""
+    return f"{_DIGITS.sub(lambda digits: digits[0].zfill(20), name)}\0{name}"
+
+
+def arrow() -> Any:
+    """PyArrow, which comes with the extra ``train``."""
+    try:
+        import pyarrow
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Scenes on disk are indexed with pyarrow, which is not installed. pip install 'spa3r[train]'."
+        ) from error
+    return pyarrow
+
+
+def default_cache() -> Path:
+    """The user's cache folder for indices."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spa3r" / "indices"
+
+
+class SceneIndex:
+    """Scenes by number: name, path, number of frames and the names of the pictures. Made by :meth:`build`."""
+
+    def __init__(self, file: str):
+        pa = arrow()
+        self.file = file
+        self.table = pa.ipc.open_file(pa.memory_map(file)).read_all()
+        metadata = self.table.schema.metadata or {}
+        if metadata.get(b"version") != str(_VERSION).encode():
+            raise ValueError(f"The index {file} is of another version of spa3r. Delete it.")
+        self.digest = metadata[b"digest"].decode()
+        self.counts = self.table["count"].to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def name(self, row: int) -> str:
+        """A scene's name."""
+        return self.table["name"][row].as_py()
+
+    def path(self, row: int) -> str:
+        """The folder or file that a scene was listed from."""
+        return self.table["path"][row].as_py()
+
+    def picture(self, row: int, frame: int) -> str:
+        """The name of a picture."""
+        return self.table["pictures"][row].values[frame].as_py()
+
+    def pictures(self, row: int) -> list[str]:
+        """The names of all pictures of a scene."""
+        return self.table["pictures"][row].as_py()
+
+    def __reduce__(self):
+        return _reopen, (self.file, self.digest)
+
+    @classmethod
+    def build(
+        cls,
+        key: Sequence[str],
+        entries: Sequence[Entry],
+        scan: Callable[[str], tuple[list[str], int]],
+        cache_dir: str | Path | None = None,
+        threads: int | None = None,
+        stamp: Callable[[str], int] | None = None,
+    ) -> SceneIndex:
+        """The index of these scenes: the cached one if nothing changed, else a new one, in which only what changed is
+        listed anew.
+
+        Args:
+            key: What the index depends on beside the entries; with it the cached file is found.
+            entries: The scenes in order.
+            scan: Path of an entry -> names of its pictures, and the number of its frames.
+            cache_dir: Where indices are kept; None: the user's cache.
+            threads: How many entries are listed at a time; None: by the number of cores.
+            stamp: Path of an entry -> a number that changes with its content; None: its time of change.
+        """
+        threads = threads or min(32, 4 * (os.cpu_count() or 1))
+        stamp = stamp or time_of_change
+        file = _cache_folder(cache_dir) / (
+            hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:24] + ".arrow"
+        )
+        old = _open_cached(str(file))
+        started = time.time_ns()
+        with ThreadPoolExecutor(threads) as pool:
+            stamps = list(pool.map(stamp, (path for _, path in entries), chunksize=16))
+            rows = _known_rows(old, entries, stamps)
+            if old is not None and len(old) == len(entries) and rows == list(range(len(entries))):
+                return old
+            chunks = _chunks(entries, stamps, rows, old, scan, pool, started)
+            state = "\0".join(f"{name}\0{path}\0{time}" for (name, path), time in zip(entries, stamps))
+            _write(chunks, hashlib.sha256(state.encode()).hexdigest(), file)
+        return cls(str(file))
+
+
+def time_of_change(path: str) -> int:
+    """When a folder or file last changed, nanoseconds; 0 if it is gone."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _cache_folder(cache_dir: str | Path | None) -> Path:
+    folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        other = Path(tempfile.gettempdir()) / f"spa3r-{os.getuid() if hasattr(os, 'getuid') else 'user'}" / "indices"
+        warnings.warn(
+            f"The index can't be kept in {folder} ({error.strerror}); it goes to {other}. Give a `cache_dir` that can "
+            "be written to.",
+            stacklevel=4,
+        )
+        other.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return other
+
+
+def _open_cached(file: str) -> SceneIndex | None:
+    if not os.path.exists(file):
+        return None
+    try:
+        return SceneIndex(file)
+    except (OSError, ValueError, KeyError):  # damaged, or another version's: it is only a cache
+        return None
+
+
+def _reopen(file: str, digest: str) -> SceneIndex:
+    """The same index in another process."""
+    index = SceneIndex(file)
+    if index.digest != digest:
+        raise RuntimeError(
+            f"The index {file} was rebuilt while it was in use: the pictures changed on disk. Start the run again."
+        )
+    return index
+
+
+def _known_rows(old: SceneIndex | None, entries: Sequence[Entry], stamps: Sequence[int]) -> list[int | None]:
+    """The row of the old index of every entry that didn't change."""
+    if old is None:
+        return [None] * len(entries)
+    paths, known = old.table["path"].to_pylist(), old.table["stamp"].to_numpy()
+    row_of = {path: row for row, path in enumerate(paths)}
+    rows = (row_of.get(path) for _, path in entries)
+    return [
+        row if row is not None and known[row] == stamp and old.name(row) == name else None
+        for row, stamp, (name, _) in zip(rows, stamps, entries)
+    ]
+
+
+def _chunks(entries, stamps, rows, old, scan, pool, started) -> Iterator[dict[str, list]]:
+    """Columns of the index, some scenes at a time."""
+
+    def listed(place: int) -> tuple[list[str], int]:
+        row = rows[place]
+        return (old.pictures(row), int(old.counts[row])) if row is not None else scan(entries[place][1])
+
+    with tqdm(total=len(entries), desc="Indexing", unit=" scenes", delay=2) as progress:
+        for first in range(0, len(entries), _CHUNK):
+            places = range(first, min(first + _CHUNK, len(entries)))
+            found = list(pool.map(listed, places))
+            yield {
+                "name": [entries[place][0] for place in places],
+                "path": [entries[place][1] for place in places],
+                "stamp": [stamps[place] if stamps[place] < started - _RACY else -1 for place in places],
+                "count": [count for _, count in found],
+                "pictures": [pictures for pictures, _ in found],
+            }
+            progress.update(len(places))
+
+
+def _write(chunks: Iterator[dict[str, list]], digest: str, file: Path) -> None:
+    """Writes the file under another name first, so that it appears whole or not at all."""
+    pa = arrow()
+    columns = [("name", pa.string()), ("path", pa.string()), ("stamp", pa.int64()), ("count", pa.int64())]
+    schema = pa.schema(
+        [*columns, ("pictures", pa.list_(pa.string()))], metadata={"version": str(_VERSION), "digest": digest}
+    )
+    handle, unfinished = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}.")
+    os.close(handle)
+    try:
+        with pa.ipc.new_file(unfinished, schema) as writer:
+            for chunk in chunks:
+                writer.write_batch(pa.RecordBatch.from_pydict(chunk, schema))
+        os.replace(unfinished, file)
+    except BaseException:
+        os.unlink(unfinished)
+        raise

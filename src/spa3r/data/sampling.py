@@ -1,0 +1,206 @@
+"""What is drawn for an epoch: the order of the scenes, numbers of views, frames and target views.
+
+Everything is a pure function of the seed, the epoch and a place in the epoch. So it doesn't matter who draws it: the
+plan of a step is made for all ranks together, and each takes its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from typing import NamedTuple
+
+import numpy as np
+
+_VIEWS, _STEPS, _ORDER, _SOURCES, _SCENE = range(5)  # independent streams of random numbers
+_BLOCK = 4096  # how many numbers are drawn at a time where there is no end
+
+
+def sample_frames(num_frames: int, views: int, stride: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Frames of a scene in temporal order, as Spa3R is pretrained.
+
+    The step from one frame to the next is drawn from [lowest, highest], and highest is lowered until all views fit.
+    Where not even the lowest step fits, the frames are drawn without replacement; where there are fewer frames than
+    views, with replacement.
+
+    Args:
+        num_frames: How many frames the scene has, at least 1.
+        views: How many to draw, at least 1.
+        stride: Lowest and highest step, at least 1.
+        rng: Where the random numbers come from.
+
+    Returns:
+        (views,) ascending.
+    """
+    if num_frames < views:
+        return np.sort(rng.integers(num_frames, size=views))
+    lowest, highest = stride
+    gaps = views - 1
+    if gaps * lowest >= num_frames:
+        return np.sort(rng.choice(num_frames, size=views, replace=False))
+    highest = min(highest, (num_frames - 1) // gaps) if gaps else highest
+    places = np.concatenate([[0], np.cumsum(rng.integers(lowest, highest, size=gaps, endpoint=True))])
+    return rng.integers(num_frames - places[-1]) + places
+
+
+def sample_targets(views: int, mask_ratio: float, rng: np.random.Generator) -> np.ndarray:
+    """Which views are targets: all but max(1, int(views * (1 - mask_ratio))), never the first.
+
+    Returns:
+        (views,) bool.
+    """
+    num_context = max(1, int(views * (1 - mask_ratio)))
+    targets = np.zeros(views, bool)
+    targets[1 + rng.permutation(views - 1)[: views - num_context]] = True
+    return targets
+
+
+class Step(NamedTuple):
+    """One step of all ranks: `scenes` scenes from the place `first` of the epoch on, with `views` views each."""
+
+    index: int
+    first: int
+    scenes: int
+    views: int
+
+    def share(self, rank: int, world_size: int) -> range:
+        """The places in the epoch that one rank loads."""
+        return range(self.first + self.scenes * rank // world_size, self.first + self.scenes * (rank + 1) // world_size)
+
+
+class EpochPlan:
+    """Which scene is seen where in an epoch, and with how many views.
+
+    Args:
+        lengths: Number of scenes of every source; None where there is no end.
+        weights: Shares of the sources in the scenes drawn; None: every scene once.
+        num_scenes: Length of the epoch in scenes; None: it doesn't end.
+        views: Smallest and largest number of views of a scene.
+        pictures: Budget of pictures of a step and rank.
+        world_size: Number of ranks.
+        seed: Of everything drawn.
+        epoch: Number of the epoch.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int | None],
+        weights: Sequence[float] | None,
+        num_scenes: int | None,
+        views: tuple[int, int],
+        pictures: int,
+        world_size: int,
+        seed: int,
+        epoch: int,
+    ):
+        self.lengths, self.num_scenes, self.views = list(lengths), num_scenes, views
+        self.pictures, self.world_size, self.seed, self.epoch = pictures, world_size, seed, epoch
+        self.shares = None if weights is None else np.asarray(weights, float) / np.sum(weights)
+        self.ends = None if weights is not None or None in self.lengths else np.cumsum(self.lengths)
+        self._steps: np.ndarray | None = None if num_scenes is None else self._finite_steps()
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._counts = [np.zeros(len(self.lengths), np.int64)]  # draws of every source before each block
+        self._block: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """Random numbers of their own for every key."""
+        return np.random.default_rng([self.seed, *key])
+
+    def scene_rng(self, place: int) -> np.random.Generator:
+        """Random numbers of the scene at a place of the epoch."""
+        return self.rng(_SCENE, self.epoch, place)
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the epoch, the same in every epoch; None where it doesn't end."""
+        return None if self._steps is None else len(self._steps)
+
+    def steps(self, first: int = 0, stride: int = 1) -> Iterator[Step]:
+        """Every `stride`-th step from `first` on."""
+        if self._steps is None:
+            return islice(self._endless_steps(), first, None, stride)
+        return map(self.step, range(first, len(self._steps), stride))
+
+    def _endless_steps(self) -> Iterator[Step]:
+        index = place = 0
+        for block in count():
+            for views in self.rng(_VIEWS, self.epoch, block).integers(*self.views, size=_BLOCK, endpoint=True).tolist():
+                scenes = self.world_size * (self.pictures // views)
+                yield Step(index, place, scenes, views)
+                index, place = index + 1, place + scenes
+
+    def step(self, index: int) -> Step:
+        """One step of an epoch that ends."""
+        first, scenes, views = self._steps[index].tolist()
+        return Step(index, first, scenes, views)
+
+    def _finite_steps(self) -> np.ndarray:
+        """(steps, 3): first place, scenes, views.
+
+        The numbers of views are drawn once for all epochs and shuffled for each, so all epochs are equally long. Every
+        rank gets at least one scene in every step; at most world_size - 1 scenes are left over, and only where the
+        budget is for one scene a rank.
+        """
+        world, left, rows, block = self.world_size, self.num_scenes, [], 0
+        while left >= world:
+            for views in self.rng(_VIEWS, 0, block).integers(*self.views, size=_BLOCK, endpoint=True).tolist():
+                scenes = world * (self.pictures // views)
+                missing = world - (left - scenes)  # so many fewer, and the next step has a scene for every rank
+                if 0 < missing < world and scenes - missing >= world:
+                    scenes -= missing
+                scenes = min(scenes, left)
+                rows.append((scenes, views))
+                left -= scenes
+                if left < world:
+                    break
+            block += 1
+        steps = np.asarray(rows, np.int64).reshape(-1, 2)
+        steps = self.rng(_STEPS, self.epoch).permutation(steps)
+        first = np.cumsum(steps[:, 0]) - steps[:, 0]
+        return np.column_stack([first, steps])
+
+    # Scenes -----------------------------------------------------------------------------------------------------------
+
+    def scene_at(self, place: int) -> tuple[int, int]:
+        """The source, and which of its scenes, at a place of the epoch.
+
+        Of a source without end the second number counts the scenes drawn from it in this epoch. Places beyond the end
+        of the epoch go on with a new order.
+        """
+        if self.shares is not None:
+            source, before = self._weighted(place)
+            return source, before if self.lengths[source] is None else self._shuffled(source, before)
+        if self.ends is None:
+            return 0, place
+        scene = self._shuffled(-1, place)
+        source = int(np.searchsorted(self.ends, scene, side="right"))
+        return source, scene - int(self.ends[source] - self.lengths[source])
+
+    def _shuffled(self, source: int, before: int) -> int:
+        """The scene that is drawn after `before` others of its source (-1: all sources together)."""
+        length = int(self.ends[-1]) if source < 0 else self.lengths[source]
+        turn, place = divmod(before, length)
+        if self._orders.get(source, (None, None))[0] != turn:
+            order = self.rng(_ORDER, self.epoch, source + 1, turn).permutation(length)
+            self._orders[source] = (turn, order.astype(np.uint32))
+        return int(self._orders[source][1][place])
+
+    def _weighted(self, place: int) -> tuple[int, int]:
+        """The source at a place, and how often it was drawn before."""
+        block, offset = divmod(place, _BLOCK)
+        while len(self._counts) <= block:
+            drawn = self._draw_sources(len(self._counts) - 1)
+            self._counts.append(self._counts[-1] + np.bincount(drawn, minlength=len(self.lengths)))
+        if self._block is None or self._block[0] != block:
+            drawn = self._draw_sources(block)
+            counts = np.empty(_BLOCK, np.int64)
+            for source, before in enumerate(self._counts[block]):
+                places = np.flatnonzero(drawn == source)
+                counts[places] = before + np.arange(len(places))
+            self._block = (block, drawn, counts)
+        return int(self._block[1][offset]), int(self._block[2][offset])
+
+    def _draw_sources(self, block: int) -> np.ndarray:
+        return self.rng(_SOURCES, self.epoch, block).choice(len(self.lengths), size=_BLOCK, p=self.shares)

@@ -1,0 +1,81 @@
+"""What could not be read, counted over a run and held against the share that is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_FEW_PICTURES, _FEW_SCENES = 100, 20  # too few to tell a bad source from bad luck
+
+
+class SkippedReport:
+    """Pictures and scenes that were skipped, over all batches that were added.
+
+    Args:
+        max_bad_share: Share of pictures (and of scenes, those that can't be read at all) that may be bad, 0..1. None:
+            any.
+    """
+
+    def __init__(self, max_bad_share: float | None = None):
+        self.max_bad_share = max_bad_share
+        self.pictures_tried = self.pictures_bad = self.scenes_tried = self.scenes_bad = 0
+        self._reasons: dict[tuple[str, str, str], str] = {}
+        self._times: dict[tuple[str, str, str], int] = {}
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Count a batch of :class:`~spa3r.data.SceneBatches`.
+
+        Raises:
+            RuntimeError: More is bad than `max_bad_share`, by more than chance (four standard deviations).
+        """
+        self.count(batch["skipped"], batch["num_pictures"], len(batch["scenes"]))
+
+    def count(self, skipped: Iterable[Mapping[str, str]], num_pictures: int, num_scenes: int) -> None:
+        """As :meth:`add`, of the parts: entries skipped, pictures tried in scenes that were read, scenes read."""
+        for entry in skipped:
+            key = (entry["source"], entry["scene"], entry["picture"])
+            self._reasons[key] = entry["reason"]
+            self._times[key] = self._times.get(key, 0) + 1
+            if entry["picture"]:
+                self.pictures_bad += 1
+            else:
+                self.scenes_bad += 1
+                self.scenes_tried += 1
+        self.pictures_tried += num_pictures
+        self.scenes_tried += num_scenes
+        if self.max_bad_share is not None:
+            self._check("pictures", self.pictures_bad, self.pictures_tried, _FEW_PICTURES)
+            self._check("scenes", self.scenes_bad, self.scenes_tried, _FEW_SCENES)
+
+    def _check(self, what: str, bad: int, tried: int, few: int) -> None:
+        share = self.max_bad_share
+        chance = 4 * (share * (1 - share) * tried) ** 0.5
+        if bad > share * tried + chance and (tried >= few or share == 0):
+            raise RuntimeError(
+                f"`max_bad_share` = {share} of the {what} may be bad, got {bad} of {tried} ({bad / tried:.1%}). Repair "
+                f"or remove them, or accept more with a larger `max_bad_share`.\n{self}"
+            )
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What was skipped, each once: source, scene, picture ("" for a whole scene), reason, times."""
+        return [
+            dict(zip(("source", "scene", "picture"), key)) | {"reason": reason, "times": self._times[key]}
+            for key, reason in sorted(self._reasons.items())
+        ]
+
+    def __str__(self) -> str:
+        """Counts, and a line for every picture or scene, 50 at most."""
+        if not self._reasons:
+            return f"Nothing was skipped: {self.pictures_tried} pictures of {self.scenes_tried} scenes were read."
+        lines = [
+            f"Skipped: {self.pictures_bad} of {self.pictures_tried} pictures tried, "
+            f"{self.scenes_bad} of {self.scenes_tried} scenes."
+        ]
+        entries = self.entries()
+        for entry in entries[:50]:
+            what = "/".join(entry[key] for key in ("source", "scene", "picture") if entry[key])
+            times = f", {entry['times']} times" if entry["times"] > 1 else ""
+            lines.append(f"  {what}{times}: {entry['reason']}")
+        if len(entries) > 50:
+            lines.append(f"  and {len(entries) - 50} more")
+        return "\n".join(lines)
