@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from spa3r.attention import check_attention_implementation
+from spa3r.checkpoints import resolve
 from spa3r.layers import TransformerLayer
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -65,12 +66,13 @@ class PackedPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
-        """As transformers' ``from_pretrained``, and strict.
+        """As transformers' ``from_pretrained``, and strict; ``"embedded"`` names the checkpoint in the package.
 
         Raises:
             ValueError: The checkpoint is another model's, lacks keys, has keys that the model doesn't know or tensors
                 of other shapes, or a file of it can't be read.
         """
+        pretrained_model_name_or_path = resolve(pretrained_model_name_or_path)
         if kwargs.get("config") is None and pretrained_model_name_or_path is not None:
             where = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
             kind = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)[0].get("model_type")
