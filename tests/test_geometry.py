@@ -12,6 +12,7 @@ from spa3r.geometry import (
     camera_rays,
     homogeneous,
     invert_extrinsics,
+    pluecker_rays,
     pose_encoding_to_cameras,
     quaternion_to_rotation,
     relative_to_first_view,
@@ -104,6 +105,42 @@ def test_rays_go_through_patch_centres_row_by_row():
                 ray = torch.linalg.inv(intrinsics[view]) @ pixel
                 assert torch.allclose(rays[view, 3 * row + column], ray / ray.norm(), atol=1e-6)
     assert rays.norm(dim=-1).sub(1).abs().max() < 1e-6 and (rays[..., 2] > 0).all()
+
+
+def test_pluecker_rays_are_direction_and_moment_in_the_world():
+    """Against plain maths: a ray through two of its points, whichever they are."""
+    intrinsics = torch.tensor([[[9.0, 0, 5], [0, 7, 8], [0, 0, 1]]]).expand(3, 3, 3)
+    extrinsics = cameras(3)
+    rays = pluecker_rays(extrinsics, intrinsics, (4, 3), 4).double()
+    assert rays.shape == (3, 12, 6)
+    for view in range(3):
+        world_from_camera = torch.linalg.inv(extrinsics[view].double())
+        for row in range(4):
+            for column in range(3):
+                pixel = torch.tensor([4 * column + 2, 4 * row + 2, 1.0], dtype=torch.float64)
+                in_camera = torch.linalg.inv(intrinsics[view].double()) @ pixel
+                near, far = (
+                    (world_from_camera @ torch.cat([depth * in_camera, torch.ones(1)]))[:3] for depth in (0.3, 5.0)
+                )
+                direction = (far - near) / (far - near).norm()
+                for point in (near, far, world_from_camera[:3, 3]):  # any point of the ray has the same moment
+                    wanted = torch.cat([direction, torch.linalg.cross(point, direction)])
+                    assert relative_error(rays[view, 3 * row + column], wanted) <= 1e-5
+
+
+def test_pluecker_rays_of_the_first_view_are_its_camera_rays_and_of_others_follow_the_world():
+    intrinsics = torch.tensor([[[9.0, 0, 5], [0, 7, 8], [0, 0, 1]]]).expand(2, 3, 3)
+    extrinsics = cameras(2)
+    relative = relative_to_first_view(extrinsics, [2])
+    rays = pluecker_rays(relative, intrinsics, (4, 3), 4)
+    assert relative_error(rays[0, :, :3], camera_rays(intrinsics[:1], (4, 3), 4)[0]) <= 1e-5
+    assert rays[0, :, 3:].abs().max() < 1e-5, "a ray through the origin has no moment"
+    moved = relative_to_first_view(extrinsics @ cameras(1), [2])  # another world frame, re-expressed
+    assert relative_error(pluecker_rays(moved, intrinsics, (4, 3), 4), rays) <= 1e-4
+    twice = relative.clone()
+    twice[:, :3, 3] *= 2
+    doubled = pluecker_rays(twice, intrinsics, (4, 3), 4)
+    assert torch.equal(doubled[..., :3], rays[..., :3]) and relative_error(doubled[..., 3:], 2 * rays[..., 3:]) <= 1e-6
 
 
 def test_points_of_two_views_are_one_room():

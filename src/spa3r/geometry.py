@@ -116,3 +116,23 @@ def camera_rays(intrinsics: Tensor, grid_hw: tuple[int, int], patch_size: int) -
         torch.broadcast_tensors(x[:, None, :], y[:, :, None], torch.ones_like(x[:, :1, None])), dim=-1
     )  # (V, h, w, 3)
     return torch.nn.functional.normalize(rays.flatten(1, 2), dim=-1)
+
+
+def pluecker_rays(
+    extrinsics: Tensor, intrinsics: Tensor, grid_hw: tuple[int, int], patch_size: int
+) -> Tensor:  # (V, 4, 4), (V, 3, 3) -> (V, h*w, 6)
+    """Plücker coordinates of the rays through the patch centres, in the world: unit direction d, and moment c x d.
+
+    c is the camera's centre; any other point of the ray gives the same moment, so they name the line and nothing else.
+
+    Args:
+        extrinsics: (V, 4, 4).
+        intrinsics: (V, 3, 3) in pixels of the processed view.
+        grid_hw: Patch grid of the views.
+        patch_size: Pixels a side.
+    """
+    with maybe_autocast(extrinsics.device.type, enabled=False):
+        world_from_camera = invert_extrinsics(extrinsics.float())
+        directions = camera_rays(intrinsics, grid_hw, patch_size) @ world_from_camera[:, :3, :3].transpose(-2, -1)
+        centres = world_from_camera[:, None, :3, 3].expand_as(directions)
+        return torch.cat([directions, torch.linalg.cross(centres, directions)], dim=-1)

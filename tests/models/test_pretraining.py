@@ -77,14 +77,14 @@ def test_every_golden_tensor_through_the_converter(masking, source, back_end, go
     assert out.losses.keys() == set(LOSSES) and torch.equal(out.loss, sum(out.losses.values()))
 
 
-class TestSpa3RForPreTraining(ModelTests):
+class PreTrainingTests(ModelTests):
     model_class, auto_class = Spa3RForPreTraining, AutoModelForPreTraining
     some_key = "spa3r.encoder.query_tokens"
     targets = TARGETS
-    masking = "asymmetric"
+    fields: dict = {}
 
     def config(self, **fields):
-        return pretraining_config(**({"view_masking": self.masking} | fields))
+        return pretraining_config(**(self.fields | fields))
 
     def outputs(self, model, inputs):
         out = model(**inputs)
@@ -99,6 +99,7 @@ class TestSpa3RForPreTraining(ModelTests):
         targets = {
             name: by_scene(out[name], inputs, "patch")
             for name in ("geometry_targets", "semantic_targets", "depth_targets")
+            if name in out
         }
         losses = {f"losses.{name}": list(value) for name, value in out.losses_per_scene.items()}
         field = field_by_scene(out, inputs)
@@ -111,6 +112,13 @@ class TestSpa3RForPreTraining(ModelTests):
     def scenes_of(per_view, inputs):
         views = iter(per_view)
         return [[next(views) for _ in range(count)] for count in inputs["views_per_scene"].tolist()]
+
+
+class TestSpa3RForPreTraining(PreTrainingTests):
+    masking = "asymmetric"
+
+    def config(self, **fields):
+        return super().config(**({"view_masking": self.masking} | fields))
 
     # Masking ----------------------------------------------------------------------------------------------------------
 
@@ -305,6 +313,94 @@ class TestSpa3RForPreTraining(ModelTests):
 
 class TestSeparateMasking(TestSpa3RForPreTraining):
     masking = "separate"
+
+
+# Choices --------------------------------------------------------------------------------------------------------------
+
+
+class TestGeometryAlone(PreTrainingTests):
+    fields = {"targets": ["geometry"], "semantic_teacher_config": None}
+
+
+class TestSemanticAlone(PreTrainingTests):
+    fields = {"targets": ["semantic"]}
+
+
+class TestPluecker(PreTrainingTests):
+    fields = {"camera_embedding": "pluecker"}
+
+
+class TestTargetLoss(PreTrainingTests):
+    fields = {"loss_views": "target", "mask_ratio": 0.75}
+
+    def test_one_view_and_many(self):  # one view alone has no target
+        super().test_one_view_and_many(64)
+
+
+def both_ways(inputs: dict, **fields) -> tuple:
+    """The outputs of two models of the same weights, the second with other choices."""
+    models = [alive(Spa3RForPreTraining(pretraining_config(**choices))) for choices in ({}, fields)]
+    weights = models[0].state_dict()
+    models[1].load_state_dict({key: weights[key] for key in models[1].state_dict()})
+    with torch.no_grad():
+        return tuple(model(**inputs) for model in models)
+
+
+def tensors(out, *but: str) -> dict:
+    return {key: value for key, value in out.items() if isinstance(value, torch.Tensor) and key not in but}
+
+
+def test_loss_views_changes_the_losses_and_nothing_else():
+    everything, targets = both_ways(view_inputs(targets=TARGETS), loss_views="target")
+    assert_close(tensors(targets, "loss"), tensors(everything, "loss"), 0.0)
+    assert all(relative_error(targets.losses[term], everything.losses[term]) > 1e-4 for term in LOSSES)
+
+
+def test_mask_ratio_changes_which_views_are_drawn_and_nothing_else():
+    usual, other = both_ways(view_inputs(targets=TARGETS), mask_ratio=0.75)
+    assert_close(tensors(other), tensors(usual), 0.0)
+    torch.manual_seed(0)
+    usual, other = both_ways(view_inputs([[(2, 2)] * 8]), mask_ratio=0.75)
+    assert (usual.target_mask.sum(), other.target_mask.sum()) == (4, 6)
+
+
+def test_view_masking_changes_what_targets_know_and_nothing_of_the_context():
+    """With the same weights, either way the context knows of the context alone, and so the latents are the same."""
+    inputs = view_inputs(targets=TARGETS)
+    asymmetric, separate = both_ways(inputs, view_masking="separate")
+    given = {"extrinsics": asymmetric.extrinsics, "intrinsics": asymmetric.intrinsics}
+    asymmetric, separate = both_ways(inputs | given, view_masking="separate")
+    same = ("context_features", "latents", "geometry_features", "semantic_features", "semantic_targets", "depth")
+    assert_close(*({name: out[name] for name in same} for out in (separate, asymmetric)), 1e-5)
+    assert relative_error(separate.geometry_targets, asymmetric.geometry_targets) > 1e-2
+
+
+@pytest.mark.parametrize("target", ("geometry", "semantic"))
+def test_a_target_left_out_takes_its_terms_along_and_changes_no_other(target):
+    other = {"geometry": "semantic", "semantic": "geometry"}[target]
+    both, one = both_ways(view_inputs(targets=TARGETS), targets=[target])
+    assert f"{other}_features" not in one and f"{other}_targets" not in one
+    assert one.losses.keys() == {f"{target}_l1", f"{target}_cosine", "depth_probe"} == one.losses_per_scene.keys()
+    assert_close(tensors(one, "loss"), {key: both[key] for key in tensors(one, "loss")}, 0.0)
+    assert_close(dict(one.losses), {term: both.losses[term] for term in one.losses}, 0.0)
+    assert torch.equal(one.loss, sum(one.losses.values())) and one.loss < both.loss
+
+
+def test_without_semantic_targets_there_is_no_teacher(tmp_path):
+    alive(VggtModel(vggt_config())).save_pretrained(tmp_path / "vggt")
+    fields = {"hidden_size": 32, "num_attention_heads": 2, "num_latents": 6, "targets": ("geometry",)}
+    for dinov3 in (None, tmp_path / "no such folder"):
+        model = Spa3RForPreTraining.from_vggt_and_dinov3(tmp_path / "vggt", dinov3, **fields)
+        assert model.semantic_teacher is None and model.frozen_modules().keys() == {"spa3r.backbone"}
+        assert model.config.semantic_teacher_config is None and model.config.semantic_teacher_name_or_path is None
+        assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"spa3r"}
+    inputs = view_inputs(targets=TARGETS)
+    model.train()(**inputs).loss.backward()
+    model.save_pretrained(tmp_path / "slim", include_backbone=False)
+    loaded = Spa3RForPreTraining.from_pretrained(tmp_path / "slim", attn_implementation="sdpa")
+    assert relative_error(loaded(**inputs).loss, model.eval()(**inputs).loss) <= 1e-6
+    with pytest.raises(ValueError, match=r"`semantic_teacher_config` must be set.*leave 'semantic' out of `targets`"):
+        Spa3RForPreTraining.from_vggt_and_dinov3(tmp_path / "vggt", **(fields | {"targets": ["semantic"]}))
 
 
 @pytest.mark.parametrize("dtype", ("auto", torch.bfloat16), ids=("fp32", "bf16"))

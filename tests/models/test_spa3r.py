@@ -8,6 +8,7 @@ from safetensors import safe_open
 from tiny import (
     BACK_ENDS,
     PATCH,
+    SAME_WEIGHTS,
     SCENES,
     ModelTests,
     alive,
@@ -24,7 +25,7 @@ from tiny import (
 from transformers import AutoModel
 
 from spa3r import Spa3RConfig, Spa3RForPreTraining, Spa3RModel, VggtModel
-from spa3r.geometry import pose_encoding_to_cameras
+from spa3r.geometry import pluecker_rays, pose_encoding_to_cameras
 from spa3r.views import ViewLayout
 
 
@@ -41,7 +42,7 @@ class TestSpa3RModel(ModelTests):
     fields: dict = {}
 
     def config(self, **fields):
-        return spa3r_config(**fields)
+        return spa3r_config(**(self.fields | fields))
 
     def outputs(self, model, inputs):
         out = model(**inputs)
@@ -161,6 +162,58 @@ class TestSpa3RModel(ModelTests):
             assert relative_error(compiled(*arguments), module(*arguments)) <= 1e-5
 
 
+class TestPluecker(TestSpa3RModel):
+    fields = {"camera_embedding": "pluecker"}
+
+    def test_encoder_and_decoder_compile_in_one_graph(self):  # with one back end: it takes long
+        super().test_encoder_and_decoder_compile_in_one_graph("aot_eager", "sdpa")
+
+    @torch.no_grad()
+    def test_a_ray_says_all_about_its_token(self):
+        """Rays in another order, whatever view and patch they belong to: the same features in that order."""
+        model, inputs = self.make(), self.inputs([[(3, 4)]])
+        cameras, latents = some_cameras(inputs), model.encode(**inputs)
+        order = torch.randperm(12)
+        rays = pluecker_rays(**cameras, grid_hw=(3, 4), patch_size=PATCH)[0]
+        features = {}
+        for name, own in (("plain", rays), ("turned", rays[order])):
+            model.decoder.ray_projection.register_forward_pre_hook(lambda module, args, own=own: own)
+            features[name] = model.decode(latents, **cameras, view_grid_hw=[(3, 4)], views_per_scene=[1]).depth
+            model.decoder.ray_projection._forward_pre_hooks.clear()
+        assert relative_error(features["turned"], features["plain"][order]) <= 1e-5
+        as_they_are = model.decode(latents, **cameras, view_grid_hw=[(3, 4)], views_per_scene=[1]).depth
+        assert torch.equal(as_they_are, features["plain"])
+
+    @torch.no_grad()
+    def test_the_decoder_sees_the_same_line_through_another_camera(self):
+        """A camera moved along the ray of its only patch: the same line, so the same feature."""
+        model = self.make()
+        latents = model.encode(**self.inputs([[(2, 2)]]))
+        cameras = some_cameras(view_inputs([[(1, 1)]]))
+        cameras["intrinsics"][:, :2, 2] = PATCH / 2  # the ray is the optical axis
+        moved = cameras["extrinsics"].clone()
+        moved[:, 2, 3] -= 1.7
+        here, there, aside = (
+            model.decode(latents, e, cameras["intrinsics"], [(1, 1)], [1]).geometry_features
+            for e in (cameras["extrinsics"], moved, moved + torch.eye(4).roll(3, 1) * 0.5)
+        )
+        assert relative_error(there, here) <= 1e-4 < 1e-2 < relative_error(aside, here)
+
+
+@pytest.mark.parametrize("target", ("geometry", "semantic"))
+@torch.no_grad()
+def test_what_is_no_target_has_no_head(target):
+    other = {"geometry": "semantic", "semantic": "geometry"}[target]
+    both, one = (alive(Spa3RModel(spa3r_config(**fields))) for fields in ({}, {"targets": [target]}))
+    assert getattr(one, f"{other}_head") is None
+    gone = {key for key in both.state_dict() if key not in one.state_dict()}
+    assert gone == {key for key in both.state_dict() if key.startswith(f"{other}_head.")}
+    one.load_state_dict({key: value for key, value in both.state_dict().items() if key not in gone})
+    out, field = both(**view_inputs()), one(**view_inputs())
+    assert getattr(field, f"{other}_features") is None and f"{other}_features" not in field
+    assert all(torch.equal(field[name], out[name]) for name in field)
+
+
 # Which back end, where ------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +270,7 @@ def test_loads_from_a_pretraining_checkpoint(tmp_path):
     whole.save_pretrained(tmp_path)
     model = Spa3RModel.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, whole.spa3r.state_dict()[key]) for key, tensor in model.state_dict().items())
-    assert_close(outputs_of(model), outputs_of(whole.spa3r), 0.0)
+    assert_close(outputs_of(model), outputs_of(whole.spa3r), SAME_WEIGHTS)
 
 
 def test_pretraining_does_not_load_without_its_teacher(tmp_path):
@@ -248,7 +301,7 @@ def test_without_backbone_names_it_and_fetches_it_again(home, dtype, tmp_path):
     assert {p.dtype for n, p in loaded.named_parameters() if "camera_head" not in n} == {dtype}
     assert {p.dtype for p in loaded.backbone.camera_head.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in loaded.backbone.parameters()) and not loaded.backbone.training
-    assert_close(outputs_of(loaded), outputs_of(model), 0.0 if dtype == torch.float32 else 0.1)
+    assert_close(outputs_of(loaded), outputs_of(model), SAME_WEIGHTS if dtype == torch.float32 else 0.1)
     loaded.save_pretrained(tmp_path / "again", include_backbone=False)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["backbone_name_or_path"] == str(home_folder)
     loaded.save_pretrained(tmp_path / "full")
@@ -274,6 +327,7 @@ def test_a_model_without_its_backbone_says_so():
         ({"hidden_size": 40}, r"`hidden_size` must be a multiple of 8 x `num_attention_heads` = 16 .*got 40"),
         ({"mask_ratio": 1.0}, r"`mask_ratio` must be in \[0, 1\), got 1.0"),
         ({"mask_ratio": -0.1}, r"`mask_ratio` must be in \[0, 1\), got -0.1"),
+        ({"targets": []}, r"`targets` must name at least one of 'geometry' and 'semantic', got none"),
     ],
 )
 def test_contradicting_choices_are_refused(fields, words):
@@ -281,7 +335,16 @@ def test_contradicting_choices_are_refused(fields, words):
         spa3r_config(**fields)
 
 
-@pytest.mark.parametrize("fields", ({"view_masking": "none"}, {"loss_views": "context"}))
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {"view_masking": "none"},
+        {"loss_views": "context"},
+        {"camera_embedding": "rays"},
+        {"targets": ["geometry", "colour"]},
+        {"targets": "geometry"},
+    ),
+)
 def test_unknown_choices_are_refused(fields):
     with pytest.raises(Exception, match=next(iter(fields))):
         spa3r_config(**fields)
@@ -291,3 +354,20 @@ def test_released_sizes_are_the_defaults():
     config = Spa3RConfig()
     assert (config.hidden_size, config.num_latents, config.geometry_hidden_size) == (768, 256, 2048)
     assert (config.view_masking, config.loss_views, config.mask_ratio) == ("asymmetric", "all", 0.5)
+    assert (config.targets, config.camera_embedding) == (("geometry", "semantic"), "prope")
+
+
+def test_the_order_of_targets_means_nothing():
+    turned = spa3r_config(targets=["semantic", "geometry", "semantic"])
+    assert turned.targets == spa3r_config().targets == type(turned)(**json.loads(turned.to_json_string())).targets
+
+
+def test_configurations_of_before_mean_what_they_meant(tmp_path):
+    """A saved configuration that knows neither `targets` nor `camera_embedding`."""
+    model = alive(Spa3RModel(spa3r_config()))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for field in ("targets", "camera_embedding"):
+        saved.pop(field, None)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert_close(outputs_of(Spa3RModel.from_pretrained(tmp_path)), outputs_of(model), SAME_WEIGHTS)

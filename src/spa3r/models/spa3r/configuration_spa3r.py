@@ -1,12 +1,14 @@
 """Configuration of Spa3R. Imports no torch."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from spa3r.models.vggt.configuration_vggt import VggtConfig
+
+Target = Literal["geometry", "semantic"]
 
 
 @strict
@@ -37,6 +39,12 @@ class Spa3RConfig(PreTrainedConfig):
             paper: one pass, context sees context, targets see all. ``"separate"``, as the released weights were
             trained: one pass over the context, one over all views.
         loss_views: Views that the loss covers: ``"all"`` as the released code, ``"target"`` as the paper writes.
+        targets: What the field consists of and pretraining predicts: ``"geometry"``, the backbone's features, and
+            ``"semantic"``, the teacher's; one or both, in any order. What is no target has no head and no loss, and
+            without ``"semantic"`` there is no teacher.
+        camera_embedding: How the decoder knows the cameras. ``"prope"``: rays in the camera's frame, and projections in
+            the attention. ``"pluecker"``: each ray's Plücker coordinates in the world, the scene's first camera
+            (:func:`spa3r.geometry.pluecker_rays`), and attention without any position: the ray says all.
 
     Raises:
         ValueError: The values contradict one another.
@@ -63,6 +71,8 @@ class Spa3RConfig(PreTrainedConfig):
     mask_ratio: float | int = 0.5
     view_masking: Literal["asymmetric", "separate"] = "asymmetric"
     loss_views: Literal["all", "target"] = "all"
+    targets: list[Target] | tuple[Target, ...] = get_args(Target)
+    camera_embedding: Literal["prope", "pluecker"] = "prope"
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:
@@ -84,6 +94,9 @@ class Spa3RConfig(PreTrainedConfig):
             )
         if not 0 <= self.mask_ratio < 1:
             raise ValueError(f"`mask_ratio` must be in [0, 1), got {self.mask_ratio}.")
+        if not self.targets:
+            raise ValueError("`targets` must name at least one of 'geometry' and 'semantic', got none.")
+        self.targets = tuple(target for target in get_args(Target) if target in self.targets)
 
     @property
     def geometry_hidden_size(self) -> int:

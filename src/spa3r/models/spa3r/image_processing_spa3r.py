@@ -21,6 +21,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import TensorType
 
+from spa3r.checkpoints import resolve
+
 Image = PIL.Image.Image | str | Path | np.ndarray | Tensor
 """A PIL image, a path or URL, or an array or tensor: (H, W), (H, W, 1|3|4) or (1|3|4, H, W); uint8 in [0, 255], or
 floating point in [0, 1], or 16-bit in [0, 65535]."""
@@ -74,6 +76,11 @@ class Spa3RImageProcessor(BaseImageProcessor):
         _check_mode(mode)
         self.size, self.patch_size, self.mode = size, patch_size, mode
         self.image_mean, self.image_std = list(image_mean), list(image_std)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Spa3RImageProcessor:
+        """As transformers' ``from_pretrained``; ``"embedded"`` names the checkpoint in the package."""
+        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
 
     def preprocess(
         self,

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from spa3r.attention import Segments
-from spa3r.geometry import camera_rays, relative_to_first_view
+from spa3r.geometry import camera_rays, pluecker_rays, relative_to_first_view
 from spa3r.layers import Mlp, TransformerLayer
 from spa3r.models.modeling_base import HUB_KWARGS, PackedPreTrainedModel, save_without, split_hub_kwargs
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
@@ -34,8 +34,8 @@ class Spa3RField(ModelOutput):
 
     Attributes:
         last_hidden_state: (sum of N, D), the decoder's normed ray tokens.
-        geometry_features: (sum of N, 2C), predicted backbone features.
-        semantic_features: (sum of N, semantic_hidden_size), predicted teacher features.
+        geometry_features: (sum of N, 2C), predicted backbone features; None if ``config.targets`` lacks them.
+        semantic_features: (sum of N, semantic_hidden_size), predicted teacher features; likewise.
         depth: (sum of N,), the probe's depth, in the backbone's unit.
     """
 
@@ -67,12 +67,13 @@ class Spa3RForPreTrainingOutput(Spa3RModelOutput):
     Attributes:
         loss: The sum of the terms.
         losses: The terms by name: ``geometry_l1``, ``geometry_cosine``, ``semantic_l1``, ``semantic_cosine``,
-            ``depth_probe``; means over all patches of the views that ``config.loss_views`` names.
+            ``depth_probe``; means over all patches of the views that ``config.loss_views`` names. What is not in
+            ``config.targets`` has none.
         losses_per_scene: The same terms, each (scenes,): means over one scene's patches; NaN where a scene has none.
         target_mask: (views,) bool on the CPU, True = target.
         context_features: (sum of N over context views, 2C), what the encoder saw, view by view.
-        geometry_targets: (sum of N, 2C).
-        semantic_targets: (sum of N, semantic_hidden_size).
+        geometry_targets: (sum of N, 2C), or None if ``config.targets`` lacks them.
+        semantic_targets: (sum of N, semantic_hidden_size), likewise.
         depth_targets: (sum of N,), or None if the backbone has no depth head.
     """
 
@@ -141,7 +142,7 @@ class Spa3RDecoder(nn.Module):
     def __init__(self, config: Spa3RConfig):
         super().__init__()
         self.config = config
-        self.ray_projection = nn.Linear(3, config.hidden_size)
+        self.ray_projection = nn.Linear(3 if config.camera_embedding == "prope" else 6, config.hidden_size)
         self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
         self.layers = _make_layers(config, config.num_decoder_layers)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -152,10 +153,15 @@ class Spa3RDecoder(nn.Module):
         config = self.config
         lengths = layout.patches_per_view
         rays: list[Tensor] = [latents] * layout.num_views
+        prope = config.camera_embedding == "prope"
         for grid, views in layout.same_grid().items():
-            for view, view_rays in zip(
-                views, camera_rays(torch.stack([intrinsics[v] for v in views]), grid, config.patch_size)
-            ):
+            own_intrinsics = torch.stack([intrinsics[view] for view in views])
+            if prope:
+                grid_rays = camera_rays(own_intrinsics, grid, config.patch_size)
+            else:
+                own_extrinsics = torch.stack([extrinsics[view] for view in views])
+                grid_rays = pluecker_rays(own_extrinsics, own_intrinsics, grid, config.patch_size)
+            for view, view_rays in zip(views, grid_rays):
                 rays[view] = view_rays
         ray_tokens = self.ray_projection(torch.cat(rays).to(self.norm.weight.dtype))
         scene_of_view = [scene for scene, count in enumerate(layout.views_per_scene) for _ in range(count)]
@@ -168,7 +174,8 @@ class Spa3RDecoder(nn.Module):
         )
         tokens = prepend_tokens(prefix, ray_tokens, lengths)
         segments = Segments.within([prefix.shape[1] + count for count in lengths])
-        encoding = self._encoding(extrinsics, intrinsics, layout, prefix.shape[1])
+        # A ray's Plücker coordinates say where it is: such tokens need no position.
+        encoding = self._encoding(extrinsics, intrinsics, layout, prefix.shape[1]) if prope else None
         for layer in self.layers:
             tokens = layer(tokens, segments, encoding)
         return self.norm(split_prefix(tokens, lengths, prefix.shape[1])[1])
@@ -337,8 +344,8 @@ class Spa3RModel(Spa3RPreTrainedModel):
         self.decoder = Spa3RDecoder(config)
         width = config.hidden_size
         inner = int(width * config.mlp_ratio)
-        self.geometry_head = Mlp(width, inner, config.geometry_hidden_size)
-        self.semantic_head = Mlp(width, inner, config.semantic_hidden_size)
+        self.geometry_head = Mlp(width, inner, config.geometry_hidden_size) if "geometry" in config.targets else None
+        self.semantic_head = Mlp(width, inner, config.semantic_hidden_size) if "semantic" in config.targets else None
         self.depth_probe = Mlp(width, inner, 1)
         self.post_init()
         self._freeze()
@@ -422,8 +429,8 @@ class Spa3RModel(Spa3RPreTrainedModel):
         tokens = self.decoder(latents, extrinsics, intrinsics, layout)
         return Spa3RField(
             last_hidden_state=tokens,
-            geometry_features=self.geometry_head(tokens),
-            semantic_features=self.semantic_head(tokens),
+            geometry_features=None if self.geometry_head is None else self.geometry_head(tokens),
+            semantic_features=None if self.semantic_head is None else self.semantic_head(tokens),
             depth=self.depth_probe(tokens.detach())[:, 0],  # the probe measures the features, it must not shape them
         )
 
@@ -471,31 +478,36 @@ def _check_cameras(
 class Spa3RForPreTraining(Spa3RPreTrainedModel):
     """Predictive Spatial Field Modeling: predict the features of views that the encoder has not seen.
 
-    Trains the encoder, the decoder and the heads of ``spa3r``; the backbone and the semantic teacher are frozen.
+    Trains the encoder, the decoder and the heads of ``spa3r``; the backbone and the semantic teacher are frozen. There
+    is a teacher only if ``"semantic"`` is among ``config.targets``.
     """
 
     def __init__(self, config: Spa3RConfig):
         super().__init__(config)
-        if config.semantic_teacher_config is None:
-            raise ValueError(
-                "`semantic_teacher_config` must be set to pretrain: the semantic targets are a DINOv3's features. "
-                "Give a DINOv3ViTConfig, or use Spa3RForPreTraining.from_vggt_and_dinov3."
-            )
         self.spa3r = Spa3RModel(config)
-        named = config.semantic_teacher_name_or_path is not None
-        self.semantic_teacher = None if named else AutoModel.from_config(config.semantic_teacher_config)
+        self.semantic_teacher = None
+        if "semantic" in config.targets:
+            if config.semantic_teacher_config is None:
+                raise ValueError(
+                    "`semantic_teacher_config` must be set to pretrain: the semantic targets are a DINOv3's features. "
+                    "Give a DINOv3ViTConfig, use Spa3RForPreTraining.from_vggt_and_dinov3, or leave 'semantic' out of "
+                    "`targets`."
+                )
+            if config.semantic_teacher_name_or_path is None:
+                self.semantic_teacher = AutoModel.from_config(config.semantic_teacher_config)
         self.post_init()
         self._freeze()
 
     @classmethod
     def from_vggt_and_dinov3(
-        cls, vggt: str | Path, dinov3: str | Path, dtype: torch.dtype | str = "auto", **kwargs
+        cls, vggt: str | Path, dinov3: str | Path | None = None, dtype: torch.dtype | str = "auto", **kwargs
     ) -> Spa3RForPreTraining:
         """A fresh Spa3R on two pretrained frozen parts.
 
         Args:
             vggt: Folder or hub id of a :class:`VggtModel`.
-            dinov3: Folder or hub id of transformers' DINOv3ViTModel.
+            dinov3: Folder or hub id of transformers' DINOv3ViTModel. Not loaded, and may be None, if `targets` lacks
+                ``"semantic"``.
             dtype: Of the loaded parts; the trained parts are float32.
             **kwargs: Other fields of :class:`Spa3RConfig`; and ``token``, ``cache_dir``, ``local_files_only``,
                 ``force_download`` for the hub.
@@ -505,15 +517,11 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         """
         hub_kwargs, fields = split_hub_kwargs(kwargs, Spa3RConfig)
         backbone = VggtModel.from_pretrained(vggt, dtype=dtype, **hub_kwargs)
-        teacher = AutoModel.from_pretrained(dinov3, dtype=dtype, **hub_kwargs)
-        config = Spa3RConfig(
-            backbone_config=backbone.config,
-            semantic_teacher_config=teacher.config,
-            backbone_name_or_path=str(vggt),
-            semantic_teacher_name_or_path=str(dinov3),
-            **fields,
-        )
-        model = cls(config)
+        teacher = None
+        if dinov3 is not None and "semantic" in fields.get("targets", ["semantic"]):
+            teacher = AutoModel.from_pretrained(dinov3, dtype=dtype, **hub_kwargs)
+            fields |= {"semantic_teacher_config": teacher.config, "semantic_teacher_name_or_path": str(dinov3)}
+        model = cls(Spa3RConfig(backbone_config=backbone.config, backbone_name_or_path=str(vggt), **fields))
         model.spa3r.backbone, model.semantic_teacher = backbone, teacher
         model._freeze()
         return model
@@ -524,7 +532,10 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             self.spa3r.depth_probe.requires_grad_(False)
 
     def frozen_modules(self) -> dict[str, nn.Module | None]:
-        return {"spa3r.backbone": self.spa3r.backbone, "semantic_teacher": self.semantic_teacher}
+        parts = {"spa3r.backbone": self.spa3r.backbone}
+        if "semantic" in self.config.targets:
+            parts["semantic_teacher"] = self.semantic_teacher
+        return parts
 
     def forward(
         self,
@@ -566,9 +577,9 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             output_depth="depth" in config.backbone_config.heads,
             context_views=split.context_layout.views_per_scene if asymmetric else None,
         )
-        geometry_targets = select_rows(sorted_features, split.sorted_layout.patches_per_view, split.places)
+        features = select_rows(sorted_features, split.sorted_layout.patches_per_view, split.places)
         if asymmetric:
-            context_features = select_rows(geometry_targets, layout.patches_per_view, split.context_views)
+            context_features = select_rows(features, layout.patches_per_view, split.context_views)
         else:
             context_pixels = select_rows(view_pixel_values, layout.patches_per_view, split.context_views)
             context_features, _ = model._run_backbone(context_pixels, split.context_layout)
@@ -580,7 +591,10 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
                 for cameras in (backbone.extrinsics, backbone.intrinsics)
             )
         field = model._decode(latents, *given, layout)
-        semantic_targets = self._semantic_targets(view_pixel_values, layout)
+        geometry_targets = features if "geometry" in config.targets else None
+        semantic_targets = None
+        if "semantic" in config.targets:
+            semantic_targets = self._semantic_targets(view_pixel_values, layout)
         depth_targets = None
         if backbone.depth is not None:
             depth_targets = _depth_at_patches([backbone.depth[place] for place in split.places], layout)
@@ -662,12 +676,17 @@ def _depth_at_patches(depth: Sequence[Tensor], layout: ViewLayout) -> Tensor:  #
 
 
 def field_errors(
-    field: Spa3RField, geometry: Tensor, semantic: Tensor, depth: Tensor | None
+    field: Spa3RField, geometry: Tensor | None, semantic: Tensor | None, depth: Tensor | None
 ) -> dict[str, Tensor]:  # -> of every term (sum of N,)
-    """The loss terms of every patch, in float32: smooth-L1 (beta 1) over channels, and 1 - cosine."""
+    """The loss terms of every patch, in float32: smooth-L1 (beta 1) over channels, and 1 - cosine.
+
+    A target that is None has no terms.
+    """
     errors = {}
     pairs = {"geometry": (field.geometry_features, geometry), "semantic": (field.semantic_features, semantic)}
     for name, (predicted, target) in pairs.items():
+        if target is None:
+            continue
         predicted, target = predicted.float(), target.float()
         errors[f"{name}_l1"] = nn.functional.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
         errors[f"{name}_cosine"] = 1 - nn.functional.cosine_similarity(predicted, target, dim=-1)
