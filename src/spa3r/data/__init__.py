@@ -6,19 +6,29 @@ loader = DataLoader(batches, batch_size=None, num_workers=4)
 """
 
 from spa3r.data.batches import SceneBatches
+from spa3r.data.dataset_scenes import DatasetScenes, StreamedScenes
 from spa3r.data.folders import FolderScenes
+from spa3r.data.make import make_source
 from spa3r.data.room_scenes import RoomScenes
 from spa3r.data.sampling import sample_frames
+from spa3r.data.scannet import ScanNetPPScenes, ScanNetScenes
 from spa3r.data.skipped import SkippedReport
 from spa3r.data.source import LoadedScene, SceneError, SceneSource
+from spa3r.data.videos import VideoScenes
 
 __all__ = [
+    "DatasetScenes",
     "FolderScenes",
     "LoadedScene",
     "RoomScenes",
+    "ScanNetPPScenes",
+    "ScanNetScenes",
     "SceneBatches",
     "SceneError",
     "SceneSource",
     "SkippedReport",
+    "StreamedScenes",
+    "VideoScenes",
+    "make_source",
     "sample_frames",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +13,7 @@ import PIL.Image
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from spa3r.data.dataset_scenes import StreamedScene, StreamedScenes
 from spa3r.data.sampling import EpochPlan, Step, sample_frames, sample_targets
 from spa3r.data.skipped import SkippedReport
 from spa3r.data.source import SceneError, SceneSource
@@ -130,6 +133,12 @@ class SceneBatches(IterableDataset):
                     f"`weights` must be a positive number for each of the {len(self.sources)} sources, got "
                     f"{list(self.weights)}. Leave out a source that shall not be seen."
                 )
+        is_streamed = any(isinstance(source, StreamedScenes) for source in self.sources)
+        if self.world_size > 1 and is_streamed and self.scenes_per_epoch is None and self.weights is None:
+            raise ValueError(
+                f"With {self.world_size} ranks a stream needs `scenes_per_epoch`, got None: its end is not known, and "
+                "all ranks must take the same number of steps."
+            )
         if self.cameras == "given":
             for source in self.sources:
                 source.check_cameras()
@@ -173,27 +182,37 @@ class SceneBatches(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        skip, plan = int(self._skip), self._plan(int(self._epoch))
-        report = SkippedReport(self.max_bad_share)
-        for step in plan.steps(skip + number, workers):
-            yield self._batch(plan, step, report)
+        skip, epoch = int(self._skip), int(self._epoch)
+        run = _Run(self, epoch)
+        if not run.streams:
+            for step in run.plan.steps(skip + number, workers):
+                yield self._batch(run, run.places(step), step.views)
+            return
+        for step in run.plan.steps():  # what streams give depends on all that came before
+            places = run.places(step)
+            if step.index >= skip and (step.index - skip) % workers == number:
+                try:
+                    yield self._batch(run, places, step.views)
+                except _EndOfStreamError:
+                    return
 
-    def _batch(self, plan: EpochPlan, step: Step, report: SkippedReport) -> dict[str, Any]:
-        places = step.share(self.rank, self.world_size)
+    def _batch(self, run: _Run, places: list[_Place], views: int) -> dict[str, Any]:
         batch = _Batch([], [], [], [], [], [], 0)
         for place in places:
-            self._add_scene(batch, plan, place, step.views, report)
-        for place in range(places.stop, places.stop + _MOST_SCENES):
+            try:
+                self._add_scene(batch, run, place, run.scene(place), views)
+            except _EndOfStreamError:
+                if not batch.scenes:
+                    raise
+                break
+        for place in run.following(places[-1], _MOST_SCENES):
             if batch.scenes:
                 return self._packed(batch)
-            self._add_scene(batch, plan, place, step.views, report)
-        raise RuntimeError(f"None of {_MOST_SCENES} scenes in a row can be read.\n{report}")
+            self._add_scene(batch, run, place, run.scene(place, keep=True), views)
+        raise RuntimeError(f"None of {_MOST_SCENES} scenes in a row can be read.\n{run.report}")
 
-    def _add_scene(self, batch: _Batch, plan: EpochPlan, place: int, views: int, report: SkippedReport) -> None:
-        number, scene = plan.scene_at(place)
-        source, rng = self.sources[number], plan.scene_rng(place)
-        if self._lengths[number] is None:
-            scene += plan.epoch * (self._num_scenes or _NO_END)  # every epoch brings new ones
+    def _add_scene(self, batch: _Batch, run: _Run, place: _Place, scene: Any, views: int) -> None:
+        source, rng = self.sources[place.source], run.plan.scene_rng(place.number)
         name = source.scene_name(scene)
         targets = sample_targets(views, self.mask_ratio, rng)
         try:
@@ -213,7 +232,7 @@ class SceneBatches(IterableDataset):
         ]
         batch.skipped += skipped
         batch.num_pictures += tried
-        report.count(skipped, tried, int(tried > 0))
+        run.report.count(skipped, tried, int(tried > 0))
 
     def _read_views(self, source: SceneSource, scene: Any, views: int, rng: np.random.Generator) -> _Read:
         """The views of a scene. In the place of a frame that can't be read comes the nearest one that was not tried;
@@ -272,6 +291,103 @@ class SceneBatches(IterableDataset):
             packed["extrinsics"] = torch.from_numpy(np.concatenate(batch.extrinsics))
             packed["intrinsics"] = torch.from_numpy(np.concatenate(batch.intrinsics))
         return packed | {"scenes": batch.scenes, "skipped": batch.skipped, "num_pictures": batch.num_pictures}
+
+
+class _EndOfStreamError(Exception):
+    """A stream that is passed over once has no more scenes."""
+
+
+class _Place(NamedTuple):
+    """A place of the epoch, the source whose turn it is, and which of its scenes."""
+
+    number: int
+    source: int
+    scene: int
+
+
+class _Run:
+    """One iteration over an epoch: its plan, and how far its streams were read."""
+
+    def __init__(self, batches: SceneBatches, epoch: int):
+        self.batches, self.plan = batches, batches._plan(epoch)
+        self.report = SkippedReport(batches.max_bad_share)
+        self.streams = {
+            number: _Stream(source, batches, epoch, number)
+            for number, source in enumerate(batches.sources)
+            if isinstance(source, StreamedScenes)
+        }
+
+    def places(self, step: Step) -> list[_Place]:
+        """This rank's share of a step. Has to be called for all steps in order where there are streams."""
+        places = []
+        for number in step.share(self.batches.rank, self.batches.world_size):
+            source, scene = self.plan.scene_at(number)
+            stream = self.streams.get(source)
+            if stream and stream.is_split:  # the rank's own shards, from their beginning
+                scene = stream.drawn
+                stream.drawn += 1
+            places.append(_Place(number, source, scene))
+        return places
+
+    def following(self, place: _Place, count: int) -> Iterator[_Place]:
+        """The places after a place, which are somebody else's."""
+        for ahead in range(1, count + 1):
+            source, scene = self.plan.scene_at(place.number + ahead)
+            stream = self.streams.get(source)
+            if stream and stream.is_split:
+                scene = stream.drawn - 1 + ahead
+            yield _Place(place.number + ahead, source, scene)
+
+    def scene(self, place: _Place, keep: bool = False) -> Any:
+        """What the source calls the scene of a place."""
+        if place.source in self.streams:
+            return self.streams[place.source].scene(place.scene, keep)
+        if self.batches._lengths[place.source] is None:  # every epoch brings new ones
+            return place.scene + self.plan.epoch * (self.batches._num_scenes or _NO_END)
+        return place.scene
+
+
+class _Stream:
+    """The scenes of a stream by number, in ascending order, pass after pass."""
+
+    def __init__(self, source: StreamedScenes, batches: SceneBatches, epoch: int, number: int):
+        self.source, self.key = source, [batches.seed, epoch, number]
+        self.rank, self.world_size = batches.rank, batches.world_size
+        self.is_split = source.splits(batches.world_size)
+        self.repeats = batches.scenes_per_epoch is not None or batches.weights is not None
+        self.drawn = 0  # scenes that the plan gave to this rank
+        self._first, self._ahead = 0, deque()  # number of the next scene, and scenes that were read before their turn
+        self._scenes = self._passes()
+
+    def scene(self, number: int, keep: bool) -> StreamedScene:
+        """The scene of a number. Those before it are forgotten, unless `keep`."""
+        while not keep and self._first < number:
+            self._next()
+            self._first += 1
+        while self._first + len(self._ahead) <= number:
+            self._ahead.append(self._read())
+        return self._ahead[number - self._first]
+
+    def _next(self) -> StreamedScene:
+        return self._ahead.popleft() if self._ahead else self._read()
+
+    def _read(self) -> StreamedScene:
+        try:
+            return next(self._scenes)
+        except StopIteration:
+            raise _EndOfStreamError from None
+
+    def _passes(self) -> Iterator[StreamedScene]:
+        for turn in count():
+            seed = int(np.random.SeedSequence([*self.key, turn]).generate_state(1)[0])
+            empty = True
+            for scene in self.source.scenes(seed, self.rank, self.world_size):
+                empty = False
+                yield scene
+            if empty:
+                raise ValueError(f"The stream {self.source.name!r} holds no scene. Check the split and the columns.")
+            if not self.repeats:
+                return
 
 
 @dataclass

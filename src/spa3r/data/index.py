@@ -92,7 +92,6 @@ class SceneIndex:
         scan: Callable[[str], tuple[list[str], int]],
         cache_dir: str | Path | None = None,
         threads: int | None = None,
-        stamp: Callable[[str], int] | None = None,
     ) -> SceneIndex:
         """The index of these scenes: the cached one if nothing changed, else a new one, in which only what changed is
         listed anew.
@@ -103,17 +102,15 @@ class SceneIndex:
             scan: Path of an entry -> names of its pictures, and the number of its frames.
             cache_dir: Where indices are kept; None: the user's cache.
             threads: How many entries are listed at a time; None: by the number of cores.
-            stamp: Path of an entry -> a number that changes with its content; None: its time of change.
         """
         threads = threads or min(32, 4 * (os.cpu_count() or 1))
-        stamp = stamp or time_of_change
         file = _cache_folder(cache_dir) / (
             hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:24] + ".arrow"
         )
         old = _open_cached(str(file))
         started = time.time_ns()
         with ThreadPoolExecutor(threads) as pool:
-            stamps = list(pool.map(stamp, (path for _, path in entries), chunksize=16))
+            stamps = list(pool.map(_time_of_change, (path for _, path in entries), chunksize=16))
             rows = _known_rows(old, entries, stamps)
             if old is not None and len(old) == len(entries) and rows == list(range(len(entries))):
                 return old
@@ -123,7 +120,7 @@ class SceneIndex:
         return cls(str(file))
 
 
-def time_of_change(path: str) -> int:
+def _time_of_change(path: str) -> int:
     """When a folder or file last changed, nanoseconds; 0 if it is gone."""
     try:
         return os.stat(path).st_mtime_ns

@@ -1,0 +1,282 @@
+"""Scenes in data sets of Hugging Face `datasets`: a list of pictures a row, or a picture a row and its scene's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+
+from spa3r.data.source import LoadedScene, SceneSource, check_stride
+from spa3r.models.spa3r.image_processing_spa3r import to_rgb
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+class DatasetScenes(SceneSource):
+    """A data set with random access.
+
+    Args:
+        dataset: A ``datasets.Dataset``; or what ``datasets.load_dataset`` takes: a name on the hub, ``"parquet"``,
+            ``"imagefolder"``, ...; or a folder that ``save_to_disk`` wrote.
+        images_column: Column of lists of pictures, a scene in every row; or, with `scene_column`, of single pictures,
+            which belong together where `scene_column` is the same, in the order of the rows.
+        scene_column: Column of the scenes' names; None: scenes are named by their row.
+        split: Of the data set, if it is loaded by name.
+        config: Configuration of the data set, if it is loaded by name and has several.
+        data_files: Files of the data set, if it is loaded as ``"parquet"`` and the like.
+        data_dir: Folder of the data set, if it is loaded as ``"imagefolder"`` and the like.
+        stride: Smallest and largest step between frames drawn.
+        name: What reports call the source.
+
+    Raises:
+        ValueError: The data set is streamed or empty, or a column is missing or of another kind.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | str | Path,
+        images_column: str = "images",
+        scene_column: str | None = None,
+        split: str = "train",
+        config: str | None = None,
+        data_files: str | Sequence[str] | Mapping[str, Any] | None = None,
+        data_dir: str | None = None,
+        stride: Sequence[int] = (1, 4),
+        name: str = "dataset",
+    ):
+        datasets = _datasets()
+        self.name, self.stride = name, check_stride(stride)
+        self.images_column, self.scene_column = images_column, scene_column
+        loaded = _load(dataset, split, config, data_files, data_dir, streaming=False)
+        if not isinstance(loaded, datasets.Dataset):
+            raise ValueError(
+                f"`dataset` must be a datasets.Dataset, got {type(loaded).__name__}. Use StreamedScenes (in a "
+                "configuration: `streaming: true`) for data that is streamed."
+            )
+        columns = _checked_columns(loaded.column_names, images_column, scene_column)
+        if not len(loaded):
+            raise ValueError(f"`dataset` must hold at least one row, got none in {name!r}. Check the split.")
+        self._rows = loaded.select_columns(columns).with_format("arrow")
+        self._is_list = _is_list(loaded.features[images_column])
+        self._starts = self._order = self._names = None
+        if not self._is_list:
+            _check_single(images_column, scene_column)
+            self._group()
+
+    def _group(self) -> None:
+        """Rows by scene: scenes in order of their first row, and which rows each has."""
+        keys = self._rows.select_columns([self.scene_column])[:][self.scene_column].combine_chunks().dictionary_encode()
+        groups = keys.indices.to_numpy(zero_copy_only=False)
+        self._order = np.argsort(groups, kind="stable").astype(np.uint32)
+        self._starts = np.concatenate([[0], np.cumsum(np.bincount(groups))])
+        self._names = [str(name) for name in keys.dictionary.to_pylist()]
+
+    def __len__(self) -> int:
+        return len(self._rows) if self._is_list else len(self._names)
+
+    def scene_name(self, scene: int) -> str:
+        if not self._is_list:
+            return self._names[scene]
+        return str(scene if self.scene_column is None else self._rows[scene][self.scene_column][0].as_py())
+
+    def num_frames(self, scene: int) -> int:
+        if self._is_list:
+            return len(self._cells(scene))
+        return int(self._starts[scene + 1] - self._starts[scene])
+
+    def _cells(self, row: int) -> Any:
+        """The pictures of a row, undecoded and in place: an Arrow array."""
+        cells = self._rows[row][self.images_column][0].values
+        return [] if cells is None else cells
+
+    def load(self, scene: int, frames: Sequence[int]) -> LoadedScene:
+        if self._is_list:
+            cells = self._cells(scene)
+            return _decode(frames, (cells[int(frame)].as_py() for frame in frames))
+        rows = self._order[self._starts[scene] + np.asarray(frames, int)]
+        return _decode(frames, (self._rows[int(row)][self.images_column][0].as_py() for row in rows))
+
+
+@dataclass
+class StreamedScene:
+    """A scene as it came out of a stream: its name and its undecoded pictures."""
+
+    name: str
+    cells: list[Any]
+
+
+class StreamedScenes(SceneSource):
+    """A data set that is streamed, pass after pass.
+
+    Each rank reads its own shards where their number can be divided by the number of ranks; otherwise every rank reads
+    all and takes what is its own. The workers of a rank all read what it reads, and each decodes what is its own.
+
+    Args:
+        dataset: A ``datasets.IterableDataset``, or what ``datasets.load_dataset`` takes; see :class:`DatasetScenes`.
+        images_column: As of :class:`DatasetScenes`; rows with single pictures must lie beside the others of their
+            scene, in one shard.
+        scene_column: As there; None: scenes are numbered as they come.
+        split: As there.
+        config: As there.
+        data_files: As there.
+        data_dir: As there.
+        shuffle_buffer: Scenes that are held, undecoded, to draw the next one from, and the shards come in a random
+            order too; 1: the order of the stream. Single pictures are not shuffled: their scenes would fall apart.
+        stride: Smallest and largest step between frames drawn.
+        name: What reports call the source.
+
+    Raises:
+        ValueError: The data set is not streamed, or a column is missing or of another kind.
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset | str | Path,
+        images_column: str = "images",
+        scene_column: str | None = None,
+        split: str = "train",
+        config: str | None = None,
+        data_files: str | Sequence[str] | Mapping[str, Any] | None = None,
+        data_dir: str | None = None,
+        shuffle_buffer: int = 16,
+        stride: Sequence[int] = (1, 4),
+        name: str = "stream",
+    ):
+        datasets = _datasets()
+        self.name, self.stride, self.shuffle_buffer = name, check_stride(stride), shuffle_buffer
+        self.images_column, self.scene_column = images_column, scene_column
+        loaded = _load(dataset, split, config, data_files, data_dir, streaming=True)
+        if not isinstance(loaded, datasets.IterableDataset):
+            raise ValueError(
+                f"`dataset` must be a datasets.IterableDataset, got {type(loaded).__name__}. Use DatasetScenes, or "
+                "`dataset.to_iterable_dataset()`."
+            )
+        first = None
+        if loaded.features is None:  # only the data can tell
+            first = next(iter(loaded), None)
+            if first is None:
+                raise ValueError(f"`dataset` must hold at least one row, got none in {name!r}. Check the split.")
+        columns = _checked_columns(first or loaded.features, images_column, scene_column)
+        loaded = loaded.select_columns(columns)
+        self.dataset = loaded if first is not None else loaded.decode(False)
+        self._is_list = isinstance(first[images_column], list) if first else _is_list(loaded.features[images_column])
+        if not self._is_list:
+            _check_single(images_column, scene_column)
+
+    def __len__(self) -> int:
+        raise TypeError("The number of scenes of a stream is not known. Give `scenes_per_epoch`.")
+
+    def splits(self, world_size: int) -> bool:
+        """Whether each of so many ranks reads shards of its own."""
+        return world_size > 1 and self.dataset.num_shards % world_size == 0
+
+    def scenes(self, seed: int, rank: int = 0, world_size: int = 1) -> Iterator[StreamedScene]:
+        """One pass over the stream, undecoded; the order is a pure function of the seed.
+
+        Args:
+            seed: Of the order.
+            rank: Whose scenes; every rank's are the same where the ranks' shards are not split.
+            world_size: Number of ranks.
+        """
+        dataset = self.dataset
+        if self._is_list and self.shuffle_buffer > 1:
+            dataset = dataset.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+        if self.splits(world_size):
+            dataset = _datasets().distributed.split_dataset_by_node(dataset, rank, world_size, strategy="shards")
+        # Unlike iter(dataset), this doesn't deal the shards out to the DataLoader's workers.
+        rows = ({column: values[0] for column, values in row.items()} for row in dataset.iter(batch_size=1))
+        if self._is_list:
+            for number, row in enumerate(rows):
+                name = str(number) if self.scene_column is None else str(row[self.scene_column])
+                yield StreamedScene(name, row[self.images_column] or [])
+        else:
+            for name, group in groupby(rows, key=lambda row: row[self.scene_column]):
+                yield StreamedScene(str(name), [row[self.images_column] for row in group])
+
+    def scene_name(self, scene: StreamedScene) -> str:
+        return scene.name
+
+    def num_frames(self, scene: StreamedScene) -> int:
+        return len(scene.cells)
+
+    def load(self, scene: StreamedScene, frames: Sequence[int]) -> LoadedScene:
+        return _decode(frames, (scene.cells[int(frame)] for frame in frames))
+
+
+def _datasets() -> Any:
+    try:
+        import datasets.distributed
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Data sets need `datasets`. pip install 'spa3r[train]'.") from error
+    return datasets
+
+
+def _load(dataset, split, config, data_files, data_dir, streaming: bool) -> Any:
+    """The data set, opened if only its name or folder is given."""
+    if not isinstance(dataset, str | Path):
+        return dataset
+    datasets = _datasets()
+    folder = Path(dataset).expanduser()
+    if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(str(folder))
+        loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return loaded.to_iterable_dataset(num_shards=min(64, len(loaded))) if streaming else loaded
+    return datasets.load_dataset(
+        str(dataset), config, split=split, data_files=data_files, data_dir=data_dir, streaming=streaming
+    )
+
+
+def _checked_columns(columns: Iterable[str], images_column: str, scene_column: str | None) -> list[str]:
+    wanted = [column for column in (images_column, scene_column) if column is not None]
+    columns = list(columns)
+    if missing := [column for column in wanted if column not in columns]:
+        raise ValueError(
+            f"`dataset` has no column {missing[0]!r}; it has {', '.join(columns)}. Give `images_column` and, for "
+            "single pictures, `scene_column`."
+        )
+    return wanted
+
+
+def _check_single(images_column: str, scene_column: str | None) -> None:
+    if scene_column is None:
+        raise ValueError(
+            f"`images_column` {images_column!r} holds single pictures, and `scene_column` must tell which belong "
+            "together, got None. Give it, or a column of lists of pictures."
+        )
+
+
+def _is_list(feature: Any) -> bool:
+    features = _datasets().features
+    return isinstance(feature, features.List | features.LargeList | list)
+
+
+def _decode(frames: Sequence[int], cells: Iterable[Any]) -> LoadedScene:
+    """Pictures of undecoded cells: bytes, paths, both, or pictures already."""
+    loaded = LoadedScene([], [])
+    for frame, cell in zip(frames, cells):
+        name = f"frame {frame}"
+        if isinstance(cell, Mapping) and cell.get("path"):
+            name = f"{name} ({PurePosixPath(cell['path']).name})"
+        try:
+            loaded.images.append(_picture(cell))
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            loaded.unread.append((name, str(error) or type(error).__name__))
+        else:
+            loaded.frames.append(int(frame))
+    return loaded
+
+
+def _picture(cell: Any) -> PIL.Image.Image:
+    if cell is None:
+        raise ValueError("The row holds no picture.")
+    if isinstance(cell, bytes):
+        cell = {"bytes": cell, "path": None}
+    if isinstance(cell, Mapping):
+        cell = _datasets().Image().decode_example({"bytes": cell.get("bytes"), "path": cell.get("path")})
+    return to_rgb(cell)

@@ -1,0 +1,84 @@
+"""Scenes as videos: frames by number, decoded when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from spa3r.data.folders import existing_folder, listed, read_names
+from spa3r.data.index import SceneIndex, natural_key
+from spa3r.data.source import LoadedScene, SceneError, SceneSource, check_stride
+from spa3r.video import count_frames, read_frames
+
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+"""What names of videos end in, whatever their case."""
+
+
+class VideoScenes(SceneSource):
+    """A video for every scene. Counting frames reads every file once; the index remembers the counts.
+
+    Args:
+        root: The folder of the videos.
+        scenes: Names of the files to use, or a text file with one a line; None: all.
+        stride: Smallest and largest step between frames drawn.
+        name: What reports call the source; None: the folder's name.
+        cache_dir: Where the index is kept; None: the user's cache.
+
+    Raises:
+        ValueError: The folder doesn't exist or holds no video, or a named video is missing.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        scenes: Sequence[str] | str | Path | None = None,
+        stride: Sequence[int] = (5, 30),
+        name: str | None = None,
+        cache_dir: str | Path | None = None,
+    ):
+        self.root = existing_folder(root)
+        self.name, self.stride = name or self.root.name, check_stride(stride)
+        names = read_names(scenes)
+        if names is None:
+            names = sorted((file for file in listed(self.root) if file.lower().endswith(VIDEOS)), key=natural_key)
+        for file in names:
+            if not (self.root / file).is_file():
+                raise ValueError(
+                    f"`scenes` names {file!r}, and there is no file {self.root / file}. Take it out of the list, or "
+                    "add it."
+                )
+        if not names:
+            raise ValueError(f"{self.root} holds no video ({', '.join(VIDEOS)}). Check the path.")
+        self.index = SceneIndex.build(
+            [type(self).__name__, self.root.resolve(), *([] if scenes is None else [str(scenes)])],
+            [(file, str(self.root / file)) for file in names],
+            _scan,
+            cache_dir,
+        )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def scene_name(self, scene: int) -> str:
+        return self.index.name(scene)
+
+    def num_frames(self, scene: int) -> int:
+        return int(self.index.counts[scene])
+
+    def load(self, scene: int, frames: Sequence[int]) -> LoadedScene:
+        try:
+            found = read_frames(self.index.path(scene), frames)
+        except ValueError as error:
+            raise SceneError(str(error)) from error
+        read = [int(frame) for frame in frames if frame in found]
+        if not read:
+            raise SceneError(f"The video {self.index.path(scene)} is damaged: none of its frames can be decoded.")
+        unread = [(f"frame {frame}", "It can't be decoded.") for frame in frames if frame not in found]
+        return LoadedScene(read, [found[frame] for frame in read], unread=unread)
+
+
+def _scan(file: str) -> tuple[list[str], int]:
+    try:
+        return [], count_frames(file)
+    except ValueError:  # reported when the scene's turn comes
+        return [], 0
