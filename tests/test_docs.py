@@ -19,6 +19,7 @@ import torch
 from vlm_families import FAMILIES
 
 import spa3r
+import spa3r.evaluation
 import spa3r.rooms
 from spa3r.cli import app
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import CLOSED_DOORS
@@ -116,7 +117,7 @@ def test_ci_and_readme_share_their_commands():
 def public_names() -> list[tuple[str, object]]:
     return [
         (f"{module.__name__}.{name}", getattr(module, name))
-        for module in (spa3r, spa3r.rooms)
+        for module in (spa3r, spa3r.evaluation, spa3r.rooms)
         for name in module.__all__
     ]
 
