@@ -125,6 +125,10 @@ class Report:
         """One line for the reader, not for the result."""
         self.console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
 
+    def line(self, text: str) -> None:
+        """One line of how far it is."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
     def error(self, text: str) -> None:
         """One line of what went wrong."""
         self.console.print(f"error: {text}", style="red", markup=False, soft_wrap=True)
@@ -597,6 +601,58 @@ def _read_config(text: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"`--config` must be a JSON object or a file of one, got {text}: no object.")
     return fields
+
+
+@app.command(
+    no_args_is_help=True,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": True},
+    epilog="Any key of the file can be changed: --training.max_steps 1000 --data.sources.0.root photos",
+)
+def pretrain(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Sections model, data, evaluation, training.")],
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: delete the checkpoints and logs of the run in its folder.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Pretrain a Spa3R as a configuration file says, or go on with a run that was stopped."""
+    with _reporting(as_json, verbose) as report:
+        from spa3r.training import PretrainingConfig
+        from spa3r.training import pretrain as run_pretraining
+
+        settings = PretrainingConfig.from_yaml(config, context.args)
+        is_main_process = os.environ.get("RANK", "0") == "0"
+        if is_main_process:
+            report.line(settings.to_yaml())
+        result = run_pretraining(settings, fresh=fresh, note=report.note, progress=report.line)
+        if not is_main_process:
+            raise typer.Exit  # the first process speaks for all
+        lines = [f"{result.output_dir}: {result.step} of {result.max_steps} steps"]
+        lines += [f"  {name} {value:.4g}" for name, value in result.evaluation.items()]
+        if result.skipped:
+            lines.append(str(result.skipped))
+        if result.nonfinite_steps:
+            lines.append(f"{_plural(result.nonfinite_steps, 'step')} dropped, their gradient was not finite")
+        if not result.is_finished:
+            lines.append(f"stopped by {result.interrupted_by}; the same command goes on from {result.checkpoint}")
+        report.finish(
+            "\n".join(lines),
+            exit_code=0 if result.is_finished else 130,
+            output_dir=result.output_dir,
+            step=result.step,
+            max_steps=result.max_steps,
+            finished=result.is_finished,
+            interrupted_by=result.interrupted_by,
+            resumed_from=result.resumed_from,
+            checkpoint=result.checkpoint,
+            evaluation=result.evaluation,
+            nonfinite_steps=result.nonfinite_steps,
+            pictures=result.skipped.pictures_tried,
+            skipped_pictures=result.skipped.pictures_bad,
+            skipped=result.skipped.entries(),
+        )
 
 
 @app.command()

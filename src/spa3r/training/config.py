@@ -1,0 +1,331 @@
+"""The configuration file of a pretraining: four sections, checked key by key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
+from spa3r.training.arguments import PretrainingArguments
+
+PARTS = ("backbone", "semantic_teacher")
+OWN_MODEL_KEYS = ("init_from", *PARTS, "dtype", "attn_implementation")
+FILLED_IN = {
+    *(f"{part}_{kind}" for part in PARTS for kind in ("config", "name_or_path")),
+    "semantic_hidden_size",
+}
+"""Fields of Spa3RConfig that follow from the parts."""
+
+ELSEWHERE = {
+    "dataloader_num_workers": "data.num_workers",
+    "per_device_train_batch_size": "data.pictures_per_device",
+    "per_device_eval_batch_size": "data.pictures_per_device",
+    "eval_steps": "evaluation.every",
+    "eval_strategy": "evaluation.every",
+    "num_train_epochs": "training.max_steps",
+    "resume_from_checkpoint": "training.output_dir: a run in it is gone on with",
+}
+"""Arguments of transformers that are said in another place."""
+
+FREE_TO_CHANGE = (
+    *("evaluation", "data.num_workers", "data.max_bad_share", "model.attn_implementation"),
+    *("training.max_steps", "training.output_dir", "training.max_nonfinite_steps", "training.use_cpu"),
+    *("training.logging_steps", "training.logging_first_step", "training.save_steps", "training.save_total_limit"),
+    *("training.report_to", "training.run_name", "training.log_level", "training.disable_tqdm"),
+)
+"""What a resumed run may have other than before: it says how long and how closely to watch, not what is learnt."""
+
+
+@dataclass
+class ModelSection:
+    """Which model is trained.
+
+    Args:
+        backbone: Folder or hub id of the frozen VGGT.
+        semantic_teacher: Folder or hub id of the frozen DINOv3; not needed where ``targets`` leaves the semantic
+            features out.
+        init_from: Folder or hub id of a pretrained :class:`~spa3r.Spa3RForPreTraining` to go on from, instead of a
+            fresh model; the parts that it names are fetched, `backbone` and `semantic_teacher` say where if they moved.
+        dtype: Type of the frozen parts' weights; the trained parts are float32.
+        attn_implementation: Attention back end; None: the best that is installed.
+        fields: Any other fields of :class:`~spa3r.Spa3RConfig`; in the file they stand beside the others.
+    """
+
+    backbone: str | None = None
+    semantic_teacher: str | None = None
+    init_from: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataSection:
+    """Which scenes are seen, and how much of them at a time.
+
+    Args:
+        sources: What :func:`~spa3r.data.make_source` takes, one after the other.
+        views: Fewest and most views of a scene; how many is drawn for each step.
+        pictures_per_device: Budget of pictures of one batch.
+        cameras: Where cameras come from.
+        weights: Shares of the sources in the scenes drawn; None: every scene once an epoch.
+        scenes_per_epoch: Length of an epoch; None: all scenes.
+        max_bad_share: Share of pictures that may be unreadable.
+        image_size: Width of a processed view in pixels; None: the model's own processor, or 518.
+        image_mode: How views are brought to size; None: the model's own processor, or ``"pretraining"``.
+        num_workers: Processes that read pictures, for each device; 0: none but the training one.
+        seed: Of everything drawn.
+    """
+
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    views: Sequence[int] = (4, 12)
+    pictures_per_device: int = 24
+    cameras: Literal["predicted", "given"] = "predicted"
+    weights: list[float] | None = None
+    scenes_per_epoch: int | None = None
+    max_bad_share: float = 0.05
+    image_size: int | None = None
+    image_mode: Literal["crop", "pad", "pretraining"] | None = None
+    num_workers: int = 4
+    seed: int = 0
+
+
+@dataclass
+class EvaluationSection:
+    """Held-out scenes that are measured now and then; without sources none are.
+
+    Args:
+        sources: As in `data`.
+        scenes: How many scenes are measured; None: all.
+        views: Views of a scene: one number, or fewest and most.
+        every: Steps between two evaluations. There is one at the end, too.
+        seed: Of everything drawn; the same scenes, frames and target views every time.
+    """
+
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    scenes: int | None = 64
+    views: int | Sequence[int] = 8
+    every: int = 1000
+    seed: int = 1
+
+
+@dataclass
+class PretrainingConfig:
+    """Everything that ``spa3r pretrain`` needs to know: a YAML file of four sections.
+
+    Attributes:
+        model: The model.
+        data: The scenes to train on.
+        evaluation: The held-out scenes.
+        training: Fields of :class:`~spa3r.training.PretrainingArguments`.
+    """
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, sections: Mapping[str, Any]) -> PretrainingConfig:
+        """Check every key.
+
+        Args:
+            sections: The file's content.
+
+        Raises:
+            ValueError: A key is unknown, or a needed one is missing. The message lists what is known.
+        """
+        known = [section.name for section in dataclasses.fields(cls)]
+        _check_keys(sections, known, "", "sections")
+        parts = {}
+        for name in known:
+            section = sections.get(name) or {}
+            if not isinstance(section, Mapping):
+                raise ValueError(f"`{name}` must be a section with keys of its own, got {section!r}.")
+            parts[name] = dict(section)
+        model = parts["model"]
+        fields = [one.name for one in dataclasses.fields(Spa3RConfig) if _is_ours(one.name)]
+        _check_keys(model, [*OWN_MODEL_KEYS, *fields], "model.", "keys")
+        own = {key: model.pop(key) for key in OWN_MODEL_KEYS if key in model}
+        for name, section in (("data", DataSection), ("evaluation", EvaluationSection)):
+            _check_keys(parts[name], [one.name for one in dataclasses.fields(section)], f"{name}.", "keys")
+        for key in parts["training"]:
+            if key in ELSEWHERE:
+                raise ValueError(f"`training.{key}` is said in another place: {ELSEWHERE[key]}.")
+        arguments = [one.name for one in dataclasses.fields(PretrainingArguments) if one.init]
+        _check_keys(parts["training"], arguments, "training.", "keys")
+        config = cls(
+            ModelSection(**own, fields=model),
+            DataSection(**parts["data"]),
+            EvaluationSection(**parts["evaluation"]),
+            parts["training"],
+        )
+        config._check()
+        return config
+
+    @classmethod
+    def from_yaml(cls, file: str | Path, overrides: Sequence[str] = ()) -> PretrainingConfig:
+        """Read a file, and change it where `overrides` say so.
+
+        Args:
+            file: The YAML file.
+            overrides: ``--section.key value`` or ``--section.key=value``, as on the command line; values are YAML.
+
+        Raises:
+            ValueError: The file is no YAML of sections, an override doesn't read so, or as :meth:`from_dict`.
+        """
+        yaml = _yaml()
+        try:
+            sections = yaml.load(Path(file).read_text(encoding="utf-8"), _loader(yaml)) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file} can't be read as YAML: {error}") from error
+        if not isinstance(sections, dict):
+            raise ValueError(f"{file} must hold sections (model, data, evaluation, training), got {sections!r}.")
+        for path, value in _parse_overrides(overrides).items():
+            _set(sections, path, value)
+        return cls.from_dict(sections)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sections with all defaults filled in, ready for YAML."""
+        plain = dataclasses.asdict(self)
+        plain["model"] |= plain["model"].pop("fields")
+        defaults = {one.name: one.default for one in dataclasses.fields(PretrainingArguments) if one.init}
+        recipe = {key: defaults[key] for key in _RECIPE}
+        plain["training"] = {"output_dir": None} | recipe | plain["training"]
+        return _as_lists(plain)
+
+    def to_yaml(self) -> str:
+        """As :meth:`to_dict`, as text."""
+        return _yaml().safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def _check(self) -> None:
+        if not self.data.sources:
+            raise ValueError("`data.sources` must list at least one source of scenes, got none.")
+        for section in (self.data, self.evaluation):
+            if not isinstance(section.sources, list) or not all(isinstance(one, dict) for one in section.sources):
+                raise ValueError(
+                    "`sources` must be a list of sections such as {type: folder, root: photos}, got "
+                    f"{section.sources!r}."
+                )
+        if self.model.init_from is None and self.model.backbone is None:
+            raise ValueError(
+                "`model.backbone` must say where the frozen VGGT is (a folder or hub id), or `model.init_from` where a "
+                "Spa3RForPreTraining is to go on from; got neither."
+            )
+        if not self.training.get("output_dir"):
+            raise ValueError("`training.output_dir` must name the folder for checkpoints and logs, got none.")
+
+
+_RECIPE = (
+    *("max_steps", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    *("weight_decay", "max_grad_norm", "seed", "bf16", "save_steps", "save_total_limit", "logging_steps"),
+    *("max_nonfinite_steps",),
+)
+"""Arguments that stand in the resolved configuration though nobody set them."""
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two resolved configurations and must not when a run is resumed: ``key: before -> now``."""
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+    ]
+
+
+def _is_ours(name: str) -> bool:
+    return name in Spa3RConfig.__annotations__ and name not in FILLED_IN
+
+
+def _check_keys(section: Mapping[str, Any], known: Sequence[str], prefix: str, kind: str) -> None:
+    for key in section:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(
+                f"`{prefix}{key}` is unknown{f': did you mean `{prefix}{near[0]}`?' if near else '.'} Known {kind}: "
+                f"{', '.join(sorted(known))}."
+            )
+
+
+def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    yaml = _yaml()
+    overrides, rest = {}, list(arguments)
+    while rest:
+        option = rest.pop(0)
+        name, equals, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or "." not in name:
+            raise ValueError(
+                f"An override must read --section.key value, such as --training.max_steps 100; got {option!r}."
+            )
+        if not equals:
+            if not rest:
+                raise ValueError(f"`{option}` must be followed by a value, got nothing.")
+            value = rest.pop(0)
+        overrides[name] = yaml.load(value, _loader(yaml))
+    return overrides
+
+
+def _set(sections: dict[str, Any], path: str, value: Any) -> None:
+    *parents, key = path.split(".")
+    place: Any = sections
+    for parent in [*parents, key]:
+        is_last = parent is key
+        if isinstance(place, list):
+            if not parent.isdecimal() or int(parent) >= len(place):
+                raise ValueError(f"`{path}`: wanted a number below {len(place)} to choose from a list, got {parent!r}.")
+            parent = int(parent)
+        elif not isinstance(place, dict):
+            raise ValueError(f"`{path}` leads into {place!r}, which has no keys.")
+        if is_last:
+            place[parent] = value
+        else:
+            if isinstance(place, dict) and place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, branch in tree.items()
+        for key, value in _flat(branch, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def _as_lists(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _as_lists(value) for key, value in tree.items()}
+    return [_as_lists(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Configuration files need PyYAML, which is not installed. pip install 'spa3r[train]'."
+        ) from error
+    return yaml
+
+
+def _loader(yaml: Any) -> type:
+    """YAML 1.1 takes 1e-3 for a word; here it is a number, as everybody expects."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    pattern = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
+    return Loader
+
+
+__all__ = ["DataSection", "EvaluationSection", "ModelSection", "PretrainingConfig"]
