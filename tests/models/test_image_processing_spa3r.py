@@ -508,7 +508,7 @@ def test_save_and_load(tmp_path):
     assert vars(Spa3RImageProcessor())["size"] == 518
 
 
-@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("mode", ["crop", "pad", "pretraining"])
 @pytest.mark.parametrize("size", [(320, 240), (240, 320), (160, 160), (300, 100)])
 def test_intrinsics_follow_the_picture(size, mode):
     """A bright spot stays where its ray meets the picture, also when that is resized, cropped or padded."""
@@ -532,6 +532,31 @@ def test_intrinsics_follow_the_picture(size, mode):
     assert np.abs(found - spot * (changed[1, 1] / 210, changed[0, 0] / 200) - (y, x)).max() < 0.1
     as_tensor = processor.process_intrinsics(torch.from_numpy(intrinsics).float()[None], (height, width))
     assert as_tensor.dtype == torch.float32 and np.allclose(as_tensor[0].numpy(), changed, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size_wh", "resized_h", "view_h"),
+    [
+        ((1296, 968), 386, 378),
+        ((1752, 1168), 345, 336),
+        ((640, 480), 388, 378),
+        ((480, 640), 690, 686),
+        ((518, 518), 518, 518),
+    ],
+)
+def test_pretraining_cuts_what_a_multiple_of_the_patch_leaves(size_wh, resized_h, view_h):
+    """Width to 518, height cut to an integer, then the middle of it."""
+    picture = smooth(*size_wh)
+    resized = np.asarray(picture.resize((518, resized_h), Image.Resampling.BICUBIC))
+    top = (resized_h - view_h) // 2
+    view = Spa3RImageProcessor(mode="pretraining").process_view(picture)
+    assert np.array_equal(np.asarray(view), resized[top : top + view_h])
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "pretraining"])
+def test_a_square_picture_of_the_wanted_size_is_not_touched(mode):
+    picture = noise(112, 112)
+    assert np.array_equal(np.asarray(Spa3RImageProcessor(size=112, mode=mode).process_view(picture)), picture)
 
 
 def test_a_small_picture_is_named(processor, tmp_path):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
+from torch.utils.data import get_worker_info
 
 from spa3r.data.source import LoadedScene, SceneSource, check_stride
 from spa3r.models.spa3r.image_processing_spa3r import to_rgb
@@ -184,11 +185,15 @@ class StreamedScenes(SceneSource):
             rank: Whose scenes; every rank's are the same where the ranks' shards are not split.
             world_size: Number of ranks.
         """
+        import fsspec.asyn
+
         dataset = self.dataset
         if self._is_list and self.shuffle_buffer > 1:
             dataset = dataset.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
         if self.splits(world_size):
             dataset = _datasets().distributed.split_dataset_by_node(dataset, rank, world_size, strategy="shards")
+        if get_worker_info():
+            fsspec.asyn.reset_lock()  # a lock that a forked process inherits is never released
         # Unlike iter(dataset), this doesn't deal the shards out to the DataLoader's workers.
         rows = ({column: values[0] for column, values in row.items()} for row in dataset.iter(batch_size=1))
         if self._is_list:

@@ -92,21 +92,14 @@ class _PictureFolders(SceneSource):
         return loaded
 
     def check_cameras(self) -> None:
-        missing = [
-            self.scene_name(scene)
-            for scene, row in enumerate(self._rows)
-            if not self._camera_file(Path(self.index.path(row))).exists()
-        ]
+        files = [self._camera_file(Path(self.index.path(row))) for row in self._rows]
+        missing = [scene for scene, file in enumerate(files) if not file.exists()]
         if missing:
             raise ValueError(
-                f'cameras="given" wants known cameras for every scene; in {self.name!r} {len(missing)} of {len(self)} '
-                f"scenes have none, the first: {missing[0]} "
-                f"(wanted {self._camera_file(Path(self.index.path(self._rows[self._scene(missing[0])])))}). "
-                'Add them, choose others with `scenes`, or use cameras="predicted".'
+                f'cameras="given" wants known cameras for every scene; of {self.name!r}, {len(missing)} of {len(self)} '
+                f"scenes have none, the first: {self.scene_name(missing[0])} (no {files[missing[0]]}). Add them, "
+                'choose other scenes with `scenes`, or use cameras="predicted".'
             )
-
-    def _scene(self, name: str) -> int:
-        return next(scene for scene in range(len(self)) if self.scene_name(scene) == name)
 
     def camera_frames(self, scene: int) -> np.ndarray:
         row = self._rows[scene]

@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -104,20 +104,33 @@ class SceneIndex:
             threads: How many entries are listed at a time; None: by the number of cores.
         """
         threads = threads or min(32, 4 * (os.cpu_count() or 1))
-        file = _cache_folder(cache_dir) / (
-            hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:24] + ".arrow"
-        )
+        file = _cache_folder(cache_dir) / f"{_digest(key)[:24]}.arrow"
         old = _open_cached(str(file))
         started = time.time_ns()
         with ThreadPoolExecutor(threads) as pool:
-            stamps = list(pool.map(_time_of_change, (path for _, path in entries), chunksize=16))
+            stamps = [
+                stamp
+                for chunk in _in_chunks(entries)
+                for stamp in pool.map(_time_of_change, [path for _, path in chunk])
+            ]
             rows = _known_rows(old, entries, stamps)
             if old is not None and len(old) == len(entries) and rows == list(range(len(entries))):
                 return old
             chunks = _chunks(entries, stamps, rows, old, scan, pool, started)
-            state = "\0".join(f"{name}\0{path}\0{time}" for (name, path), time in zip(entries, stamps))
-            _write(chunks, hashlib.sha256(state.encode()).hexdigest(), file)
+            _write(chunks, _digest(part for entry in zip(entries, stamps) for part in entry), file)
         return cls(str(file))
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{part}\0".encode())
+    return digest.hexdigest()
+
+
+def _in_chunks(items: Sequence) -> Iterator[Sequence]:
+    """So few at a time that what threads return doesn't pile up."""
+    return (items[first : first + _CHUNK] for first in range(0, len(items), _CHUNK))
 
 
 def _time_of_change(path: str) -> int:
@@ -185,13 +198,16 @@ def _chunks(entries, stamps, rows, old, scan, pool, started) -> Iterator[dict[st
         return (old.pictures(row), int(old.counts[row])) if row is not None else scan(entries[place][1])
 
     with tqdm(total=len(entries), desc="Indexing", unit=" scenes", delay=2) as progress:
-        for first in range(0, len(entries), _CHUNK):
-            places = range(first, min(first + _CHUNK, len(entries)))
+        for places in _in_chunks(range(len(entries))):
             found = list(pool.map(listed, places))
             yield {
                 "name": [entries[place][0] for place in places],
                 "path": [entries[place][1] for place in places],
-                "stamp": [stamps[place] if stamps[place] < started - _RACY else -1 for place in places],
+                # What changed just now, and what gave nothing, is listed anew the next time.
+                "stamp": [
+                    stamps[place] if found_count and stamps[place] < started - _RACY else -1
+                    for place, (_, found_count) in zip(places, found)
+                ],
                 "count": [count for _, count in found],
                 "pictures": [pictures for pictures, _ in found],
             }
