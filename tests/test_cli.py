@@ -17,11 +17,13 @@ from media import counting_video, noise
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import PATCH, alive, pretraining_config
 from typer.testing import CliRunner
 
 import spa3r
-from spa3r import Spa3VLMForConditionalGeneration, VggtModel, cli, embedded
+from spa3r import Spa3RForPreTraining, Spa3RImageProcessor, Spa3VLMForConditionalGeneration, VggtModel, cli, embedded
 from spa3r import attention as attention_module
+from spa3r.evaluation import evaluate_field
 
 QUESTION = "How many chairs are there?"
 
@@ -382,19 +384,52 @@ def test_info_says_why_a_back_end_does_not_work(monkeypatch):
 def test_demo_shows_everything(tmp_path):
     arguments = ("demo", "--seed", 3, "--level", 2, "--views", 5, "--output", tmp_path / "pictures")
     report = run_json(*arguments)
-    assert (report["seed"], report["level"], report["num_views"]) == (3, 2, 5)
-    assert report["cameras"] == "given" and report["untrained"] is True
-    assert report["question"] and isinstance(report["answer"], str)
-    assert report["latents_shape"] == [1, 32, 96]
+    assert (report["seed"], report["room"], report["level"], report["num_views"]) == (3, 1_000_003, 2, 5)
+    assert report["cameras"] == "given" and report["held_out"] == [1, 3]
+    assert report["question"] and isinstance(report["answer"], str) and report["answer_untrained"] is True
+    assert report["latents_shape"][0] == 1 and len(report["latents_shape"]) == 3
     assert report["pictures"] == [str(tmp_path / "pictures" / name) for name in ("views.png", "field.png")]
-    assert -1 <= report["field"]["cosine_similarity"] < report["field"]["baseline_cosine_similarity"] <= 1
+    field = report["field"]
+    assert (field["num_scenes"], field["num_views"], field["skipped"]) == (2, 4, 0)
+    for row in ("model", "context_mean", "nearest_view", "shuffled_latents", "shuffled_cameras"):
+        assert -1 <= field["rows"][row]["geometry_cosine"]["mean"] <= 1
+        assert field["rows"][row]["semantic_error"]["scenes"] == 2
+    assert field["gap_closed"]["geometry_cosine"] <= 1
     for file in report["pictures"]:
         pixels = np.asarray(Image.open(file).convert("RGB"))
         assert min(pixels.shape[:2]) > 300 and pixels.std() > 20
+    assert len(list(Path(report["photos"]).glob("*.png"))) == 5
     text = run(*arguments).stdout
-    assert "the embedded model is untrained" in text and "cameras: given" in text
-    assert f"the held-out view: {report['field']['cosine_similarity']:.2f}\n" in text
+    assert ("untrained (random weights)" in text) == report["untrained"] and "cameras: given" in text
+    mean, error = (field["rows"]["nearest_view"]["geometry_cosine"][key] for key in ("mean", "standard_error"))
+    assert f"| nearest context view    | {mean:.3f} ± {error:.3f}" in text
     assert cli._printable(report["answer"]) in text
+
+
+def test_the_demos_numbers_are_the_librarys():
+    """With a model of one's own, and the pictures at the size at which it takes them."""
+    model = alive(Spa3RForPreTraining(pretraining_config()))
+    processor = Spa3RImageProcessor(size=5 * PATCH, patch_size=PATCH)
+    rooms = [cli._look_around(room, 0, 4, 140) for room in (7, 8)]
+    inputs, output, metrics = cli._predict_held_out(model, processor, rooms)
+    assert output.target_mask.tolist() == [False, True, False, True]
+    assert inputs["intrinsics"][0, 0, 0] == pytest.approx(rooms[0].intrinsics[0, 0, 0] * 5 * PATCH / 140)
+    report = evaluate_field(model, [inputs]).to_dict()["rows"]
+    both = metrics.to_dict()["rows"]
+    assert both["model"]["geometry_cosine"]["scenes"] == 2
+    assert both["model"]["geometry_cosine"]["mean"] != report["model"]["geometry_cosine"]["mean"]
+    true, predicted = (
+        torch.cat([values.split(25)[view] for view in (1, 3)])
+        for values in (output.geometry_targets, output.geometry_features)
+    )
+    cosine = torch.nn.functional.cosine_similarity(predicted, true).mean().item()
+    assert report["model"]["geometry_cosine"]["mean"] == pytest.approx(cosine, rel=1e-4)
+
+
+def test_the_demos_views_are_spread_over_one_walk():
+    few, many = cli._look_around(7, 0, 4, 28), cli._look_around(7, 0, 8, 28)
+    np.testing.assert_array_equal(few.extrinsics, many.extrinsics[::2])
+    assert len(cli._look_around(7, 0, 60, 28).images) == 60
 
 
 def test_demo_refuses_what_it_can_not_do(tmp_path):

@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from spa3r.evaluation import FieldReport
     from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
     from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
     from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
-    from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
+    from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RForPreTrainingOutput, Spa3RModel
+    from spa3r.rooms import RoomViews
 
 EMBEDDED = "embedded"
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
@@ -754,105 +756,124 @@ def _try_attention(device: torch.device) -> dict[str, tuple[bool, str]]:
     return found
 
 
+FIRST_UNSEEN_ROOM = 1_000_000
+"""Seed of the demo's room 0: the embedded model was trained on rooms of smaller seeds only."""
+
+WALK = 48
+"""Steps of a camera walk that show nearly all of a room."""
+
+
+def _look_around(seed: int, level: int, views: int, size: int) -> RoomViews:
+    """A room from so many places, spread over one walk."""
+    from dataclasses import replace
+
+    from spa3r.rooms import camera_walk, generate_room, render
+
+    room = generate_room(seed, level)
+    step = max(1, WALK // views)
+    walk = camera_walk(room, step * views, size=(size, size))
+    return render(room, replace(walk, extrinsics=walk.extrinsics[::step], intrinsics=walk.intrinsics[::step]))
+
+
+def _predict_held_out(
+    model: Spa3RForPreTraining, processor: Spa3RImageProcessor, rooms: list[RoomViews]
+) -> tuple[dict[str, Any], Spa3RForPreTrainingOutput, FieldReport]:
+    """Every second view is held out, cameras are given: inputs and output of the first room, metrics of all rooms."""
+    import torch
+
+    from spa3r.evaluation import evaluate_field
+
+    batches = []
+    for room in rooms:
+        intrinsics = processor.process_intrinsics(room.intrinsics, room.images.shape[1:3])
+        cameras = {"extrinsics": room.extrinsics, "intrinsics": intrinsics}
+        cameras = {name: torch.from_numpy(values).float() for name, values in cameras.items()}
+        held_out = {"target_mask": torch.arange(len(room.images)) % 2 == 1}
+        batches.append({**processor(list(room.images)).to(model.device), **cameras, **held_out})
+    with torch.inference_mode():
+        output = model(**batches[0])
+    return batches[0], output, evaluate_field(model, batches)
+
+
 @app.command()
 def demo(
-    seed: Annotated[int, typer.Option(min=0, help="Which room.")] = 0,
-    level: Annotated[int, typer.Option(min=0, max=3, help="How varied the room is.")] = 1,
-    views: Annotated[int, typer.Option(min=2, help="Views of the room; one of them is held out.")] = 8,
+    seed: Annotated[
+        int, typer.Option(min=0, help=f"Which room; 0 is the room of seed {FIRST_UNSEEN_ROOM}: no training saw it.")
+    ] = 0,
+    level: Annotated[int, typer.Option(min=0, max=3, help="How varied the room is.")] = 0,
+    views: Annotated[int, typer.Option(min=2, help="Views of the room; every second one is held out.")] = 8,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("spa3r_demo"),
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """See it all at work without a download: a room, its latents, the field at a held-out camera, an answer."""
+    """See it all at work without a download: a room, its latents, the field of held-out views, an answer."""
     with _reporting(as_json, verbose) as report:
-        from dataclasses import replace
-
         import PIL.Image
-        import torch
-        from torch.nn.functional import cosine_similarity
 
-        from spa3r.embedded import UNTRAINED_NOTE, embedded_model
-        from spa3r.geometry import relative_to_first_view
-        from spa3r.rooms import camera_walk, generate_room, render
-        from spa3r.views import ViewLayout
+        from spa3r.embedded import UNTRAINED_NOTE, embedded_model, embedded_spa3r
         from spa3r.visualization import contact_sheet, field_figure
 
         photos = output / "photos"
         photos.mkdir(parents=True, exist_ok=True)
-        with report.status("Making the model"):
-            model, processor = embedded_model()
-        spa3r, view_processor = model.spa3r, processor.view_image_processor
-        with report.status("Rendering the room"):
-            room = generate_room(seed, level)
-            walk = camera_walk(room, 3 * views, size=(view_processor.size,) * 2)  # every third: they see more of it
-            walk = replace(walk, extrinsics=walk.extrinsics[::3], intrinsics=walk.intrinsics[::3])
-            rendered = render(room, walk)
-        held_out = views // 2
-        context = [index for index in range(views) if index != held_out]
-        order = [*context, held_out]
-
-        with report.status("Encoding, decoding and answering"), torch.inference_mode():
-            latents = spa3r.encode(**view_processor([rendered.images[index] for index in context]))
-            inputs = view_processor([rendered.images[index] for index in order])
-            layout = ViewLayout.from_inputs(inputs["view_grid_hw"], inputs["views_per_scene"])
-            # As in pretraining: the held-out view sees all views, the others don't see it.
-            backbone = spa3r.backbone.forward_layout(inputs["view_pixel_values"], layout, context_views=[len(context)])
-            features = spa3r.backbone.patch_tokens(backbone.tokens[0], layout).split(list(layout.patches_per_view))
-            *context_features, true = features
-            extrinsics = relative_to_first_view(torch.from_numpy(rendered.extrinsics[order]), [views])
-            intrinsics = torch.from_numpy(rendered.intrinsics[order])
-            field = spa3r.decode(latents, extrinsics[-1:], intrinsics[-1:], inputs["view_grid_hw"][-1:], [1])
-            baseline = torch.cat(context_features).mean(0, keepdim=True)
-            decoded_similarity, baseline_similarity = (
-                cosine_similarity(predicted, true, dim=-1).mean().item()
-                for predicted in (field.geometry_features, baseline)
-            )
-            pictures = [PIL.Image.fromarray(rendered.images[index]) for index in context]
-            answer = _answer(model, processor, pictures, DEMO_QUESTION, max_new_tokens=16)
+        with report.status("Making the models"):
+            vlm, vlm_processor = embedded_model()
+            model, processor = embedded_spa3r()
+        note = "" if model.config.name_or_path else UNTRAINED_NOTE  # random weights come from nowhere
+        first = FIRST_UNSEEN_ROOM + seed
+        with report.status("Rendering the room, and another one"):
+            rooms = [_look_around(room, level, views, processor.size) for room in (first, first + 1)]
+        images = list(rooms[0].images)
+        with report.status("Encoding, decoding and measuring"):
+            inputs, predicted, metrics = _predict_held_out(model, processor, rooms)
+        held_out = [view for view, target in enumerate(predicted.target_mask.tolist()) if target]
+        context = [view for view in range(views) if view not in held_out]
+        with report.status("Answering"):
+            pictures = [PIL.Image.fromarray(images[view]) for view in context]
+            answer = _answer(vlm, vlm_processor, pictures, DEMO_QUESTION, max_new_tokens=16)
 
         with report.status("Drawing"):
             files = [output / "views.png", output / "field.png"]
-            for index, image in enumerate(rendered.images):  # to go on with: spa3r ask, spa3r encode
+            for index, image in enumerate(images):  # to go on with: spa3r ask, spa3r encode
                 PIL.Image.fromarray(image).save(photos / f"{index}.png")
             contact_sheet(
-                rendered.images,
-                f"Room of seed {seed}, level {level}",
-                labels=[f"view {index}" + (", held out" if index == held_out else "") for index in range(views)],
-                marked=[held_out],
+                images,
+                f"Room of seed {first}, level {level}",
+                labels=[f"view {view}" + ", held out" * (view in held_out) for view in range(views)],
+                marked=held_out,
             ).savefig(files[0])
-            field_figure(
-                [rendered.images[index] for index in context],
-                rendered.images[held_out],
-                layout.grid_hw[-1],
-                true,
-                field.geometry_features,
-                field.depth,
-                rendered.depth[held_out],
-                title="Feature field at a held-out camera (cameras: given)",
-                note=UNTRAINED_NOTE[0].upper() + UNTRAINED_NOTE[1:],
-            ).savefig(files[1])
+            figure = field_figure(
+                images,
+                predicted,
+                inputs["view_grid_hw"],
+                list(rooms[0].depth),
+                title="Feature field of held-out views of an unseen room (cameras: given)",
+                note=note[:1].upper() + note[1:],
+            )
+            figure.savefig(files[1])
         rows = {
-            "room": f"seed {seed}, level {level}; {views} views, view {held_out} held out; cameras: given",
-            "model": UNTRAINED_NOTE,
-            "latents": f"{' x '.join(map(str, latents.shape))}, of {_plural(len(context), 'context view')}",
-            "field": f"cosine similarity to the true features of the held-out view: {decoded_similarity:.2f}",
-            "baseline": f"the same of the mean of the context features: {baseline_similarity:.2f}",
+            "room": f"seed {first}, level {level}; {views} views, {len(held_out)} of them held out; cameras: given",
+            "spa3r": note or "trained on other rooms",
+            "latents": f"{' x '.join(map(str, predicted.latents.shape))}, of {_plural(len(context), 'context view')}",
             "question": DEMO_QUESTION,
-            "answer": _printable(answer),
+            "answer": f"{_printable(answer)} (an untrained VLM's: it means nothing)",
             "pictures": ", ".join(map(str, files)),
             "photos": str(photos),
+            "field": f"features predicted of the held-out views of this room and of room {first + 1}:",
         }
         report.finish(
-            "\n".join(f"{name:<9} {text}" for name, text in rows.items()),
+            "\n".join(f"{name:<9} {text}" for name, text in rows.items()) + f"\n\n{metrics.table()}",
             seed=seed,
+            room=first,
             level=level,
             num_views=views,
+            held_out=held_out,
             cameras="given",
-            untrained=True,
+            untrained=bool(note),
             question=DEMO_QUESTION,
             answer=answer,
-            latents_shape=list(latents.shape),
-            field={"cosine_similarity": decoded_similarity, "baseline_cosine_similarity": baseline_similarity},
+            answer_untrained=True,
+            latents_shape=list(predicted.latents.shape),
+            field=metrics.to_dict(),
             pictures=[str(file) for file in files],
             photos=str(photos),
         )

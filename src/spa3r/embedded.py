@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForImageTextToText,
+    DINOv3ViTConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
@@ -23,7 +24,7 @@ from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGenerat
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
-from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
+from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RModel
 
 EMBEDDED = "embedded"
 """The name that commands take for it in place of a folder or hub id."""
@@ -217,3 +218,16 @@ def embedded_model(seed: int = 0) -> tuple[Spa3VLMForConditionalGeneration, Spa3
         vlm_processor, Spa3RImageProcessor(size=VIEW_SIZE), image_token_id=config.image_token_id
     )
     return model, processor
+
+
+def embedded_spa3r() -> tuple[Spa3RForPreTraining, Spa3RImageProcessor]:
+    """A Spa3R that predicts features and knows the true ones, on the CPU in float32; its views are 112 pixels wide.
+
+    Returns:
+        The model, in eval mode, and its image processor.
+    """
+    teacher = DINOv3ViTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Spa3RForPreTraining(Spa3RConfig(**(_spa3r_config().to_dict() | {"semantic_teacher_config": teacher})))
+    return model.eval(), Spa3RImageProcessor(size=VIEW_SIZE)

@@ -9,17 +9,28 @@ global state and no display is needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTrainingOutput
+from spa3r.views import as_list
 
 CELL = 1.75
 """Inches of a picture's longer side in a contact sheet."""
+
+MOST_CONTEXT, MOST_TARGETS = 10, 4
+"""Views that a field figure draws at most."""
+
+PANEL, GAP, GROUP_GAP, MARGIN, CAPTION = 1.15, 0.06, 0.2, 0.15, 0.2
+"""Inches in a field figure: side of a panel, between panels, between groups, at the edges, and below a panel."""
 
 DPI = 150
 MARK = "#d9480f"  # of the views that stand out, and of warnings
@@ -94,58 +105,193 @@ def contact_sheet(
 
 
 def field_figure(
-    context_views: Sequence[np.ndarray],
-    target_view: np.ndarray,
-    grid_hw: tuple[int, int],
-    true_features: Tensor,
-    decoded_features: Tensor,
-    probe_depth: Tensor,
-    true_depth: np.ndarray | Tensor,
-    title: str = "Feature field at a held-out camera",
+    views: Sequence[np.ndarray],
+    output: Spa3RForPreTrainingOutput,
+    grid_hw: Sequence[Sequence[int]] | Tensor,
+    true_depth: Sequence[np.ndarray] | None = None,
+    title: str = "Feature field of held-out views",
     note: str = "",
 ) -> Figure:
-    """What a model knows of a view that it has not seen, beside the truth.
+    """What a model knows of the views of a scene that it has not seen, beside the truth.
 
-    Above the context views; then the held-out view, its true and decoded features in shared colours; then where they
-    differ, and depth, the model's and the true one, each in its own unit and range.
+    Above, the context: what the model was shown. Below, a row for each held-out view: the picture; of every target the
+    true and the predicted features in shared colours, and where they differ; depth as the probe reads it off, as the
+    backbone has it, and as it is, where that is known.
 
     Args:
-        context_views: Pictures (H, W, 3) uint8 that the model was shown; at most 10 are drawn.
-        target_view: The picture (H, W, 3) uint8 that it was not shown.
-        grid_hw: Patch grid of the target view, N patches.
-        true_features: (N, C), the backbone's.
-        decoded_features: (N, C), decoded from the latents.
-        probe_depth: (N,), the model's, in the backbone's unit.
-        true_depth: (h, w), any size, metres.
+        views: Pictures (H, W, 3) uint8 of one scene, context and targets, in the order in which the model had them. At
+            most 10 of the context and 4 of the targets are drawn.
+        output: What :class:`~spa3r.Spa3RForPreTraining` returned for this one scene.
+        grid_hw: (views, 2), the patch grid of every view.
+        true_depth: Of every view (h, w), any size, metres.
         title: Stands above all.
         note: A warning below the title, such as that the model is untrained.
-    """
-    colours = FeatureColours.fit(true_features)
-    true, decoded = (colours(features).reshape(*grid_hw, 3) for features in (true_features, decoded_features))
-    error = 1 - torch.nn.functional.cosine_similarity(true_features.float(), decoded_features.float(), dim=-1)
-    error = error.detach().cpu().clamp(min=0).reshape(grid_hw).numpy()
-    aspect = target_view.shape[0] / target_view.shape[1]
-    shown = context_views[:10]
-    figure = _figure(8.4, 1.45 + 2 * (2.5 * aspect + 0.35), title, note)
-    strip, body = figure.subfigures(2, 1, height_ratios=[1.45, 2 * (2.5 * aspect + 0.35)])
-    caption = f"Context: the model sees {len(context_views)} view{'s' * (len(context_views) != 1)}"
-    strip.suptitle(caption + f" ({len(shown)} are drawn)" * (len(shown) < len(context_views)), fontsize=9.5)
-    for axes, view in zip(strip.subplots(1, len(shown), squeeze=False)[0], shown):
-        _picture(axes, view)
 
-    axes = body.subplots(2, 3).flatten()
-    _picture(axes[0], target_view, "Held-out view (not seen)", MARK)
-    _picture(axes[1], true, "True features (backbone)")
-    _picture(axes[2], decoded, "Decoded features (same colours)")
-    _map(axes[3], error, f"Cosine error, mean {error.mean():.2f}", "magma", 0, 1)
-    _map(
-        axes[4],
-        probe_depth.detach().float().cpu().reshape(grid_hw).numpy(),
-        "Depth of the probe (model's unit)",
-        "viridis",
-    )
-    _map(axes[5], np.asarray(true_depth), "True depth (metres)", "viridis")
-    return figure
+    Raises:
+        ValueError: The views are not those of the output, or none of them is a target.
+    """
+    mask = output.target_mask.tolist()
+    if len(views) != len(mask):
+        raise ValueError(
+            f"`views` must hold the {len(mask)} views that the output is about, got {len(views)}. Give all views of "
+            "one scene, context and targets, in the order of the model's inputs."
+        )
+    if not any(mask):
+        raise ValueError("`output` must have at least one target view, got none. Set `target_mask`.")
+    views = [np.asarray(view) for view in views]
+    context = [view for view, target in enumerate(mask) if not target]
+    targets = [view for view, target in enumerate(mask) if target]
+    shown, rows = context[:MOST_CONTEXT], targets[:MOST_TARGETS]
+    groups = _field_panels(views, output, [tuple(grid) for grid in as_list(grid_hw)], true_depth, rows)
+
+    # Everything has its place in inches, from the top left corner.
+    columns = sum(len(panels) for _, panels in groups)
+    width = 2 * MARGIN + columns * (PANEL + GAP) - GAP + (len(groups) - 1) * (GROUP_GAP - GAP)
+    thumb = min((width - 2 * MARGIN + GAP) / len(shown) - GAP, 1.2 * PANEL)
+    thumb_height = thumb * max(_aspect(views[view]) for view in shown)
+    height = PANEL * max(_aspect(views[view]) for view in rows)
+    strip_top = 0.3 + 0.35 * bool(title) + 0.25 * bool(note)
+    body_top = strip_top + thumb_height + 0.75
+    page = _Page(width, body_top + len(rows) * (height + CAPTION) + 0.35)
+    page.text(width / 2, 0.22, title, fontsize=12, weight="bold")
+    page.text(width / 2, 0.22 + 0.27 * bool(title), note, fontsize=9, color=MARK)
+
+    page.text(width / 2, strip_top - 0.12, _count("Context: the model sees", context, shown), fontsize=9.5)
+    left = (width - len(shown) * (thumb + GAP) + GAP) / 2
+    for view in shown:
+        _picture(page.axes(left, strip_top, thumb, thumb_height, f"view {view}"), views[view])
+        left += thumb + GAP
+
+    left = MARGIN
+    for group, panels in groups:
+        group_width = len(panels) * (PANEL + GAP) - GAP
+        page.text(left + group_width / 2, body_top - 0.36, group, fontsize=9.5)
+        for panel in panels:
+            page.text(left + PANEL / 2, body_top - 0.12, panel.heading, fontsize=8.5, color=GREY)
+            for row, view in enumerate(rows):
+                top = body_top + row * (height + CAPTION)
+                axes = page.axes(left, top, PANEL, height, f"view {view}, {group}, {panel.heading}")
+                drawn = panel.draw(axes, view)
+                page.text(left + PANEL / 2, top + height + 0.09, panel.captions.get(view, ""), fontsize=7.5, color=GREY)
+            if panel.colours is not None:
+                bar = page.axes(left, page.height - 0.32, PANEL, 0.07)
+                page.figure.colorbar(drawn, cax=bar, orientation="horizontal", extend=panel.extend)
+                bar.tick_params(labelsize=7, color=GREY, labelcolor=GREY, length=2, pad=1.5)
+                for spine in bar.spines.values():
+                    spine.set_visible(False)
+            left += PANEL + GAP
+        left += GROUP_GAP - GAP
+    return page.figure
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One column of a field figure: an image for each held-out view, all in the same colours."""
+
+    heading: str
+    images: dict[int, np.ndarray]
+    captions: dict[int, str] = field(default_factory=dict)
+    colours: str | None = None
+    limits: tuple[float, float] = (0.0, 1.0)
+    extend: str = "neither"
+
+    def draw(self, axes: Axes, view: int) -> AxesImage:
+        low, high = self.limits
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        return axes.imshow(self.images[view], cmap=self.colours, vmin=low, vmax=high, interpolation="nearest")
+
+
+def _field_panels(
+    views: Sequence[np.ndarray],
+    output: Spa3RForPreTrainingOutput,
+    grids: Sequence[tuple[int, int]],
+    true_depth: Sequence[np.ndarray] | None,
+    rows: Sequence[int],
+) -> list[tuple[str, list[_Panel]]]:
+    """The columns of a field figure, in groups with their headings."""
+
+    def by_view(values: Tensor) -> dict[int, Tensor]:  # (sum of N, ...) -> of every view that is drawn (h, w, ...)
+        parts = values.detach().float().cpu().split([height * width for height, width in grids])
+        return {view: parts[view].unflatten(0, grids[view]) for view in rows}
+
+    groups = [("Held-out view", [_Panel("not seen", {view: views[view] for view in rows})])]
+    targets = {
+        "Geometry": (output.geometry_features, output.geometry_targets),
+        "Semantic": (output.semantic_features, output.semantic_targets),
+    }
+    for name, (predicted, true) in targets.items():
+        if true is None:
+            continue
+        predicted, true = by_view(predicted), by_view(true)
+        colours = FeatureColours.fit(torch.cat([values.flatten(0, 1) for values in true.values()]))
+        errors = {view: 1 - cosine_similarity(predicted[view], true[view], dim=-1).clamp(max=1) for view in rows}
+        panels = [
+            _Panel("true", {view: colours(values) for view, values in true.items()}),
+            _Panel("predicted", {view: colours(values) for view, values in predicted.items()}),
+            _Panel(
+                "1 − cosine",
+                {view: error.numpy() for view, error in errors.items()},
+                {view: f"mean {error.mean():.2f}" for view, error in errors.items()},
+                colours="magma",
+                limits=(0.0, 0.5),  # half of the way to having nothing in common is bad already
+                extend="max",
+            ),
+        ]
+        groups.append((f"{name} features, shared colours", panels))
+
+    depths = {"probe": by_view(output.depth)}
+    captions = {}
+    if output.depth_targets is not None:
+        depths["backbone"] = by_view(output.depth_targets)
+        errors = {view: (depths["probe"][view] / depths["backbone"][view] - 1).abs().mean() for view in rows}
+        captions = {view: f"off by {100 * error:.0f} %" for view, error in errors.items()}
+    limits = _range(depths.get("backbone", depths["probe"]).values())  # one unit, one range
+    panels = [
+        _Panel(
+            name,
+            {view: values.numpy() for view, values in depth.items()},
+            captions if name == "probe" else {},
+            colours="viridis",
+            limits=limits,
+        )
+        for name, depth in depths.items()
+    ]
+    if true_depth is not None:
+        metres = {view: np.asarray(true_depth[view]) for view in rows}
+        panels.append(_Panel("true, metres", metres, colours="viridis", limits=_range(metres.values())))
+    return [*groups, ("Depth", panels)]
+
+
+def _range(images: Iterable[np.ndarray | Tensor]) -> tuple[float, float]:
+    images = list(images)
+    return min(float(image.min()) for image in images), max(float(image.max()) for image in images)
+
+
+def _aspect(view: np.ndarray) -> float:
+    return view.shape[0] / view.shape[1]
+
+
+def _count(words: str, views: Sequence[int], shown: Sequence[int]) -> str:
+    words += f" {len(views)} view{'s' * (len(views) != 1)}"
+    return words + f" ({len(shown)} are drawn)" * (len(shown) < len(views))
+
+
+class _Page:
+    """A figure on which things are placed in inches from the top left corner."""
+
+    def __init__(self, width: float, height: float):
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), dpi=DPI)
+
+    def axes(self, left: float, top: float, width: float, height: float, label: str = "") -> Axes:
+        corner = (left / self.width, 1 - (top + height) / self.height)
+        return self.figure.add_axes((*corner, width / self.width, height / self.height), label=label)
+
+    def text(self, x: float, y: float, words: str, **style) -> None:
+        if words:
+            self.figure.text(x / self.width, 1 - y / self.height, words, ha="center", va="center", **style)
 
 
 def _figure(width: float, height: float, title: str, note: str) -> Figure:
@@ -169,20 +315,3 @@ def _picture(axes: Axes, picture: np.ndarray, label: str = "", frame: str | None
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(visible=frame is not None, color=frame, linewidth=2)
-
-
-def _map(
-    axes: Axes,
-    values: np.ndarray | Tensor,
-    label: str,
-    colours: str,
-    low: float | None = None,
-    high: float | None = None,
-) -> None:
-    """Numbers as colours, with the scale beside them."""
-    drawn = axes.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
-    axes.set_title(label, fontsize=8.5, pad=3)
-    axes.set_axis_off()
-    bar = axes.figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.02, extend="neither" if high is None else "max")
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=7, color=GREY, labelcolor=GREY, length=2)

@@ -22,8 +22,8 @@ TITLES: dict[Predictor, str] = {
     "model": "model",
     "context_mean": "mean of the context",
     "nearest_view": "nearest context view",
-    "shuffled_latents": "model, another scene's latents",
-    "shuffled_cameras": "model, shuffled cameras",
+    "shuffled_latents": "another scene's latents",
+    "shuffled_cameras": "shuffled cameras",
 }
 BASELINES: tuple[Predictor, ...] = ("context_mean", "nearest_view")
 Fields = dict[str, Tensor]
@@ -126,7 +126,7 @@ class FieldReport:
         for predictor, measures in self.rows.items():
             cells.append([TITLES[predictor], *(_cell(measures.get(metric, Measure())) for metric in metrics)])
         gaps = self.gap_closed.values()
-        cells.append(["gap closed by the model", *("–" if math.isnan(gap) else f"{100 * gap:.0f} %" for gap in gaps)])
+        cells.append(["gap closed", *("–" if math.isnan(gap) else f"{100 * gap:.0f} %" for gap in gaps)])
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
         lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
