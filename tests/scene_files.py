@@ -14,11 +14,14 @@ from spa3r.rooms import RoomViews, camera_walk, generate_room, render
 OPENCV_FROM_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
-def look_around(seed: int, frames: int = 4, size: tuple[int, int] = (56, 84), level: int = 1) -> RoomViews:
-    """Frames of a walk through a room, each of (height, width)."""
+def look_around(
+    seed: int, frames: int = 4, size: tuple[int, int] = (56, 84), level: int = 1, zoom: bool = False
+) -> RoomViews:
+    """Frames of a walk through a room, each of (height, width); all with one lens unless `zoom`."""
     room = generate_room(seed, level)
     walk = camera_walk(room, 3 * frames, size)
-    return render(room, replace(walk, extrinsics=walk.extrinsics[::3], intrinsics=walk.intrinsics[::3]))
+    intrinsics = walk.intrinsics[::3] if zoom else np.repeat(walk.intrinsics[:1], frames, axis=0)
+    return render(room, replace(walk, extrinsics=walk.extrinsics[::3], intrinsics=intrinsics))
 
 
 def write_folders(root: Path, scenes: Sequence[RoomViews], ending: str = ".png", cameras: bool = True) -> Path:
