@@ -1,12 +1,17 @@
 """Draws the pictures of the documentation while it is built, so that they can't be older than the code."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import torch
+from matplotlib.figure import Figure
 from sphinx.application import Sphinx
 
+from spa3r.embedded import embedded_spa3r
 from spa3r.rooms import LEVELS, camera_walk, generate_room, render
+from spa3r.visualization import field_figure
 
 FOLDER = Path(__file__).parent / "_build" / "figures"
 SIZE = (168, 224)  # height and width of one view
@@ -32,11 +37,25 @@ def draw_kinds() -> PIL.Image.Image:
     return PIL.Image.fromarray(np.concatenate([panel.astype(np.uint8) for panel in panels], axis=1))
 
 
+def draw_field() -> Figure:
+    """What the embedded Spa3R predicts of every second view of a room."""
+    model, processor = embedded_spa3r()
+    room = generate_room(seed=1_000_002, level=0)
+    walk = camera_walk(room, 48)
+    views = render(room, replace(walk, extrinsics=walk.extrinsics[::6], intrinsics=walk.intrinsics[::6]))
+    inputs = processor(list(views.images))
+    cameras = {"extrinsics": views.extrinsics, "intrinsics": views.intrinsics}
+    with torch.no_grad():
+        output = model(**inputs, **cameras, target_mask=[False, True] * 4)
+    return field_figure(views.images, output, inputs["view_grid_hw"], views.depth)
+
+
 def draw(app: Sphinx) -> None:
     """Write all figures."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     draw_rooms().save(FOLDER / "rooms.png")
     draw_kinds().save(FOLDER / "kinds.png")
+    draw_field().savefig(FOLDER / "field.png")
 
 
 def setup(app: Sphinx) -> dict:
