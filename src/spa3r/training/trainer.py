@@ -409,19 +409,14 @@ class PretrainingTrainer(Trainer):
 
     def _evaluate_scenes(self, batches: Iterable[dict[str, Any]]) -> tuple[dict[str, float], FieldReport]:
         """The loss terms over all processes, and this process's report, from one forward of each batch."""
-        model, window, current = self.accelerator.unwrap_model(self.model, keep_torch_compile=False), _Window(), {}
+        model, window = self.accelerator.unwrap_model(self.model, keep_torch_compile=False), _Window()
 
-        def remembered() -> Iterator[dict[str, Any]]:
-            for batch in batches:
-                current["batch"] = batch
-                yield batch | model_inputs(batch, self.args.device)
+        def collect(module: nn.Module, args: tuple, inputs: dict[str, Any], output: Any) -> None:
+            window.add(output["loss"], output["losses"], sum(self._counted_patches_per_view(inputs)))
 
-        def collect(module: nn.Module, args: tuple, output: Any) -> None:
-            window.add(output["loss"], output["losses"], sum(self._counted_patches_per_view(current["batch"])))
-
-        hook = model.register_forward_hook(collect)
+        hook = model.register_forward_hook(collect, with_kwargs=True)
         try:
-            report = evaluate_field(model, remembered())
+            report = evaluate_field(model, batches)
         finally:
             hook.remove()
         patches, *terms = self._sum_over_hosts(window.sums.tolist())
@@ -473,7 +468,10 @@ class PretrainingTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.save_pretrained(
-            folder, include_backbone=not _frozen_parts_have_homes(model, folder), state_dict=state_dict
+            folder,
+            include_backbone=not _frozen_parts_have_homes(model, folder),
+            state_dict=state_dict,
+            save_original_format=False,  # the model's own names, which a resumed run looks for
         )
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
