@@ -1,0 +1,174 @@
+"""What the steps of the rooms recipe share: the rendered rooms in memory, batches of them, and the loop around a step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from render import VIEWS, look_around
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spa3r.rooms import relative_to_first
+
+FIRST_HELD_OUT = 1_000_000
+"""Seed of the first room that no step of the recipe trains on."""
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class RoomScenes:
+    """Rooms of 16 views each, as they were rendered.
+
+    Attributes:
+        seeds: Of every room.
+        images: (R, 16, H, W, 3) uint8.
+        depth: (R, 16, H, W) float16, metres.
+        instance_ids: (R, 16, H, W) uint8.
+        extrinsics: (R, 16, 4, 4) float32, camera-from-room.
+        intrinsics: (R, 16, 3, 3) float32, pixels.
+    """
+
+    seeds: np.ndarray
+    images: np.ndarray
+    depth: np.ndarray
+    instance_ids: np.ndarray
+    extrinsics: np.ndarray
+    intrinsics: np.ndarray
+
+    @classmethod
+    def read(cls, root: Path, limit: int | None = None) -> RoomScenes:
+        """All scene folders that `render.py` wrote."""
+        folders = sorted(path for path in root.iterdir() if not path.name.startswith("."))[:limit]
+
+        def read_one(folder: Path) -> tuple[np.ndarray, ...]:
+            cameras = json.loads((folder / "cameras.json").read_text())
+            with np.load(folder / "truth.npz") as truth:
+                depth, ids = truth["depth"], truth["instance_ids"]
+            images = np.stack([np.asarray(PIL.Image.open(folder / name)) for name in cameras])
+            poses = (
+                np.array([row[key] for row in cameras.values()], np.float32) for key in ("extrinsics", "intrinsics")
+            )
+            return images, depth, ids, *poses
+
+        columns = [np.empty((len(folders), *part.shape), part.dtype) for part in read_one(folders[0])]
+        with ThreadPoolExecutor(2) as pool:
+            for index in range(0, len(folders), 100):  # a few at a time: all at once would need the memory twice
+                for room, parts in enumerate(pool.map(read_one, folders[index : index + 100]), start=index):
+                    for column, part in zip(columns, parts):
+                        column[room] = part
+        return cls(np.array([int(folder.name) for folder in folders]), *columns)
+
+    @classmethod
+    def held_out(cls, count: int, level: int = 0) -> RoomScenes:
+        """Rooms that are in no training set, rendered now."""
+        seeds = np.arange(FIRST_HELD_OUT, FIRST_HELD_OUT + count)
+        views = [look_around(int(seed), level) for seed in seeds]
+        names = ("images", "depth", "instance_ids", "extrinsics", "intrinsics")
+        return cls(seeds, *(np.stack([getattr(view, name) for view in views]) for name in names))
+
+    def draw(self, rng: np.random.Generator, scenes: int, views: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rooms (scenes,) and frames (scenes, views): a stretch of each walk in steps of one length, either way round."""
+        rooms = rng.choice(len(self.seeds), scenes, replace=False)
+        frames = []
+        for _ in range(scenes):
+            stride = rng.integers(1, max(1, (VIEWS - 1) // (views - 1)) + 1)
+            first = rng.integers(0, VIEWS - stride * (views - 1))
+            walk = first + stride * np.arange(views)
+            frames.append(walk[::-1] if rng.random() < 0.5 else walk)
+        return rooms, np.array(frames)
+
+
+def pack(images: np.ndarray, patch: int = 14) -> dict:
+    """Pictures (scenes, views, H, W, 3) uint8 -> what the image processor gives for them, without its detours."""
+    scenes, views, height, width, _ = images.shape
+    mean, std = (torch.tensor(values) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    pixels = (torch.from_numpy(np.ascontiguousarray(images)).float() / 255 - mean) / std
+    grid = (height // patch, width // patch)
+    pixels = pixels.view(scenes * views, grid[0], patch, grid[1], patch, 3).permute(0, 1, 3, 5, 2, 4)
+    return {
+        "view_pixel_values": pixels.reshape(-1, 3 * patch * patch),
+        "view_grid_hw": torch.tensor([grid] * (scenes * views)),
+        "views_per_scene": torch.tensor([views] * scenes),
+    }
+
+
+def first_camera_world(extrinsics: np.ndarray) -> Tensor:
+    """Cameras (scenes, views, 4, 4) of any world -> (scenes * views, 4, 4), world = each scene's first camera."""
+    return torch.from_numpy(np.concatenate([relative_to_first(scene) for scene in extrinsics]))
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    step: Callable[[np.random.Generator], dict[str, Tensor]],
+    evaluate: Callable[[], dict[str, float]],
+    output: Path,
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
+    every: int = 500,
+) -> None:
+    """AdamW with warm-up and a cosine to zero; a line of JSON every `every` steps; goes on where it was stopped."""
+    output.mkdir(parents=True, exist_ok=True)
+    parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warm_up = min(500, steps // 10)
+
+    def rate(done: int) -> float:
+        return min(1, (done + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * done / steps))
+
+    state_file, start, seconds = output / f"{name}.state.safetensors", 0, 0.0
+    if state_file.exists():
+        state = load_file(state_file)
+        start, seconds = int(state.pop("step")), float(state.pop("seconds"))
+        for key, parameter in parameters.items():
+            parameter.data.copy_(state[key])
+            moments = {moment: state[f"{moment}/{key}"] for moment in MOMENTS if f"{moment}/{key}" in state}
+            if moments:
+                optimizer.state[parameter] = moments | {"step": torch.tensor(float(start))}
+    model.train()
+    sums: dict[str, float] = {}
+    begun, last = time.perf_counter() - seconds, start
+    for done in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rate(done)
+        losses = step(np.random.default_rng([seed, done]))
+        loss = sum(losses.values())
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        if not norm.isfinite():
+            raise FloatingPointError(f"The loss of step {done} is not finite: {losses}.")
+        optimizer.step()
+        optimizer.zero_grad()
+        for key, value in losses.items():
+            sums[key] = sums.get(key, 0.0) + value.item()
+        if (done + 1) % every == 0 or done + 1 == steps:
+            model.eval()
+            with torch.no_grad():
+                measured = evaluate()
+            model.train()
+            row = {"step": done + 1, "minutes": (time.perf_counter() - begun) / 60}
+            row |= {key: value / (done + 1 - last) for key, value in sums.items()} | measured
+            line = json.dumps({key: round(value, 4) for key, value in row.items()})
+            print(line, flush=True)
+            with (output / f"{name}.jsonl").open("a") as log:
+                log.write(line + "\n")
+            sums, last = {}, done + 1
+            state = {key: p.detach() for key, p in parameters.items()}
+            for key, parameter in parameters.items():
+                moments = optimizer.state[parameter]  # empty for what the loss never reaches
+                state |= {f"{moment}/{key}": moments[moment] for moment in MOMENTS if moment in moments}
+            state |= {"step": torch.tensor(done + 1), "seconds": torch.tensor(time.perf_counter() - begun)}
+            save_file(state, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)

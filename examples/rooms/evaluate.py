@@ -1,0 +1,40 @@
+"""Step 5 of the rooms recipe: held-out-view metrics on unseen rooms, of every training seed, beside the baselines."""
+
+import argparse
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+from common import FIRST_HELD_OUT
+
+from spa3r import Spa3RForPreTraining, Spa3RImageProcessor
+from spa3r.data import RoomScenes, SceneBatches
+from spa3r.evaluation import evaluate_field
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "models", type=Path, nargs="+", help="folders of trained Spa3RForPreTraining, one for each seed"
+    )
+    parser.add_argument("--rooms", type=int, default=300)
+    parser.add_argument("--level", type=int, default=0)
+    parser.add_argument("--views", type=int, default=8, help="of which half are targets")
+    args = parser.parse_args()
+    print(f"{platform.machine()} CPU, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch "
+          f"{torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
+    print(f"{args.rooms} unseen rooms of level {args.level}, {args.views} views, half of them targets; cameras given\n")
+    for folder in args.models:
+        model = Spa3RForPreTraining.from_pretrained(folder, dtype="float32")
+        source = RoomScenes(args.level, first_seed=FIRST_HELD_OUT + 1000, num_rooms=args.rooms, stride=(2, 2))
+        processor = Spa3RImageProcessor(size=112)
+        batches = SceneBatches(
+            source, processor, views=(args.views,) * 2, pictures_per_batch=args.views, cameras="given", seed=0
+        )
+        report = evaluate_field(model, batches)
+        print(f"{folder.name}\n{report.table()}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The rooms recipe from scratch: renders the rooms, trains the small VGGT, its teacher and three Spa3R, measures them, and
+# puts the first into the package. Every step goes on where it was stopped. Works in ./rooms_data and ./rooms_run.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python}
+threads=${THREADS:-2}
+
+"$python" "$here/render.py" rooms_data --rooms 5000
+[[ -d rooms_run/vggt ]] || "$python" "$here/train_vggt.py" rooms_data rooms_run --threads "$threads"
+[[ -d rooms_run/teacher ]] || "$python" "$here/train_teacher.py" rooms_data rooms_run --threads "$threads"
+for seed in 0 1 2; do
+  "$python" -m spa3r pretrain "$here/pretrain.yaml" --training.seed "$seed" --data.seed "$seed" \
+    --training.output_dir "rooms_run/spa3r-$seed"
+done
+"$python" "$here/evaluate.py" rooms_run/spa3r-{0,1,2}
+"$python" "$here/package.py" rooms_run/spa3r-0

@@ -1,0 +1,118 @@
+"""Step 3 of the rooms recipe: a small DINOv3-shaped teacher that knows what every patch shows, and in which colour.
+
+It learns each patch's shares of furniture classes, wall, floor and ceiling, and its mean colour, from single pictures;
+the two readouts are thrown away afterwards.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import RoomScenes, pack, train
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+from spa3r.geometry import unproject
+from spa3r.models.spa3r.modeling_spa3r import SEMANTIC_IMAGE_SIZE
+from spa3r.rooms import FURNITURE, generate_room
+
+PICTURES = 24  # a step
+CLASSES = (*FURNITURE, "wall", "floor", "ceiling")
+GRID = 14
+
+CONFIG = DINOv3ViTConfig(
+    image_size=SEMANTIC_IMAGE_SIZE,
+    patch_size=SEMANTIC_IMAGE_SIZE // GRID,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    layerscale_value=0.5,
+    initializer_range=0.06,
+    pos_embed_rescale=None,  # drawn anew at every step while it trains; the rooms have one size
+)
+
+
+class Readouts(nn.Module):
+    """The teacher and the two readouts that only training needs."""
+
+    def __init__(self, teacher: DINOv3ViTModel):
+        super().__init__()
+        self.teacher = teacher
+        self.classes = nn.Linear(teacher.config.hidden_size, len(CLASSES))
+        self.colour = nn.Linear(teacher.config.hidden_size, 3)
+
+
+def class_shares(data: RoomScenes, room: int, frame: int) -> Tensor:  # -> (GRID * GRID, classes)
+    """Of every patch, how much of it each class fills."""
+    facts = generate_room(int(data.seeds[room]), 0)
+    names = [CLASSES.index(item.name) for item in facts.objects]
+    depth = torch.from_numpy(data.depth[room, frame].astype(np.float32))[None]
+    cameras = (torch.from_numpy(cameras[room, frame])[None] for cameras in (data.extrinsics, data.intrinsics))
+    z = unproject(depth, *cameras)[0, ..., 2]
+    shell = torch.full(z.shape, CLASSES.index("wall"))
+    shell[z < 0.03] = CLASSES.index("floor")
+    shell[z > facts.size[2] - 0.03] = CLASSES.index("ceiling")
+    ids = torch.from_numpy(data.instance_ids[room, frame].astype(np.int64))
+    labels = torch.where(ids > 0, torch.tensor([0, *names])[ids], shell)
+    hot = nn.functional.one_hot(labels, len(CLASSES)).float()
+    return hot.unflatten(0, (GRID, -1)).unflatten(2, (GRID, -1)).mean((1, 3)).flatten(0, 1)
+
+
+def teacher_pixels(images: np.ndarray) -> Tensor:  # (V, H, W, 3) uint8 -> (V, 3, 224, 224)
+    """As pretraining shows them to its teacher: the normalised view, resized bilinearly."""
+    packed = pack(images[:, None])
+    pixels = rearrange(packed["view_pixel_values"], "(v h w) (c p q) -> v c (h p) (w q)",
+                       v=len(images), h=images.shape[1] // 14, p=14, q=14)  # fmt: skip
+    return nn.functional.interpolate(pixels, size=(SEMANTIC_IMAGE_SIZE,) * 2, mode="bilinear")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="what render.py wrote")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=int, default=1500, help="rooms at most")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model = Readouts(DINOv3ViTModel(CONFIG))
+    print(f"{sum(p.numel() for p in model.teacher.parameters()) / 1e6:.2f} M parameters", flush=True)
+    data, held_out = RoomScenes.read(args.data, args.limit), RoomScenes.held_out(12)
+
+    def look(scenes: RoomScenes, rooms: np.ndarray, frames: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        images = scenes.images[rooms, frames]
+        tokens = model.teacher(pixel_values=teacher_pixels(images)).last_hidden_state[:, -(GRID**2) :]
+        shares = torch.stack([class_shares(scenes, room, frame) for room, frame in zip(rooms, frames)])
+        colour = torch.from_numpy(images.reshape(len(images), GRID, 8, GRID, 8, 3).mean((2, 4), np.float32) / 255)
+        return model.classes(tokens), model.colour(tokens), shares, colour.flatten(1, 2)
+
+    def step(rng: np.random.Generator) -> dict[str, Tensor]:
+        rooms = rng.choice(len(data.seeds), PICTURES, replace=False)
+        classes, colour, shares, true_colour = look(data, rooms, rng.integers(0, data.images.shape[1], PICTURES))
+        return {
+            "classes": -(shares * classes.log_softmax(-1)).sum(-1).mean(),
+            "colour": 5 * nn.functional.smooth_l1_loss(colour, true_colour, beta=0.1),
+        }
+
+    def evaluate() -> dict[str, float]:
+        rooms, frames = (grid.ravel() for grid in np.mgrid[: len(held_out.seeds), :16:4])
+        classes, colour, shares, true_colour = look(held_out, rooms, frames)
+        is_object = shares.argmax(-1) < len(FURNITURE)
+        right = classes.argmax(-1) == shares.argmax(-1)
+        return {
+            "held_out_right": right.float().mean().item(),
+            "held_out_right_on_furniture": right[is_object].float().mean().item(),
+            "held_out_colour_error": (colour - true_colour).abs().mean().item(),
+        }
+
+    train("teacher", model, step, evaluate, args.output, args.steps, args.learning_rate)
+    model.teacher.save_pretrained(args.output / "teacher")
+
+
+if __name__ == "__main__":
+    main()
