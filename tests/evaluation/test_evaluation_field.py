@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny import SCENES, TARGETS, alive, arranged, patch_counts, pretraining_con
 
 from spa3r import Spa3RForPreTraining
 from spa3r.evaluation import FieldReport, Measure, evaluate_field
-from spa3r.evaluation.field import _resized, _Scene, _scenes_with_targets, pose_distances
+from spa3r.evaluation.field import _resized, _Scene, _scenes_with_targets, field_metrics, pose_distances
 from spa3r.geometry import homogeneous, invert_extrinsics, pose_encoding_to_cameras
 
 METRICS = ("geometry_cosine", "geometry_error", "semantic_cosine", "semantic_error", "depth_error")
@@ -126,6 +127,16 @@ def test_every_number_is_what_it_is_called(given, model, batch):
             assert measure.scenes == 3
             assert measure.mean == pytest.approx(values.mean().item(), rel=1e-4, abs=1e-5), (predictor, metric)
             assert measure.standard_error == pytest.approx((values.std() / 3**0.5).item(), rel=1e-3, abs=1e-5)
+
+
+def test_fields_whose_numbers_are_known():
+    true = {"geometry": torch.tensor([[4.0, 3.0], [0.0, 5.0]]), "depth": torch.tensor([1.0, 4.0])}
+    predicted = {"geometry": torch.tensor([[3.0, 4.0], [5.0, 0.0]]), "depth": torch.tensor([1.5, 3.0])}
+    wanted = {"geometry_cosine": (24 / 25 + 0) / 2, "geometry_error": math.sqrt((2 + 50) / 50), "depth_error": 0.375}
+    assert field_metrics(predicted, true) == pytest.approx(wanted)
+    one_row = {"geometry": torch.tensor([[0.0, 1.0]]), "depth": torch.tensor([2.0])}
+    wanted = {"geometry_cosine": (3 / 5 + 1) / 2, "geometry_error": math.sqrt((20 + 16) / 50), "depth_error": 0.75}
+    assert field_metrics(one_row, true) == pytest.approx(wanted)
 
 
 def test_a_measure_is_the_mean_and_its_standard_error():
@@ -323,6 +334,21 @@ def test_it_stops_after_so_many_scenes_and_fetches_no_more(model, batch):
     assert evaluate_field(model, batches(), max_scenes=4).num_scenes == 4
     with pytest.raises(ValueError, match=r"`max_scenes` must be at least 1, or None for all scenes, got 0"):
         evaluate_field(model, [batch], max_scenes=0)
+
+
+def test_no_scene_is_kept(model, batch):
+    living = []
+
+    def batches():
+        for scene in (0, 1, 2, 0, 1, 2):
+            inputs = arranged(batch, [scene])
+            inputs["view_pixel_values"] = inputs["view_pixel_values"].clone()
+            living.append(weakref.ref(inputs["view_pixel_values"]))
+            yield inputs
+            del inputs
+            assert sum(reference() is not None for reference in living) <= 1
+
+    assert evaluate_field(model, batches()).num_scenes == 6
 
 
 def test_one_scene_alone_has_no_latents_to_take(model, batch):

@@ -98,6 +98,10 @@ class FieldReport:
             gaps[metric] = (model - best) / (perfect - best) if best != perfect else math.nan
         return gaps
 
+    def _add(self, predictor: Predictor, numbers: dict[Metric, float]) -> None:
+        for metric, number in numbers.items():
+            self.rows[predictor].setdefault(metric, Measure()).add(number)
+
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for JSON; what could not be measured is None."""
         return {
@@ -195,14 +199,12 @@ def evaluate_field(
             for inputs in _scenes_with_targets(batches, report):
                 scene = _Scene(model, inputs)
                 for predictor, fields in scene.predictions():
-                    scene.measure(report, predictor, fields)
-                if before is None:
-                    first = scene
-                else:
-                    scene.measure(report, "shuffled_latents", scene.decode(latents=before))
-                if first is not None and first is not scene:
-                    first.measure(report, "shuffled_latents", first.decode(latents=scene.latents))
-                    first = None
+                    report._add(predictor, field_metrics(fields, scene.true))
+                if before is not None:
+                    report._add("shuffled_latents", field_metrics(scene.decode(latents=before), scene.true))
+                    if first is not None:  # it had to wait for another scene
+                        report._add("shuffled_latents", field_metrics(first.decode(latents=scene.latents), first.true))
+                first = scene if before is None else None
                 before = scene.latents
                 report.num_scenes += 1
                 report.num_views += len(scene.targets)
@@ -298,18 +300,18 @@ class _Scene:
         )
         return _by_target(field)
 
-    def measure(self, report: FieldReport, predictor: Predictor, fields: Fields) -> None:
-        """Add this scene's numbers of one predictor to the report."""
-        numbers = {}
-        for name, true in self.true.items():
-            predicted, true = torch.broadcast_tensors(fields[name].float(), true.float())
-            if name == "depth":
-                numbers["depth_error"] = ((predicted - true).abs() / true).mean()
-            else:
-                numbers[f"{name}_cosine"] = cosine_similarity(predicted, true, dim=-1).mean()
-                numbers[f"{name}_error"] = (predicted - true).norm() / true.norm()
-        for metric, number in zip(numbers, torch.stack(list(numbers.values())).tolist()):
-            report.rows[predictor].setdefault(metric, Measure()).add(number)
+
+def field_metrics(predicted: Fields, true: Fields) -> dict[Metric, float]:
+    """The numbers of one scene; what is predicted may be one row, the same for all patches."""
+    numbers: dict[Metric, Tensor] = {}
+    for name, wanted in true.items():
+        ours, wanted = torch.broadcast_tensors(predicted[name].float(), wanted.float())
+        if name == "depth":
+            numbers["depth_error"] = ((ours - wanted).abs() / wanted).mean()
+        else:
+            numbers[f"{name}_cosine"] = cosine_similarity(ours, wanted, dim=-1).mean()
+            numbers[f"{name}_error"] = (ours - wanted).norm() / wanted.norm()
+    return dict(zip(numbers, torch.stack(list(numbers.values())).tolist()))  # one wait for the device
 
 
 def _by_target(field: Spa3RField) -> Fields:
