@@ -64,6 +64,10 @@ class PackedPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True  # transformers searches the class's own file for its interface; ours is called in attention.py
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        """None: patches are projected, there is no table of embeddings. transformers' own raises, and FSDP2 asks."""
+        return None
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """As transformers' ``from_pretrained``, and strict; ``"embedded"`` names the checkpoint in the package.
