@@ -54,14 +54,22 @@ def read_number(frame: Image.Image) -> int:
 
 
 def write_video(
-    path: Path, frames: Sequence[Image.Image], fps: int = 2, codec: str = "mpeg4", options: dict | None = None
+    path: Path,
+    frames: Sequence[Image.Image],
+    fps: int = 2,
+    codec: str = "mpeg4",
+    options: dict | None = None,
+    gop_size: int | None = None,
 ) -> Path:
-    """Write frames as a video; the container follows from the name."""
+    """Write frames as a video, a key frame at least every `gop_size`; the container follows from the name."""
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height = frames[0].size
         stream.pix_fmt = "yuv420p"
         stream.bit_rate = 4_000_000
+        if gop_size is not None:
+            stream.gop_size = gop_size
+            stream.options = {"sc_threshold": "0"}  # a change of the picture makes no key frame
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode(None))

@@ -16,7 +16,8 @@ from media import (
     write_video,
 )
 
-from spa3r.video import default_num_frames, sample_frames, uniform_indices
+import spa3r.video
+from spa3r.video import count_frames, default_num_frames, read_frames, sample_frames, uniform_indices
 
 CONTAINERS = {"mp4": "mpeg4", "mov": "libx264", "mkv": "mpeg4", "webm": "libvpx", "avi": "mpeg4"}
 
@@ -164,3 +165,65 @@ def test_memory_holds_wanted_frames_only(tmp_path, monkeypatch):
     sample_frames(counting_video(tmp_path / "video.mp4", 30), 4)
     ((frames, decoded),) = kept
     assert sorted(frames) == [0, 9, 19, 29] and decoded == len(counting_frames(30))
+
+
+# Frames by number -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_frames_by_number(tmp_path, container):
+    video = counting_video(tmp_path / f"video.{container}", 30, codec=CONTAINERS[container])
+    assert count_frames(video) == 30
+    wanted = [11, 29, 2, 3, 2, 30, 99]  # in any order, repeated, and two that don't exist
+    assert {index: read_number(frame) for index, frame in read_frames(video, wanted).items()} == {
+        index: index for index in (2, 3, 11, 29)
+    }
+    assert read_frames(video, [30]) == {}
+
+
+def test_a_long_video_is_entered_at_its_key_frames(tmp_path, monkeypatch):
+    """Frames 700 and 703 lie behind the key frame 500, frame 10 behind the first."""
+    video = write_video(tmp_path / "video.mp4", counting_frames(38) * 20, codec="libx264", gop_size=250)
+    decoded = []
+
+    def counted(container, stream, decode=spa3r.video._tolerant_decode):
+        for frame in decode(container, stream):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(spa3r.video, "_tolerant_decode", counted)
+    frames = read_frames(video, [10, 700, 703])
+    assert {index: read_number(frame) for index, frame in frames.items()} == {10: 10, 700: 700 % 38, 703: 703 % 38}
+    assert 204 + 11 <= len(decoded) <= 204 + 11 + 10
+
+
+def test_frames_by_number_are_upright(tmp_path):
+    video = turn_mp4(write_video(tmp_path / "video.mp4", [smooth(64, 48)] * 3), 90)
+    (by_number,), (sampled,) = read_frames(video, [1]).values(), sample_frames(video, 1)
+    assert by_number.size == sampled.size == (48, 64)
+    assert np.abs(np.asarray(by_number, float) - np.asarray(sampled)).mean() < 1
+
+
+def test_frames_that_are_cut_off_are_missing(tmp_path):
+    video = counting_video(tmp_path / "video.mkv", 30)
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    assert list(read_frames(video, [0, 3, 29])) == [0, 3]
+
+
+def test_frames_by_number_of_no_video(tmp_path):
+    (tmp_path / "text.mp4").write_text("no video")
+    for read in (count_frames, lambda video: read_frames(video, [0])):
+        with pytest.raises(ValueError, match=r"text\.mp4 can't be decoded"):
+            read(tmp_path / "text.mp4")
+        with pytest.raises(ValueError, match=r"gone\.mp4 doesn't exist"):
+            read(tmp_path / "gone.mp4")
+        with pytest.raises(ValueError, match=r"sound\.mp4 holds no frames"):
+            read(write_sound(tmp_path / "sound.mp4"))
+
+
+def test_frames_by_number_close_the_file(tmp_path):
+    video = counting_video(tmp_path / "video.mp4", 10)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        read_frames(video, [0, 9])
+    assert len(os.listdir("/proc/self/fd")) == before

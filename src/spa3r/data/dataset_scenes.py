@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -271,7 +272,8 @@ def _decode(frames: Sequence[int], cells: Iterable[Any]) -> LoadedScene:
         try:
             loaded.images.append(_picture(cell))
         except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            loaded.unread.append((name, str(error) or type(error).__name__))
+            reason = re.sub(r" <.*>", "", str(error)) or type(error).__name__  # no addresses in memory
+            loaded.unread.append((name, reason))
         else:
             loaded.frames.append(int(frame))
     return loaded

@@ -85,8 +85,10 @@ class _PictureFolders(SceneSource):
             else:
                 loaded.frames.append(int(frame))
                 names.append(picture)
-        sizes = [image.size for image in loaded.images]
-        cameras = self._cameras(scene, folder, names, sizes)
+        try:
+            cameras = self._cameras(folder, names, [image.size for image in loaded.images])
+        except SceneError:  # who needs cameras asks for `camera_frames` first, which tells
+            return loaded
         if names and all(camera is not None for camera in cameras):
             loaded.extrinsics, loaded.intrinsics = (np.stack(values) for values in zip(*cameras))
         return loaded
@@ -103,7 +105,7 @@ class _PictureFolders(SceneSource):
 
     def camera_frames(self, scene: int) -> np.ndarray:
         row = self._rows[scene]
-        cameras = self._cameras(scene, Path(self.index.path(row)), self.index.pictures(row), None)
+        cameras = self._cameras(Path(self.index.path(row)), self.index.pictures(row), None)
         return np.flatnonzero([camera is not None for camera in cameras])
 
     @abstractmethod
@@ -112,7 +114,7 @@ class _PictureFolders(SceneSource):
 
     @abstractmethod
     def _cameras(
-        self, scene: int, folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]] | None
+        self, folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]] | None
     ) -> list[Camera | None]:
         """Cameras of pictures, None where unknown or invalid. `sizes` (width, height): None where only validity
         matters."""
@@ -151,7 +153,7 @@ class FolderScenes(_PictureFolders):
     def _camera_file(self, folder: Path) -> Path:
         return folder / "cameras.json"
 
-    def _cameras(self, scene, folder, names, sizes) -> list[Camera | None]:
+    def _cameras(self, folder, names, sizes) -> list[Camera | None]:
         file = self._camera_file(folder)
         if not file.exists():
             return [None] * len(names)

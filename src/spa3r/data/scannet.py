@@ -62,7 +62,7 @@ class ScanNetScenes(_PictureFolders):
     def _camera_file(self, folder: Path) -> Path:
         return folder.parent / "intrinsic" / "intrinsic_color.txt"
 
-    def _cameras(self, scene, folder, names, sizes) -> list[Camera | None]:
+    def _cameras(self, folder, names, sizes) -> list[Camera | None]:
         file = self._camera_file(folder)
         if not file.exists():
             return [None] * len(names)
@@ -125,7 +125,7 @@ class ScanNetPPScenes(_PictureFolders):
     def _camera_file(self, folder: Path) -> Path:
         return folder.parent / "nerfstudio" / "transforms_undistorted.json"
 
-    def _cameras(self, scene, folder, names, sizes) -> list[Camera | None]:
+    def _cameras(self, folder, names, sizes) -> list[Camera | None]:
         file = self._camera_file(folder)
         if not file.exists():
             return [None] * len(names)
