@@ -262,7 +262,7 @@ def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         name, equals, value = option.removeprefix("--").partition("=")
         if not option.startswith("--") or "." not in name:
             raise ValueError(
-                f"An override must read --section.key value, such as --training.max_steps 100; got {option!r}."
+                f"An override must read --section.key value, such as --training.max_steps 100, got {option!r}."
             )
         if not equals:
             if not rest:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -211,6 +213,17 @@ class PretrainingTrainer(Trainer):
             # Counts and flags travel from host to host: no accelerator has to be waited for.
             self._host_group = dist.new_group(backend="gloo")
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """FSDP2 shards; mixed precision stays with autocast, as everywhere else. FSDP2's own casts whatever passes
+        through a layer: the cameras of PRoPE, poses, and the loss."""
+        args = super()._build_accelerator_args(**kwargs)
+        plugin = args["fsdp_plugin"]
+        if plugin is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            plugin = FullyShardedDataParallelPlugin()  # of the launcher's configuration file
+        if plugin is not None and plugin.fsdp_version == 2:
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        return args | {"fsdp_plugin": plugin}
+
     # Data
 
     def get_train_dataloader(self) -> SceneLoader:
@@ -292,7 +305,8 @@ class PretrainingTrainer(Trainer):
         num_items_in_batch: int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch times its share in the patches of the step."""
-        outputs = model(**model_inputs(inputs, self.args.device))
+        with self.accelerator.autocast():  # which accelerate leaves out under FSDP2
+            outputs = model(**model_inputs(inputs, self.args.device))
         num_patches = inputs.get("num_patches") or sum(self._counted_patches_per_view(inputs))
         loss = outputs["loss"]
         if model.training:
@@ -416,7 +430,8 @@ class PretrainingTrainer(Trainer):
 
         hook = model.register_forward_hook(collect, with_kwargs=True)
         try:
-            report = evaluate_field(model, batches)
+            with self.accelerator.autocast():
+                report = evaluate_field(model, batches)
         finally:
             hook.remove()
         patches, *terms = self._sum_over_hosts(window.sums.tolist())
