@@ -23,6 +23,14 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def indices(tmp_path_factory):
+    """Indices of data go to a folder of the tests' own, not to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden_folders(tmp_path_factory):
     """Golden weights in every released layout, converted: layout -> folder of ours."""

@@ -33,11 +33,6 @@ PROCESSOR = Spa3RImageProcessor(size=28)
 FEW = {"views": (2, 4), "pictures_per_batch": 8}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """40 scenes of 6 pictures; frame f of scene s has the grey level 6 s + f, so a level names its picture."""

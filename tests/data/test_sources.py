@@ -27,11 +27,6 @@ from spa3r.data import (
 from spa3r.rooms import relative_to_first
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture(scope="module")
 def rooms():
     return [look_around(seed, frames) for seed, frames in enumerate((3, 5, 12))]
