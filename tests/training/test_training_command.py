@@ -1,9 +1,11 @@
 """`spa3r pretrain` as a user runs it: real files of every layout, broken ones, kills, signals."""
 
+import dataclasses
 import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,8 +20,18 @@ from tiny_training import command, environment, run, same_files, write_config, w
 from typer.testing import CliRunner
 
 from spa3r import Spa3RForPreTraining, Spa3RModel, cli
-from spa3r.training import read_log
+from spa3r.data.make import SOURCES
+from spa3r.training import (
+    DataSection,
+    EvaluationSection,
+    ModelSection,
+    PretrainingArguments,
+    PretrainingConfig,
+    read_log,
+)
 from spa3r.training.checkpoints import checkpoints_in
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "pretrain.md"
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +198,29 @@ def test_missing_package_is_named(config, monkeypatch):
     assert re.search(r"tensorboard, which is not installed\. pip install 'spa3r\[train\]'", words)
     monkeypatch.setitem(sys.modules, "yaml", None)
     assert re.search(r"PyYAML, which is not installed\. pip install 'spa3r\[train\]'", error_of(config))
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "guides" / "pretrain.md"
+
+
+def test_the_guide_is_true(tmp_path):
+    """Its configuration is one, its overrides can be given, and it says what every key is for."""
+    page = GUIDE.read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "scannet.yaml").write_text(block)
+    overrides = shlex.split(re.search(r"^spa3r pretrain scannet.yaml (--.*)$", page, re.MULTILINE)[1])
+    config = PretrainingConfig.from_yaml(tmp_path / "scannet.yaml", overrides)
+    assert {source["type"] for source in config.data.sources + config.evaluation.sources} <= SOURCES.keys()
+    assert (config.training["learning_rate"], config.data.views) == (1e-3, [4, 8])
+    assert config.data.sources[0]["root"] == "/data/scannet"
+    sections = page.partition("## The sections")[2].partition("\n## ")[0]
+    for section in (ModelSection, DataSection, EvaluationSection):
+        names = {field.name for field in dataclasses.fields(section)} - {"fields", "seed"}
+        assert not {name for name in names if f"`{name}" not in sections}
+    args = PretrainingArguments(output_dir="run", use_cpu=True)
+    assert f"steps | {args.max_steps:,}".replace(",", " ") in sections and f"every {args.save_steps} steps" in sections
+    assert f"last {args.save_total_limit} are kept" in sections and f"every {args.logging_steps} steps" in sections
+    assert f"`max_nonfinite_steps` ({args.max_nonfinite_steps})" in page
 
 
 # Data of every kind ---------------------------------------------------------------------------------------------------
