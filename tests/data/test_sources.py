@@ -101,6 +101,18 @@ def test_chosen_scenes_in_the_given_order(tmp_path, given):
         FolderScenes(tmp_path / "data", scenes="nowhere.txt")
 
 
+def test_what_changed_on_disk_is_seen(tmp_path):
+    write_grey(tmp_path / "data" / "a", 3)
+    write_grey(tmp_path / "data" / "b", 3)
+    assert [FolderScenes(tmp_path / "data").num_frames(scene) for scene in range(2)] == [3, 3]
+    Image.new("RGB", (28, 28), (77,) * 3).save(tmp_path / "data" / "a" / "9.png")
+    (tmp_path / "data" / "b" / "0.png").unlink()
+    write_grey(tmp_path / "data" / "c", 1)
+    source = FolderScenes(tmp_path / "data")
+    assert [source.num_frames(scene) for scene in range(3)] == [4, 2, 1]
+    assert greys(source.load(0, [3])) == [77] and greys(source.load(1, [0])) == [1]
+
+
 def test_pictures_that_cannot_be_read_are_named_and_the_others_are_there(tmp_path):
     folder = write_grey(tmp_path / "data" / "a", 5, first=10)
     (folder / "1.png").write_bytes(b"")
@@ -206,6 +218,15 @@ def test_rooms_are_rendered_as_they_are_written_to_disk():
     with pytest.raises(TypeError, match=r"have no end\. Give `num_rooms`"):
         len(source)
     assert len(RoomScenes(num_rooms=5)) == 5
+    for fields, words in (
+        ({"level": 9}, "level"),
+        ({"first_seed": -1}, "seed"),
+        ({"size": 0}, "size"),
+        ({"num_frames": 0}, "`num_frames` must be an int >= 1, got 0"),
+        ({"num_rooms": 0}, "`num_rooms` must be an int >= 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            RoomScenes(**fields)
 
 
 @pytest.mark.parametrize("layout", FOLDERS)
@@ -438,6 +459,19 @@ def test_damaged_rows_are_named(tmp_path):
     assert loaded.unread[1][1] == "The row holds no picture."
 
 
+@pytest.mark.parametrize("empty", [[], None])
+def test_rows_without_pictures_are_broken_scenes(empty):
+    rows = [{"images": [grey_file(1)]}, {"images": empty}]
+    features = datasets.Features({"images": datasets.List(datasets.Image())})
+    loaded = datasets.Dataset.from_list(rows, features=features)
+    source = DatasetScenes(loaded)
+    assert [source.num_frames(scene) for scene in range(2)] == [1, 0]
+    streamed = StreamedScenes(loaded.to_iterable_dataset())
+    for broken, scene in ((source, 1), (streamed, list(streamed.scenes(0))[1])):
+        with pytest.raises(SceneError, match="Its row holds no pictures"):
+            broken.load(scene, [0])
+
+
 def test_data_sets_that_cannot_be_used_are_refused(tmp_path):
     lists, single = write_dataset(tmp_path), write_dataset(tmp_path, single=True)
     for source, change in (
@@ -452,6 +486,9 @@ def test_data_sets_that_cannot_be_used_are_refused(tmp_path):
         DatasetScenes(lists.to_iterable_dataset())
     with pytest.raises(ValueError, match=r"must be a datasets\.IterableDataset, got Dataset\. Use DatasetScenes"):
         StreamedScenes(lists)
+    nameless = single.map(lambda row, number: {"scene": None if number == 2 else row["scene"]}, with_indices=True)
+    with pytest.raises(ValueError, match="'scene' must name a scene in every row, got none in 1 of 11 rows"):
+        DatasetScenes(nameless, "image", "scene")
     with pytest.raises(ValueError, match="must hold at least one row, got none in 'dataset'"):
         DatasetScenes(lists.select([]))
 

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 from torch.utils.data import get_worker_info
 
-from spa3r.data.source import LoadedScene, SceneSource, check_stride
+from spa3r.data.source import LoadedScene, SceneError, SceneSource, check_stride
 from spa3r.models.spa3r.image_processing_spa3r import to_rgb
 
 if TYPE_CHECKING:
@@ -73,7 +73,13 @@ class DatasetScenes(SceneSource):
 
     def _group(self) -> None:
         """Rows by scene: scenes in order of their first row, and which rows each has."""
-        keys = self._rows.select_columns([self.scene_column])[:][self.scene_column].combine_chunks().dictionary_encode()
+        keys = self._rows.select_columns([self.scene_column])[:][self.scene_column].combine_chunks()
+        if keys.null_count:
+            raise ValueError(
+                f"`scene_column` {self.scene_column!r} must name a scene in every row, got none in {keys.null_count} "
+                f"of {len(keys)} rows. Fill or filter them."
+            )
+        keys = keys.dictionary_encode()
         groups = keys.indices.to_numpy(zero_copy_only=False)
         self._order = np.argsort(groups, kind="stable").astype(np.uint32)
         self._starts = np.concatenate([[0], np.cumsum(np.bincount(groups))])
@@ -100,6 +106,7 @@ class DatasetScenes(SceneSource):
     def load(self, scene: int, frames: Sequence[int]) -> LoadedScene:
         if self._is_list:
             cells = self._cells(scene)
+            _check_some(cells)
             return _decode(frames, (cells[int(frame)].as_py() for frame in frames))
         rows = self._order[self._starts[scene] + np.asarray(frames, int)]
         return _decode(frames, (self._rows[int(row)][self.images_column][0].as_py() for row in rows))
@@ -212,6 +219,7 @@ class StreamedScenes(SceneSource):
         return len(scene.cells)
 
     def load(self, scene: StreamedScene, frames: Sequence[int]) -> LoadedScene:
+        _check_some(scene.cells)
         return _decode(frames, (scene.cells[int(frame)] for frame in frames))
 
 
@@ -255,6 +263,11 @@ def _check_single(images_column: str, scene_column: str | None) -> None:
             f"`images_column` {images_column!r} holds single pictures, and `scene_column` must tell which belong "
             "together, got None. Give it, or a column of lists of pictures."
         )
+
+
+def _check_some(cells: Sequence[Any]) -> None:
+    if not len(cells):
+        raise SceneError("Its row holds no pictures.")
 
 
 def _is_list(feature: Any) -> bool:

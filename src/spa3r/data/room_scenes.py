@@ -10,7 +10,9 @@ import PIL.Image
 
 from spa3r.data.source import LoadedScene, SceneSource, check_stride
 from spa3r.rooms import camera_walk, generate_room, render
+from spa3r.rooms.levels import resolve_level
 from spa3r.rooms.room import check_seed
+from spa3r.rooms.walk import check_size
 
 
 class RoomScenes(SceneSource):
@@ -40,6 +42,8 @@ class RoomScenes(SceneSource):
         name: str = "rooms",
     ):
         check_seed(first_seed)
+        check_size((size, size))
+        resolve_level(level)
         for key, value in {"num_frames": num_frames, "stride_of_walk": stride_of_walk, "num_rooms": num_rooms}.items():
             if not (isinstance(value, int) and value >= 1) and (key != "num_rooms" or value is not None):
                 raise ValueError(f"`{key}` must be an int >= 1, got {value!r}. Ask for at least one.")
