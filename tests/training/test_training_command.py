@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +269,20 @@ def test_every_kind_of_source_trains_end_to_end(kind, rooms, parts, tmp_path):
     assert told["finished"] and told["skipped"] == []
     losses = [line["loss"] for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
     assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
+
+
+def test_scenes_of_few_pictures_and_mixed_sizes(parts, tmp_path):
+    """A scene of 1 picture, of 3 where 8 are asked for, and one of pictures of three sizes."""
+    scenes = write_scenes(tmp_path / "scenes", scenes=3, frames=3)
+    for extra in (scenes / "scene_00" / "1.png", scenes / "scene_00" / "2.png"):
+        extra.unlink()
+    for number in range(3):
+        shutil.copy(scenes / f"scene_0{number}" / "0.png", scenes / "scene_02" / f"{number + 3}.png")
+    source = {"type": "folder", "root": str(scenes), "cache_dir": str(tmp_path / "index")}
+    config = write_config(tmp_path / "config.yaml", parts, source)
+    told = pretrain_json(config, "--data.views=[8, 8]", "--training.max_steps=3")
+    assert told["finished"] and told["skipped"] == []
+    assert all(line["loss"] > 0 for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line)
 
 
 def test_corrupted_files_are_skipped_counted_and_named(parts, tmp_path):

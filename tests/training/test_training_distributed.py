@@ -1,10 +1,13 @@
 """Several processes by torchrun, on the CPU with gloo."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
-from tiny_training import run, same_files, write_config, write_parts, write_scenes
+from tiny_training import environment, run, same_files, write_config, write_parts, write_scenes
 
 from spa3r.training import read_log
 
@@ -46,13 +49,74 @@ def test_two_processes_with_half_the_pictures_each_are_one_with_all(tmp_path, ac
 
 
 @pytest.mark.slow
-def test_no_scene_twice_in_an_epoch_and_resumption(tmp_path):
-    """Two processes stop by SIGTERM-like kill and go on bit for bit; they never share a scene in an epoch."""
+def test_two_processes_resume_bit_for_bit(tmp_path):
+    parts, scenes = write_parts(tmp_path / "parts"), write_scenes(tmp_path / "scenes")
+    source = {"type": "folder", "root": str(scenes), "cache_dir": str(tmp_path / "index")}
+    config = write_config(tmp_path / "config.yaml", parts, source, lr_scheduler_type="constant")
+    run("pretrain", config, "--training.output_dir", tmp_path / "whole", cache=tmp_path, processes=2)
+    halves = ("pretrain", config, "--training.output_dir", tmp_path / "halves")
+    run(*halves, "--training.max_steps=3", cache=tmp_path, processes=2)
+    run(*halves, cache=tmp_path, processes=2)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        same_files(tmp_path / "halves" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6", name)
+    died = run(*halves, "--training.max_steps=7", "--json", cache=tmp_path, code=1)
+    assert "was saved by 2 processes, and this run has 1" in json.loads(died.stdout)["error"]
+
+
+WATCHED = """
+import json, os, sys
+from spa3r.training import PretrainingConfig, PretrainingTrainer, pretrain
+
+rank, original = int(os.environ["RANK"]), PretrainingTrainer.get_batch_samples
+
+def watched(self, iterator, num_batches, device):
+    batches, patches = original(self, iterator, num_batches, device)
+    with open(f"rank-{rank}.jsonl", "a") as file:
+        for batch in batches:
+            sizes = {key: len(batch[key]) for key in ("view_pixel_values", "view_grid_hw", "target_mask")}
+            sizes["patches"] = int(batch["view_grid_hw"].prod(-1).sum())
+            sizes["views"] = sum(batch["views_per_scene"].tolist())
+            file.write(json.dumps({"epoch": self.loader.epoch, "scenes": batch["scenes"], **sizes}) + "\\n")
+    if rank == 1 and self.state.global_step == 2:
+        batches[0]["view_pixel_values"][:] = float("nan")
+    return batches, patches
+
+PretrainingTrainer.get_batch_samples = watched
+result = pretrain(PretrainingConfig.from_yaml(sys.argv[1]))
+assert result.nonfinite_steps == 1 and result.is_finished
+"""
+
+
+@pytest.mark.slow
+def test_batches_stay_whole_scenes_are_not_shared_and_all_drop_the_same_step(tmp_path):
+    """One process meets a scene whose loss is not finite: both leave the step out, and go on together."""
     parts, scenes = write_parts(tmp_path / "parts"), write_scenes(tmp_path / "scenes", scenes=24)
     source = {"type": "folder", "root": str(scenes), "cache_dir": str(tmp_path / "index")}
-    config = write_config(tmp_path / "config.yaml", parts, source, max_steps=8, save_steps=4)
-    whole = ("pretrain", config, "--json", "--training.output_dir", tmp_path / "whole")
-    run(*whole, cache=tmp_path, processes=2)
-    halves = ("pretrain", config, "--json", "--training.output_dir", tmp_path / "halves")
-    run(*halves, "--training.max_steps=8", cache=tmp_path, processes=2)
-    same_files(tmp_path / "halves" / "checkpoint-8", tmp_path / "whole" / "checkpoint-8")
+    config = write_config(tmp_path / "config.yaml", parts, source, max_steps=12, save_steps=1, save_total_limit=20)
+    (tmp_path / "watched.py").write_text(WATCHED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "watched.py"), str(config)],
+        env=environment(tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = [read_lines(tmp_path / f"rank-{rank}.jsonl") for rank in range(2)]
+    for batch in seen[0] + seen[1]:
+        assert batch["view_pixel_values"] == batch["patches"]
+        assert batch["view_grid_hw"] == batch["target_mask"] == batch["views"]
+    complete = max(batch["epoch"] for batch in seen[0])
+    assert complete >= 1
+    for epoch in range(complete):
+        names = [name for rank in seen for batch in rank if batch["epoch"] == epoch for name in batch["scenes"]]
+        assert len(names) == len(set(names)) == 24
+    same_files(tmp_path / "run" / "checkpoint-3", tmp_path / "run" / "checkpoint-2")
+    (dropped,) = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "nonfinite_scenes" in line]
+    assert dropped["nonfinite_step"] == 3 and dropped["nonfinite_scenes"] == ", ".join(sorted(seen[1][2]["scenes"]))
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]

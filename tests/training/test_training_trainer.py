@@ -348,6 +348,24 @@ def test_evaluation_does_not_change_training(scenes, tmp_path):
     assert entries[1]["eval_field_semantic_error_gap_closed"] == pytest.approx(report.gap_closed["semantic_error"])
 
 
+def test_best_checkpoint_is_kept_and_loaded(scenes, tmp_path):
+    """The learning rate grows until it does harm, so the best model is not the last one."""
+    held_out = batches(scenes, tmp_path / "index", views=(4, 4), seed=5)
+    fields = {"max_steps": 6, "save_steps": 1, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 1}
+    fields |= {"learning_rate": 1.0, "warmup_steps": 6, "max_grad_norm": 0.0, "load_best_model_at_end": True}
+    ours = trainer(tmp_path / "run", scenes, eval_dataset=held_out, **fields)
+    ours.train()
+    losses = {
+        line["step"]: line["eval_loss"] for line in read_log(tmp_path / "run" / "log.jsonl") if "eval_loss" in line
+    }
+    best = min(losses, key=losses.get)
+    assert best < 6
+    folder = tmp_path / "run" / f"checkpoint-{best}"
+    assert ours.state.best_model_checkpoint == str(folder) and checkpoints_in(tmp_path / "run")[0] == folder
+    saved = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, saved[key]) for key, value in ours.model.state_dict().items())
+
+
 # Without our trainer --------------------------------------------------------------------------------------------------
 
 
