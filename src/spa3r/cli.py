@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -621,6 +622,8 @@ def pretrain(
 ) -> None:
     """Pretrain a Spa3R as a configuration file says, or go on with a run that was stopped."""
     with _reporting(as_json, verbose) as report:
+        import torch
+
         from spa3r.training import PretrainingConfig
         from spa3r.training import pretrain as run_pretraining
 
@@ -629,6 +632,8 @@ def pretrain(
         if is_main_process:
             report.line(settings.to_yaml())
         result = run_pretraining(settings, fresh=fresh, note=report.note, progress=report.line)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         if not is_main_process:
             raise typer.Exit  # the first process speaks for all
         lines = [f"{result.output_dir}: {result.step} of {result.max_steps} steps"]
@@ -649,7 +654,7 @@ def pretrain(
             interrupted_by=result.interrupted_by,
             resumed_from=result.resumed_from,
             checkpoint=result.checkpoint,
-            evaluation=result.evaluation,
+            evaluation={name: value if math.isfinite(value) else None for name, value in result.evaluation.items()},
             nonfinite_steps=result.nonfinite_steps,
             pictures=result.skipped.pictures_tried,
             skipped_pictures=result.skipped.pictures_bad,
