@@ -25,7 +25,9 @@ from tiny import (
 from transformers import AutoModel
 
 from spa3r import Spa3RConfig, Spa3RForPreTraining, Spa3RModel, VggtModel
+from spa3r.attention import Segments
 from spa3r.geometry import pluecker_rays, pose_encoding_to_cameras
+from spa3r.rope import RotaryEncoding
 from spa3r.views import ViewLayout
 
 
@@ -169,20 +171,20 @@ class TestPluecker(TestSpa3RModel):
         super().test_encoder_and_decoder_compile_in_one_graph("aot_eager", "sdpa")
 
     @torch.no_grad()
-    def test_a_ray_says_all_about_its_token(self):
-        """Rays in another order, whatever view and patch they belong to: the same features in that order."""
-        model, inputs = self.make(), self.inputs([[(3, 4)]])
-        cameras, latents = some_cameras(inputs), model.encode(**inputs)
-        order = torch.randperm(12)
-        rays = pluecker_rays(**cameras, grid_hw=(3, 4), patch_size=PATCH)[0]
-        features = {}
-        for name, own in (("plain", rays), ("turned", rays[order])):
-            model.decoder.ray_projection.register_forward_pre_hook(lambda module, args, own=own: own)
-            features[name] = model.decode(latents, **cameras, view_grid_hw=[(3, 4)], views_per_scene=[1]).depth
-            model.decoder.ray_projection._forward_pre_hooks.clear()
-        assert relative_error(features["turned"], features["plain"][order]) <= 1e-5
-        as_they_are = model.decode(latents, **cameras, view_grid_hw=[(3, 4)], views_per_scene=[1]).depth
-        assert torch.equal(as_they_are, features["plain"])
+    def test_the_decoder_is_layers_on_lines_with_the_encoders_positions(self):
+        """Registers and latents at (0, 0), the patch (y, x) at (y + 1, x + 1); the cameras are in the rays alone."""
+        model = self.make()
+        latents, cameras = model.encode(**self.inputs([[(2, 2)]])), some_cameras(view_inputs([[(2, 3)]]))
+        decoder = model.decoder
+        rays = pluecker_rays(**cameras, grid_hw=(2, 3), patch_size=PATCH)[0]
+        tokens = torch.cat([decoder.register_tokens[0], latents[0], decoder.ray_projection(rays)])
+        prefix = len(tokens) - 6
+        places = [(0, 0)] * prefix + [(y + 1, x + 1) for y in range(2) for x in range(3)]
+        rotary = RotaryEncoding.from_positions(torch.tensor(places), 16, 100.0)
+        for layer in decoder.layers:
+            tokens = layer(tokens, Segments.within([len(tokens)]), rotary)
+        field = model.decode(latents, **cameras, view_grid_hw=[(2, 3)], views_per_scene=[1])
+        assert relative_error(field.last_hidden_state, decoder.norm(tokens)[prefix:]) <= 1e-6
 
     @torch.no_grad()
     def test_the_decoder_sees_the_same_line_through_another_camera(self):

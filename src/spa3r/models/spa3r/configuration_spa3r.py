@@ -42,9 +42,10 @@ class Spa3RConfig(PreTrainedConfig):
         targets: What the field consists of and pretraining predicts: ``"geometry"``, the backbone's features, and
             ``"semantic"``, the teacher's; one or both, in any order. What is no target has no head and no loss, and
             without ``"semantic"`` there is no teacher.
-        camera_embedding: How the decoder knows the cameras. ``"prope"``: rays in the camera's frame, and projections in
-            the attention. ``"pluecker"``: each ray's Plücker coordinates in the world, the scene's first camera
-            (:func:`spa3r.geometry.pluecker_rays`), and attention without any position: the ray says all.
+        camera_embedding: How the decoder knows the cameras. ``"prope"``: rays in the camera's frame, and projections
+            beside a rotary encoding of row and column in the attention. ``"pluecker"``: each ray's Plücker coordinates
+            in the world, the scene's first camera (:func:`spa3r.geometry.pluecker_rays`), and the encoder's rotary
+            encoding alone.
 
     Raises:
         ValueError: The values contradict one another.

@@ -174,13 +174,27 @@ class Spa3RDecoder(nn.Module):
         )
         tokens = prepend_tokens(prefix, ray_tokens, lengths)
         segments = Segments.within([prefix.shape[1] + count for count in lengths])
-        # A ray's Plücker coordinates say where it is: such tokens need no position.
-        encoding = self._encoding(extrinsics, intrinsics, layout, prefix.shape[1]) if prope else None
+        if prope:
+            encoding = self._projective_encoding(extrinsics, intrinsics, layout, prefix.shape[1])
+        else:
+            encoding = self._rotary_encoding(layout, prefix.shape[1], ray_tokens.device)
         for layer in self.layers:
             tokens = layer(tokens, segments, encoding)
         return self.norm(split_prefix(tokens, lengths, prefix.shape[1])[1])
 
-    def _encoding(
+    def _rotary_encoding(self, layout: ViewLayout, num_prefix: int, device: torch.device) -> RotaryEncoding:
+        """The encoder's. A Plücker ray says where it is in the world, not where it is in its picture."""
+        config = self.config
+        positions = prepend_tokens(
+            torch.zeros(layout.num_views, num_prefix, 2, dtype=torch.long, device=device),
+            layout.positions(device) + 1,
+            layout.patches_per_view,
+        )
+        return RotaryEncoding.from_positions(
+            positions, config.hidden_size // config.num_attention_heads, config.rope_theta
+        )
+
+    def _projective_encoding(
         self, extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout, num_prefix: int
     ) -> ProjectiveEncoding:
         """PRoPE of the ray tokens; registers and latents have no camera: identity and position 0."""
