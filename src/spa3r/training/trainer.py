@@ -111,10 +111,8 @@ class SceneLoader:
 
     def close(self) -> None:
         """End the worker processes."""
-        # By hand, since they ignore the signal by which Python would end them.
-        if self.loader._iterator is not None:
-            self.loader._iterator._shutdown_workers()
-            self.loader._iterator = None
+        _end_workers(self.loader._iterator)
+        self.loader._iterator = None
 
     @property
     def progress(self) -> float:
@@ -129,6 +127,12 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     # Ctrl-C and schedulers signal the whole group; the main process still needs its batches to end a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers(iterator: Any) -> None:
+    """By hand, since they ignore the signal by which Python would end them."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
 
 
 class _Window:
@@ -228,21 +232,21 @@ class PretrainingTrainer(Trainer):
 
     def get_train_dataloader(self) -> SceneLoader:
         """The batches of all epochs. Not prepared by accelerate, which would cut packed tensors along dimension 0."""
-        self.loader = self._make_loader(self.train_dataset)
+        options = self._loader_options()
+        self.loader = SceneLoader(self.train_dataset, persistent_workers="num_workers" in options, **options)
         return self.loader
 
-    def _make_loader(self, dataset: Any) -> SceneLoader:
-        args, workers = self.args, self.args.dataloader_num_workers
+    def _loader_options(self) -> dict[str, Any]:
+        args = self.args
         options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory and args.device.type == "cuda"}
-        if workers:
+        if args.dataloader_num_workers:
             options |= {
-                "num_workers": workers,
-                "persistent_workers": True,
+                "num_workers": args.dataloader_num_workers,
                 "prefetch_factor": args.dataloader_prefetch_factor,
                 "multiprocessing_context": args.dataloader_multiprocessing_context,
                 "worker_init_fn": _leave_signals_to_the_main_process,
             }
-        return SceneLoader(dataset, **options)
+        return options
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -252,10 +256,8 @@ class PretrainingTrainer(Trainer):
         for batch in batches:
             batch["num_patches"] = sum(self._counted_patches_per_view(batch))
             if "skipped" in batch:
-                try:
+                with _as_value_error():
                     self.skipped.add(batch)
-                except RuntimeError as error:
-                    raise ValueError(str(error)) from error
                 self._window.skipped += len(batch["skipped"])
             self._window.views += len(batch["view_grid_hw"])
         patches, stop = self._sum_over_hosts([sum(batch["num_patches"] for batch in batches), self.stop_requested])
@@ -414,7 +416,13 @@ class PretrainingTrainer(Trainer):
             raise ValueError("`eval_dataset` must hold held-out scenes to evaluate on, got None.")
         with self._window.pause():
             dataset.set_epoch(0)  # the same scenes, frames and targets every time
-            means, report = self._evaluate_scenes(DataLoader(dataset, batch_size=None))
+            # With a generator of its own, for the reason that SceneLoader gives.
+            loader = DataLoader(dataset, batch_size=None, generator=torch.Generator(), **self._loader_options())
+            batches = iter(loader)
+            try:
+                means, report = self._evaluate_scenes(batches)
+            finally:
+                _end_workers(batches)
             metrics = {"loss": sum(means.values())} | means | _numbers(_merged(self._gather_from_hosts(report)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -554,7 +562,8 @@ class PretrainingTrainer(Trainer):
         self.loader.epoch, self.loader.batch = state["epoch"], state["batch"]
         self.nonfinite_steps = state["nonfinite_steps"]
         if self.args.process_index == 0:  # they are those of all processes
-            _count_again(self.skipped, state["skipped"])
+            with _as_value_error():
+                _count_again(self.skipped, state["skipped"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Done above."""
@@ -609,6 +618,15 @@ def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
     except (RuntimeError, ValueError) as error:
         kind = type(error).__name__
         raise ValueError(str(error).rpartition(f"\n{kind}: ")[2].strip()) from error
+
+
+@contextlib.contextmanager
+def _as_value_error() -> Iterator[None]:
+    """Too much that can't be read is the user's to mend, as other values are."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _small_part(batch: Mapping[str, Any]) -> dict[str, Any]:
