@@ -338,14 +338,14 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(config, tmp_path, worke
     whole = ("pretrain", config, *fields, "--training.output_dir", tmp_path / "whole")
     run(*whole, cache=tmp_path)
     rng, kills = random.Random(workers), 0
-    for step in sorted(rng.sample(range(2, 28), 2)):
+    for step in sorted(rng.sample(range(2, 28), 1 + workers // 2)):
         process = started("pretrain", config, *fields, cache=tmp_path)
         wait_for_step(process, tmp_path / "run" / "log.jsonl", step)
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
     told = json.loads(run("pretrain", config, *fields, "--json", cache=tmp_path).stdout)
-    assert kills == 2 and told["resumed_from"] is not None and told["finished"]
+    assert kills == 1 + workers // 2 and told["resumed_from"] is not None and told["finished"]
     same_files(tmp_path / "run", tmp_path / "whole")
     same_files(tmp_path / "run" / "checkpoint-30", tmp_path / "whole" / "checkpoint-30", "optimizer.safetensors")
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("run", "whole")]
