@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from spa3r.rooms import RoomViews, camera_walk, generate_room, render
 OPENCV_FROM_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
+@cache
 def look_around(
     seed: int, frames: int = 4, size: tuple[int, int] = (56, 84), level: int = 1, zoom: bool = False
 ) -> RoomViews:

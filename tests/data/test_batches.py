@@ -448,10 +448,11 @@ def damaged(tmp_path):
 def test_one_picture_in_twenty_is_reported_and_replaced(damaged):
     broken = damage(damaged, 0.05)
     batches = SceneBatches(FolderScenes(damaged), PROCESSOR, views=(4, 4))
+    loader = DataLoader(batches, batch_size=None, num_workers=2, persistent_workers=True)
     report, seen = SkippedReport(0.05), []
     for epoch in range(6):
         batches.set_epoch(epoch)
-        for batch in DataLoader(batches, batch_size=None, num_workers=2):
+        for batch in loader:
             report.add(batch)
             seen += batch["scenes"]
             assert batch["views_per_scene"].tolist() == [4] * len(batch["scenes"])
