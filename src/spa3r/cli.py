@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -615,7 +614,7 @@ def pretrain(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Sections model, data, evaluation, training.")],
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over: delete the checkpoints and logs of the run in its folder.")
+        bool, typer.Option("--fresh", help="Start over: delete the checkpoints, model and logs of the run.")
     ] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -637,7 +636,7 @@ def pretrain(
         if not is_main_process:
             raise typer.Exit  # the first process speaks for all
         lines = [f"{result.output_dir}: {result.step} of {result.max_steps} steps"]
-        lines += [f"  {name} {value:.4g}" for name, value in result.evaluation.items()]
+        lines += [f"  {name} {value:.4g}" for name, value in result.evaluation.items() if value is not None]
         if result.skipped:
             lines.append(str(result.skipped))
         if result.nonfinite_steps:
@@ -654,7 +653,7 @@ def pretrain(
             interrupted_by=result.interrupted_by,
             resumed_from=result.resumed_from,
             checkpoint=result.checkpoint,
-            evaluation={name: value if math.isfinite(value) else None for name, value in result.evaluation.items()},
+            evaluation=result.evaluation,
             nonfinite_steps=result.nonfinite_steps,
             pictures=result.skipped.pictures_tried,
             skipped_pictures=result.skipped.pictures_bad,
