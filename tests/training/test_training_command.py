@@ -81,9 +81,12 @@ def test_trains_evaluates_and_leaves_a_model(config, source, tmp_path):
     assert resolved["data"]["cameras"] == "predicted"
     assert [line["step"] for line in read_log(out / "log.jsonl") if "eval_loss" in line] == [4, 6]
     same_files(out, out / "checkpoint-6")
-    # The resolved configuration is one itself, and says the same.
+    # The resolved configuration is one itself, and says the same. A model that a kill kept from being saved is saved.
+    (out / "model.safetensors").unlink()
     again = pretrain_json(out / "config.yaml")
     assert (again["step"], again["resumed_from"]) == (6, str(out / "checkpoint-6"))
+    assert (again["evaluation"], again["pictures"]) == (told["evaluation"], told["pictures"])
+    same_files(out, out / "checkpoint-6")
 
 
 def test_tensorboard_has_every_term_and_a_resumed_run_hides_what_it_repeats(config, tmp_path):

@@ -22,7 +22,7 @@ from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
 from spa3r.training.arguments import PretrainingArguments
 from spa3r.training.checkpoints import LAST_FILE, checkpoints_in, publish, remove_unfinished, writing_into
 from spa3r.training.config import ModelSection, PretrainingConfig, _yaml, changes
-from spa3r.training.logs import JsonLinesCallback
+from spa3r.training.logs import JsonLinesCallback, read_log
 from spa3r.training.trainer import PretrainingTrainer
 
 CONFIG_FILE = "config.yaml"
@@ -40,7 +40,7 @@ class PretrainingResult:
         resumed_from: The checkpoint that the run went on from, or None.
         checkpoint: The last checkpoint.
         interrupted_by: Name of the signal that ended the run early, or None.
-        evaluation: The last evaluation's numbers by name.
+        evaluation: The last evaluation's numbers by name; None where there is no number.
         nonfinite_steps: Steps that were dropped.
         skipped: Pictures and scenes that could not be read, by all processes.
     """
@@ -51,7 +51,7 @@ class PretrainingResult:
     resumed_from: str | None = None
     checkpoint: str | None = None
     interrupted_by: str | None = None
-    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float | None] = field(default_factory=dict)
     nonfinite_steps: int = 0
     skipped: SkippedReport = field(default_factory=SkippedReport)
 
@@ -76,7 +76,7 @@ def pretrain(
 
     Args:
         config: The configuration.
-        fresh: Start over: delete the checkpoints and logs in ``training.output_dir``.
+        fresh: Start over: delete the checkpoints, model and logs in ``training.output_dir``.
         callbacks: More callbacks for the trainer.
         note: Called in the main process with what the user should know.
         progress: Called in the main process with a line for every entry of the log.
@@ -106,8 +106,6 @@ def pretrain(
     )
     step = _step_of(checkpoint)
     _continue_tensorboard(trainer, output_dir, step)
-    last_evaluation = _KeepLastEvaluation()
-    trainer.add_callback(last_evaluation)
     if args.process_index == 0:
         trainer.add_callback(_ProgressLines(progress))
 
@@ -116,8 +114,10 @@ def pretrain(
         with _stopping_on_signals(trainer, signals, note):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         step = trainer.state.global_step
-        if step >= args.max_steps:
-            trainer.save_model()
+    elif not trainer.is_sharded:  # all steps are done, but perhaps a kill came before the model was saved
+        trainer.restore(_best_of(checkpoint) if args.load_best_model_at_end else checkpoint)
+    if step >= args.max_steps:
+        trainer.save_model()
     skipped = trainer.skipped_by_all()
     last = next(iter(reversed(checkpoints_in(output_dir))), None)
     return PretrainingResult(
@@ -127,7 +127,7 @@ def pretrain(
         resumed_from=None if checkpoint is None else str(checkpoint),
         checkpoint=None if last is None else str(last),
         interrupted_by=signals[0] if signals and step < args.max_steps else None,
-        evaluation=last_evaluation.metrics,
+        evaluation=_last_evaluation(output_dir),
         nonfinite_steps=trainer.nonfinite_steps,
         skipped=skipped,
     )
@@ -237,7 +237,7 @@ def _prepare_folder(config: PretrainingConfig, output_dir: Path, fresh: bool, no
     if fresh:
         for folder in [*output_dir.glob("checkpoint-*"), output_dir / TENSORBOARD]:
             shutil.rmtree(folder, ignore_errors=True)
-        for name in (CONFIG_FILE, JsonLinesCallback.FILE):
+        for name in (CONFIG_FILE, JsonLinesCallback.FILE, "model.safetensors"):
             (output_dir / name).unlink(missing_ok=True)
     if remove_unfinished(output_dir):
         note("an unfinished checkpoint of a killed run was removed")
@@ -255,9 +255,11 @@ def _prepare_folder(config: PretrainingConfig, output_dir: Path, fresh: bool, no
 
 
 def _step_of(checkpoint: Path | None) -> int:
-    if checkpoint is None:
-        return 0
-    return TrainerState.load_from_json(str(checkpoint / LAST_FILE)).global_step
+    return 0 if checkpoint is None else TrainerState.load_from_json(str(checkpoint / LAST_FILE)).global_step
+
+
+def _best_of(checkpoint: Path) -> Path:
+    return Path(TrainerState.load_from_json(str(checkpoint / LAST_FILE)).best_model_checkpoint or checkpoint)
 
 
 def _require_tensorboard(config: PretrainingConfig) -> None:
@@ -282,12 +284,10 @@ def _continue_tensorboard(trainer: PretrainingTrainer, output_dir: Path, step: i
     trainer.add_callback(TensorBoardCallback(writer))
 
 
-class _KeepLastEvaluation(TrainerCallback):
-    def __init__(self):
-        self.metrics: dict[str, float] = {}
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self.metrics = {key: value for key, value in (metrics or {}).items() if key != "epoch"}
+def _last_evaluation(output_dir: Path) -> dict[str, float | None]:
+    file = output_dir / JsonLinesCallback.FILE
+    evaluations = [line for line in read_log(file) if "eval_loss" in line] if file.exists() else []
+    return {key: value for key, value in (evaluations or [{}])[-1].items() if key.startswith("eval_")}
 
 
 class _ProgressLines(TrainerCallback):

@@ -480,7 +480,8 @@ class PretrainingTrainer(Trainer):
             dist.barrier(group=self._host_group)
 
     @property
-    def _is_sharded(self) -> bool:
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed holds the model, and writes and reads its checkpoints."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -501,7 +502,7 @@ class PretrainingTrainer(Trainer):
         (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._is_sharded:  # accelerate's and DeepSpeed's own formats
+        if self.is_sharded:  # accelerate's and DeepSpeed's own formats
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
             save_state(self.optimizer.state_dict(), Path(output_dir) / OPTIMIZER_FILE)
@@ -518,7 +519,7 @@ class PretrainingTrainer(Trainer):
         state = {
             "processes": self.accelerator.num_processes,
             "random": random_states,
-            "scheduler": None if self._is_sharded else self.lr_scheduler.state_dict(),
+            "scheduler": None if self.is_sharded else self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "epoch": self.loader.epoch,
             "batch": self.loader.batch,
@@ -528,7 +529,7 @@ class PretrainingTrainer(Trainer):
         save_state(state, Path(output_dir) / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_sharded:
+        if self.is_sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
@@ -552,7 +553,7 @@ class PretrainingTrainer(Trainer):
                 f"{self.accelerator.num_processes}: it could not go on with the same data. Start as many, or begin a "
                 "new run from its weights (`model.init_from` in a configuration file)."
             )
-        if self._is_sharded:
+        if self.is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
             self.optimizer.load_state_dict(load_state(Path(checkpoint) / OPTIMIZER_FILE))
@@ -560,10 +561,18 @@ class PretrainingTrainer(Trainer):
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.loader.epoch, self.loader.batch = state["epoch"], state["batch"]
+        self._restore_counts(state)
+
+    def _restore_counts(self, state: dict[str, Any]) -> None:
         self.nonfinite_steps = state["nonfinite_steps"]
         if self.args.process_index == 0:  # they are those of all processes
             with _as_value_error():
                 _count_again(self.skipped, state["skipped"])
+
+    def restore(self, checkpoint: str | Path) -> None:
+        """Take the weights of a checkpoint, and what its run has counted, without training."""
+        self._load_from_checkpoint(str(checkpoint))
+        self._restore_counts(load_state(Path(checkpoint) / STATE_FILE))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Done above."""
@@ -585,7 +594,7 @@ class PretrainingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers' ``save_model``; every file appears whole."""
-        if _internal_call or self._is_sharded:
+        if _internal_call or self.is_sharded:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             place = Path(output_dir or self.args.output_dir)
