@@ -320,6 +320,7 @@ class TestSeparateMasking(TestSpa3RForPreTraining):
 
 class TestGeometryAlone(PreTrainingTests):
     fields = {"targets": ["geometry"], "semantic_teacher_config": None}
+    half_tolerance = {torch.bfloat16: 0.03, torch.float16: 0.006}  # other random numbers; the probe's depth is worst
 
 
 class TestSemanticAlone(PreTrainingTests):

@@ -10,7 +10,7 @@ from functools import cached_property
 import pytest
 import torch
 from media import noise, user
-from tiny import alive, relative_error, spa3r_config, vggt_config
+from tiny import alive, realigned, relative_error, spa3r_config, vggt_config
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -165,7 +165,7 @@ def test_untouched_it_is_the_plain_vlm_to_the_bit(couple, tmp_path):
     again = couple.inputs_of(couple.conversations, processor)
     assert again.keys() == couple.batch.keys()
     assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(couple.batch[key])) for key in again)
-    assert torch.equal(loaded(**again).logits, logits)
+    assert torch.equal(realigned(loaded)(**again).logits, logits)
 
     half = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.adapter.parameters()} == {torch.bfloat16} == {p.dtype for p in half.vlm.parameters()}
