@@ -93,7 +93,9 @@ def test_every_python_block_is_found():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
 def test_example_runs(example, calm, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(example), *(["--steps", "2"] if example.stem == "train_step" else [])])
+    steps = ["--steps", "2"] if "--steps" in example.read_text(encoding="utf-8") else []
+    monkeypatch.setattr(sys, "argv", [str(example), *steps])
+    monkeypatch.syspath_prepend(example.parent)  # as Python does for a script
     runpy.run_path(str(example), run_name="__main__")
     output = capsys.readouterr().out
     assert output.strip()

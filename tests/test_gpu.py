@@ -95,3 +95,43 @@ def test_a_pretraining_step_never_waits(back_end):
         model(**inputs).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def bfloat16_step(device: str, back_end: str, half: bool) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of a step as `spa3r pretrain` takes it: frozen parts in bfloat16, the rest under autocast."""
+    torch.manual_seed(0)
+    model, inputs = pretraining(back_end, device)
+    if half:
+        for frozen in model.frozen_modules().values():
+            frozen.to(torch.bfloat16)
+    with torch.autocast(device, torch.bfloat16, enabled=half):
+        loss = model.train()(**inputs).loss
+    loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {p.grad.dtype for p in trained} == {torch.float32}
+    return loss.item(), torch.cat([p.grad.flatten() for p in trained])
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_a_bfloat16_pretraining_step_is_finite_and_close_to_float32(back_end):
+    (exact, reference), (loss, gradient) = (bfloat16_step("cuda", back_end, half) for half in (False, True))
+    assert gradient.isfinite().all()
+    assert loss == pytest.approx(exact, rel=2e-2)
+    assert torch.nn.functional.cosine_similarity(gradient, reference, dim=0) >= 0.98
+
+
+def test_gradient_checkpointing_takes_less_memory_and_changes_nothing():
+    peaks, gradients = [], []
+    for checkpointing in (False, True):
+        model, _ = pretraining("sdpa")
+        inputs = view_inputs([[(16, 16)] * 8] * 4, [[0, 1] * 4] * 4)
+        inputs["view_pixel_values"] = inputs["view_pixel_values"].cuda()
+        if checkpointing:
+            model.train().gradient_checkpointing_enable()
+        loss = model.train()(**inputs).loss
+        peaks.append(torch.cuda.memory_allocated())
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        del model, loss
+    assert relative_error(gradients[1], gradients[0]) <= 1e-4
+    assert peaks[1] < 0.8 * peaks[0]

@@ -121,18 +121,22 @@ def config(tmp_path_factory) -> Path:
     return file
 
 
-def start(launcher: str, config: Path, run: str, *options: str, pictures: int = 4, **training) -> subprocess.Popen:
+def start(
+    launcher: str, config: Path, run: str, *options: str, pictures: int = 4, on_cpu: bool = True, **training
+) -> subprocess.Popen:
     """A launched training; for what accelerate doesn't do on a CPU by itself, by way of `cpu_launch.py`."""
     is_sharded = launcher in ("fsdp2", "zero2")
-    program = [str(TESTS / "cpu_launch.py")] if is_sharded else ["-m", "spa3r"]
-    training = {"output_dir": config.parent / run, "use_cpu": not is_sharded} | training
+    program = [str(TESTS / "cpu_launch.py")] if on_cpu and is_sharded else ["-m", "spa3r"]
+    training = {"output_dir": config.parent / run, "use_cpu": on_cpu and not is_sharded} | training
     overrides = [f"--training.{name}={value}" for name, value in training.items()]
     overrides.append(f"--data.pictures_per_device={pictures}")
     python = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{launcher}.yaml")]
-    cpu = {"DS_ACCELERATOR": "cpu"} if is_sharded else {"ACCELERATE_USE_CPU": "true"}
+    variables = {"CUDA_VISIBLE_DEVICES": ""} | (
+        {"DS_ACCELERATOR": "cpu"} if is_sharded else {"ACCELERATE_USE_CPU": "true"}
+    )
     return subprocess.Popen(
         [*python, *options, *program, "pretrain", str(config), "--json", *overrides],
-        env=environment(config.parent, CUDA_VISIBLE_DEVICES="", **cpu),
+        env=environment(config.parent, **(variables if on_cpu else {})),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -140,7 +144,7 @@ def start(launcher: str, config: Path, run: str, *options: str, pictures: int = 
 
 
 def finish(process: subprocess.Popen) -> str:
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.communicate(timeout=900)  # many processes on few cores
     assert process.returncode == 0, errors
     return out
 
@@ -217,3 +221,19 @@ def test_zero2(config, one_process):
     options = ("--num_processes", "2", "--mixed_precision", "no")
     finish(start("zero2", config, "zero2", *options))
     assert_same_training(config, "zero2", one_process, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("launcher", "devices"),
+    [("one_gpu", 1), ("ddp", 2), ("fsdp2", 2), pytest.param("zero2", 2, marks=needs_deepspeed)],
+)
+def test_on_gpus_in_bfloat16(config, one_process, launcher, devices):
+    """As launched by users: close to the float32 training on the CPU, and its memory is logged."""
+    if torch.cuda.device_count() < devices:
+        pytest.skip(f"needs {devices} CUDA devices")
+    run, options = f"{launcher}-gpu", ("--num_processes", str(devices))
+    finish(start(launcher, config, run, *options, pictures=8 // devices, on_cpu=False, bf16="true"))
+    assert losses(config, run) == pytest.approx(losses(config, one_process), rel=2e-2)
+    assert all(line["memory_gib"] > 0 for line in read_log(config.parent / run / "log.jsonl") if "grad_norm" in line)
+    Spa3RForPreTraining.from_pretrained(config.parent / run)
