@@ -1,7 +1,7 @@
 """Ask a Spa3-VLM about photos of a place.
 
-Without photos it looks at a rendered room, without --model it asks the embedded model, which is untrained: its answer
-means nothing.
+Without photos it looks at a rendered room, without --model it asks the embedded model, whose VLM is untrained: its
+answer means nothing.
 
     python ask_photos.py --model path/to/spa3-vlm kitchen_1.jpg kitchen_2.jpg --question "How many chairs are there?"
 """
@@ -37,7 +37,7 @@ def main() -> None:
     answer = processor.decode(words[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     print(f"{len(photos)} photos. {args.question}\n{answer}")
     if not args.model:
-        print("(The embedded model is untrained: its answer means nothing.)")
+        print("(The embedded VLM is untrained: its answer means nothing.)")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def test_ask_prints_the_answer_and_says_that_it_is_untrained(scene):
     result = run("ask", scene / "view2.png", QUESTION, "--max-new-tokens", 4)
     assert result.stdout.strip()
-    assert "note: the embedded model is untrained" in result.stderr
+    assert "note: the embedded VLM is untrained" in result.stderr
 
 
 def test_ask_takes_a_folder_a_video_and_a_picture_together(scene, tmp_path):
@@ -172,8 +172,8 @@ def test_encode_a_scene(scene, tmp_path):
     file = tmp_path / "out" / "room.safetensors"
     report = run_json("encode", scene, "--output", file, "--num-frames", 3)
     latents = load_file(file)["latents"]
-    assert report["output"] == str(file) and report["untrained"] is True
-    assert report["latents_shape"] == list(latents.shape) == [1, 32, 96]
+    assert report["output"] == str(file) and "untrained" not in report
+    assert report["latents_shape"] == list(latents.shape) == [1, 64, 128]
     assert report["num_views"] == len(report["views"]) == 5
     with safe_open(file, framework="pt") as content:
         about = content.metadata()
@@ -400,7 +400,7 @@ def test_demo_shows_everything(tmp_path):
         assert min(pixels.shape[:2]) > 300 and pixels.std() > 20
     assert len(list(Path(report["photos"]).glob("*.png"))) == 5
     text = run(*arguments).stdout
-    assert ("untrained (random weights)" in text) == report["untrained"] and "cameras: given" in text
+    assert "VLM is untrained" in text and "trained on rendered rooms" in text and "cameras: given" in text
     mean, error = (field["rows"]["nearest_view"]["geometry_cosine"][key] for key in ("mean", "standard_error"))
     assert f"| nearest context view    | {mean:.3f} ± {error:.3f}" in text
     assert cli._printable(report["answer"]) in text
@@ -478,9 +478,7 @@ def test_the_installed_command_prints_json_alone(scene):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"TERM": "dumb"})
     answer = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
-    assert (
-        done.stderr == "note: the embedded model is untrained (random weights): its answers and features mean nothing\n"
-    )
+    assert done.stderr == "note: the embedded VLM is untrained (random weights): its answers mean nothing\n"
     assert answer["answer"] == run_json("ask", scene, QUESTION, "--max-new-tokens", 6)["answer"]
 
 

@@ -1,4 +1,4 @@
-"""What the steps of the rooms recipe share: the rendered rooms in memory, batches of them, and the loop around a step."""
+"""What the steps of the rooms recipe share: rendered rooms in memory, batches of them, the loop around a step."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RoomScenes:
         return cls(seeds, *(np.stack([getattr(view, name) for view in views]) for name in names))
 
     def draw(self, rng: np.random.Generator, scenes: int, views: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rooms (scenes,) and frames (scenes, views): a stretch of each walk in steps of one length, either way round."""
+        """Rooms (scenes,) and frames (scenes, views): a stretch of each walk in equal steps, either way round."""
         rooms = rng.choice(len(self.seeds), scenes, replace=False)
         frames = []
         for _ in range(scenes):

@@ -10,7 +10,7 @@ from common import FIRST_HELD_OUT
 
 from spa3r import Spa3RForPreTraining, Spa3RImageProcessor
 from spa3r.data import RoomScenes, SceneBatches
-from spa3r.evaluation import evaluate_field
+from spa3r.evaluation import FieldReport, evaluate_field
 
 
 def main() -> None:
@@ -24,16 +24,29 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{platform.machine()} CPU, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch "
           f"{torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
-    print(f"{args.rooms} unseen rooms of level {args.level}, {args.views} views, half of them targets; cameras given\n")
-    for folder in args.models:
-        model = Spa3RForPreTraining.from_pretrained(folder, dtype="float32")
-        source = RoomScenes(args.level, first_seed=FIRST_HELD_OUT + 1000, num_rooms=args.rooms, stride=(2, 2))
+    print(f"{args.rooms} unseen rooms of level {args.level}, {args.views} views, half of them targets\n")
+
+    def measure(folder: Path, cameras: str) -> FieldReport:
+        rooms = RoomScenes(args.level, first_seed=FIRST_HELD_OUT + 1000, num_rooms=args.rooms, stride=(2, 2))
         processor = Spa3RImageProcessor(size=112)
         batches = SceneBatches(
-            source, processor, views=(args.views,) * 2, pictures_per_batch=args.views, cameras="given", seed=0
+            rooms, processor, views=(args.views,) * 2, pictures_per_batch=args.views, cameras=cameras, seed=0
         )
-        report = evaluate_field(model, batches)
-        print(f"{folder.name}\n{report.table()}\n", flush=True)
+        report = evaluate_field(Spa3RForPreTraining.from_pretrained(folder, dtype="float32"), batches)
+        print(f"{folder.name}, cameras {cameras}\n{report.table()}\n", flush=True)
+        return report
+
+    reports = [measure(folder, "given") for folder in args.models]
+    print(f"cosine over {len(reports)} training seeds: mean (lowest to highest)")
+    for target in ("geometry", "semantic"):
+        key = f"{target}_cosine"
+        rows = {name: [report.rows[name][key].mean for report in reports] for name in reports[0].rows}
+        rows["gap closed"] = [report.gap_closed[key] for report in reports]
+        for name, values in rows.items():
+            spread = f"({min(values):.3f} to {max(values):.3f})"
+            print(f"  {target:<9} {name:<17} {sum(values) / len(values):6.3f} {spread}")
+    print()
+    measure(args.models[0], "predicted")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def main() -> None:
     model = Spa3RForPreTraining.from_pretrained(args.model, dtype="float32")
     for part in ("backbone", "semantic_teacher"):
         setattr(model.config, f"{part}_name_or_path", None)
+        getattr(model.config, f"{part}_config").name_or_path = ""  # a folder of whoever ran this
     state = {key: tensor.to(torch.float16) for key, tensor in model.state_dict().items()}
     model.save_pretrained(args.output, state_dict=state)
     Spa3RImageProcessor(size=112).save_pretrained(args.output)

@@ -1,8 +1,8 @@
 """Step 1 of the rooms recipe: render rooms to a folder per scene, with their cameras and their truth.
 
 Every scene is a folder that `spa3r pretrain` reads (pictures and a `cameras.json`), and holds beside them what only the
-backbone and the teacher are trained on: `truth.npz` with `depth` (V, H, W) float16, metres, and `instance_ids` (V, H, W)
-uint8. A scene that is there already is left alone, so the program can be stopped and started again.
+backbone and the teacher are trained on: `truth.npz` with `depth` (V, H, W) float16, metres, and `instance_ids`
+(V, H, W) uint8. A scene that is there already is left alone, so the program can be stopped and started again.
 """
 
 import argparse

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from spa3r import __version__
+from spa3r.checkpoints import EMBEDDED
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RForPreTrainingOutput, Spa3RModel
     from spa3r.rooms import RoomViews
 
-EMBEDDED = "embedded"
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".heic", ".heif", ".avif"}
 PACKAGES = (
@@ -51,7 +51,7 @@ DEMO_QUESTION = "How many chairs are in the room?"
 app = typer.Typer(
     name="spa3r",
     help="Spatial representations from unposed photos, and vision-language models that see space.",
-    epilog="Without --model a tiny embedded model runs. It is untrained: it shows that everything works, no more.",
+    epilog="Without --model a small embedded model runs: a Spa3R trained on rendered rooms, and an untrained VLM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -359,7 +359,7 @@ def ask(
         with report.status(f"Loading {model}"):
             vlm, processor = _load_vlm(model, device, dtype, attention)
         if model == EMBEDDED:
-            report.note(_untrained_note())
+            report.note(_embedded_notes()[0])
         processor.images = images.value
         with report.status(f"Looking at {_plural(len(views), 'view')}"):
             answer = _answer(vlm, processor, views, question, max_new_tokens)
@@ -374,10 +374,11 @@ def ask(
         )
 
 
-def _untrained_note() -> str:
-    from spa3r.embedded import UNTRAINED_NOTE
+def _embedded_notes() -> tuple[str, str]:
+    """What is to be said of the embedded VLM's answers and of the embedded Spa3R's latents."""
+    from spa3r.embedded import ROOMS_NOTE, UNTRAINED_NOTE
 
-    return UNTRAINED_NOTE
+    return UNTRAINED_NOTE, ROOMS_NOTE
 
 
 def _answer(
@@ -427,7 +428,7 @@ def encode(
     """Encode photos of a scene, or of many, into latents: a safetensors file of (1, L, D) for each scene."""
     with _reporting(as_json, verbose) as report:
         if model == EMBEDDED:
-            report.note(_untrained_note())
+            report.note(_embedded_notes()[1])
 
         def load() -> tuple[Spa3RModel, Spa3RImageProcessor]:
             with report.status(f"Loading {model}"):
@@ -454,7 +455,6 @@ def encode(
             latents_shape=shape,
             views=names,
             num_views=len(names),
-            untrained=model == EMBEDDED,
         )
 
 
@@ -500,7 +500,6 @@ def _encode_many(
         encoded=encoded,
         skipped=skipped,
         failed=failed,
-        untrained=model == EMBEDDED,
     )
 
 
@@ -814,7 +813,7 @@ def demo(
     with _reporting(as_json, verbose) as report:
         import PIL.Image
 
-        from spa3r.embedded import UNTRAINED_NOTE, embedded_model, embedded_spa3r
+        from spa3r.embedded import embedded_model, embedded_spa3r
         from spa3r.visualization import contact_sheet, field_figure
 
         photos = output / "photos"
@@ -822,7 +821,7 @@ def demo(
         with report.status("Making the models"):
             vlm, vlm_processor = embedded_model()
             model, processor = embedded_spa3r()
-        note = "" if model.config.name_or_path else UNTRAINED_NOTE  # random weights come from nowhere
+        vlm_note, spa3r_note = _embedded_notes()
         first = FIRST_UNSEEN_ROOM + seed
         with report.status("Rendering the room, and another one"):
             rooms = [_look_around(room, level, views, processor.size) for room in (first, first + 1)]
@@ -851,15 +850,14 @@ def demo(
                 inputs["view_grid_hw"],
                 list(rooms[0].depth),
                 title="Feature field of held-out views of an unseen room (cameras: given)",
-                note=note[:1].upper() + note[1:],
             )
             figure.savefig(files[1])
         rows = {
             "room": f"seed {first}, level {level}; {views} views, {len(held_out)} of them held out; cameras: given",
-            "spa3r": note or "trained on other rooms",
+            "model": f"{spa3r_note}; {vlm_note}",
             "latents": f"{' x '.join(map(str, predicted.latents.shape))}, of {_plural(len(context), 'context view')}",
             "question": DEMO_QUESTION,
-            "answer": f"{_printable(answer)} (an untrained VLM's: it means nothing)",
+            "answer": _printable(answer),
             "pictures": ", ".join(map(str, files)),
             "photos": str(photos),
             "field": f"features predicted of the held-out views of this room and of room {first + 1}:",
@@ -872,7 +870,6 @@ def demo(
             num_views=views,
             held_out=held_out,
             cameras="given",
-            untrained=bool(note),
             question=DEMO_QUESTION,
             answer=answer,
             answer_untrained=True,

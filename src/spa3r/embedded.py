@@ -1,7 +1,8 @@
-"""The embedded model: a tiny Spa3-VLM made in code, so that every command and example runs without a download.
+"""The embedded model: a small Spa3-VLM, so that every command and example runs without a download.
 
-It has all parts of a large one: a VLM shaped like Qwen2.5-VL with its real processor, a Spa3R with cameras and depth,
-and the adapter between them. It is untrained: its weights are random numbers of a fixed seed.
+It has all parts of a large one. Its Spa3R comes with the package and is trained on the rooms (``examples/rooms``). The
+VLM, shaped like Qwen2.5-VL with its real processor, and the adapter are made in code and untrained: random numbers of a
+fixed seed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForImageTextToText,
-    DINOv3ViTConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
@@ -20,16 +20,15 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from spa3r.checkpoints import EMBEDDED
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
-from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RModel
 
-EMBEDDED = "embedded"
-"""The name that commands take for it in place of a folder or hub id."""
+UNTRAINED_NOTE = "the embedded VLM is untrained (random weights): its answers mean nothing"
 
-UNTRAINED_NOTE = "the embedded model is untrained (random weights): its answers and features mean nothing"
+ROOMS_NOTE = "the embedded Spa3R was trained on rendered rooms only: it knows no photographs"
 
 VIEW_SIZE = 112
 """Pixels a side of a view: 8 x 8 patches."""
@@ -167,40 +166,12 @@ def _vlm_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
-def _spa3r_config() -> Spa3RConfig:
-    # Weights and residual factors of usual size would leave so narrow a model all but blind to its input.
-    return Spa3RConfig(
-        backbone_config={
-            "image_size": VIEW_SIZE,
-            "hidden_size": 64,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 4,
-            "patch_embedding_num_layers": 2,
-            "patch_embedding_num_heads": 4,
-            "heads": ["camera", "depth"],
-            "camera_num_layers": 2,
-            "camera_num_heads": 4,
-            "dpt_layers": [0, 1, 2, 3],
-            "dpt_channels": [16, 16, 32, 32],
-            "dpt_features": 32,
-            "layer_scale_init": 0.5,
-            "initializer_range": 0.1,
-        },
-        hidden_size=96,
-        num_attention_heads=4,
-        num_encoder_layers=3,
-        num_decoder_layers=3,
-        num_latents=32,
-        semantic_hidden_size=64,
-        initializer_range=0.1,
-    )
-
-
 def embedded_model(seed: int = 0) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
     """The embedded model and its processor, on the CPU in float32.
 
     Args:
-        seed: Seed of the weights. Equal seeds give equal weights; the global generator is left alone.
+        seed: Seed of the untrained weights, those of the VLM and the adapter. Equal seeds give equal weights; the
+            global generator is left alone.
 
     Returns:
         The model, in eval mode, and the processor; its views are 112 pixels wide.
@@ -210,24 +181,18 @@ def embedded_model(seed: int = 0) -> tuple[Spa3VLMForConditionalGeneration, Spa3
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         vlm = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-        spa3r = Spa3RModel(_spa3r_config())
+        spa3r = Spa3RModel.from_pretrained(EMBEDDED)
         model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r, initializer_range=0.1)
         # A fresh adapter is the identity; here the scene shall have a say.
         model.adapter.bottleneck.fc2.weight.normal_(std=0.1)
-    processor = Spa3VLMProcessor(
-        vlm_processor, Spa3RImageProcessor(size=VIEW_SIZE), image_token_id=config.image_token_id
-    )
-    return model, processor
+    views = Spa3RImageProcessor.from_pretrained(EMBEDDED)
+    return model, Spa3VLMProcessor(vlm_processor, views, image_token_id=config.image_token_id)
 
 
 def embedded_spa3r() -> tuple[Spa3RForPreTraining, Spa3RImageProcessor]:
-    """A Spa3R that predicts features and knows the true ones, on the CPU in float32; its views are 112 pixels wide.
+    """The Spa3R in the package with its semantic teacher, on the CPU in float32: trained on rooms of level 0.
 
     Returns:
-        The model, in eval mode, and its image processor.
+        The model, in eval mode, and its image processor; its views are 112 pixels wide.
     """
-    teacher = DINOv3ViTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Spa3RForPreTraining(Spa3RConfig(**(_spa3r_config().to_dict() | {"semantic_teacher_config": teacher})))
-    return model.eval(), Spa3RImageProcessor(size=VIEW_SIZE)
+    return Spa3RForPreTraining.from_pretrained(EMBEDDED), Spa3RImageProcessor.from_pretrained(EMBEDDED)

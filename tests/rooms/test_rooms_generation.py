@@ -42,6 +42,8 @@ def test_levels_differ_and_grow():
     assert counts == sorted(counts) and counts[-1] > 2 * counts[0]
     plain = [{finish.pattern for room in of_level for finish in room.walls} for of_level in rooms]
     assert plain[0] == plain[1] == {"plain"} and len(plain[3]) >= 4
+    walls = [{tuple(finish.rgb for finish in room.walls) for room in of_level} for of_level in rooms]
+    assert len(walls[0]) == 1 and all(len(drawn) > 5 for drawn in walls[1:])
     assert len({room.floor for room in rooms[0]}) == 1 and len({room.floor for room in rooms[3]}) >= 5
     aspects = [max(room.size[0] / room.size[1] for room in of_level) for of_level in rooms]
     assert aspects[3] > aspects[0]

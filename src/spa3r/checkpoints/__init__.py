@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 EMBEDDED = "embedded"
-"""The name that commands and ``from_pretrained`` take for the checkpoint in the package, in place of a folder or hub id."""
+"""What commands and ``from_pretrained`` call the checkpoint in the package, in place of a folder or hub id."""
 
 FOLDERS = {EMBEDDED: Path(__file__).parent / "rooms"}
 
