@@ -138,7 +138,7 @@ LEVELS: tuple[RoomLevel, ...] = (
         field_of_view=(60.0, 90.0),
     ),
 )
-"""Levels 0 (one camera height, yaw only, plain colours, the same walls, few objects) to 3 (many objects, all varies)."""
+"""Levels 0 (one camera height, yaw only, plain colours, the same walls, few objects) to 3 (all varies, many)."""
 
 
 def resolve_level(level: int | RoomLevel) -> RoomLevel:
