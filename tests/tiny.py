@@ -134,10 +134,10 @@ def assert_close(ours: dict, reference: dict, tolerance: float) -> None:
     assert not {key: error for key, error in errors.items() if not error <= tolerance}, errors
 
 
-def realigned(model: nn.Module) -> nn.Module:
-    """The same weights where a fresh model's lie: files are mapped into memory as they are, and there are CPUs whose
-    kernels sum in another order when a tensor begins elsewhere."""
-    return copy.deepcopy(model)
+def realigned(anything):
+    """The same model or tensors where fresh ones lie: files are mapped into memory as they are, and there are CPUs
+    whose kernels sum in another order when a tensor begins elsewhere."""
+    return copy.deepcopy(anything)
 
 
 def back_ends_in_use(model: nn.Module) -> dict[str, set[str]]:

@@ -165,6 +165,7 @@ def test_untouched_it_is_the_plain_vlm_to_the_bit(couple, tmp_path):
     again = couple.inputs_of(couple.conversations, processor)
     assert again.keys() == couple.batch.keys()
     assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(couple.batch[key])) for key in again)
+    again = realigned(again)
     assert torch.equal(realigned(loaded)(**again).logits, logits)
 
     half = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
