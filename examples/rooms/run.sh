@@ -13,5 +13,5 @@ for seed in 0 1 2; do
   "$python" -m spa3r pretrain "$here/pretrain.yaml" --training.seed "$seed" --data.seed "$seed" \
     --training.output_dir "rooms_run/spa3r-$seed"
 done
-"$python" "$here/evaluate.py" rooms_run/spa3r-{0,1,2}
+"$python" "$here/evaluate.py" rooms_run/spa3r-{0,1,2} | tee rooms_run/metrics.txt
 "$python" "$here/package.py" rooms_run/spa3r-0
