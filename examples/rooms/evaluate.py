@@ -42,9 +42,10 @@ def main() -> None:
         key = f"{target}_cosine"
         rows = {name: [report.rows[name][key].mean for report in reports] for name in reports[0].rows}
         rows["gap closed"] = [report.gap_closed[key] for report in reports]
+        rows["from the shuffles too"] = [report.gap_closed_from_shuffles[key] for report in reports]
         for name, values in rows.items():
             spread = f"({min(values):.3f} to {max(values):.3f})"
-            print(f"  {target:<9} {name:<17} {sum(values) / len(values):6.3f} {spread}")
+            print(f"  {target:<9} {name:<21} {sum(values) / len(values):6.3f} {spread}")
     print()
     measure(args.models[0], "predicted")
 

@@ -7,8 +7,8 @@ python=${PYTHON:-python}
 threads=${THREADS:-2}
 
 "$python" "$here/render.py" rooms_data --rooms 5000
-[[ -d rooms_run/vggt ]] || "$python" "$here/train_vggt.py" rooms_data rooms_run --threads "$threads"
-[[ -d rooms_run/teacher ]] || "$python" "$here/train_teacher.py" rooms_data rooms_run --threads "$threads"
+[[ -f rooms_run/vggt/model.safetensors ]] || "$python" "$here/train_vggt.py" rooms_data rooms_run --threads "$threads"
+[[ -f rooms_run/teacher/model.safetensors ]] || "$python" "$here/train_teacher.py" rooms_data rooms_run --threads "$threads"
 for seed in 0 1 2; do
   "$python" -m spa3r pretrain "$here/pretrain.yaml" --training.seed "$seed" --data.seed "$seed" \
     --training.output_dir "rooms_run/spa3r-$seed"

@@ -636,8 +636,9 @@ def pretrain(
             raise typer.Exit  # the first process speaks for all
         lines = [f"{result.output_dir}: {result.step} of {result.max_steps} steps"]
         lines += [f"  {name} {value:.4g}" for name, value in result.evaluation.items() if value is not None]
-        if result.skipped:
-            lines.append(str(result.skipped))
+        lines.append(str(result.skipped))
+        if result.held_out_skipped.entries():
+            lines.append(f"Of the held-out scenes: {result.held_out_skipped}")
         if result.nonfinite_steps:
             lines.append(f"{_plural(result.nonfinite_steps, 'step')} dropped, their gradient was not finite")
         if not result.is_finished:
@@ -657,6 +658,7 @@ def pretrain(
             pictures=result.skipped.pictures_tried,
             skipped_pictures=result.skipped.pictures_bad,
             skipped=result.skipped.entries(),
+            held_out_skipped=result.held_out_skipped.entries(),
         )
 
 

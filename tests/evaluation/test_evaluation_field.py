@@ -169,6 +169,9 @@ def test_gap_closed_is_counted_from_the_best_baseline():
     assert report.gap_closed == pytest.approx(
         {"geometry_cosine": 0.75, "geometry_error": 0.25, "semantic_cosine": -0.25}
     )
+    assert report.gap_closed_from_shuffles == pytest.approx(
+        {"geometry_cosine": 0.5, "geometry_error": -2.0, "semantic_cosine": -4.0}
+    )
     better = {"nearest_view": {"geometry_cosine": 0.8, "geometry_error": 0.35, "semantic_cosine": 1.0}}
     report = made_report(**{name: {k: m.mean for k, m in row.items()} for name, row in report.rows.items()} | better)
     assert report.gap_closed["geometry_cosine"] == pytest.approx(0.5)
@@ -196,7 +199,7 @@ def test_a_perfect_predictor_closes_the_gap(batch):
     assert row == pytest.approx({m: float(m.endswith("cosine")) for m in METRICS}, abs=1e-6)
     assert report.gap_closed == pytest.approx(dict.fromkeys(METRICS, 1.0), abs=1e-5)
     assert report.rows["context_mean"]["geometry_cosine"].mean < 0.99
-    assert report.table().count("100 %") == 5
+    assert report.table().count("100 %") == 10
 
 
 # Shuffles and baselines -----------------------------------------------------------------------------------------------
@@ -396,11 +399,12 @@ def test_the_report_is_json_and_a_table(model, batch):
     assert told["rows"]["model"]["geometry_cosine"]["mean"] == report.rows["model"]["geometry_cosine"].mean
     assert set(told["gap_closed"]) == set(told["best_baseline"]) == set(METRICS)
     lines = report.table().splitlines()
-    assert len({len(line) for line in lines}) == 1 and len(lines) == 8
+    assert len({len(line) for line in lines}) == 1 and len(lines) == 9
     assert all(line.startswith("| ") and line.endswith(" |") for line in lines if "---" not in line)
     cell = report.rows["nearest_view"]["semantic_error"]
     assert f"{cell.mean:.3f} ± {cell.standard_error:.3f}" in lines[4]
-    assert f"{100 * report.gap_closed['geometry_cosine']:.0f} %" in lines[-1]
+    assert f"{100 * report.gap_closed['geometry_cosine']:.0f} %" in lines[-2]
+    assert f"{100 * report.gap_closed_from_shuffles['geometry_cosine']:.0f} %" in lines[-1]
 
 
 def test_resizing_is_used_between_views_of_different_grids(model):

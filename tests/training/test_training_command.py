@@ -159,6 +159,8 @@ def test_goes_on_from_a_pretrained_model(config, tmp_path):
         ),
         ({"training": {"output_dir": None}}, r"`training\.output_dir` must name the folder"),
         ({"model": {"backbone": None}}, r"`model\.backbone` must say where the frozen VGGT is"),
+        ({"data": {"pictures_per_device": "many"}}, r"`data`: .*'pictures_per_device' expected int, got str"),
+        ({"evaluation": {"sources": [{"type": "rooms"}], "scenes": None}}, r"`evaluation\.scenes` must say how many"),
         ({"model": 3}, r"`model` must be a section with keys of its own, got 3"),
         ({"data": {"sources": [{"type": "folders"}]}}, r"`type` of a source must be one of folder"),
     ],
@@ -311,6 +313,16 @@ def test_corrupted_files_are_skipped_counted_and_named(parts, tmp_path):
         file.write_bytes(b"no picture")
     words = error_of(config, "--fresh", "--training.max_steps=60", "--data.num_workers=1")
     assert re.match(r"`max_bad_share` = 0\.05 of the pictures may be bad, got \d+ of \d+", words)
+
+
+def test_unreadable_held_out_pictures_are_told(config, parts, tmp_path):
+    scenes = write_scenes(tmp_path / "held-out", scenes=3, frames=8)
+    broken = scenes / "scene_01" / "3.png"
+    broken.write_bytes(b"no picture")
+    held_out = {"type": "folder", "root": str(scenes), "cache_dir": str(tmp_path / "index"), "stride": [1, 1]}
+    evaluation = ("--evaluation.sources", json.dumps([held_out]), "--evaluation.views=8")
+    result = pretrain(config, *evaluation, "--training.max_steps=1", "--data.views=4", "--training.report_to=null")
+    assert re.search(r"Of the held-out scenes: Skipped: 1 of \d+ pictures .*scene_01/3\.png", result.stdout, re.DOTALL)
 
 
 # Kills ----------------------------------------------------------------------------------------------------------------

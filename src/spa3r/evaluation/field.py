@@ -26,6 +26,10 @@ TITLES: dict[Predictor, str] = {
     "shuffled_cameras": "shuffled cameras",
 }
 BASELINES: tuple[Predictor, ...] = ("context_mean", "nearest_view")
+"""What needs no model."""
+
+SHUFFLES: tuple[Predictor, ...] = ("shuffled_latents", "shuffled_cameras")
+"""The model without the scene, or without the cameras: what it has learnt of all scenes alike."""
 Fields = dict[str, Tensor]
 """By target: ``"geometry"`` and ``"semantic"`` features (patches, C), ``"depth"`` (patches,)."""
 
@@ -91,12 +95,19 @@ class FieldReport:
 
         (model - best) / (1 - best) of a cosine, (best - model) / best of an error; NaN where the baseline is perfect.
         """
-        gaps = {}
-        for metric, baseline in self.best_baseline.items():
-            model, best = self.rows["model"][metric].mean, self.rows[baseline][metric].mean
-            perfect = 1.0 if metric.endswith("cosine") else 0.0
-            gaps[metric] = (model - best) / (perfect - best) if best != perfect else math.nan
-        return gaps
+        return {metric: self._gap_from([baseline], metric) for metric, baseline in self.best_baseline.items()}
+
+    @property
+    def gap_closed_from_shuffles(self) -> dict[Metric, float]:
+        """As :attr:`gap_closed`, from the best of the baselines and the two shuffles: what the scene and its cameras
+        add to all that is known without one of them."""
+        return {metric: self._gap_from([*BASELINES, *SHUFFLES], metric) for metric in self.rows["model"]}
+
+    def _gap_from(self, predictors: Sequence[Predictor], metric: Metric) -> float:
+        sign, perfect = (1, 1.0) if metric.endswith("cosine") else (-1, 0.0)
+        means = [self.rows[predictor][metric].mean for predictor in predictors if metric in self.rows[predictor]]
+        best = max((mean for mean in means if not math.isnan(mean)), key=lambda mean: sign * mean)
+        return (self.rows["model"][metric].mean - best) / (perfect - best) if best != perfect else math.nan
 
     def _add(self, predictor: Predictor, numbers: dict[Metric, float]) -> None:
         for metric, number in numbers.items():
@@ -121,6 +132,7 @@ class FieldReport:
             },
             "best_baseline": self.best_baseline,
             "gap_closed": {metric: _or_none(gap) for metric, gap in self.gap_closed.items()},
+            "gap_closed_from_shuffles": {m: _or_none(gap) for m, gap in self.gap_closed_from_shuffles.items()},
         }
 
     def table(self) -> str:
@@ -129,8 +141,8 @@ class FieldReport:
         cells = [["", *(f"{m.replace('_', ' ')} {'↑' if m.endswith('cosine') else '↓'}" for m in metrics)]]
         for predictor, measures in self.rows.items():
             cells.append([TITLES[predictor], *(_cell(measures.get(metric, Measure())) for metric in metrics)])
-        gaps = self.gap_closed.values()
-        cells.append(["gap closed", *("–" if math.isnan(gap) else f"{100 * gap:.0f} %" for gap in gaps)])
+        for title, gaps in (("gap closed", self.gap_closed), ("from the shuffles too", self.gap_closed_from_shuffles)):
+            cells.append([title, *("–" if math.isnan(gap) else f"{100 * gap:.0f} %" for gap in gaps.values())])
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
         lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

@@ -1,7 +1,5 @@
 """The configuration file of a pretraining: four sections, checked key by key."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import re
@@ -9,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.training.arguments import PretrainingArguments
@@ -41,6 +42,7 @@ FREE_TO_CHANGE = (
 """What a resumed run may have other than before: it says how long and how closely to watch, not what is learnt."""
 
 
+@strict
 @dataclass
 class ModelSection:
     """Which model is trained.
@@ -64,13 +66,14 @@ class ModelSection:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
+@strict
 @dataclass
 class DataSection:
     """Which scenes are seen, and how much of them at a time.
 
     Args:
         sources: What :func:`~spa3r.data.make_source` takes, one after the other.
-        views: Fewest and most views of a scene; how many is drawn for each step.
+        views: Views of a scene: one number, or fewest and most, of which one is drawn for each step.
         pictures_per_device: Budget of pictures of one batch.
         cameras: Where cameras come from.
         weights: Shares of the sources in the scenes drawn; None: every scene once an epoch.
@@ -82,19 +85,20 @@ class DataSection:
         seed: Of everything drawn.
     """
 
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    views: Sequence[int] = (4, 12)
+    sources: list[Any] = field(default_factory=list)
+    views: int | list[int] | tuple[int, ...] = (4, 12)
     pictures_per_device: int = 24
     cameras: Literal["predicted", "given"] = "predicted"
-    weights: list[float] | None = None
+    weights: list[float | int] | None = None
     scenes_per_epoch: int | None = None
-    max_bad_share: float = 0.05
+    max_bad_share: float | int = 0.05
     image_size: int | None = None
     image_mode: Literal["crop", "pad", "pretraining"] | None = None
     num_workers: int = 4
     seed: int = 0
 
 
+@strict
 @dataclass
 class EvaluationSection:
     """Held-out scenes that are measured now and then; without sources none are.
@@ -107,9 +111,9 @@ class EvaluationSection:
         seed: Of everything drawn; the same scenes, frames and target views every time.
     """
 
-    sources: list[dict[str, Any]] = field(default_factory=list)
+    sources: list[Any] = field(default_factory=list)
     scenes: int | None = 64
-    views: int | Sequence[int] = 8
+    views: int | list[int] | tuple[int, ...] = 8
     every: int = 1000
     seed: int = 1
 
@@ -131,7 +135,7 @@ class PretrainingConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, sections: Mapping[str, Any]) -> PretrainingConfig:
+    def from_dict(cls, sections: Mapping[str, Any]) -> "PretrainingConfig":
         """Check every key.
 
         Args:
@@ -157,19 +161,21 @@ class PretrainingConfig:
         for key in parts["training"]:
             if key in ELSEWHERE:
                 raise ValueError(f"`training.{key}` is said in another place: {ELSEWHERE[key]}.")
+        if parts["training"].get("report_to", "none") is None:  # YAML's null
+            parts["training"]["report_to"] = "none"
         arguments = [one.name for one in dataclasses.fields(PretrainingArguments) if one.init]
         _check_keys(parts["training"], arguments, "training.", "keys")
         config = cls(
-            ModelSection(**own, fields=model),
-            DataSection(**parts["data"]),
-            EvaluationSection(**parts["evaluation"]),
+            _make(ModelSection, "model", own | {"fields": model}),
+            _make(DataSection, "data", parts["data"]),
+            _make(EvaluationSection, "evaluation", parts["evaluation"]),
             parts["training"],
         )
         config._check()
         return config
 
     @classmethod
-    def from_yaml(cls, file: str | Path, overrides: Sequence[str] = ()) -> PretrainingConfig:
+    def from_yaml(cls, file: str | Path, overrides: Sequence[str] = ()) -> "PretrainingConfig":
         """Read a file, and change it where `overrides` say so.
 
         Args:
@@ -242,6 +248,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _is_ours(name: str) -> bool:
     return name in Spa3RConfig.__annotations__ and name not in FILLED_IN
+
+
+def _make(section: type, name: str, values: dict[str, Any]) -> Any:
+    """A section of values of the right types."""
+    try:
+        return section(**values)
+    except StrictDataclassError as error:
+        raise ValueError(f"`{name}`: {' '.join(str(error).split())}. Correct the value.") from error
 
 
 def _check_keys(section: Mapping[str, Any], known: Sequence[str], prefix: str, kind: str) -> None:

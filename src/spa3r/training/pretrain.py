@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerState
 
@@ -43,6 +42,7 @@ class PretrainingResult:
         evaluation: The last evaluation's numbers by name; None where there is no number.
         nonfinite_steps: Steps that were dropped.
         skipped: Pictures and scenes that could not be read, by all processes.
+        held_out_skipped: The same of the held-out scenes, in the last evaluation of this process.
     """
 
     output_dir: str
@@ -54,6 +54,7 @@ class PretrainingResult:
     evaluation: dict[str, float | None] = field(default_factory=dict)
     nonfinite_steps: int = 0
     skipped: SkippedReport = field(default_factory=SkippedReport)
+    held_out_skipped: SkippedReport = field(default_factory=SkippedReport)
 
     @property
     def is_finished(self) -> bool:
@@ -130,6 +131,7 @@ def pretrain(
         evaluation=_last_evaluation(output_dir),
         nonfinite_steps=trainer.nonfinite_steps,
         skipped=skipped,
+        held_out_skipped=trainer.held_out_skipped,
     )
 
 
@@ -151,9 +153,10 @@ def make_model(config: PretrainingConfig) -> tuple[Spa3RForPreTraining, Spa3RIma
     if section.attn_implementation is not None:
         model.set_attn_implementation(section.attn_implementation)
     own: dict[str, Any] = {"mode": "pretraining"}
-    if section.init_from is not None and (Path(section.init_from) / "preprocessor_config.json").is_file():
-        saved = AutoImageProcessor.from_pretrained(section.init_from)
-        own = {"size": saved.size, "mode": saved.mode}
+    if section.init_from is not None:
+        with suppress(OSError):  # there may be none beside the weights
+            saved = Spa3RImageProcessor.from_pretrained(section.init_from)
+            own = {"size": saved.size, "mode": saved.mode}
     wanted = {"size": data.image_size, "mode": data.image_mode}
     fields = own | {name: value for name, value in wanted.items() if value is not None}
     return model, Spa3RImageProcessor(patch_size=model.config.patch_size, **fields)
@@ -182,7 +185,7 @@ def make_batches(
     return SceneBatches(
         [make_source(source) for source in data.sources],
         processor,
-        views=tuple(data.views),
+        views=_range_of(data.views),
         pictures_per_batch=data.pictures_per_device,
         mask_ratio=model.config.mask_ratio,
         cameras=data.cameras,
@@ -200,12 +203,17 @@ def make_evaluation_batches(
 ) -> SceneBatches:
     """The held-out batches of this process."""
     data, evaluation = config.data, config.evaluation
-    views, scenes = evaluation.views, evaluation.scenes
-    views = (views, views) if isinstance(views, int) else tuple(views)
+    views, scenes = _range_of(evaluation.views), evaluation.scenes
     sources = [make_source(source) for source in evaluation.sources]
-    with contextlib.suppress(TypeError):  # the number of scenes isn't known where they are streamed
+    try:
         num_scenes = sum(map(len, sources))
         scenes = num_scenes if scenes is None else min(scenes, num_scenes)  # none twice
+    except TypeError as error:  # streamed, or without an end
+        if scenes is None:
+            raise ValueError(
+                "`evaluation.scenes` must say how many scenes are measured where a source doesn't know how many it "
+                "has, got None. For example 64."
+            ) from error
     return SceneBatches(
         sources,
         processor,
@@ -219,6 +227,10 @@ def make_evaluation_batches(
         world_size=args.world_size,
         max_bad_share=data.max_bad_share,
     )
+
+
+def _range_of(views: int | Sequence[int]) -> tuple[int, ...]:
+    return (views, views) if isinstance(views, int) else tuple(views)
 
 
 # The run's folder

@@ -208,6 +208,7 @@ class PretrainingTrainer(Trainer):
         self.nonfinite_steps = 0
         self.stop_requested = False
         self.skipped = SkippedReport(getattr(train_dataset, "max_bad_share", None))
+        self.held_out_skipped = SkippedReport()  # of the last evaluation
         self._step_batches: list[tuple[dict[str, Any], dict[str, Tensor]]] = []  # to name who is to blame
         self._window = _Window()
         self._is_stopping = False
@@ -420,7 +421,8 @@ class PretrainingTrainer(Trainer):
             loader = DataLoader(dataset, batch_size=None, generator=torch.Generator(), **self._loader_options())
             batches = iter(loader)
             try:
-                means, report = self._evaluate_scenes(batches)
+                self.held_out_skipped = SkippedReport()
+                means, report = self._evaluate_scenes(_counting(batches, self.held_out_skipped))
             finally:
                 _end_workers(batches)
             metrics = {"loss": sum(means.values())} | means | _numbers(_merged(self._gather_from_hosts(report)))
@@ -636,6 +638,14 @@ def _as_value_error() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ValueError(str(error)) from error
+
+
+def _counting(batches: Iterable[dict[str, Any]], report: SkippedReport) -> Iterator[dict[str, Any]]:
+    """The same batches; what could not be read of them goes into the report."""
+    for batch in batches:
+        if "skipped" in batch:
+            report.add(batch)
+        yield batch
 
 
 def _small_part(batch: Mapping[str, Any]) -> dict[str, Any]:
