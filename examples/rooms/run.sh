@@ -15,3 +15,6 @@ for seed in 0 1 2; do
 done
 "$python" "$here/evaluate.py" rooms_run/spa3r-{0,1,2} | tee rooms_run/metrics.txt
 "$python" "$here/package.py" rooms_run/spa3r-0
+
+cp rooms_run/{vggt.jsonl,teacher.jsonl,metrics.txt} "$here/results/"
+for seed in 0 1 2; do cp "rooms_run/spa3r-$seed/log.jsonl" "$here/results/spa3r-$seed.jsonl"; done

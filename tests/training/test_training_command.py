@@ -206,9 +206,6 @@ def test_missing_package_is_named(config, monkeypatch):
     assert re.search(r"PyYAML, which is not installed\. pip install 'spa3r\[train\]'", error_of(config))
 
 
-DOCS = Path(__file__).parents[2] / "docs" / "guides" / "pretrain.md"
-
-
 def test_the_guide_is_true(tmp_path):
     """Its configuration is one, its overrides can be given, and it says what every key is for."""
     page = GUIDE.read_text(encoding="utf-8")
