@@ -1,4 +1,4 @@
-"""Memory of the data: an index of a million pictures, and a long run with several workers.
+"""Memory of the host: an index of a million pictures, and a long pretraining with several workers.
 
 python benchmarks/data_memory.py
 
@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader
+from transformers import DINOv3ViTConfig, DINOv3ViTModel, TrainerCallback
 
-from spa3r import Spa3RImageProcessor
-from spa3r.data import FolderScenes, SceneBatches
+from spa3r import VggtConfig, VggtModel
 from spa3r.data.index import SceneIndex
+from spa3r.training import PretrainingConfig, pretrain
 
 MB = 1e6
 
@@ -106,43 +106,67 @@ def write_scenes(root: Path, scenes: int, pictures: int, size: int) -> None:
             Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{picture}.jpg")
 
 
+class MemoryRows(TrainerCallback):
+    """A row of memory every so many steps."""
+
+    def __init__(self, every: int):
+        self.every, self.history = every, []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Trainer's hook."""
+        if state.global_step % self.every == 0:
+            rss = sum(memory(pid, "VmRSS") for pid in family()) / MB
+            pss = sum(memory(pid, "Pss", "smaps_rollup") for pid in family()) / MB
+            self.history.append((rss, pss))
+            print(f"| {state.global_step} | {rss:.0f} | {pss:.0f} |", flush=True)
+
+
+def write_parts(folder: Path, size: int) -> dict[str, str]:
+    """A tiny random backbone and teacher."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    fields = {"patch_embedding_num_layers": 1, "patch_embedding_num_heads": 2, "camera_num_layers": 1}
+    vggt = VggtConfig(**sizes, **fields, image_size=size, camera_num_heads=2, heads=["camera"])
+    VggtModel(vggt).save_pretrained(folder / "backbone")
+    DINOv3ViTModel(DINOv3ViTConfig(**sizes, intermediate_size=64)).save_pretrained(folder / "semantic_teacher")
+    return {name: str(folder / name) for name in ("backbone", "semantic_teacher")}
+
+
 def show_run(steps: int, workers: int, every: int, size: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder, "scenes")
         root.mkdir()
         write_scenes(root, scenes=200, pictures=20, size=size)
-        source = FolderScenes(root, cache_dir=Path(folder, "cache"))
-        batches = SceneBatches(source, Spa3RImageProcessor(size=size))
-        loader = DataLoader(batches, batch_size=None, num_workers=workers, persistent_workers=True)
-        print(f"\n{steps} batches of up to 24 pictures of {size} x {size}, {workers} workers, epochs of {len(batches)}")
-        print("batches; memory of all processes together, MB:\n")
-        print("| batches | pictures | RSS | PSS |")
-        print("|---|---|---|---|")
-        done = pictures = epoch = 0
-        history: list[tuple[float, float]] = []
-        while done < steps:
-            batches.set_epoch(epoch)
-            for batch in loader:
-                done, pictures = done + 1, pictures + len(batch["view_grid_hw"])
-                if done % every == 0:
-                    rss = sum(memory(pid, "VmRSS") for pid in family()) / MB
-                    pss = sum(memory(pid, "Pss", "smaps_rollup") for pid in family()) / MB
-                    history.append((rss, pss))
-                    print(f"| {done} | {pictures} | {rss:.0f} | {pss:.0f} |", flush=True)
-                if done == steps:
-                    break
-            epoch += 1
-        growth = [100 * (history[-1][part] / history[0][part] - 1) for part in (0, 1)]
-        print(f"\nFrom {every} to {steps} batches: RSS {growth[0]:+.1f} %, PSS {growth[1]:+.1f} %")
+        tiny = {"hidden_size": 32, "num_attention_heads": 2, "num_latents": 8}
+        layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+        source = {"type": "folder", "root": str(root), "cache_dir": str(Path(folder, "cache"))}
+        training = {"output_dir": str(Path(folder, "run")), "max_steps": steps, "gradient_accumulation_steps": 1}
+        config = PretrainingConfig.from_dict(
+            {
+                "model": write_parts(Path(folder), size // 2) | tiny | layers,
+                "data": {"sources": [source], "image_size": size // 2, "num_workers": workers},
+                "training": training | {"use_cpu": True, "report_to": "none", "save_steps": 500},
+            }
+        )
+        print(
+            f"\n{steps} steps of pretraining a tiny model, up to 24 pictures of {size} x {size} each, "
+            f"{workers} workers;"
+        )
+        print("memory of all processes together, MB:\n")
+        print("| steps | RSS | PSS |")
+        print("|---|---|---|")
+        rows = MemoryRows(every)
+        pretrain(config, callbacks=[rows])
+        growth = [100 * (rows.history[-1][part] / rows.history[0][part] - 1) for part in (0, 1)]
+        print(f"\nFrom {every} to {steps} steps: RSS {growth[0]:+.1f} %, PSS {growth[1]:+.1f} %")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=1000, help="scenes of the large index")
     parser.add_argument("--pictures", type=int, default=1000, help="pictures of each of them")
-    parser.add_argument("--steps", type=int, default=2000, help="batches of the long run")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of the long run")
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--every", type=int, default=200, help="batches between two measurements")
+    parser.add_argument("--every", type=int, default=200, help="steps between two measurements")
     parser.add_argument("--size", type=int, default=112, help="side of the pictures")
     args = parser.parse_args()
     if sys.platform != "linux":
