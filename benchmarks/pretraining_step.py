@@ -15,17 +15,10 @@ import time
 
 import torch
 import transformers
+from pretraining_memory import released
 from transformers import DINOv3ViTConfig
 
 from spa3r import Spa3RConfig, Spa3RForPreTraining, VggtConfig
-
-
-def released() -> Spa3RConfig:
-    """VGGT-1B's, DINOv3 ViT-L/16's and the released Spa3R's sizes."""
-    teacher = DINOv3ViTConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, num_register_tokens=4
-    )
-    return Spa3RConfig(semantic_teacher_config=teacher)
 
 
 def tiny() -> Spa3RConfig:

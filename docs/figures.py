@@ -1,6 +1,5 @@
 """Draws the pictures of the documentation while it is built, so that they can't be older than the code."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +40,7 @@ def draw_field() -> Figure:
     """What the embedded Spa3R predicts of every second view of a room."""
     model, processor = embedded_spa3r()
     room = generate_room(seed=1_000_002, level=0)
-    walk = camera_walk(room, 48)
-    views = render(room, replace(walk, extrinsics=walk.extrinsics[::6], intrinsics=walk.intrinsics[::6]))
+    views = render(room, camera_walk(room, 48)[::6])
     inputs = processor(list(views.images))
     cameras = {"extrinsics": views.extrinsics, "intrinsics": views.intrinsics}
     with torch.no_grad():

@@ -21,9 +21,9 @@ def look_around(
 ) -> RoomViews:
     """Frames of a walk through a room, each of (height, width); all with one lens unless `zoom`."""
     room = generate_room(seed, level)
-    walk = camera_walk(room, 3 * frames, size)
-    intrinsics = walk.intrinsics[::3] if zoom else np.repeat(walk.intrinsics[:1], frames, axis=0)
-    return render(room, replace(walk, extrinsics=walk.extrinsics[::3], intrinsics=intrinsics))
+    walk = camera_walk(room, 3 * frames, size)[::3]
+    intrinsics = walk.intrinsics if zoom else np.repeat(walk.intrinsics[:1], frames, axis=0)
+    return render(room, replace(walk, intrinsics=intrinsics))
 
 
 def write_folders(root: Path, scenes: Sequence[RoomViews], ending: str = ".png", cameras: bool = True) -> Path:

@@ -16,18 +16,18 @@ import torch
 from render import VIEWS, look_around
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from spa3r.rooms import relative_to_first
 
 FIRST_HELD_OUT = 1_000_000
 """Seed of the first room that no step of the recipe trains on."""
 
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class RoomScenes:
+class RenderedRooms:
     """Rooms of 16 views each, as they were rendered.
 
     Attributes:
@@ -47,7 +47,7 @@ class RoomScenes:
     intrinsics: np.ndarray
 
     @classmethod
-    def read(cls, root: Path, limit: int | None = None) -> RoomScenes:
+    def read(cls, root: Path, limit: int | None = None) -> RenderedRooms:
         """All scene folders that `render.py` wrote."""
         folders = sorted(path for path in root.iterdir() if not path.name.startswith("."))[:limit]
 
@@ -70,7 +70,7 @@ class RoomScenes:
         return cls(np.array([int(folder.name) for folder in folders]), *columns)
 
     @classmethod
-    def held_out(cls, count: int, level: int = 0) -> RoomScenes:
+    def held_out(cls, count: int, level: int = 0) -> RenderedRooms:
         """Rooms that are in no training set, rendered now."""
         seeds = np.arange(FIRST_HELD_OUT, FIRST_HELD_OUT + count)
         views = [look_around(int(seed), level) for seed in seeds]
@@ -92,7 +92,7 @@ class RoomScenes:
 def pack(images: np.ndarray, patch: int = 14) -> dict:
     """Pictures (scenes, views, H, W, 3) uint8 -> what the image processor gives for them, without its detours."""
     scenes, views, height, width, _ = images.shape
-    mean, std = (torch.tensor(values) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     pixels = (torch.from_numpy(np.ascontiguousarray(images)).float() / 255 - mean) / std
     grid = (height // patch, width // patch)
     pixels = pixels.view(scenes * views, grid[0], patch, grid[1], patch, 3).permute(0, 1, 3, 5, 2, 4)

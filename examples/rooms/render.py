@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +25,7 @@ STRIDE = 3
 def look_around(seed: int, level: int, views: int = VIEWS, stride: int = STRIDE, size: int = 112) -> RoomViews:
     """Every `stride`-th frame of a walk through a room."""
     room = generate_room(seed, level)
-    walk = camera_walk(room, stride * views, size=(size, size))
-    return render(room, replace(walk, extrinsics=walk.extrinsics[::stride], intrinsics=walk.intrinsics[::stride]))
+    return render(room, camera_walk(room, stride * views, size=(size, size))[::stride])
 
 
 def write_scene(seed: int, level: int, output: Path) -> None:

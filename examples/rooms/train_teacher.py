@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RoomScenes, pack, train
+from common import RenderedRooms, pack, train
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
@@ -45,7 +45,7 @@ class Readouts(nn.Module):
         self.colour = nn.Linear(teacher.config.hidden_size, 3)
 
 
-def class_shares(data: RoomScenes, room: int, frame: int) -> Tensor:  # -> (GRID * GRID, classes)
+def class_shares(data: RenderedRooms, room: int, frame: int) -> Tensor:  # -> (GRID * GRID, classes)
     """Of every patch, how much of it each class fills."""
     facts = generate_room(int(data.seeds[room]), 0)
     names = [CLASSES.index(item.name) for item in facts.objects]
@@ -82,9 +82,9 @@ def main() -> None:
     torch.manual_seed(0)
     model = Readouts(DINOv3ViTModel(CONFIG))
     print(f"{sum(p.numel() for p in model.teacher.parameters()) / 1e6:.2f} M parameters", flush=True)
-    data, held_out = RoomScenes.read(args.data, args.limit), RoomScenes.held_out(12)
+    data, held_out = RenderedRooms.read(args.data, args.limit), RenderedRooms.held_out(12)
 
-    def look(scenes: RoomScenes, rooms: np.ndarray, frames: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def look(scenes: RenderedRooms, rooms: np.ndarray, frames: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         images = scenes.images[rooms, frames]
         tokens = model.teacher(pixel_values=teacher_pixels(images)).last_hidden_state[:, -(GRID**2) :]
         shares = torch.stack([class_shares(scenes, room, frame) for room, frame in zip(rooms, frames)])

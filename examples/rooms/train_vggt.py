@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RoomScenes, first_camera_world, pack, train
+from common import RenderedRooms, first_camera_world, pack, train
 from torch import Tensor, nn
 
 from spa3r import VggtConfig, VggtModel
@@ -102,7 +102,7 @@ def confident(error: Tensor, confidence: Tensor) -> Tensor:
 class Batch:
     """Some views of some rooms: what the model sees and what is true."""
 
-    def __init__(self, data: RoomScenes, rooms: np.ndarray, frames: np.ndarray):
+    def __init__(self, data: RenderedRooms, rooms: np.ndarray, frames: np.ndarray):
         at = (rooms[:, None], frames)
         self.inputs = pack(data.images[at])
         self.layout = ViewLayout.from_inputs(self.inputs["view_grid_hw"], self.inputs["views_per_scene"])
@@ -134,7 +134,7 @@ def main() -> None:
     model = Readouts(VggtModel(CONFIG))
     model.vggt.set_attn_implementation("sdpa")
     print(f"{sum(p.numel() for p in model.vggt.parameters()) / 1e6:.2f} M parameters", flush=True)
-    data, held_out = RoomScenes.read(args.data, args.limit), RoomScenes.held_out(24)
+    data, held_out = RenderedRooms.read(args.data, args.limit), RenderedRooms.held_out(24)
     vggt = model.vggt
     last = CONFIG.num_hidden_layers - 1
 

@@ -770,14 +770,11 @@ WALK = 48
 
 def _look_around(seed: int, level: int, views: int, size: int) -> RoomViews:
     """A room from so many places, spread over one walk."""
-    from dataclasses import replace
-
     from spa3r.rooms import camera_walk, generate_room, render
 
     room = generate_room(seed, level)
     step = max(1, WALK // views)
-    walk = camera_walk(room, step * views, size=(size, size))
-    return render(room, replace(walk, extrinsics=walk.extrinsics[::step], intrinsics=walk.intrinsics[::step]))
+    return render(room, camera_walk(room, step * views, size=(size, size))[::step])
 
 
 def _predict_held_out(

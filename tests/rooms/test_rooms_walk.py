@@ -155,3 +155,12 @@ def test_camera_errors():
         Cameras(np.eye(4)[None], np.eye(4)[None], (8, 8))
     with pytest.raises(ValueError, match=r"^intrinsics: wanted 2 views as in extrinsics, got 1; repeat a shared one"):
         Cameras(np.stack([np.eye(4)] * 2), np.eye(3)[None], (8, 8))
+
+
+def test_some_cameras_of_a_walk():
+    walk = camera_walk(generate_room(0), 7)
+    third, chosen = walk[::3], walk[np.array([4, 1])]
+    assert np.array_equal(third.extrinsics, walk.extrinsics[[0, 3, 6]]) and third.size == walk.size
+    assert np.array_equal(chosen.intrinsics, walk.intrinsics[[4, 1]]) and len(chosen.extrinsics) == 2
+    with pytest.raises(ValueError, match="one camera needs a first axis of 1"):
+        walk[0]

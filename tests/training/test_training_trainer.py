@@ -171,9 +171,6 @@ def test_nothing_seen_twice_and_nothing_decoded_again(scenes, tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             seen.append(watched._step_batches[-1][0]["scenes"])
 
-    class CountLoads(TrainerCallback):
-        loads = 0
-
     fields = {"max_steps": 12, "save_steps": 4}
     watched = trainer(tmp_path / "run", scenes, callbacks=[Watch(), Kill(6)], **fields)
     with pytest.raises(InterruptedError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -65,11 +64,9 @@ class RoomScenes(SceneSource):
     def load(self, scene: int, frames: Sequence[int]) -> LoadedScene:
         room = generate_room(self.first_seed + scene, self.level)
         walk = camera_walk(room, self.frames * self.stride_of_walk, self.size)
-        chosen = np.asarray(frames, int) * self.stride_of_walk
-        cameras = replace(walk, extrinsics=walk.extrinsics[chosen], intrinsics=walk.intrinsics[chosen])
-        views = render(room, cameras)
+        views = render(room, walk[np.asarray(frames, int) * self.stride_of_walk])
         images = [PIL.Image.fromarray(image) for image in views.images]
-        return LoadedScene(list(frames), images, cameras.extrinsics, cameras.intrinsics)
+        return LoadedScene(list(frames), images, views.extrinsics, views.intrinsics)
 
     def check_cameras(self) -> None:
         """Rooms know their cameras."""
