@@ -1,0 +1,67 @@
+"""The row format of VSI-Bench: what is asked, of which type, and the words of the prompt.
+
+A row is a dict ``{id, dataset, scene_name, question_type, question, ground_truth, options}`` about the video
+``<dataset>/<scene_name>.mp4``. The types and the prompt are those of the official evaluation of VSI-Bench
+(arXiv 2412.14171).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+CHOICE_TYPES = (
+    "object_rel_direction_easy",
+    "object_rel_direction_medium",
+    "object_rel_direction_hard",
+    "object_rel_distance",
+    "route_planning",
+    "obj_appearance_order",
+)
+"""Types whose answer is the letter of an option."""
+
+NUMBER_TYPES = ("object_abs_distance", "object_counting", "object_size_estimation", "room_size_estimation")
+"""Types whose answer is a number: metres, a count, centimetres, square metres."""
+
+FIRST_WORDS = "These are frames of a video."
+NUMBER_WORDS = "Please answer the question using a single word or phrase."
+CHOICE_WORDS = "Answer with the option's letter from the given choices directly."
+
+
+def is_choice(question_type: str) -> bool:
+    """Whether questions of a type are answered by the letter of an option, rather than by a number.
+
+    Args:
+        question_type: One of :data:`CHOICE_TYPES` and :data:`NUMBER_TYPES`.
+
+    Raises:
+        ValueError: The type is none of VSI-Bench's.
+    """
+    if question_type in CHOICE_TYPES:
+        return True
+    if question_type in NUMBER_TYPES:
+        return False
+    types = ", ".join((*NUMBER_TYPES, *CHOICE_TYPES))
+    raise ValueError(f"`question_type` must be a type of VSI-Bench ({types}), got {question_type!r}.")
+
+
+def make_prompt(row: Mapping[str, Any]) -> str:
+    """The text that goes to the model behind the frames, to the letter of the official evaluation.
+
+    Args:
+        row: A row of VSI-Bench; read are ``question_type``, ``question`` and, of a choice, ``options``, such as
+            ``["A. left", "B. right"]``.
+
+    Returns:
+        Lines: an opening, the question, the options if it is a choice, how to answer.
+
+    Raises:
+        ValueError: The type is none of VSI-Bench's, or a choice has no options.
+    """
+    if not is_choice(row["question_type"]):
+        return "\n".join((FIRST_WORDS, row["question"], NUMBER_WORDS))
+    options = row.get("options")
+    if options is None or isinstance(options, str) or len(options) == 0:
+        raise ValueError(
+            f'`options` of a question of type {row["question_type"]} must be a list of choices such as "A. left", '
+            f"got {options!r}."
+        )
+    return "\n".join((FIRST_WORDS, row["question"], "Options:", *options, CHOICE_WORDS))
