@@ -12,7 +12,7 @@ import PIL.Image
 from torch.utils.data import Dataset
 
 from spa3r.data.vsi_format import make_prompt
-from spa3r.rooms import camera_walk, generate_room, render
+from spa3r.rooms import Cameras, Room, camera_walk, generate_room, render
 from spa3r.rooms.levels import RoomLevel, resolve_level
 from spa3r.rooms.questions import MOST_QUESTIONS, QUESTION_TYPES, RoomWalk, room_questions
 from spa3r.rooms.room import check_seed
@@ -22,6 +22,10 @@ WALK_VIEWS = 16
 STRIDE_OF_WALK = 3
 """Pictures that a walk gives, and its steps between two of them: so many show nearly all of a room."""
 
+FIRST_TEST_SEED = 1_000_000
+"""Seed of the first room to test on; no data set holds rooms from both sides of it."""
+
+_ROOMS_ASKED = 8  # among so many a question is sought that a room does not allow
 _ROOMS_KEPT = 16  # their pictures are a third of a megabyte each
 _WALKS_KEPT = 4096  # a few kilobytes each
 
@@ -35,12 +39,12 @@ class RoomQuestions(Dataset):
     when an example asks for them, the last ones are kept.
 
     There are ``per_type`` examples for each room and type; the size of a room is asked once. Where a room allows too
-    few questions of a type, one of the same type about one of the next rooms stands in, so types stay equally
-    frequent; it is a question that no other index holds.
+    few questions of a type, one of the same type about one of the next seven stands in, so types stay equally
+    frequent: one that no other index holds, if there is one.
 
     Args:
-        first_seed: Seed of the first room. Take what you train on and what you test on from ranges that don't overlap,
-            as the rooms recipe does: below 1 000 000 for training, from there on for tests.
+        first_seed: Seed of the first room. Below :data:`FIRST_TEST_SEED` are the rooms to train on, from there on
+            those to test on; a data set holds one or the other.
         num_rooms: How many rooms.
         level: Level of the rooms, 0 (plain) to 3, or a :class:`~spa3r.rooms.RoomLevel`.
         frames: Pictures of each room, uniformly from the walk's 16, first and last included.
@@ -73,6 +77,11 @@ class RoomQuestions(Dataset):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
                 wanted = f"an int in 1..{most}" if most else "an int >= 1"
                 raise ValueError(f"`{key}` must be {wanted}, got {value!r}. Ask for at least one.")
+        if first_seed < FIRST_TEST_SEED < first_seed + num_rooms:
+            raise ValueError(
+                f"`first_seed` + `num_rooms` must be at most {FIRST_TEST_SEED}, where the rooms to test on begin, or "
+                f"`first_seed` at least that, got {first_seed} + {num_rooms}. Take rooms from one side."
+            )
         if rendered is not None and not Path(rendered).is_dir():
             raise FileNotFoundError(f"`rendered` must be a folder of rendered rooms, got {str(rendered)!r}.")
         self.level, self.first_seed, self.num_rooms = resolve_level(level), first_seed, num_rooms
@@ -80,16 +89,16 @@ class RoomQuestions(Dataset):
         self.rendered = None if rendered is None else Path(rendered)
         types = QUESTION_TYPES if types is None else tuple(types)
         self._slots = [(t, k) for t in types for k in range(1 if t == "room_size_estimation" else per_type)]
-        self._rooms: OrderedDict[int, tuple[list[PIL.Image.Image], np.ndarray]] = OrderedDict()
-        self._walks: OrderedDict[int, tuple[RoomWalk, dict[str, list[dict[str, Any]]]]] = OrderedDict()
+        self._views = uniform_indices(WALK_VIEWS, frames)
+        self._rooms: OrderedDict[int, list[PIL.Image.Image]] = OrderedDict()
+        self._walks: OrderedDict[int, tuple[RoomWalk, dict[str, tuple[int, list[dict[str, Any]]]]]] = OrderedDict()
 
     def __len__(self) -> int:
         return self.num_rooms * len(self._slots)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.row(index)
-        images, _ = self._room(int(row["scene_name"]))
-        content = [{"type": "image", "image": image} for image in images]
+        content = [{"type": "image", "image": image} for image in self._pictures(int(row["scene_name"]))]
         return {
             "messages": [
                 {"role": "user", "content": [*content, {"type": "text", "text": make_prompt(row)}]},
@@ -108,51 +117,60 @@ class RoomQuestions(Dataset):
             raise IndexError(f"`index` must be below {len(self)}, the number of examples, got {index}.")
         room, slot = divmod(index % len(self), len(self._slots))
         question_type, k = self._slots[slot]
-        for step in range(
-            min(self.num_rooms, MOST_QUESTIONS // self.per_type)
-        ):  # this room, or the next that allows it
+        nearby = [self.first_seed + (room + step) % self.num_rooms for step in range(min(self.num_rooms, _ROOMS_ASKED))]
+        for step, seed in enumerate(nearby):
             # From `step * per_type` on: the questions before stand at indices of nearer rooms.
             wanted = k + step * self.per_type
-            rows = self._questions(self.first_seed + (room + step) % self.num_rooms, question_type, wanted + 1)
+            rows = self._questions(seed, question_type, wanted + 1)
             if wanted < len(rows):
                 return rows[wanted]
-        return self._questions(self.first_seed + room, "room_size_estimation", 1)[0]  # every room allows that
+        for seed in nearby:
+            if rows := self._questions(seed, question_type, k + 1):
+                return rows[-1]
+        return self._questions(nearby[0], "room_size_estimation", 1)[0]  # every room allows that
 
     def _questions(self, seed: int, question_type: str, number: int) -> list[dict[str, Any]]:
         """The first `number` questions of a type about a room, or as many as it allows."""
         if seed not in self._walks:
-            _, ids = self._room(seed)
-            self._walks[seed] = RoomWalk.from_instance_ids(generate_room(seed, self.level), ids), {}
+            self._walks[seed] = self._walk(seed), {}
             if len(self._walks) > _WALKS_KEPT:
                 self._walks.popitem(last=False)
         walk, known = self._walks[seed]
-        if len(known.get(question_type, ())) < number:
-            known[question_type] = room_questions(walk, self.seed, (question_type,), min(number, MOST_QUESTIONS))
-        return known[question_type]
+        asked, rows = known.get(question_type, (0, []))
+        if asked < number:
+            rows = room_questions(walk, self.seed, (question_type,), min(number, MOST_QUESTIONS))
+            known[question_type] = number, rows
+        return rows[:number]
 
-    def _room(self, seed: int) -> tuple[list[PIL.Image.Image], np.ndarray]:
-        """Pictures of a room and their instance ids (V, H, W)."""
+    def _walk(self, seed: int) -> RoomWalk:
+        """A room and what its pictures show."""
+        room, folder = generate_room(seed, self.level), self._folder(seed)
+        if folder is None:
+            return RoomWalk.from_cameras(room, self._cameras(room))
+        with np.load(folder / "truth.npz", allow_pickle=False) as truth:
+            return RoomWalk.from_instance_ids(room, truth["instance_ids"][self._views])
+
+    def _pictures(self, seed: int) -> list[PIL.Image.Image]:
         if seed not in self._rooms:
-            folder = self.rendered / f"{seed:07d}" if self.rendered else None
-            self._rooms[seed] = self._read(folder) if folder and folder.is_dir() else self._render(seed)
+            folder = self._folder(seed)
+            if folder is None:
+                room = generate_room(seed, self.level)
+                images = [PIL.Image.fromarray(image) for image in render(room, self._cameras(room)).images]
+            else:
+                images = []
+                for view in self._views:
+                    with PIL.Image.open(folder / f"{view:03d}.png") as image:
+                        images.append(image.convert("RGB"))
+            self._rooms[seed] = images
             if len(self._rooms) > _ROOMS_KEPT:
                 self._rooms.popitem(last=False)
         self._rooms.move_to_end(seed)
         return self._rooms[seed]
 
-    def _chosen(self) -> np.ndarray:
-        return uniform_indices(WALK_VIEWS, self.frames)
+    def _folder(self, seed: int) -> Path | None:
+        folder = self.rendered / f"{seed:07d}" if self.rendered else None
+        return folder if folder and folder.is_dir() else None
 
-    def _read(self, folder: Path) -> tuple[list[PIL.Image.Image], np.ndarray]:
-        images = []
-        for view in self._chosen():
-            with PIL.Image.open(folder / f"{view:03d}.png") as image:
-                images.append(image.convert("RGB"))
-        with np.load(folder / "truth.npz", allow_pickle=False) as truth:
-            return images, truth["instance_ids"][self._chosen()]
-
-    def _render(self, seed: int) -> tuple[list[PIL.Image.Image], np.ndarray]:
-        room = generate_room(seed, self.level)
-        walk = camera_walk(room, WALK_VIEWS * STRIDE_OF_WALK, (self.size, self.size))[::STRIDE_OF_WALK]
-        views = render(room, walk[self._chosen()])
-        return [PIL.Image.fromarray(image) for image in views.images], views.instance_ids
+    def _cameras(self, room: Room) -> Cameras:
+        walk = camera_walk(room, WALK_VIEWS * STRIDE_OF_WALK, (self.size, self.size))
+        return walk[self._views * STRIDE_OF_WALK]

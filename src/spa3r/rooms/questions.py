@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from spa3r.rooms.render import render
+from spa3r.rooms.render import render_instance_ids
 from spa3r.rooms.room import Room, check_seed
 from spa3r.rooms.walk import Cameras
 
@@ -76,8 +76,8 @@ class RoomWalk:
 
     @classmethod
     def from_cameras(cls, room: Room, cameras: Cameras) -> RoomWalk:
-        """What cameras see of a room; renders it."""
-        return cls.from_instance_ids(room, render(room, cameras, antialias=1).instance_ids)
+        """What cameras see of a room, without its pictures."""
+        return cls.from_instance_ids(room, render_instance_ids(room, cameras))
 
     @cached_property
     def first_clear(self) -> np.ndarray:
@@ -210,11 +210,14 @@ def _count(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Asked]:
     seen = walk.first_clear < len(walk.shares)
     counts = Counter(item.name for item in walk.room.objects)
     hidden = {item.name for item, is_seen in zip(walk.room.objects, seen) if not is_seen}
-    classes = sorted(counts.keys() - hidden)
-    while classes:
-        # Most classes occur once: drawn evenly, nearly every answer would be 1.
-        weights = np.array([float(counts[name] ** 3) for name in classes])
-        name = classes.pop(int(rng.choice(len(classes), p=weights / weights.sum())))
+    single = sorted(name for name in counts.keys() - hidden if counts[name] == 1)
+    several = sorted(name for name in counts.keys() - hidden if counts[name] > 1)
+    # Most classes occur once in a room: drawn evenly, nearly every answer would be 1.
+    if not several and single and rng.random() < 0.5:
+        several = [str(rng.choice(single))]
+    while several:
+        weights = np.array([float(counts[name] ** 3) for name in several])
+        name = several.pop(int(rng.choice(len(several), p=weights / weights.sum())))
         yield f"How many {name}(s) are in this room?", str(counts[name]), None
 
 

@@ -51,20 +51,8 @@ def render(room: Room, cameras: Cameras, antialias: int = 2) -> RoomViews:
     """
     if isinstance(antialias, bool) or not isinstance(antialias, int) or antialias < 1:
         raise ValueError(f"antialias: wanted an int >= 1, got {antialias!r}; 1 turns it off, 2 is the default.")
-    extrinsics = np.asarray(cameras.extrinsics, np.float64)
-    world_from_camera = extrinsics[:, :3, :3].transpose(0, 2, 1)
-    centers = -np.einsum("vij,vj->vi", world_from_camera, extrinsics[:, :3, 3])
-    half = np.array(room.size) / 2
-    outside = np.flatnonzero((np.abs(centers - [0, 0, half[2]]) >= half).any(axis=1))
-    if len(outside):
-        raise ValueError(
-            f"extrinsics: wanted cameras inside the room of {room.size} metres, got view {outside[0]} at "
-            f"{centers[outside[0]].round(3).tolist()}; the world is the room's frame, origin mid-floor."
-        )
     height, width = cameras.size
-    rays_from_pixels = world_from_camera @ np.linalg.inv(np.asarray(cameras.intrinsics, np.float64))
-    v, u = np.mgrid[:height, :width] + 0.5
-    pixels = np.stack([u, v, np.ones_like(u)], axis=-1).reshape(-1, 3)
+    centers, rays_from_pixels, pixels = _rays(room, cameras)
     scene = _Scene(room)
     images = np.empty((len(centers), height, width, 3), np.uint8)
     depth = np.empty((len(centers), height, width), np.float32)
@@ -81,6 +69,41 @@ def render(room: Room, cameras: Cameras, antialias: int = 2) -> RoomViews:
             rgb[:, edges] = scene.look(center, samples @ to_ray.T)[0].reshape(3, antialias**2, -1).mean(axis=1)
         images[i] = np.rint(255 * rgb).T.reshape(height, width, 3)
     return RoomViews(images, depth, instance_ids, cameras.extrinsics, cameras.intrinsics)
+
+
+def render_instance_ids(room: Room, cameras: Cameras) -> np.ndarray:
+    """Which object is seen where: the `instance_ids` that `render` returns, without light and patterns.
+
+    Args:
+        room: what to look at.
+        cameras: where from; they have to stand inside the room.
+
+    Returns:
+        (V, H, W) int32; 0 = background, k = the room's `objects[k - 1]`.
+    """
+    scene = _Scene(room)
+    centers, rays_from_pixels, pixels = _rays(room, cameras)
+    ids = [scene.ids.take(scene.hit(center, pixels @ to_ray.T)) for center, to_ray in zip(centers, rays_from_pixels)]
+    return np.stack(ids).reshape(-1, *cameras.size)
+
+
+def _rays(room: Room, cameras: Cameras) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centres (V, 3) of cameras, their room-from-pixel matrices (V, 3, 3), and homogeneous pixel centres (H * W, 3)."""
+    extrinsics = np.asarray(cameras.extrinsics, np.float64)
+    world_from_camera = extrinsics[:, :3, :3].transpose(0, 2, 1)
+    centers = -np.einsum("vij,vj->vi", world_from_camera, extrinsics[:, :3, 3])
+    half = np.array(room.size) / 2
+    outside = np.flatnonzero((np.abs(centers - [0, 0, half[2]]) >= half).any(axis=1))
+    if len(outside):
+        raise ValueError(
+            f"extrinsics: wanted cameras inside the room of {room.size} metres, got view {outside[0]} at "
+            f"{centers[outside[0]].round(3).tolist()}; the world is the room's frame, origin mid-floor."
+        )
+    height, width = cameras.size
+    rays_from_pixels = world_from_camera @ np.linalg.inv(np.asarray(cameras.intrinsics, np.float64))
+    v, u = np.mgrid[:height, :width] + 0.5
+    pixels = np.stack([u, v, np.ones_like(u)], axis=-1).reshape(-1, 3)
+    return centers, rays_from_pixels, pixels
 
 
 def _edges(rgb: np.ndarray) -> np.ndarray:
@@ -137,9 +160,13 @@ class _Scene:
         self.embree = EmbreeScene(robust=True)
         TriangleMesh(self.embree, triangles.astype(np.float32))
 
+    def hit(self, center: np.ndarray, rays: np.ndarray) -> np.ndarray:
+        """Triangles (N,) that rays (N, 3) meet first."""
+        return self.embree.run(np.tile(center.astype(np.float32), (len(rays), 1)), rays.astype(np.float32))
+
     def look(self, center: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Colour (3, N) float32 in 0..1, distance (N,) in units of each ray and instance id (N,) along rays (N, 3)."""
-        hit = self.embree.run(np.tile(center.astype(np.float32), (len(rays), 1)), rays.astype(np.float32))
+        hit = self.hit(center, rays)
         normal = self.normal.take(hit, axis=0)
         facing = np.einsum("ni,ni->n", normal, rays)
         distance = (self.plane - self.normal @ center).take(hit) / facing
