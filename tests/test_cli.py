@@ -1,6 +1,7 @@
 """The command line, run for real: every command, its JSON, its exit codes and the words of its errors."""
 
 import copy
+import html
 import json
 import logging
 import os
@@ -23,7 +24,10 @@ from typer.testing import CliRunner
 import spa3r
 from spa3r import Spa3RForPreTraining, Spa3RImageProcessor, Spa3VLMForConditionalGeneration, VggtModel, cli, embedded
 from spa3r import attention as attention_module
-from spa3r.evaluation import evaluate_field
+from spa3r.data.vsi_format import make_messages
+from spa3r.evaluation import answer, evaluate_field, score_prediction
+from spa3r.rooms import generate_room
+from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
 
 QUESTION = "How many chairs are there?"
 
@@ -381,16 +385,22 @@ def test_info_says_why_a_back_end_does_not_work(monkeypatch):
         assert attention["flash_attention_2"]["works"] is False
 
 
+QUESTION_KEYS = {
+    *("question_type", "question", "answer", "truth", "score"),
+    *("answer_without_spa3r", "score_without_spa3r"),
+}
+
+
 def test_demo_shows_everything(tmp_path):
-    arguments = ("demo", "--seed", 3, "--level", 2, "--views", 5, "--output", tmp_path / "pictures")
+    arguments = ("demo", "--seed", 3, "--level", 3, "--views", 7, "--output", tmp_path / "pictures")
     report = run_json(*arguments)
-    assert (report["seed"], report["room"], report["level"], report["num_views"]) == (3, 1_000_003, 2, 5)
-    assert report["cameras"] == "given" and report["held_out"] == [1, 3]
-    assert report["question"] and isinstance(report["answer"], str) and report["answer_untrained"] is True
+    assert (report["seed"], report["level"], report["num_views"]) == (3, 3, 7)
+    assert 1_000_300 <= report["room"] < 1_000_400
+    assert report["cameras"] == "given" and report["held_out"] == [1, 3, 5]
     assert report["latents_shape"][0] == 1 and len(report["latents_shape"]) == 3
     assert report["pictures"] == [str(tmp_path / "pictures" / name) for name in ("views.png", "field.png")]
     field = report["field"]
-    assert (field["num_scenes"], field["num_views"], field["skipped"]) == (2, 4, 0)
+    assert (field["num_scenes"], field["num_views"], field["skipped"]) == (2, 6, 0)
     for row in ("model", "context_mean", "nearest_view", "shuffled_latents", "shuffled_cameras"):
         assert -1 <= field["rows"][row]["geometry_cosine"]["mean"] <= 1
         assert field["rows"][row]["semantic_error"]["scenes"] == 2
@@ -398,12 +408,80 @@ def test_demo_shows_everything(tmp_path):
     for file in report["pictures"]:
         pixels = np.asarray(Image.open(file).convert("RGB"))
         assert min(pixels.shape[:2]) > 300 and pixels.std() > 20
-    assert len(list(Path(report["photos"]).glob("*.png"))) == 5
+    assert len(list(Path(report["photos"]).glob("*.png"))) == 7
+
+    assert [asked["question_type"] for asked in report["questions"]] == list(QUESTION_TYPES)
+    for asked in report["questions"]:
+        assert asked.keys() == QUESTION_KEYS
+        row = {"question_type": asked["question_type"], "ground_truth": asked["truth"]}
+        assert asked["score"] == score_prediction(row, asked["answer"])
+        assert asked["score_without_spa3r"] == score_prediction(row, asked["answer_without_spa3r"])
+    assert report["scores"].keys() == {"with_spa3r", "without_spa3r"} and report["answer_untrained"] is True
+    page = Path(report["report"]).read_text(encoding="utf-8")
+    assert Path(report["report"]) == tmp_path / "pictures" / "report.html" and "VLM is untrained" in page
+    assert f"seed {report['room']}, level 3; 7 views" in page and "spa3r demo --seed 3 --level 3 --views 7" in page
+    assert page.count("data:image/png;base64,") == 8  # the views and the field
+
     text = run(*arguments).stdout
-    assert "VLM is untrained" in text and "trained on rendered rooms" in text and "cameras: given" in text
+    assert text.startswith("Note: the embedded VLM is untrained")
+    assert "trained on rendered rooms" in text and "cameras: given" in text and "not asked" not in text
     mean, error = (field["rows"]["nearest_view"]["geometry_cosine"][key] for key in ("mean", "standard_error"))
     assert f"| nearest context view    | {mean:.3f} ± {error:.3f}" in text
-    assert cli._printable(report["answer"]) in text
+    for asked in report["questions"]:
+        question, _, options = asked["question"].partition("\nOptions:\n")
+        assert f"{asked['question_type']}: {question}\n" in text and "   ".join(options.splitlines()) in text
+        assert f"truth {asked['truth']!r}, with Spa3R {cli._one_line(cli._printable(asked['answer']))!r}" in text
+        for told in (question, *options.splitlines()):
+            assert html.escape(told) in page
+
+
+def test_the_demos_questions_are_about_its_pictures():
+    """And their room is the first that allows one of every type."""
+    room, rows = cli._room_of_questions(1_000_000, 1, 8, 112)
+    assert [row["question_type"] for row in rows] == list(QUESTION_TYPES)
+    assert {row["scene_name"] for row in rows} == {str(room.seed)} and room.seed > 1_000_000
+    for seed in range(1_000_000, room.seed + 1):
+        other = generate_room(seed, 1)
+        views = cli._look_around(seed, 1, 8, 112)
+        found = room_questions(RoomWalk.from_instance_ids(other, views.instance_ids))
+        assert len(found) < len(rows) if seed < room.seed else found == rows
+
+
+def test_the_demo_says_which_types_it_could_not_ask(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "ROOMS_PER_SEED", 2)
+    arguments = ("demo", "--views", 2, "--output", tmp_path)
+    text = run(*arguments).stdout
+    told = re.search(r"^not asked +(.*): 2 views of no room near allowed it$", text, re.MULTILINE)[1].split(", ")
+    asked = re.findall(r"^([a-z_]+): ", text, re.MULTILINE)
+    assert "obj_appearance_order" in told and "room_size_estimation" in asked
+    assert sorted(told + asked) == sorted(QUESTION_TYPES)
+
+
+def test_a_trained_vlm_is_compared_with_one_trained_alone(tmp_path, monkeypatch):
+    """As soon as the package has them; stood in for by untrained ones of other seeds."""
+    monkeypatch.delattr(embedded, "UNTRAINED_NOTE", raising=False)
+    alone, processor = embedded.embedded_model()
+    for parameter in alone.vlm.parameters():
+        parameter.data *= 1.1
+    monkeypatch.setattr(embedded, "embedded_vlm", lambda: (alone.vlm, processor.vlm_processor), raising=False)
+    couple, other, note = cli._embedded_vlms()
+    assert "trained on the same questions without Spa3R" in note and other[0] is alone.vlm
+    room, rows = cli._room_of_questions(1_000_000, 3, 4, 112)
+    frames = list(cli._look_around(room.seed, 3, 4, 112).images)
+    asked, _ = cli._ask_with_and_without(rows, frames, couple, other)
+    examples = [{"messages": make_messages(row, frames)} for row in rows]
+    assert [a.answer for a in asked] == answer(*couple, examples)
+    assert [a.answer_without_spa3r for a in asked] == answer(*other, examples)
+    assert [a.answer_without_spa3r for a in asked] != answer(*couple, examples, use_spa3r=False)
+    assert cli._embedded_notes()[0] == ""
+    result = run("ask", noise_file(tmp_path), QUESTION)
+    assert "untrained" not in result.stderr and "trained on rendered rooms only" in result.stderr
+    assert run_json("ask", noise_file(tmp_path), QUESTION)["untrained"] is False
+
+
+def noise_file(folder: Path) -> Path:
+    noise(56, 56, 0).save(folder / "noise.png")
+    return folder / "noise.png"
 
 
 def test_the_demos_numbers_are_the_librarys():

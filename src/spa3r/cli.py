@@ -14,7 +14,7 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from importlib import metadata
@@ -29,6 +29,7 @@ from spa3r import __version__
 from spa3r.checkpoints import EMBEDDED
 
 if TYPE_CHECKING:
+    import numpy as np
     import PIL.Image
     import torch
     from torch import Tensor
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
     from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
     from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RForPreTrainingOutput, Spa3RModel
-    from spa3r.rooms import RoomViews
+    from spa3r.report import AskedQuestion
+    from spa3r.rooms import Cameras, Room, RoomViews
+
+    Couple = tuple[Any, Any]  # a VLM and its processor
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".heic", ".heif", ".avif"}
@@ -46,7 +50,6 @@ PACKAGES = (
     *("spa3r", "torch", "torchvision", "transformers", "xformers", "flash-attn", "accelerate", "peft", "safetensors"),
     *("huggingface-hub", "tokenizers", "numpy", "pillow", "av", "matplotlib", "embreex", "typer"),
 )
-DEMO_QUESTION = "How many chairs are in the room?"
 
 app = typer.Typer(
     name="spa3r",
@@ -358,8 +361,9 @@ def ask(
             names, views = _read_views(photos, num_frames)
         with report.status(f"Loading {model}"):
             vlm, processor = _load_vlm(model, device, dtype, attention)
+        untrained_note, rooms_note = _embedded_notes() if model == EMBEDDED else ("", "")
         if model == EMBEDDED:
-            report.note(_embedded_notes()[0])
+            report.note(untrained_note or rooms_note)
         processor.images = images.value
         with report.status(f"Looking at {_plural(len(views), 'view')}"):
             answer = _answer(vlm, processor, views, question, max_new_tokens)
@@ -370,15 +374,15 @@ def ask(
             answer=answer,
             views=names,
             num_views=len(names),
-            untrained=model == EMBEDDED,
+            untrained=bool(untrained_note),
         )
 
 
 def _embedded_notes() -> tuple[str, str]:
-    """What is to be said of the embedded VLM's answers and of the embedded Spa3R's latents."""
-    from spa3r.embedded import ROOMS_NOTE, UNTRAINED_NOTE
+    """What is to be said of the embedded VLM while it is untrained (else nothing), and of the embedded Spa3R."""
+    from spa3r import embedded
 
-    return UNTRAINED_NOTE, ROOMS_NOTE
+    return getattr(embedded, "UNTRAINED_NOTE", ""), embedded.ROOMS_NOTE
 
 
 def _answer(
@@ -762,19 +766,97 @@ def _try_attention(device: torch.device) -> dict[str, tuple[bool, str]]:
 
 
 FIRST_UNSEEN_ROOM = 1_000_000
-"""Seed of the demo's room 0: the embedded model was trained on rooms of smaller seeds only."""
+"""Seed of the demo's first room: the embedded models were trained on rooms of smaller seeds only."""
+
+ROOMS_PER_SEED = 100
+"""Rooms among which the demo looks for one about which every type of question can be asked."""
 
 WALK = 48
 """Steps of a camera walk that show nearly all of a room."""
 
 
+def _walk(room: Room, views: int, size: int) -> Cameras:
+    """So many places, spread over one walk."""
+    from spa3r.rooms import camera_walk
+
+    step = max(1, WALK // views)
+    return camera_walk(room, step * views, size=(size, size))[::step]
+
+
 def _look_around(seed: int, level: int, views: int, size: int) -> RoomViews:
     """A room from so many places, spread over one walk."""
-    from spa3r.rooms import camera_walk, generate_room, render
+    from spa3r.rooms import generate_room, render
 
     room = generate_room(seed, level)
-    step = max(1, WALK // views)
-    return render(room, camera_walk(room, step * views, size=(size, size))[::step])
+    return render(room, _walk(room, views, size))
+
+
+def _room_of_questions(first: int, level: int, views: int, size: int) -> tuple[Room, list[dict[str, Any]]]:
+    """The first room from `first` on that allows a question of every type, and these; else the one that allows most."""
+    from spa3r.rooms import generate_room
+    from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
+
+    best, most = None, []
+    for seed in range(first, first + ROOMS_PER_SEED):
+        room = generate_room(seed, level)
+        rows = room_questions(RoomWalk.from_cameras(room, _walk(room, views, size)))
+        if best is None or len(rows) > len(most):
+            best, most = room, rows
+        if len(rows) == len(QUESTION_TYPES):
+            break
+    return best, most
+
+
+def _embedded_vlms() -> tuple[Couple, Couple, str]:
+    """The embedded Spa3-VLM, a VLM to compare it with, each with its processor, and what the other one is."""
+    from spa3r import embedded
+
+    couple = embedded.embedded_model()
+    if hasattr(embedded, "embedded_vlm"):
+        return couple, embedded.embedded_vlm(), "the same VLM, trained on the same questions without Spa3R"
+    return couple, couple, "the same VLM, nothing fused into its image tokens"
+
+
+def _ask_with_and_without(
+    rows: list[dict[str, Any]], frames: Sequence[np.ndarray], with_spa3r: Couple, without: Couple
+) -> tuple[list[AskedQuestion], dict[str, float]]:
+    """Two answers to every question, and the overall scores, per cent."""
+    import PIL.Image
+
+    from spa3r.data.vsi_format import make_messages
+    from spa3r.evaluation import evaluate_answers
+    from spa3r.report import AskedQuestion
+
+    pictures = [PIL.Image.fromarray(frame) for frame in frames]
+    examples = [{"messages": make_messages(row, pictures), "question_type": row["question_type"]} for row in rows]
+    ours, theirs = evaluate_answers(*with_spa3r, examples), evaluate_answers(*without, examples, use_spa3r=False)
+    questions = [
+        AskedQuestion(
+            question_type=row["question_type"],
+            question="\n".join((row["question"], *(("Options:", *row["options"]) if row["options"] else ()))),
+            answer=our.answer,
+            truth=our.truth,
+            score=our.score,
+            answer_without_spa3r=their.answer,
+            score_without_spa3r=their.score,
+        )
+        for row, our, their in zip(rows, ours.answers, theirs.answers)
+    ]
+    return questions, {"with_spa3r": ours.scores["overall"], "without_spa3r": theirs.scores["overall"]}
+
+
+def _told(asked: AskedQuestion) -> str:
+    """A question with its answers, for a terminal."""
+    question, _, options = asked.question.partition("\nOptions:\n")
+    lines = [f"{asked.question_type}: {question}"]
+    if options:
+        lines.append(f"    {'   '.join(options.splitlines())}")
+    answers = (
+        ("with Spa3R", asked.answer, asked.score),
+        ("without", asked.answer_without_spa3r, asked.score_without_spa3r),
+    )
+    told = (f"{name} {_one_line(_printable(answer))!r} (score {score:.2f})" for name, answer, score in answers)
+    return "\n".join([*lines, f"    truth {asked.truth!r}, {', '.join(told)}"])
 
 
 def _predict_held_out(
@@ -800,46 +882,67 @@ def _predict_held_out(
 @app.command()
 def demo(
     seed: Annotated[
-        int, typer.Option(min=0, help=f"Which room; 0 is the room of seed {FIRST_UNSEEN_ROOM}: no training saw it.")
+        int,
+        typer.Option(
+            min=0,
+            help=f"Which room: the first from seed {FIRST_UNSEEN_ROOM} + {ROOMS_PER_SEED} x this on about which every "
+            "type of question can be asked. No training saw it.",
+        ),
     ] = 0,
     level: Annotated[int, typer.Option(min=0, max=3, help="How varied the room is.")] = 0,
-    views: Annotated[int, typer.Option(min=2, help="Views of the room; every second one is held out.")] = 8,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("spa3r_demo"),
+    views: Annotated[
+        int, typer.Option(min=2, help="Views of the room; of the field every second one is held out.")
+    ] = 8,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for page and pictures.")] = Path("spa3r_demo"),
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """See it all at work without a download: a room, its latents, the field of held-out views, an answer."""
+    """See it all at work without a download: a room, questions with and without Spa3R, the field of held-out views."""
     with _reporting(as_json, verbose) as report:
         import PIL.Image
 
-        from spa3r.embedded import embedded_model, embedded_spa3r
+        from spa3r.embedded import embedded_spa3r
+        from spa3r.report import room_report
+        from spa3r.rooms import render
+        from spa3r.rooms.questions import QUESTION_TYPES
         from spa3r.visualization import contact_sheet, field_figure
 
         photos = output / "photos"
         photos.mkdir(parents=True, exist_ok=True)
         with report.status("Making the models"):
-            vlm, vlm_processor = embedded_model()
             model, processor = embedded_spa3r()
-        vlm_note, spa3r_note = _embedded_notes()
-        first = FIRST_UNSEEN_ROOM + seed
-        with report.status("Rendering the room, and another one"):
-            rooms = [_look_around(room, level, views, processor.size) for room in (first, first + 1)]
+            couple, alone, alone_note = _embedded_vlms()
+        untrained_note, spa3r_note = _embedded_notes()
+        with report.status("Looking for a room, and rendering it and another one"):
+            first = FIRST_UNSEEN_ROOM + ROOMS_PER_SEED * seed
+            room, rows = _room_of_questions(first, level, views, processor.size)
+            cameras = _walk(room, views, processor.size)
+            rooms = [render(room, cameras), _look_around(room.seed + 1, level, views, processor.size)]
         images = list(rooms[0].images)
         with report.status("Encoding, decoding and measuring"):
             inputs, predicted, metrics = _predict_held_out(model, processor, rooms)
         held_out = [view for view, target in enumerate(predicted.target_mask.tolist()) if target]
         context = [view for view in range(views) if view not in held_out]
-        with report.status("Answering"):
-            pictures = [PIL.Image.fromarray(images[view]) for view in context]
-            answer = _answer(vlm, vlm_processor, pictures, DEMO_QUESTION, max_new_tokens=16)
+        with report.status("Answering, with Spa3R and without"):
+            questions, scores = _ask_with_and_without(rows, images, couple, alone)
 
+        facts = {
+            "room": f"seed {room.seed}, level {level}; {views} views",
+            "Spa3R": spa3r_note,
+            "without": alone_note,
+            "latents": f"{' x '.join(map(str, predicted.latents.shape))}, of {_plural(len(context), 'context view')}",
+            "field": f"cameras: given; {_plural(len(held_out), 'view')} held out, of this room and of room "
+            f"{room.seed + 1}",
+        }
+        if missing := [name for name in QUESTION_TYPES if name not in [row["question_type"] for row in rows]]:
+            facts["not asked"] = f"{', '.join(missing)}: {views} views of no room near allowed it"
         with report.status("Drawing"):
-            files = [output / "views.png", output / "field.png"]
+            files, page = [output / "views.png", output / "field.png"], output / "report.html"
             for index, image in enumerate(images):  # to go on with: spa3r ask, spa3r encode
                 PIL.Image.fromarray(image).save(photos / f"{index}.png")
             contact_sheet(
                 images,
-                f"Room of seed {first}, level {level}",
+                f"Room of seed {room.seed}, level {level}",
                 labels=[f"view {view}" + ", held out" * (view in held_out) for view in range(views)],
                 marked=held_out,
             ).savefig(files[0])
@@ -851,29 +954,47 @@ def demo(
                 title="Feature field of held-out views of an unseen room (cameras: given)",
             )
             figure.savefig(files[1])
-        rows = {
-            "room": f"seed {first}, level {level}; {views} views, {len(held_out)} of them held out; cameras: given",
-            "model": f"{spa3r_note}; {vlm_note}",
-            "latents": f"{' x '.join(map(str, predicted.latents.shape))}, of {_plural(len(context), 'context view')}",
-            "question": DEMO_QUESTION,
-            "answer": _printable(answer),
-            "pictures": ", ".join(map(str, files)),
-            "photos": str(photos),
-            "field": f"features predicted of the held-out views of this room and of room {first + 1}:",
-        }
+            caption = (
+                "The same views again, every second one held out: the features that Spa3R predicts for the cameras of "
+                "these, beside the true ones. Below: how near they come, on this room and another one, and what comes "
+                "as near without the model."
+            )
+            html = room_report(
+                images,
+                room,
+                cameras,
+                questions,
+                (scores["with_spa3r"], scores["without_spa3r"]),
+                facts,
+                note=untrained_note,
+                figures={caption: figure},
+                table=metrics.table(),
+                command=f"spa3r demo --seed {seed} --level {level} --views {views}",
+            )
+            page.write_text(html, encoding="utf-8")
+        facts |= {"page": str(page), "pictures": ", ".join(map(str, files)), "photos": str(photos)}
+        total = "overall, of 100: with Spa3R {with_spa3r:.1f}, without {without_spa3r:.1f} (one room is no measurement)"
+        parts = [
+            *([f"Note: {untrained_note}"] if untrained_note else []),
+            "\n".join(f"{name:<10} {text}" for name, text in facts.items()),
+            "\n".join(map(_told, questions)),
+            total.format(**scores),
+            metrics.table(),
+        ]
         report.finish(
-            "\n".join(f"{name:<9} {text}" for name, text in rows.items()) + f"\n\n{metrics.table()}",
+            "\n\n".join(parts),
             seed=seed,
-            room=first,
+            room=room.seed,
             level=level,
             num_views=views,
             held_out=held_out,
             cameras="given",
-            question=DEMO_QUESTION,
-            answer=answer,
-            answer_untrained=True,
+            questions=[vars(asked) for asked in questions],
+            scores=scores,
+            answer_untrained=bool(untrained_note),
             latents_shape=list(predicted.latents.shape),
             field=metrics.to_dict(),
+            report=str(page),
             pictures=[str(file) for file in files],
             photos=str(photos),
         )

@@ -205,11 +205,11 @@ def _question(asked: AskedQuestion) -> str:
         for option in choices
     )
     answers = "".join(
-        f'<tr class="{name}"><th scope="row">{title}</th><td class="said">{_said(answer)}</td>'
-        f"<td>{_bar(score)}</td><td class='score'>{100 * score:.0f}</td></tr>"
+        f'<tr class="{name}"><th scope="row">{title}</th><td>{_said(answer, choices)}</td>'
+        f"<td>{_bar(score)}</td><td>{100 * score:.0f}</td></tr>"
         for name, title, answer, score in rows
     )
-    truth = f'<tr class="truth"><th scope="row">Truth</th><td class="said" colspan="3">{escape(asked.truth)}</td></tr>'
+    truth = f'<tr class="truth"><th scope="row">Truth</th><td colspan="3">{_said(asked.truth, choices)}</td></tr>'
     scored = "right or wrong" if is_choice(asked.question_type) else "the nearer the better"
     return (
         f"<article><header><h3>{escape(TYPE_TITLES[asked.question_type])}</h3><span>{scored}</span></header>"
@@ -223,8 +223,12 @@ def _letter(option: str) -> str:
     return parse_prediction(option).upper()
 
 
-def _said(answer: str) -> str:
-    return escape(answer) if answer.strip() else '<i class="hint">nothing</i>'
+def _said(answer: str, choices: Sequence[str]) -> str:
+    """An answer; beside a mere letter what the letter stands for."""
+    if not answer.strip():
+        return '<i class="hint">nothing</i>'
+    meant = next((option[len(answer) :] for option in choices if option.startswith(f"{answer}.")), "")
+    return f'<div class="said" title="{escape(answer)}"><b>{escape(answer)}</b>{escape(meant)}</div>'
 
 
 def _bar(share: float) -> str:
@@ -336,7 +340,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .answers td, .answers th { padding: 0.25rem 0.3rem 0.25rem 0; border-top: 1px solid var(--line); }
 .answers td:nth-child(3) { width: 26%; }
 .answers td:nth-child(4) { width: 2.6rem; text-align: right; }
-.said { font-weight: 600; overflow-wrap: anywhere; }
+.said { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden;
+  overflow-wrap: anywhere; }
 .truth th, .truth td { color: var(--good); }
 .bar { display: block; height: 0.5rem; border-radius: 0.25rem; background: var(--line); overflow: hidden; }
 .bar span { display: block; height: 100%; border-radius: 0.25rem; background: var(--without); }

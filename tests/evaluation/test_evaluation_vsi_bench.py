@@ -6,7 +6,7 @@ import math
 import pytest
 from tiny import GOLDEN
 
-from spa3r.data.vsi_format import CHOICE_TYPES, NUMBER_TYPES, is_choice
+from spa3r.data.vsi_format import CHOICE_TYPES, NUMBER_TYPES, is_choice, make_messages
 from spa3r.evaluation.vsi_bench import aggregate, make_prompt, parse_prediction, score_prediction
 
 OFFICIAL = json.loads((GOLDEN / "vsi_bench_scores.json").read_text(encoding="utf-8"))
@@ -55,6 +55,21 @@ def test_the_aggregate_is_the_official_one():
 )
 def test_an_answer_is_read_up_to_its_first_space(prediction, parsed):
     assert parse_prediction(prediction) == parsed
+
+
+def test_messages_hold_frames_prompt_and_truth():
+    row = choice_row(truth="B")
+    user, assistant = make_messages(row, ["first", "second"])
+    assert user == {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": "first"},
+            {"type": "image", "image": "second"},
+            {"type": "text", "text": make_prompt(row)},
+        ],
+    }
+    assert assistant == {"role": "assistant", "content": [{"type": "text", "text": "B"}]}
+    assert make_messages(number_row(4.5), [])[1]["content"][0]["text"] == "4.5"
 
 
 # Beyond it ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ A row is a dict ``{id, dataset, scene_name, question_type, question, ground_trut
 (arXiv 2412.14171).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 CHOICE_TYPES = (
@@ -65,3 +65,18 @@ def make_prompt(row: Mapping[str, Any]) -> str:
             f"got {options!r}."
         )
     return "\n".join((FIRST_WORDS, row["question"], "Options:", *options, CHOICE_WORDS))
+
+
+def make_messages(row: Mapping[str, Any], frames: Iterable[Any]) -> list[dict[str, Any]]:
+    """A row as a conversation in the chat form of Hugging Face: frames and prompt, then the truth.
+
+    Args:
+        row: A row of VSI-Bench.
+        frames: Pictures, in order.
+
+    Returns:
+        The user's message, with an item ``{"type": "image", "image": ...}`` for each frame, and the assistant's.
+    """
+    content = [*({"type": "image", "image": frame} for frame in frames), {"type": "text", "text": make_prompt(row)}]
+    truth = [{"type": "text", "text": str(row["ground_truth"])}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": truth}]
