@@ -98,7 +98,7 @@ class RoomQuestions(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.row(index)
-        content = [{"type": "image", "image": image} for image in self._pictures(int(row["scene_name"]))]
+        content = [{"type": "image", "image": image} for image in self.pictures(int(row["scene_name"]))]
         return {
             "messages": [
                 {"role": "user", "content": [*content, {"type": "text", "text": make_prompt(row)}]},
@@ -132,7 +132,7 @@ class RoomQuestions(Dataset):
     def _questions(self, seed: int, question_type: str, number: int) -> list[dict[str, Any]]:
         """The first `number` questions of a type about a room, or as many as it allows."""
         if seed not in self._walks:
-            self._walks[seed] = self._walk(seed), {}
+            self._walks[seed] = self.walk(seed), {}
             if len(self._walks) > _WALKS_KEPT:
                 self._walks.popitem(last=False)
         walk, known = self._walks[seed]
@@ -142,15 +142,16 @@ class RoomQuestions(Dataset):
             known[question_type] = number, rows
         return rows[:number]
 
-    def _walk(self, seed: int) -> RoomWalk:
-        """A room and what its pictures show."""
+    def walk(self, seed: int) -> RoomWalk:
+        """The room of a seed, and what its pictures show."""
         room, folder = generate_room(seed, self.level), self._folder(seed)
         if folder is None:
             return RoomWalk.from_cameras(room, self._cameras(room))
         with np.load(folder / "truth.npz", allow_pickle=False) as truth:
             return RoomWalk.from_instance_ids(room, truth["instance_ids"][self._views])
 
-    def _pictures(self, seed: int) -> list[PIL.Image.Image]:
+    def pictures(self, seed: int) -> list[PIL.Image.Image]:
+        """The pictures that go with the questions about the room of a seed."""
         if seed not in self._rooms:
             folder = self._folder(seed)
             if folder is None:
