@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from media import noise
+from peft import LoraConfig, get_peft_model
 from tiny import alive, spa3r_config
 from transformers.utils import logging
 from vlm_families import build
@@ -34,9 +35,8 @@ EXAMPLES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def couple():
-    vlm, vlm_processor = build("qwen2_5_vl")
+def build_couple(family: str):
+    vlm, vlm_processor = build(family)
     spa3r = alive(
         Spa3RModel(spa3r_config(backbone_config={**spa3r_config().backbone_config.to_dict(), "patch_size": 14}))
     )
@@ -44,6 +44,11 @@ def couple():
     alive(model.adapter)
     views = Spa3RImageProcessor(size=56, patch_size=14)
     return model, Spa3VLMProcessor(vlm_processor, views, image_token_id=model.vlm.config.image_token_id)
+
+
+@pytest.fixture(scope="module")
+def couple():
+    return build_couple("qwen2_5_vl")
 
 
 def test_answers_are_those_of_generate_one_by_one(couple):
@@ -60,6 +65,24 @@ def test_answers_are_those_of_generate_one_by_one(couple):
     assert len(set(alone)) == len(EXAMPLES)
     for batch_size in (1, 3, 4):
         assert answer(model, processor, EXAMPLES, batch_size, max_new_tokens=8) == alone
+
+
+@pytest.mark.parametrize("family", ("qwen3_vl", "internvl", "gemma3", "llava"))
+def test_other_families_are_asked_alike(family):
+    """With pictures in every row: some processors want that."""
+    model, processor = build_couple(family)
+    examples = [one for one in EXAMPLES if len(one["messages"][0]["content"]) > 1]
+    for use_spa3r in (True, False):
+        asked = {"max_new_tokens": 6, "use_spa3r": use_spa3r}
+        assert answer(model, processor, examples, **asked) == answer(model, processor, examples, 1, **asked)
+
+
+def test_a_model_with_lora_is_asked_with_and_without_spa3r(couple):
+    model, processor = couple
+    tuned = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for use_spa3r in (True, False):  # fresh LoRA changes nothing
+        plain = answer(model, processor, EXAMPLES, use_spa3r=use_spa3r)
+        assert answer(tuned, processor, EXAMPLES, use_spa3r=use_spa3r) == plain
 
 
 def test_the_answer_is_not_shown_to_the_model(couple):
