@@ -41,7 +41,7 @@ def score_prediction(row: Mapping[str, Any], prediction: str) -> float:
     """The score of one answer, between 0 and 1.
 
     A choice scores 1 if its letter is the ground truth, in either case. A number p scores the share of thresholds theta
-    in 0.5, 0.55, ..., 0.95 with |p - g| / g <= 1 - theta; what is no finite number scores 0. A ground truth g of 0,
+    in 0.5, 0.55, ..., 0.95 with ``|p - g| / g <= 1 - theta``; what is no finite number scores 0. A ground truth g of 0,
     of which the official code makes an error, scores 1 for p = 0 and else 0.
 
     Args:
