@@ -162,7 +162,11 @@ def floor_plan(room: Room, cameras: Cameras) -> str:
         shapes.append(f'<text x="{x:.0f}" y="{y + 5:.0f}">{escape(item.name)}</text>')
     left, top = -scale * (length / 2 + margin), -scale * (width / 2 + margin)
     box = f"{left:.0f} {top:.0f} {-2 * left:.0f} {-2 * top:.0f}"
-    return f'<svg viewBox="{box}" role="img" aria-label="The room from above" class="plan">{"".join(shapes)}</svg>'
+    letters = f"font-size:{3 * max(length, width):.0f}px"  # as large in a large room
+    return (
+        f'<svg viewBox="{box}" role="img" aria-label="The room from above" class="plan" style="{letters}">'
+        f"{''.join(shapes)}</svg>"
+    )
 
 
 def _plan_caption(room: Room) -> str:
@@ -311,8 +315,8 @@ figure > img { display: block; width: 100%; border-radius: 0.4rem; background: #
 .plan .walk { stroke: var(--with); stroke-width: 4; stroke-linejoin: round; }
 .plan .camera { fill: var(--with); fill-opacity: 0.3; }
 .plan .centre { fill: var(--with); }
-.plan text { font: 600 17px system-ui, sans-serif; text-anchor: middle; fill: var(--ink); stroke: var(--card);
-  stroke-width: 5; stroke-linejoin: round; paint-order: stroke; }
+.plan text { font-weight: 600; text-anchor: middle; fill: var(--ink); stroke: var(--card);
+  stroke-width: 0.3em; stroke-linejoin: round; paint-order: stroke; }
 .views { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.6rem, 1fr)); gap: 0.5rem; margin: 0;
   padding: 0; list-style: none; }
 .views li { position: relative; }
