@@ -1,6 +1,6 @@
 """Configuration of a Spa3-VLM. Imports no torch."""
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -17,12 +17,21 @@ class Spa3VLMConfig(PreTrainedConfig):
         vlm_config: Configuration of any vision-language model of transformers, or its fields with ``model_type``.
             None: Qwen2.5-VL's defaults.
         spa3r_config: Configuration of the Spa3R, or its fields.
+        integration: How the scene enters. ``"cross_attention"``: the scene's image tokens look at its spatial tokens
+            and are changed by what they find. ``"append"``, the paper's ablation: the spatial tokens, projected, are
+            further tokens of the prompt, right after the scene's last picture.
+        spatial_source: What the spatial tokens of a scene are. ``"spa3r"``: Spa3R's L latents, D wide. ``"vggt"``: the
+            backbone's last-layer features of all patches of all views, 2C wide. ``"none"``: there are none; the model
+            is the VLM alone, without Spa3R and adapter.
         adapter_num_attention_heads: Heads of the adapter's cross-attention; they divide the language model's width.
-            None: as many as the language model has.
+            None: as many as the language model has. Nothing to ``"append"``.
+        spatial_token_id: With ``"append"``: the token id that holds the places of spatial tokens in ``input_ids``, the
+            processor's ``spatial_token_id``. None: the VLM's padding token.
         initializer_range: Standard deviation of the truncated normal initialisation of the adapter.
 
     Raises:
-        ValueError: The VLM's fields don't name a family, or the heads don't divide its width.
+        ValueError: The VLM's fields don't name a family, the heads don't divide its width, or there is nothing to
+            append.
     """
 
     model_type = "spa3_vlm"
@@ -30,7 +39,10 @@ class Spa3VLMConfig(PreTrainedConfig):
 
     vlm_config: dict[str, Any] | PreTrainedConfig | None = None
     spa3r_config: dict[str, Any] | PreTrainedConfig | None = None
+    integration: Literal["cross_attention", "append"] = "cross_attention"
+    spatial_source: Literal["spa3r", "vggt", "none"] = "spa3r"
     adapter_num_attention_heads: int | None = None
+    spatial_token_id: int | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -48,10 +60,16 @@ class Spa3VLMConfig(PreTrainedConfig):
         text = self.vlm_config.get_text_config()
         if self.adapter_num_attention_heads is None:
             self.adapter_num_attention_heads = text.num_attention_heads
-        if text.hidden_size % self.adapter_num_attention_heads:
+        attends = self.integration == "cross_attention" and self.spatial_source != "none"
+        if attends and text.hidden_size % self.adapter_num_attention_heads:
             raise ValueError(
                 f"`adapter_num_attention_heads` must divide the language model's width {text.hidden_size}, got "
                 f"{self.adapter_num_attention_heads}."
+            )
+        if self.integration == "append" and self.spatial_source == "none":
+            raise ValueError(
+                "`integration='append'` must have tokens to append, got `spatial_source='none'`. Choose 'spa3r' or "
+                "'vggt', or leave `integration` out: the VLM alone has none."
             )
         # What the heads of the VLM tie is tied inside `vlm`; there is nothing to tie at this level.
         kwargs.pop("tie_word_embeddings", None)
@@ -62,6 +80,20 @@ class Spa3VLMConfig(PreTrainedConfig):
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The language model's configuration."""
         return self.vlm_config.get_text_config(*args, **kwargs)
+
+    @property
+    def spatial_hidden_size(self) -> int:
+        """Width of a spatial token before it is projected: D of ``"spa3r"``, 2C of ``"vggt"``."""
+        spa3r = self.spa3r_config
+        return spa3r.hidden_size if self.spatial_source == "spa3r" else spa3r.geometry_hidden_size
+
+    @property
+    def spatial_tokens(self) -> int | Literal["patches"] | None:
+        """How many tokens are appended to a scene, for :class:`~spa3r.Spa3VLMProcessor`: a number, or one for each
+        patch of its views; None: none."""
+        if self.integration != "append":
+            return None
+        return self.spa3r_config.num_latents if self.spatial_source == "spa3r" else "patches"
 
 
 __all__ = ["Spa3VLMConfig"]

@@ -2,13 +2,23 @@
 
 The marriage goes through the door that transformers gives every VLM: ``get_image_features`` makes the image tokens, and
 ``mm_encoder_outputs`` takes them back. So there is no subclass for each VLM and no patch of one.
+
+Tokens that are appended to a scene (``integration="append"``) can't go through that door: families count the image
+tokens of a picture, cut them into blocks and give them positions by its grid. The processor therefore writes ordinary
+tokens into the prompt, to hold their places. Everything that a family makes of a prompt (positions, masks, token types,
+padding) is then right without a word about them, and all that is left to do is to put other vectors there when the
+input embeddings are looked up: a forward hook on the embedding table, for the time of one call. The padding token holds
+the places: every vocabulary has one, no chat template writes it, and padding has another attention mask.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +40,15 @@ from spa3r.layers import Mlp
 from spa3r.models.modeling_base import PackedPreTrainedModel, save_without, split_hub_kwargs
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
 from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
-from spa3r.views import as_list
+from spa3r.views import ViewLayout, as_list
 
-VIEW_KEYS = ("view_pixel_values", "view_grid_hw", "views_per_scene", "image_tokens_per_scene")
+VIEW_KEYS = (
+    "view_pixel_values",
+    "view_grid_hw",
+    "views_per_scene",
+    "image_tokens_per_scene",
+    "spatial_tokens_per_scene",
+)
 """What :class:`~spa3r.Spa3VLMProcessor` adds to the VLM's own inputs."""
 
 CLOSED_DOORS = {
@@ -47,7 +63,7 @@ CLOSED_DOORS = {
 
 
 class Spa3VLMCrossAttention(nn.Module):
-    """Image tokens of a scene (queries) look at its projected latents (keys and values)."""
+    """Image tokens of a scene (queries) look at its projected spatial tokens (keys and values)."""
 
     is_causal = False
 
@@ -79,27 +95,88 @@ class Spa3VLMAdapter(nn.Module):
     def __init__(self, config: Spa3VLMConfig):
         super().__init__()
         width = config.get_text_config().hidden_size
-        self.projector = Mlp(config.spa3r_config.hidden_size, width, width)
+        self.projector = Mlp(config.spatial_hidden_size, width, width)
         self.cross_attention = Spa3VLMCrossAttention(config)
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.bottleneck = Mlp(width, width // 4, width)
         self.gate = nn.Linear(width, width)
 
-    def forward(self, image_tokens: Tensor, latents: Tensor, tokens_per_scene: Sequence[int]) -> Tensor:
+    def forward(
+        self,
+        image_tokens: Tensor,
+        spatial_tokens: Tensor,
+        tokens_per_scene: Sequence[int],
+        spatial_tokens_per_scene: Sequence[int] | None = None,
+    ) -> Tensor:
         """
         Args:
             image_tokens: (sum of tokens, h), of all scenes one after the other.
-            latents: (scenes, L, D).
+            spatial_tokens: (scenes, L, D), latents; or with `spatial_tokens_per_scene` (sum of spatial tokens, D).
             tokens_per_scene: Image tokens of each scene.
+            spatial_tokens_per_scene: Spatial tokens of each scene; None: L.
 
         Returns:
             (sum of tokens, h), the fused image tokens.
         """
-        segments = Segments.across(tokens_per_scene, [latents.shape[1]] * len(latents))
-        keys = self.projector(latents.to(self.norm.weight.dtype).flatten(0, 1))
+        if spatial_tokens_per_scene is None:
+            spatial_tokens_per_scene = [spatial_tokens.shape[1]] * len(spatial_tokens)
+            spatial_tokens = spatial_tokens.flatten(0, 1)
+        segments = Segments.across(tokens_per_scene, spatial_tokens_per_scene)
+        keys = self.projector(spatial_tokens.to(self.norm.weight.dtype))
         attended = self.norm(self.cross_attention(image_tokens.to(keys.dtype), keys, segments))
         residual = self.bottleneck(attended) * self.gate(attended).sigmoid()
         return image_tokens + residual.to(image_tokens.dtype)
+
+
+class Spa3VLMAppendAdapter(nn.Module):
+    """Projects spatial tokens to tokens of the prompt; all that ``integration="append"`` adds to a VLM."""
+
+    def __init__(self, config: Spa3VLMConfig):
+        super().__init__()
+        width = config.get_text_config().hidden_size
+        self.projector = Mlp(config.spatial_hidden_size, width, width)
+
+    def forward(self, spatial_tokens: Tensor) -> Tensor:  # (sum of spatial tokens, D) -> (sum of spatial tokens, h)
+        return self.projector(spatial_tokens.to(self.projector.fc1.weight.dtype))
+
+
+@dataclass
+class AppendedTokens:
+    """Vectors that stand in the prompt in place of embeddings."""
+
+    places: Tensor  # (batch, sequence, 1), bool
+    vectors: Tensor  # (batch, sequence, h), of any value elsewhere
+
+    @contextmanager
+    def entering(self, embeddings: nn.Module) -> Iterator[None]:
+        """While it lasts, looking up the prompt's embeddings gives these vectors in their places."""
+        thread, length, entered = threading.get_ident(), self.places.shape[1], False
+
+        def enter(module: nn.Module, args: tuple, embedded: Tensor) -> Tensor:
+            nonlocal entered
+            # Models look up single tokens besides; another thread's prompt is its own affair.
+            if embedded.ndim != 3 or threading.get_ident() != thread:
+                return embedded
+            if embedded.shape[1] < length:
+                if not entered:
+                    raise ValueError(
+                        f"Appended tokens need the whole prompt, {length} tokens, in one forward pass, got "
+                        f"{embedded.shape[1]} of them. Leave `prefill_chunk_size` and earlier `past_key_values` out."
+                    )
+                return embedded  # the next words, one by one
+            entered = True
+            copies = len(embedded) // len(self.places)  # beams and samples: of each row one after the other
+            places, vectors = (part.repeat_interleave(copies, 0) for part in (self.places, self.vectors))
+            prompt = torch.where(places.to(embedded.device), vectors.to(embedded), embedded[:, :length])
+            return torch.cat([prompt, embedded[:, length:]], 1) if embedded.shape[1] > length else prompt
+
+        handle = embeddings.register_forward_hook(enter)
+        try:
+            yield
+            if not entered:
+                raise RuntimeError("The VLM never looked its prompt up in its input embeddings: nothing was appended.")
+        finally:
+            handle.remove()
 
 
 class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
@@ -110,6 +187,10 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
     their parameters are given ``requires_grad_(True)``.
 
     Before training the adapter is the identity: logits equal the plain VLM's, bit for bit.
+
+    ``config.integration`` and ``config.spatial_source`` are the paper's ablations. With ``"append"`` the adapter is a
+    projector alone and changes the logits from the first step; the processor has to know (``spatial_tokens``). With
+    ``"vggt"`` the Spa3R lends its backbone only. With ``"none"`` both ``spa3r`` and ``adapter`` are None.
     """
 
     config_class = Spa3VLMConfig
@@ -122,14 +203,20 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
         check_vlm(self.vlm.config.model_type, type(self.vlm))
-        self.spa3r = spa3r if spa3r is not None else Spa3RModel(config.spa3r_config)
-        if self.spa3r.config.hidden_size != config.spa3r_config.hidden_size:
-            raise ValueError(
-                f"`spa3r` must make latents of width {config.spa3r_config.hidden_size}, as `spa3r_config` says, got "
-                f"{self.spa3r.config.hidden_size}. Pass `spa3r.config` in the configuration."
-            )
-        self.adapter = Spa3VLMAdapter(config)
-        config.vlm_config, config.spa3r_config = self.vlm.config, self.spa3r.config  # parts may hold copies: one truth
+        config.vlm_config = self.vlm.config  # parts may hold copies: one truth
+        self.spa3r = self.adapter = None
+        if config.spatial_source != "none":
+            self.spa3r = spa3r if spa3r is not None else Spa3RModel(config.spa3r_config)
+            if self.spa3r.config.hidden_size != config.spa3r_config.hidden_size:
+                raise ValueError(
+                    f"`spa3r` must make latents of width {config.spa3r_config.hidden_size}, as `spa3r_config` says, "
+                    f"got {self.spa3r.config.hidden_size}. Pass `spa3r.config` in the configuration."
+                )
+            config.spa3r_config = self.spa3r.config
+            appends = config.integration == "append"
+            self.adapter = Spa3VLMAppendAdapter(config) if appends else Spa3VLMAdapter(config)
+            if appends and config.spatial_token_id is None:
+                config.spatial_token_id = self._pad_token_id()
         self.post_init()
         self._freeze()
 
@@ -139,7 +226,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
     def from_vlm_and_spa3r(
         cls,
         vlm: str | Path | PreTrainedModel,
-        spa3r: str | Path | Spa3RModel,
+        spa3r: str | Path | Spa3RModel | None = None,
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | dict | None = None,
         device_map: Any = None,
@@ -149,7 +236,8 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
 
         Args:
             vlm: Folder or hub id of any VLM of transformers that takes ``mm_encoder_outputs``, or the model.
-            spa3r: Folder or hub id of a Spa3R, or the model.
+            spa3r: Folder or hub id of a Spa3R, or the model. With ``spatial_source="none"`` it is neither needed nor
+                loaded.
             dtype: Of both, where they are loaded here; the adapter gets the VLM's.
             attn_implementation: Attention back end of both, or ``{"vlm_config": ..., "spa3r_config": ...}``.
             device_map: Where the VLM is placed; Spa3R and adapter go to the VLM's first device.
@@ -158,9 +246,15 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
 
         Raises:
             TypeError: A keyword is neither.
-            ValueError: The VLM's family can't be married; the message says why.
+            ValueError: The VLM's family can't be married (the message says why), or there is no Spa3R.
         """
         hub_kwargs, fields = split_hub_kwargs(kwargs, cls.config_class)
+        alone = fields.get("spatial_source") == "none"
+        if spa3r is None and not alone:
+            raise ValueError(
+                "`spa3r` must be the folder, hub id or model of a Spa3R, got None. Only the VLM alone, "
+                "spatial_source='none', goes without."
+            )
         by_part = attn_implementation if isinstance(attn_implementation, dict) else {}
         if not isinstance(vlm, PreTrainedModel):
             vlm_config = AutoConfig.from_pretrained(vlm, **hub_kwargs)
@@ -173,7 +267,9 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 attn_implementation=by_part.get("vlm_config") if by_part else attn_implementation,
                 **hub_kwargs,
             )
-        if not isinstance(spa3r, PreTrainedModel):
+        if alone:
+            spa3r = None
+        elif not isinstance(spa3r, PreTrainedModel):
             spa3r = Spa3RModel.from_pretrained(
                 spa3r,
                 dtype=vlm.dtype if dtype == "auto" else dtype,
@@ -183,10 +279,14 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         # The dictionary form says what the adapter uses and leaves the loaded parts' own choice alone.
         own = by_part.get("") if by_part else attn_implementation
         config = cls.config_class(
-            vlm_config=vlm.config, spa3r_config=spa3r.config, attn_implementation={"": own}, **fields
+            vlm_config=vlm.config,
+            spa3r_config=None if spa3r is None else spa3r.config,
+            attn_implementation={"": own},
+            **fields,
         )
-        model = cls(config, vlm=vlm, spa3r=spa3r.to(vlm.device))
-        model.adapter.to(device=vlm.device, dtype=vlm.dtype)
+        model = cls(config, vlm=vlm, spa3r=None if spa3r is None else spa3r.to(vlm.device))
+        if model.adapter is not None:
+            model.adapter.to(device=vlm.device, dtype=vlm.dtype)
         return model.eval()
 
     def save_pretrained(self, save_directory, include_backbone: bool = True, **kwargs) -> None:
@@ -200,18 +300,22 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         """
         # Names as they are in memory: trainers load what they saved by name, and the layout is ours anyway.
         kwargs.setdefault("save_original_format", False)
+        if self.spa3r is None:
+            super().save_pretrained(save_directory, **kwargs)
+            return
         with self.spa3r.naming_frozen_parts(include_backbone, save_directory) as left_out:
             paths = [f"spa3r.{path}" for path in left_out]
             save_without(super().save_pretrained, self, paths, save_directory, **kwargs)
 
     def _finish_loading(self, hub_kwargs: dict) -> None:
-        self.spa3r._finish_loading(hub_kwargs)
+        if self.spa3r is not None:
+            self.spa3r._finish_loading(hub_kwargs)
         self._freeze()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is self.adapter.bottleneck.fc2:
+        if isinstance(self.adapter, Spa3VLMAdapter) and module is self.adapter.bottleneck.fc2:
             init.zeros_(module.weight)
 
     # Which part is what
@@ -266,8 +370,20 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         language = {id(parameter) for part in self._language_modules() for parameter in part.parameters()}
         return [parameter for parameter in self.vlm.parameters() if id(parameter) not in language]
 
+    def _pad_token_id(self) -> int:
+        configs = (self.config.get_text_config(), self.vlm.config, self.generation_config)
+        ids = (getattr(config, "pad_token_id", None) for config in configs)
+        token_id = next((token_id for token_id in ids if token_id is not None and token_id >= 0), None)
+        if token_id is None:
+            raise ValueError(
+                "`spatial_token_id` must be given with `integration='append'`, since the VLM's configuration names no "
+                "padding token. Pass `processor.spatial_token_id` of its Spa3VLMProcessor."
+            )
+        return token_id
+
     def _freeze(self) -> None:
-        self.spa3r.requires_grad_(False)
+        if self.spa3r is not None:
+            self.spa3r.requires_grad_(False)
         for parameter in self.vision_parameters():
             parameter.requires_grad_(False)
         self.train(self.training)
@@ -276,7 +392,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         """As ``nn.Module.train``; frozen parts stay in eval mode."""
         super().train(mode)
         for module in (self.spa3r, *self.vision_modules()):
-            if not any(parameter.requires_grad for parameter in module.parameters()):
+            if module is not None and not any(parameter.requires_grad for parameter in module.parameters()):
                 module.eval()
         return self
 
@@ -290,6 +406,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         view_grid_hw: Tensor | Sequence[Sequence[int]] | None = None,
         views_per_scene: Tensor | Sequence[int] | None = None,
         image_tokens_per_scene: Tensor | Sequence[int] | None = None,
+        spatial_tokens_per_scene: Tensor | Sequence[int] | None = None,
         labels: Tensor | None = None,
         **kwargs,
     ) -> ModelOutput:
@@ -302,6 +419,8 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             view_grid_hw: (views, 2), patch grid of every view.
             views_per_scene: (batch,), how many views each row has; 0 for a text-only row.
             image_tokens_per_scene: (batch,), image placeholders in each row; None: counted in `input_ids`.
+            spatial_tokens_per_scene: (batch,), places for appended tokens in each row, with ``integration="append"``;
+                None: counted in `input_ids`.
             labels: (batch, sequence), token ids, -100 where the loss is not taken.
             **kwargs: Everything else that the processor made for the VLM (``pixel_values`` and so on), and any other
                 argument of the VLM's forward.
@@ -317,10 +436,13 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             "view_grid_hw": view_grid_hw,
             "views_per_scene": views_per_scene,
             "image_tokens_per_scene": image_tokens_per_scene,
+            "spatial_tokens_per_scene": spatial_tokens_per_scene,
         }
-        inputs = self._fuse(input_ids, kwargs)
-        output = self.vlm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
-        if labels is not None and "mm_encoder_outputs" not in inputs and torch.is_grad_enabled():
+        inputs, appended = self._fuse(input_ids, attention_mask, kwargs)
+        with self._entering(appended):
+            output = self.vlm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
+        is_idle = self.adapter is not None and "mm_encoder_outputs" not in inputs
+        if labels is not None and is_idle and torch.is_grad_enabled():
             # Distributed training waits for a gradient of every parameter, also of a batch that has text only.
             loss = output["loss"] if isinstance(output, dict) else output[0]
             idle = 0.0 * sum(parameter.sum() for parameter in self.adapter.parameters() if parameter.requires_grad)
@@ -342,12 +464,24 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             **kwargs: What the processor made, and any argument of the VLM's ``generate``.
         """
         input_ids = kwargs.pop("input_ids", inputs)
-        kwargs = self._fuse(input_ids, kwargs)
-        return self.vlm.generate(input_ids=input_ids, generation_config=generation_config, **kwargs)
+        kwargs, appended = self._fuse(input_ids, kwargs.get("attention_mask"), kwargs)
+        with self._entering(appended):
+            return self.vlm.generate(input_ids=input_ids, generation_config=generation_config, **kwargs)
 
-    def _fuse(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The VLM's arguments, with fused image tokens in place of pixels and views."""
+    def _entering(self, appended: AppendedTokens | None) -> AbstractContextManager:
+        return nullcontext() if appended is None else appended.entering(self.get_input_embeddings())
+
+    def _fuse(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], AppendedTokens | None]:
+        """The VLM's arguments, with fused image tokens in place of pixels and views; and what the prompt is given."""
         views = {key: kwargs.pop(key, None) for key in VIEW_KEYS}
+        if views["spatial_tokens_per_scene"] is not None and self.config.integration != "append":
+            raise ValueError(
+                "The processor made places for appended tokens (`spatial_tokens_per_scene`), and nothing is appended: "
+                f"the model's `integration` is {self.config.integration!r} and its `spatial_source` "
+                f"{self.config.spatial_source!r}. Set `processor.spatial_tokens = model.config.spatial_tokens`."
+            )
         if kwargs.get("pixel_values") is None:
             if views["view_pixel_values"] is not None and len(views["view_pixel_values"]):
                 raise ValueError(
@@ -355,8 +489,8 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                     "fuse. Pass everything that Spa3VLMProcessor returned."
                 )
             kwargs.pop("pixel_values", None)
-            return kwargs
-        if views["view_pixel_values"] is None:
+            return kwargs, None
+        if views["view_pixel_values"] is None and self.spa3r is not None:
             raise ValueError(
                 "`pixel_values` came without `view_pixel_values`, `view_grid_hw` and `views_per_scene`. Make the "
                 "inputs with Spa3VLMProcessor, or call `model.vlm` to run the VLM alone."
@@ -367,12 +501,16 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             features = encode(**arguments, return_dict=True)
         kwargs.pop("pixel_values")
         tokens_per_row = self._tokens_per_row(input_ids, views["image_tokens_per_scene"])
-        latents, rows = self._encode_views(views, tokens_per_row)
+        spatial = None if self.spa3r is None else self._encode_views(views, tokens_per_row)
+        appended = None
+        if self.config.integration == "append":
+            given = views["spatial_tokens_per_scene"]
+            appended, spatial = self._append(*spatial, input_ids, attention_mask, given), None
         fused = copy.copy(features)
-        fused.pooler_output = self._fuse_tokens(features.pooler_output, latents, tokens_per_row, rows)
+        fused.pooler_output = self._fuse_tokens(features.pooler_output, tokens_per_row, spatial)
         if (deepstack := getattr(features, "deepstack_features", None)) is not None:
             fused.deepstack_features = [_regroup(layer, tokens_per_row) for layer in deepstack]
-        return kwargs | {"mm_encoder_outputs": {"image": fused}}
+        return kwargs | {"mm_encoder_outputs": {"image": fused}}, appended
 
     def _tokens_per_row(self, input_ids: Tensor | None, given: Tensor | Sequence[int] | None) -> list[int]:
         if input_ids is None and given is None:
@@ -389,7 +527,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         return counted
 
     def _encode_views(self, views: dict[str, Any], tokens_per_row: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Latents of the rows that have views, and which rows these are."""
+        """Packed spatial tokens of the rows that have views, and how many each row has."""
         counts = as_list(views["views_per_scene"])
         if len(counts) != len(tokens_per_row):
             raise ValueError(
@@ -402,18 +540,62 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                     f"Row {row} has {count} views and {tokens} image tokens; a row has both or neither. Don't truncate "
                     "image placeholders, and pass what Spa3VLMProcessor returned."
                 )
-        rows = [row for row, count in enumerate(counts) if count]
+        pixels, grids = views["view_pixel_values"].to(self.spa3r.device), views["view_grid_hw"]
+        views_per_scene = [count for count in counts if count]
+        if self.config.spatial_source == "vggt":
+            tokens = self.spa3r.backbone_features(pixels, grids, views_per_scene)
+            layout = ViewLayout.from_inputs(grids, views_per_scene)
+            per_scene = iter(layout.per_scene(layout.patches_per_view))
+            return tokens, [next(per_scene) if count else 0 for count in counts]
         trainable = any(parameter.requires_grad for parameter in self.spa3r.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
-            latents = self.spa3r.encode(
-                views["view_pixel_values"].to(self.spa3r.device), views["view_grid_hw"], [counts[row] for row in rows]
+            latents = self.spa3r.encode(pixels, grids, views_per_scene)
+        return latents.flatten(0, 1), [latents.shape[1] if count else 0 for count in counts]
+
+    def _append(
+        self,
+        spatial_tokens: Tensor,
+        wanted: Sequence[int],
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        given: Tensor | Sequence[int] | None,
+    ) -> AppendedTokens:
+        """The projected spatial tokens in the places that the processor made for them: `wanted` in each row."""
+        token_id = self.config.spatial_token_id
+        if input_ids is None or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+            raise ValueError(
+                "`integration='append'` must have `input_ids` and an `attention_mask` of the same shape (or none), got "
+                f"{None if input_ids is None else tuple(input_ids.shape)} and "
+                f"{None if attention_mask is None else tuple(attention_mask.shape)}. Pass what Spa3VLMProcessor "
+                "returned."
             )
-        return latents, rows
+        places = input_ids == token_id
+        if attention_mask is not None:  # the same token pads
+            places &= attention_mask.bool().to(places.device)
+        # Counting would make the host wait for the device.
+        counted = as_list(given) if given is not None and places.device.type != "cpu" else places.sum(1).tolist()
+        if counted != list(wanted):
+            raise ValueError(
+                "Each row of `input_ids` must hold a place for each token that is appended to its scene, "
+                f"{list(wanted)}, got {counted} of token {token_id}. Set `processor.spatial_tokens = "
+                f"model.config.spatial_tokens` (here {self.config.spatial_tokens!r}) before making inputs, don't "
+                "truncate these tokens, and see that `config.spatial_token_id` is `processor.spatial_token_id`."
+            )
+        projected = self.adapter(spatial_tokens)
+        places = places[..., None].to(projected.device)
+        vectors = projected.new_zeros(*places.shape[:2], projected.shape[-1]).masked_scatter(places, projected)
+        return AppendedTokens(places, vectors)
 
     def _fuse_tokens(
-        self, features: Tensor | Sequence[Tensor], latents: Tensor, tokens_per_row: Sequence[int], rows: Sequence[int]
+        self,
+        features: Tensor | Sequence[Tensor],
+        tokens_per_row: Sequence[int],
+        spatial: tuple[Tensor, list[int]] | None,
     ) -> Tensor | list[Tensor]:
-        """Fused image tokens in the form that the VLM wants them back: one tensor, or a list with an item a row."""
+        """Fused image tokens in the form that the VLM wants them back: one tensor, or a list with an item a row.
+
+        `spatial` holds packed spatial tokens and how many each row has; None leaves the image tokens as they are.
+        """
         shape = features.shape if isinstance(features, Tensor) else None
         tokens = features.flatten(0, -2) if shape is not None else torch.cat([f.flatten(0, -2) for f in features])
         if len(tokens) != sum(tokens_per_row):
@@ -421,7 +603,11 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 f"The pictures give {len(tokens)} image tokens and `input_ids` has {sum(tokens_per_row)} image "
                 "placeholders. Don't truncate image placeholders, and pass what Spa3VLMProcessor returned."
             )
-        fused = self.adapter(tokens, latents.to(tokens.device), [tokens_per_row[row] for row in rows])
+        fused = tokens
+        if spatial is not None:
+            spatial_tokens, spatial_per_row = spatial
+            per_scene = ([count for count in counts if count] for counts in (tokens_per_row, spatial_per_row))
+            fused = self.adapter(tokens, spatial_tokens.to(tokens.device), *per_scene)
         # Row by row, since some families expand lists for beams picture by picture, which would mix rows up.
         return fused.reshape(shape) if shape is not None else list(fused.split(list(tokens_per_row)))
 

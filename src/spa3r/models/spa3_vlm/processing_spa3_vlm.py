@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ NOT_FOR_VLM = (*HUB_KWARGS, "revision", "trust_remote_code", "subfolder", "_from
 CONFIG_FILE = "processor_config.json"
 
 TOKEN_COUNTS = "image_tokens_per_scene"
+SPATIAL_COUNTS = "spatial_tokens_per_scene"
 
 PICTURE_KEYS = ("image", "url", "path", "base64")
 VIDEO_KEYS = ("video", "url", "path")
@@ -45,9 +47,13 @@ class Spa3VLMProcessor(ProcessorMixin):
         num_frames: Frames of a video; None: clamp(round(seconds / 2), 4, 8).
         image_token_id: Id of the VLM's image placeholder (its configuration's ``image_token_id``), to count image
             tokens by; None: the model counts, for which an accelerator has to be waited for.
+        spatial_tokens: Places for tokens that the model appends to a scene (``integration="append"``): its
+            ``config.spatial_tokens``, a number, or ``"patches"`` for one for each patch of the views. They follow the
+            conversation's last picture. None: the model appends none.
+        spatial_token: The token that holds these places; None: the tokenizer's padding token.
 
     Raises:
-        ValueError: `images` is unknown.
+        ValueError: `images` or `spatial_tokens` is unknown, or no token can hold the places.
     """
 
     def __init__(
@@ -57,6 +63,8 @@ class Spa3VLMProcessor(ProcessorMixin):
         images: Literal["aligned", "native"] = "aligned",
         num_frames: int | None = None,
         image_token_id: int | None = None,
+        spatial_tokens: int | Literal["patches"] | None = None,
+        spatial_token: str | None = None,
     ):
         if images not in ("aligned", "native"):
             raise ValueError(f"`images` must be 'aligned' or 'native', got {images!r}.")
@@ -65,6 +73,8 @@ class Spa3VLMProcessor(ProcessorMixin):
         self.images = images
         self.num_frames = num_frames
         self.image_token_id = image_token_id
+        self._spatial_token = spatial_token
+        self.spatial_tokens = spatial_tokens
 
     # Loading and saving
 
@@ -109,6 +119,8 @@ class Spa3VLMProcessor(ProcessorMixin):
             "images": self.images,
             "num_frames": self.num_frames,
             "image_token_id": self.image_token_id,
+            "spatial_tokens": self.spatial_tokens,
+            "spatial_token": self._spatial_token,
             "view_image_processor": self.view_image_processor.to_dict(),
         }
 
@@ -144,6 +156,7 @@ class Spa3VLMProcessor(ProcessorMixin):
                 "class's). Make one with Spa3VLMProcessor.from_vlm_and_spa3r and save it there."
             )
         fields["view_image_processor"] = Spa3RImageProcessor.from_dict(fields["view_image_processor"])
+        fields = {"spatial_tokens": None, "spatial_token": None} | fields  # folders of before know neither
         for_vlm = {key: value for key, value in kwargs.items() if key not in (*fields, *NOT_FOR_VLM)}
         fields |= {key: kwargs[key] for key in fields if key in kwargs}
         return cls(AutoProcessor.from_pretrained(folder / VLM_FOLDER, **for_vlm), **fields)
@@ -175,13 +188,90 @@ class Spa3VLMProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """The VLM's inputs and the views'."""
-        return [*self.vlm_processor.model_input_names, *self.view_image_processor.model_input_names, TOKEN_COUNTS]
+        own = [TOKEN_COUNTS] if self.spatial_tokens is None else [TOKEN_COUNTS, SPATIAL_COUNTS]
+        return [*self.vlm_processor.model_input_names, *self.view_image_processor.model_input_names, *own]
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(images={self.images!r}, num_frames={self.num_frames}, "
             f"view_image_processor={self.view_image_processor!r}, vlm_processor={self.vlm_processor!r})"
         )
+
+    # Places of appended tokens
+
+    @property
+    def spatial_tokens(self) -> int | Literal["patches"] | None:
+        """Places for tokens that the model appends to a scene; may be set, to the model's ``config.spatial_tokens``."""
+        return self._spatial_tokens
+
+    @spatial_tokens.setter
+    def spatial_tokens(self, value: int | Literal["patches"] | None) -> None:
+        if not (value is None or value == "patches" or (isinstance(value, int) and value > 0)):
+            raise ValueError(
+                f"`spatial_tokens` must be a positive number, 'patches' or None, got {value!r}. Take the model's "
+                "`config.spatial_tokens`."
+            )
+        if value is not None:
+            self._check_spatial_token()
+        self._spatial_tokens = value
+
+    @property
+    def spatial_token(self) -> str | None:
+        """The token that holds the places of appended tokens."""
+        return self._spatial_token or self.tokenizer.pad_token
+
+    @property
+    def spatial_token_id(self) -> int | None:
+        """Its id: the model's ``config.spatial_token_id``."""
+        return None if self.spatial_token is None else self.tokenizer.convert_tokens_to_ids(self.spatial_token)
+
+    def _check_spatial_token(self) -> None:
+        """It must be one token, and never stand in a prompt for anything else."""
+        token, tokenizer = self.spatial_token, self.tokenizer
+        taken = (tokenizer.eos_token, tokenizer.bos_token, getattr(self.vlm_processor, "image_token", None))
+        if (
+            token is None
+            or token in taken
+            or self.spatial_token_id == self.image_token_id
+            or tokenizer(token * 2, add_special_tokens=False)["input_ids"] != [self.spatial_token_id] * 2
+        ):
+            raise ValueError(
+                "`spatial_token` must be a special token of the tokenizer that no prompt contains otherwise, got "
+                f"{token!r} ({'the padding token' if self._spatial_token is None else 'as given'}). Give the name of "
+                "an unused special token of the vocabulary, and its id to the model's `config.spatial_token_id`."
+            )
+
+    def _num_spatial_tokens(self, views: Sequence[PIL.Image.Image]) -> int:
+        if not views or self.spatial_tokens != "patches":
+            return self.spatial_tokens if views else 0
+        side = self.view_image_processor.patch_size
+        return sum((view.width // side) * (view.height // side) for view in views)
+
+    def _with_spatial_tokens(self, messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+        """The messages with `count` places after their last picture."""
+        messages = list(messages)
+        for place in reversed(range(len(messages))):
+            items = messages[place].get("content")
+            pictures = [i for i, item in enumerate(items) if item["type"] == "image"] if isinstance(items, list) else []
+            if pictures:
+                text = {"type": "text", "text": self.spatial_token * count}
+                items = [*items[: pictures[-1] + 1], text, *items[pictures[-1] + 1 :]]
+                messages[place] = {**messages[place], "content": items}
+                break
+        return messages
+
+    def _widen_spatial_tokens(self, text: str, count: int) -> str:
+        """The text with its run of places `count` long."""
+        if not count:
+            return text
+        runs = f"(?:{re.escape(self.spatial_token)})+"
+        if len(re.findall(runs, text)) != 1:
+            raise ValueError(
+                f"A text with pictures must have places for appended tokens, {self.spatial_token!r}, once (any number "
+                f"in a row), got {len(re.findall(runs, text))} times. Make it with this processor's "
+                "apply_chat_template(tokenize=False), or put one right after the last picture."
+            )
+        return re.sub(runs, lambda _: self.spatial_token * count, text)
 
     # Pictures
 
@@ -240,7 +330,8 @@ class Spa3VLMProcessor(ProcessorMixin):
 
         Returns:
             Text; or token ids; or with `return_dict` the VLM's inputs and ``view_pixel_values`` (sum of N, 3 * p * p),
-            ``view_grid_hw`` (views, 2), ``views_per_scene`` (batch,), ``image_tokens_per_scene`` (batch,).
+            ``view_grid_hw`` (views, 2), ``views_per_scene`` (batch,), ``image_tokens_per_scene`` (batch,); with
+            `spatial_tokens` also ``spatial_tokens_per_scene`` (batch,).
 
         Raises:
             ValueError: A picture or video can't be read, or a content item is unknown.
@@ -255,6 +346,8 @@ class Spa3VLMProcessor(ProcessorMixin):
                 views, seen = self._load_views(pictures)
                 scenes.append(views)
                 messages = _with_pictures(messages, seen)
+            if self.spatial_tokens is not None:  # of a text alone, one stands for all until the views are known
+                messages = self._with_spatial_tokens(messages, self._num_spatial_tokens(views) if tokenize else 1)
             rewritten.append(messages)
         processor_kwargs = dict(processor_kwargs or {})
         if tokenize:
@@ -299,6 +392,9 @@ class Spa3VLMProcessor(ProcessorMixin):
             )
         loaded = [self._load_views(pictures) for pictures in nested]
         seen = [pictures for _, pictures in loaded]
+        if self.spatial_tokens is not None:
+            wide = [self._widen_spatial_tokens(t, self._num_spatial_tokens(v)) for t, (v, _) in zip(texts, loaded)]
+            text = wide[0] if isinstance(text, str) else wide
         output = self.vlm_processor(
             text=text, images=seen if any(seen) else None, return_tensors=return_tensors, **kwargs
         )
@@ -313,7 +409,20 @@ class Spa3VLMProcessor(ProcessorMixin):
                 counts[TOKEN_COUNTS] = [sum(token == self.image_token_id for token in row) for row in ids]
             else:
                 counts[TOKEN_COUNTS] = (ids == self.image_token_id).sum(-1)
+        if self.spatial_tokens is not None:
+            counts[SPATIAL_COUNTS] = self._count_spatial_tokens(output)
         return ViewBatch({**output, **views, **counts})
+
+    def _count_spatial_tokens(self, output: BatchFeature) -> Any:
+        """Of every row; padding may be of the same token."""
+        ids, mask = output["input_ids"], output.get("attention_mask")
+        if hasattr(ids, "shape"):
+            places = ids == self.spatial_token_id
+            return (places if mask is None else places & (mask != 0)).sum(-1)
+        masks = mask or [[1] * len(row) for row in ids]
+        return [
+            sum(token == self.spatial_token_id and bool(real) for token, real in zip(*pair)) for pair in zip(ids, masks)
+        ]
 
     def _pictures_of(
         self, messages: Sequence[dict[str, Any]], num_frames: int | None, placeholders: bool

@@ -30,7 +30,7 @@ floating point in [0, 1], or 16-bit in [0, 65535]."""
 Mode = Literal["crop", "pad", "pretraining"]
 """How a picture becomes a view, see :class:`Spa3RImageProcessor`."""
 
-LAYOUT_KEYS = ("view_grid_hw", "views_per_scene", "image_tokens_per_scene")
+LAYOUT_KEYS = ("view_grid_hw", "views_per_scene", "image_tokens_per_scene", "spatial_tokens_per_scene")
 
 
 class ViewBatch(BatchFeature):

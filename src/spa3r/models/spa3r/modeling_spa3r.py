@@ -409,6 +409,26 @@ class Spa3RModel(Spa3RPreTrainedModel):
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         return self.encoder(self._run_backbone(view_pixel_values, layout)[0], layout)
 
+    def backbone_features(
+        self,
+        view_pixel_values: Tensor,
+        view_grid_hw: Tensor | Sequence[Sequence[int]],
+        views_per_scene: Tensor | Sequence[int],
+    ) -> Tensor:  # -> (sum of N, 2C)
+        """What :meth:`encode` makes the latents of: the frozen backbone's last-layer features of every patch, all views
+        of a scene having seen one another.
+
+        Args:
+            view_pixel_values: (sum of N, 3 * p * p), from the image processor.
+            view_grid_hw: (views, 2), likewise.
+            views_per_scene: (scenes,), likewise.
+
+        Raises:
+            ValueError: There are no views, or the inputs contradict one another.
+        """
+        layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
+        return self._run_backbone(view_pixel_values, layout)[0]
+
     def decode(
         self,
         latents: Tensor,
