@@ -35,12 +35,12 @@ EXAMPLES = [
 ]
 
 
-def build_couple(family: str):
+def build_couple(family: str, **fields):
     vlm, vlm_processor = build(family)
     spa3r = alive(
         Spa3RModel(spa3r_config(backbone_config={**spa3r_config().backbone_config.to_dict(), "patch_size": 14}))
     )
-    model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r)
+    model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r, **fields)
     alive(model.adapter)
     views = Spa3RImageProcessor(size=56, patch_size=14)
     return model, Spa3VLMProcessor(vlm_processor, views, image_token_id=model.vlm.config.image_token_id)
@@ -75,6 +75,16 @@ def test_other_families_are_asked_alike(family):
     for use_spa3r in (True, False):
         asked = {"max_new_tokens": 6, "use_spa3r": use_spa3r}
         assert answer(model, processor, examples, **asked) == answer(model, processor, examples, 1, **asked)
+
+
+def test_appended_tokens_are_left_out_with_spa3r(couple):
+    model, processor = build_couple("qwen2_5_vl", integration="append")
+    processor.spatial_tokens = model.config.spatial_tokens
+    appended = answer(model, processor, EXAMPLES)
+    assert appended == answer(model, processor, EXAMPLES, batch_size=1)
+    without = answer(model, processor, EXAMPLES, use_spa3r=False)
+    assert without == answer(model.vlm, processor.vlm_processor, EXAMPLES) != appended
+    assert processor.spatial_tokens == model.config.spatial_tokens is not None
 
 
 def test_a_model_with_lora_is_asked_with_and_without_spa3r(couple):

@@ -7,6 +7,7 @@ print(score_table({"with Spa3R": report}))
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -200,6 +201,9 @@ def _answers(
     is_couple = hasattr(model, "vlm")  # also below a peft model
     asked = model if use_spa3r or not is_couple else model.vlm
     left_out = () if is_couple and use_spa3r else VIEW_KEYS
+    if left_out and getattr(processor, "spatial_tokens", None) is not None:
+        processor = copy(processor)
+        processor.spatial_tokens = None  # no places for tokens that nobody appends
     tokenizer = getattr(processor, "tokenizer", processor)
     modes = {module: module.training for module in model.modules()}
     model.eval()
