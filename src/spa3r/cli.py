@@ -277,6 +277,8 @@ def _load_spa3r(name: str, device: str, dtype: Dtype, attention: str | None) -> 
         if kind != "spa3_vlm":
             raise ValueError(f"`--model` must be a Spa3R or a Spa3-VLM to encode with, and {name} is a {kind}.")
     model, processor = _load_vlm(name, device, dtype, attention)
+    if model.spa3r is None:
+        raise ValueError(f"`--model` must hold a Spa3R to encode with, and {name} has `spatial_source` 'none'.")
     return model.spa3r, processor.view_image_processor
 
 
@@ -624,46 +626,91 @@ def pretrain(
 ) -> None:
     """Pretrain a Spa3R as a configuration file says, or go on with a run that was stopped."""
     with _reporting(as_json, verbose) as report:
-        import torch
-
         from spa3r.training import PretrainingConfig
         from spa3r.training import pretrain as run_pretraining
 
         settings = PretrainingConfig.from_yaml(config, context.args)
-        is_main_process = os.environ.get("RANK", "0") == "0"
-        if is_main_process:
-            report.line(settings.to_yaml())
-        result = run_pretraining(settings, fresh=fresh, note=report.note, progress=report.line)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        if not is_main_process:
-            raise typer.Exit  # the first process speaks for all
-        lines = [f"{result.output_dir}: {result.step} of {result.max_steps} steps"]
-        lines += [f"  {name} {value:.4g}" for name, value in result.evaluation.items() if value is not None]
-        lines.append(str(result.skipped))
-        if result.held_out_skipped.entries():
-            lines.append(f"Of the held-out scenes: {result.held_out_skipped}")
-        if result.nonfinite_steps:
-            lines.append(f"{_plural(result.nonfinite_steps, 'step')} dropped, their gradient was not finite")
-        if not result.is_finished:
-            lines.append(f"stopped by {result.interrupted_by}; the same command goes on from {result.checkpoint}")
-        report.finish(
-            "\n".join(lines),
-            exit_code=0 if result.is_finished else 130,
-            output_dir=result.output_dir,
-            step=result.step,
-            max_steps=result.max_steps,
-            finished=result.is_finished,
-            interrupted_by=result.interrupted_by,
-            resumed_from=result.resumed_from,
-            checkpoint=result.checkpoint,
-            evaluation=result.evaluation,
-            nonfinite_steps=result.nonfinite_steps,
+        result = _train(report, settings, run_pretraining, fresh)
+        text = f"Of the held-out scenes: {result.held_out_skipped}" if result.held_out_skipped.entries() else ""
+        _tell_training(
+            report,
+            result,
+            text,
             pictures=result.skipped.pictures_tried,
             skipped_pictures=result.skipped.pictures_bad,
-            skipped=result.skipped.entries(),
             held_out_skipped=result.held_out_skipped.entries(),
         )
+
+
+@app.command(
+    no_args_is_help=True,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": True},
+    epilog="Any key of the file can be changed: --training.policy lora --data.max_length 4096",
+)
+def finetune(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Sections model, data, evaluation, training.")],
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: delete the checkpoints, model and logs of the run.")
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune a VLM with Spa3R on instructions as a configuration file says, or go on with a run that was stopped."""
+    with _reporting(as_json, verbose) as report:
+        from spa3r.training import FinetuningConfig
+        from spa3r.training import finetune as run_finetuning
+
+        result = _train(report, FinetuningConfig.from_yaml(config, context.args), run_finetuning, fresh)
+        _tell_training(
+            report,
+            result,
+            rows=result.skipped.scenes_tried,
+            skipped_rows=result.skipped.scenes_bad,
+            parameters=result.parameters,
+        )
+
+
+def _train(report: Report, settings: Any, run: Callable[..., Any], fresh: bool) -> Any:
+    """Run a training; only the first process comes back, and speaks for all."""
+    import torch
+
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    if is_main_process:
+        report.line(settings.to_yaml())
+    result = run(settings, fresh=fresh, note=report.note, progress=report.line)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if not is_main_process:
+        raise typer.Exit
+    return result
+
+
+def _tell_training(report: Report, result: Any, text: str = "", **more: Any) -> None:
+    lines = [f"{result.output_dir}: {result.step} of {result.max_steps} steps"]
+    lines += [f"  {name} {value:.4g}" for name, value in result.evaluation.items() if value is not None]
+    lines.append(str(result.skipped))
+    if text:
+        lines.append(text)
+    if result.nonfinite_steps:
+        lines.append(f"{_plural(result.nonfinite_steps, 'step')} dropped, their gradient was not finite")
+    if not result.is_finished:
+        lines.append(f"stopped by {result.interrupted_by}; the same command goes on from {result.checkpoint}")
+    report.finish(
+        "\n".join(lines),
+        exit_code=0 if result.is_finished else 130,
+        output_dir=result.output_dir,
+        step=result.step,
+        max_steps=result.max_steps,
+        finished=result.is_finished,
+        interrupted_by=result.interrupted_by,
+        resumed_from=result.resumed_from,
+        checkpoint=result.checkpoint,
+        evaluation=result.evaluation,
+        nonfinite_steps=result.nonfinite_steps,
+        skipped=result.skipped.entries(),
+        **more,
+    )
 
 
 @app.command()

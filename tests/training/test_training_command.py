@@ -367,7 +367,7 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(config, tmp_path, worke
 
 KILL_AT = """
 import builtins, os, signal, sys
-import spa3r.cli, spa3r.training.checkpoints as checkpoints, spa3r.training.trainer as trainer
+import spa3r.cli, spa3r.training.checkpoints as checkpoints, spa3r.training.base as trainer
 name, count = sys.argv.pop(1), int(sys.argv.pop(1))
 module = {"publish": trainer, "save_state": trainer, "_sync": checkpoints}.get(name, os)
 original, calls = getattr(module, name), 0

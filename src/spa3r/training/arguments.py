@@ -1,17 +1,56 @@
-"""The arguments of a pretraining: transformers' own, with the method's recipe as defaults."""
+"""The arguments of the trainings: transformers' own, with the method's recipes as defaults."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 COSINE = "cosine_with_min_lr"
 
+POLICIES = ("paper", "adapter_only", "lora", "qlora", "end_to_end")
+"""What a fine-tuning trains, see :class:`FinetuningArguments`."""
+
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
+class RunArguments(TrainingArguments):
+    """transformers' ``TrainingArguments``, with what both trainings have as defaults.
+
+    Args:
+        max_nonfinite_steps: How many steps of a run may be dropped because their gradient is not finite. One more is
+            an error.
+
+    Raises:
+        ValueError: An argument doesn't suit a training that is counted in steps.
+    """
+
+    max_grad_norm: float = field(default=1.0)
+    per_device_train_batch_size: int = field(default=1)
+    logging_steps: float = field(default=10)
+    logging_nan_inf_filter: bool = field(default=False)
+    save_steps: float = field(default=500)
+    save_total_limit: int | None = field(default=2)
+    report_to: str | list[str] | None = field(default="tensorboard")
+    disable_tqdm: bool | None = field(default=True)
+    remove_unused_columns: bool = field(default=False)
+    ignore_data_skip: bool = field(default=True)
+    dataloader_num_workers: int = field(default=4)
+    ddp_find_unused_parameters: bool | None = field(default=False)
+    ddp_broadcast_buffers: bool | None = field(default=False)
+    seed: int = field(default=0)
+    max_nonfinite_steps: int = field(default=100)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+            if getattr(self, name) == "epoch":
+                raise ValueError(f"`{name}` must be 'steps' or 'no', got 'epoch': a training is counted in steps.")
+
+
+@dataclass
+class PretrainingArguments(RunArguments):
     """transformers' ``TrainingArguments``, with the recipe of the released Spa3R as defaults.
 
     AdamW with a learning rate of 2e-3 that falls along a cosine to a tenth of it, weight decay 1e-4 (not of biases and
@@ -31,22 +70,7 @@ class PretrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default=COSINE)
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(default=None)
     weight_decay: float = field(default=1e-4)
-    max_grad_norm: float = field(default=1.0)
     gradient_accumulation_steps: int = field(default=2)
-    per_device_train_batch_size: int = field(default=1)
-    logging_steps: float = field(default=10)
-    logging_nan_inf_filter: bool = field(default=False)
-    save_steps: float = field(default=500)
-    save_total_limit: int | None = field(default=2)
-    report_to: str | list[str] | None = field(default="tensorboard")
-    disable_tqdm: bool | None = field(default=True)
-    remove_unused_columns: bool = field(default=False)
-    ignore_data_skip: bool = field(default=True)
-    dataloader_num_workers: int = field(default=4)
-    ddp_find_unused_parameters: bool | None = field(default=False)
-    ddp_broadcast_buffers: bool | None = field(default=False)
-    seed: int = field(default=0)
-    max_nonfinite_steps: int = field(default=100)
 
     def __post_init__(self):
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == COSINE:
@@ -56,9 +80,6 @@ class PretrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`max_steps` must be at least 1, got {self.max_steps}: a pretraining is counted in steps, not epochs."
             )
-        for name in ("logging_strategy", "eval_strategy", "save_strategy"):
-            if getattr(self, name) == "epoch":
-                raise ValueError(f"`{name}` must be 'steps' or 'no', got 'epoch': a pretraining is counted in steps.")
         if self.per_device_train_batch_size != 1:
             raise ValueError(
                 "`per_device_train_batch_size` must be 1, the one batch of scenes that the data set makes, got "
@@ -67,4 +88,60 @@ class PretrainingArguments(TrainingArguments):
             )
 
 
-__all__ = ["PretrainingArguments"]
+@dataclass
+class FinetuningArguments(RunArguments):
+    """transformers' ``TrainingArguments``, with the paper's instruction tuning as defaults.
+
+    One epoch of AdamW: a learning rate of 1e-5 that rises over 3 % of the steps and falls along a cosine to 0, weight
+    decay 0.01 (not of biases and norms), gradients clipped to 1.0, one row a device accumulated over 8 batches,
+    bfloat16 where the device has it.
+
+    Args:
+        policy: What is trained. All leave the VLM's vision tower and merger and Spa3R's backbone as they are.
+            ``"paper"``: adapter and language model. ``"adapter_only"``: the adapter. ``"lora"``: the adapter, and
+            low-rank updates of the language model's linear layers by peft. ``"qlora"``: the same on a language model
+            of 4 bits by bitsandbytes. ``"end_to_end"``: as the paper, and Spa3R's encoder.
+        spa3r_learning_rate: That of Spa3R's encoder in ``"end_to_end"``.
+        psfm_weight: Weight of Spa3R's own pretraining loss on the same views, which guards the encoder in
+            ``"end_to_end"`` against forgetting; decoder and heads are held fast in it. 0: without.
+        lora_rank: Rank of the updates.
+        lora_alpha: Their scale, alpha / rank.
+        lora_dropout: Share of a LoRA layer's inputs that is dropped in training.
+        max_nonfinite_steps: How many steps of a run may be dropped because their gradient is not finite. One more is
+            an error.
+        bf16: Whether to compute in bfloat16; None: on a CUDA device that has it.
+
+    Raises:
+        ValueError: The policy is unknown, or an argument doesn't suit it.
+    """
+
+    policy: str = field(default="paper")
+    spa3r_learning_rate: float = field(default=1e-6)
+    psfm_weight: float = field(default=0.0)
+    lora_rank: int = field(default=64)
+    lora_alpha: int = field(default=128)
+    lora_dropout: float = field(default=0.0)
+    num_train_epochs: float = field(default=1.0)
+    learning_rate: float = field(default=1e-5)
+    lr_scheduler_type: str = field(default="cosine")
+    warmup_steps: float = field(default=0.03)  # below 1 it is the share of all steps
+    weight_decay: float = field(default=0.01)
+    gradient_accumulation_steps: int = field(default=8)
+    bf16: bool | None = field(default=None)
+
+    def __post_init__(self):
+        if self.policy not in POLICIES:
+            raise ValueError(f"`policy` must be one of {', '.join(POLICIES)}, got {self.policy!r}.")
+        if self.psfm_weight and self.policy != "end_to_end":
+            raise ValueError(
+                f"`psfm_weight` must be 0 where Spa3R's encoder isn't trained, got {self.psfm_weight} with the policy "
+                f"{self.policy!r}. Leave it out, or use the policy 'end_to_end'."
+            )
+        if self.bf16 is None:
+            self.bf16 = not (self.use_cpu or self.fp16) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}  # a frozen layer's input needs no gradient
+        super().__post_init__()
+
+
+__all__ = ["FinetuningArguments", "POLICIES", "PretrainingArguments"]

@@ -1,4 +1,4 @@
-"""The configuration file of a pretraining: four sections, checked key by key."""
+"""Configuration files: four sections, checked key by key; that of a pretraining."""
 
 import dataclasses
 import difflib
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -24,11 +24,8 @@ FILLED_IN = {
 
 ELSEWHERE = {
     "dataloader_num_workers": "data.num_workers",
-    "per_device_train_batch_size": "data.pictures_per_device",
-    "per_device_eval_batch_size": "data.pictures_per_device",
     "eval_steps": "evaluation.every",
     "eval_strategy": "evaluation.every",
-    "num_train_epochs": "training.max_steps",
     "resume_from_checkpoint": "training.output_dir: a run in it is gone on with",
 }
 """Arguments of transformers that are said in another place."""
@@ -118,24 +115,23 @@ class EvaluationSection:
     seed: int = 1
 
 
-@dataclass
-class PretrainingConfig:
-    """Everything that ``spa3r pretrain`` needs to know: a YAML file of four sections.
+class RunConfig:
+    """What the configuration files of the commands share: four sections, read strictly, changed key by key.
 
-    Attributes:
-        model: The model.
-        data: The scenes to train on.
-        evaluation: The held-out scenes.
-        training: Fields of :class:`~spa3r.training.PretrainingArguments`.
+    A subclass is a dataclass of the sections, the last of which, ``training``, holds arguments of the trainer.
     """
 
-    model: ModelSection = field(default_factory=ModelSection)
-    data: DataSection = field(default_factory=DataSection)
-    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
-    training: dict[str, Any] = field(default_factory=dict)
+    ARGUMENTS: ClassVar[type]
+    """The trainer's arguments."""
+    RECIPE: ClassVar[tuple[str, ...]]
+    """Arguments that stand in the resolved configuration though nobody set them."""
+    FREE_TO_CHANGE: ClassVar[tuple[str, ...]]
+    """What a resumed run may have other than before: it says how long and how closely to watch, not what is learnt."""
+    ELSEWHERE: ClassVar[dict[str, str]]
+    """Arguments of transformers that are said in another place."""
 
     @classmethod
-    def from_dict(cls, sections: Mapping[str, Any]) -> "PretrainingConfig":
+    def from_dict(cls, sections: Mapping[str, Any]) -> Self:
         """Check every key.
 
         Args:
@@ -152,30 +148,25 @@ class PretrainingConfig:
             if not isinstance(section, Mapping):
                 raise ValueError(f"`{name}` must be a section with keys of its own, got {section!r}.")
             parts[name] = dict(section)
-        model = parts["model"]
-        fields = [one.name for one in dataclasses.fields(Spa3RConfig) if _is_ours(one.name)]
-        _check_keys(model, [*OWN_MODEL_KEYS, *fields], "model.", "keys")
-        own = {key: model.pop(key) for key in OWN_MODEL_KEYS if key in model}
-        for name, section in (("data", DataSection), ("evaluation", EvaluationSection)):
-            _check_keys(parts[name], [one.name for one in dataclasses.fields(section)], f"{name}.", "keys")
         for key in parts["training"]:
-            if key in ELSEWHERE:
-                raise ValueError(f"`training.{key}` is said in another place: {ELSEWHERE[key]}.")
+            if key in cls.ELSEWHERE:
+                raise ValueError(f"`training.{key}` is said in another place: {cls.ELSEWHERE[key]}.")
         if parts["training"].get("report_to", "none") is None:  # YAML's null
             parts["training"]["report_to"] = "none"
-        arguments = [one.name for one in dataclasses.fields(PretrainingArguments) if one.init]
-        _check_keys(parts["training"], arguments, "training.", "keys")
-        config = cls(
-            _make(ModelSection, "model", own | {"fields": model}),
-            _make(DataSection, "data", parts["data"]),
-            _make(EvaluationSection, "evaluation", parts["evaluation"]),
-            parts["training"],
-        )
+        config = cls._from_sections(parts)
+        arguments = [one.name for one in dataclasses.fields(cls.ARGUMENTS) if one.init]
+        _check_keys(config.training, arguments, "training.", "keys")
         config._check()
+        if not config.training.get("output_dir"):
+            raise ValueError("`training.output_dir` must name the folder for checkpoints and logs, got none.")
         return config
 
     @classmethod
-    def from_yaml(cls, file: str | Path, overrides: Sequence[str] = ()) -> "PretrainingConfig":
+    def _from_sections(cls, parts: dict[str, dict[str, Any]]) -> Self:
+        raise NotImplementedError
+
+    @classmethod
+    def from_yaml(cls, file: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read a file, and change it where `overrides` say so.
 
         Args:
@@ -200,14 +191,60 @@ class PretrainingConfig:
         """The sections with all defaults filled in, ready for YAML."""
         plain = dataclasses.asdict(self)
         plain["model"] |= plain["model"].pop("fields")
-        defaults = {one.name: one.default for one in dataclasses.fields(PretrainingArguments) if one.init}
-        recipe = {key: defaults[key] for key in _RECIPE}
+        defaults = {one.name: one.default for one in dataclasses.fields(self.ARGUMENTS) if one.init}
+        recipe = {key: defaults[key] for key in self.RECIPE}
         plain["training"] = {"output_dir": None} | recipe | plain["training"]
         return _as_lists(plain)
 
     def to_yaml(self) -> str:
         """As :meth:`to_dict`, as text."""
         return _yaml().safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def _check(self) -> None:
+        """Refuse what doesn't fit together."""
+
+
+@dataclass
+class PretrainingConfig(RunConfig):
+    """Everything that ``spa3r pretrain`` needs to know: a YAML file of four sections.
+
+    Attributes:
+        model: The model.
+        data: The scenes to train on.
+        evaluation: The held-out scenes.
+        training: Fields of :class:`~spa3r.training.PretrainingArguments`.
+    """
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    ARGUMENTS = PretrainingArguments
+    RECIPE = (
+        *("max_steps", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
+        *("weight_decay", "max_grad_norm", "seed", "bf16", "save_steps", "save_total_limit", "logging_steps"),
+        *("max_nonfinite_steps",),
+    )
+    FREE_TO_CHANGE = FREE_TO_CHANGE
+    ELSEWHERE = ELSEWHERE | {
+        "per_device_train_batch_size": "data.pictures_per_device",
+        "per_device_eval_batch_size": "data.pictures_per_device",
+        "num_train_epochs": "training.max_steps",
+    }
+
+    @classmethod
+    def _from_sections(cls, parts: dict[str, dict[str, Any]]) -> Self:
+        model = parts["model"]
+        fields = [one.name for one in dataclasses.fields(Spa3RConfig) if _is_ours(one.name)]
+        _check_keys(model, [*OWN_MODEL_KEYS, *fields], "model.", "keys")
+        own = {key: model.pop(key) for key in OWN_MODEL_KEYS if key in model}
+        return cls(
+            _make(ModelSection, "model", own | {"fields": model}),
+            _make(DataSection, "data", parts["data"]),
+            _make(EvaluationSection, "evaluation", parts["evaluation"]),
+            parts["training"],
+        )
 
     def _check(self) -> None:
         if not self.data.sources:
@@ -223,26 +260,16 @@ class PretrainingConfig:
                 "`model.backbone` must say where the frozen VGGT is (a folder or hub id), or `model.init_from` where a "
                 "Spa3RForPreTraining is to go on from; got neither."
             )
-        if not self.training.get("output_dir"):
-            raise ValueError("`training.output_dir` must name the folder for checkpoints and logs, got none.")
 
 
-_RECIPE = (
-    *("max_steps", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
-    *("weight_decay", "max_grad_norm", "seed", "bf16", "save_steps", "save_total_limit", "logging_steps"),
-    *("max_nonfinite_steps",),
-)
-"""Arguments that stand in the resolved configuration though nobody set them."""
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], free_to_change: Sequence[str]) -> list[str]:
     """What differs between two resolved configurations and must not when a run is resumed: ``key: before -> now``."""
     old, new = _flat(before), _flat(now)
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+        and not any(key == free or key.startswith(f"{free}.") for free in free_to_change)
     ]
 
 
@@ -251,7 +278,8 @@ def _is_ours(name: str) -> bool:
 
 
 def _make(section: type, name: str, values: dict[str, Any]) -> Any:
-    """A section of values of the right types."""
+    """A section of known keys, with values of the right types."""
+    _check_keys(values, [one.name for one in dataclasses.fields(section)], f"{name}.", "keys")
     try:
         return section(**values)
     except StrictDataclassError as error:

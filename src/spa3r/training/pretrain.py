@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, set_seed
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import TrainerState
 
 from spa3r.data import SceneBatches, SkippedReport, make_source
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
 from spa3r.training.arguments import PretrainingArguments
-from spa3r.training.checkpoints import LAST_FILE, checkpoints_in, publish, remove_unfinished, writing_into
-from spa3r.training.config import ModelSection, PretrainingConfig, _yaml, changes
-from spa3r.training.logs import JsonLinesCallback, read_log
+from spa3r.training.config import ModelSection, PretrainingConfig
+from spa3r.training.runs import RunResult, find_checkpoint, require_tensorboard, run
 from spa3r.training.trainer import PretrainingTrainer
-
-CONFIG_FILE = "config.yaml"
-TENSORBOARD = "tensorboard"
 
 
 @dataclass
-class PretrainingResult:
+class PretrainingResult(RunResult):
     """What :func:`pretrain` returns.
 
     Attributes:
@@ -45,21 +35,7 @@ class PretrainingResult:
         held_out_skipped: The same of the held-out scenes, in the last evaluation of this process.
     """
 
-    output_dir: str
-    step: int
-    max_steps: int
-    resumed_from: str | None = None
-    checkpoint: str | None = None
-    interrupted_by: str | None = None
-    evaluation: dict[str, float | None] = field(default_factory=dict)
-    nonfinite_steps: int = 0
-    skipped: SkippedReport = field(default_factory=SkippedReport)
     held_out_skipped: SkippedReport = field(default_factory=SkippedReport)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.step >= self.max_steps
 
 
 def pretrain(
@@ -86,18 +62,13 @@ def pretrain(
         ValueError: The configuration doesn't fit, or another run than this one is in the folder.
         ImportError: A package of ``spa3r[train]`` is missing.
     """
-    _require_tensorboard(config)
+    require_tensorboard(config)
     args = make_arguments(config)
     if args.process_index != 0:
         note = lambda text: None  # noqa: E731
-    output_dir = Path(args.output_dir)
-    with args.main_process_first(desc="looking for an earlier run"):
-        if args.process_index == 0:
-            _prepare_folder(config, output_dir, fresh, note)
-    checkpoint = next(iter(reversed(checkpoints_in(output_dir))), None)
-    if checkpoint is not None:
-        note(f"going on from {checkpoint}")
-
+    section = config.model
+    parts = (section.init_from, section.backbone, section.semantic_teacher)
+    checkpoint = find_checkpoint(config, args, fresh, note, parts)
     set_seed(args.seed)
     model, processor = make_model(config)
     train_batches = make_batches(config, processor, model, args)
@@ -105,34 +76,8 @@ def pretrain(
     trainer = PretrainingTrainer(
         model, args, train_batches, eval_batches, processing_class=processor, callbacks=list(callbacks)
     )
-    step = _step_of(checkpoint)
-    _continue_tensorboard(trainer, output_dir, step)
-    if args.process_index == 0:
-        trainer.add_callback(_ProgressLines(progress))
-
-    signals: list[str] = []
-    if step < args.max_steps:
-        with _stopping_on_signals(trainer, signals, note):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        step = trainer.state.global_step
-    elif not trainer.is_sharded:  # all steps are done, but perhaps a kill came before the model was saved
-        trainer.restore(_best_of(checkpoint) if args.load_best_model_at_end else checkpoint)
-    if step >= args.max_steps:
-        trainer.save_model()
-    skipped = trainer.skipped_by_all()
-    last = next(iter(reversed(checkpoints_in(output_dir))), None)
-    return PretrainingResult(
-        output_dir=str(output_dir),
-        step=step,
-        max_steps=args.max_steps,
-        resumed_from=None if checkpoint is None else str(checkpoint),
-        checkpoint=None if last is None else str(last),
-        interrupted_by=signals[0] if signals and step < args.max_steps else None,
-        evaluation=_last_evaluation(output_dir),
-        nonfinite_steps=trainer.nonfinite_steps,
-        skipped=skipped,
-        held_out_skipped=trainer.held_out_skipped,
-    )
+    told = run(trainer, checkpoint, args.max_steps, note, progress)
+    return PretrainingResult(**told, held_out_skipped=trainer.held_out_skipped)
 
 
 # What the configuration names
@@ -231,112 +176,6 @@ def make_evaluation_batches(
 
 def _range_of(views: int | Sequence[int]) -> tuple[int, ...]:
     return (views, views) if isinstance(views, int) else tuple(views)
-
-
-# The run's folder
-
-
-def _prepare_folder(config: PretrainingConfig, output_dir: Path, fresh: bool, note: Callable[[str], object]) -> None:
-    """Refuse another run's folder, clear up after a kill, and write down what is trained."""
-    named = {config.model.init_from, config.model.backbone, config.model.semantic_teacher} - {None}
-    if output_dir.resolve() in {Path(name).resolve() for name in named}:
-        raise ValueError(
-            f"`training.output_dir` must be another folder than those of the model's parts, got {output_dir}: the "
-            "trained model would overwrite them."
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file = output_dir / CONFIG_FILE
-    if fresh:
-        for folder in [*output_dir.glob("checkpoint-*"), output_dir / TENSORBOARD]:
-            shutil.rmtree(folder, ignore_errors=True)
-        for name in (CONFIG_FILE, JsonLinesCallback.FILE, "model.safetensors"):
-            (output_dir / name).unlink(missing_ok=True)
-    if remove_unfinished(output_dir):
-        note("an unfinished checkpoint of a killed run was removed")
-    if checkpoints_in(output_dir):
-        before = _yaml().safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if changed := changes(before, config.to_dict()):
-            raise ValueError(
-                f"`training.output_dir` {output_dir} holds a run of another configuration ({'; '.join(changed)}). "
-                "Change it back to go on with that run, name another folder, or start over with --fresh, which deletes "
-                "its checkpoints and logs."
-            )
-    with writing_into(output_dir) as folder:
-        (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-        publish(folder / CONFIG_FILE, file)
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else TrainerState.load_from_json(str(checkpoint / LAST_FILE)).global_step
-
-
-def _best_of(checkpoint: Path) -> Path:
-    return Path(TrainerState.load_from_json(str(checkpoint / LAST_FILE)).best_model_checkpoint or checkpoint)
-
-
-def _require_tensorboard(config: PretrainingConfig) -> None:
-    reports = config.training.get("report_to", "tensorboard")
-    if "tensorboard" in reports:
-        try:
-            import tensorboard  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "The log for TensorBoard needs tensorboard, which is not installed. pip install 'spa3r[train]', or do "
-                "without: training.report_to: none."
-            ) from error
-
-
-def _continue_tensorboard(trainer: PretrainingTrainer, output_dir: Path, step: int) -> None:
-    """One folder for all parts of a run, in which a resumed one hides the steps that it repeats."""
-    if trainer.pop_callback(TensorBoardCallback) is None or not trainer.is_world_process_zero():
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(output_dir / TENSORBOARD), purge_step=step + 1 if step else None)
-    trainer.add_callback(TensorBoardCallback(writer))
-
-
-def _last_evaluation(output_dir: Path) -> dict[str, float | None]:
-    file = output_dir / JsonLinesCallback.FILE
-    evaluations = [line for line in read_log(file) if "eval_loss" in line] if file.exists() else []
-    return {key: value for key, value in (evaluations or [{}])[-1].items() if key.startswith("eval_")}
-
-
-class _ProgressLines(TrainerCallback):
-    def __init__(self, write: Callable[[str], object]):
-        self.write = write
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        numbers = {key: value for key, value in (logs or {}).items() if key != "epoch"}
-        parts = (
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
-        )
-        self.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(parts)}")
-
-
-@contextmanager
-def _stopping_on_signals(
-    trainer: PretrainingTrainer, received: list[str], note: Callable[[str], object]
-) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C let the step end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        name = signal.Signals(number).name
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(name)
-        trainer.stop_requested = True
-        note(f"{name}: saving a checkpoint at the end of this step")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 __all__ = ["PretrainingResult", "pretrain"]

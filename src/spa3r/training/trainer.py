@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import logging
+from transformers import TrainerCallback
 
 from spa3r.data import SkippedReport
 from spa3r.evaluation import FieldReport, evaluate_field
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
 from spa3r.training.arguments import PretrainingArguments
-from spa3r.training.checkpoints import (
-    LAST_FILE,
-    load_state,
-    publish,
-    random_state,
-    remove_unfinished,
-    save_state,
-    set_random_state,
-    unfinished_folder,
-    writing_into,
+from spa3r.training.base import (
+    ResumableTrainer,
+    Window,
+    as_value_error,
+    end_workers,
+    frozen_parts_have_homes,
+    load_strictly,
+    next_batch,
 )
-from spa3r.training.logs import JsonLinesCallback
 from spa3r.views import ViewLayout
-
-logger = logging.get_logger(__name__)
 
 MODEL_INPUTS = ("view_pixel_values", "view_grid_hw", "views_per_scene", "target_mask", "extrinsics", "intrinsics")
 ON_DEVICE = ("view_pixel_values", "extrinsics", "intrinsics")
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "training_state.safetensors"
-ARGUMENTS_FILE = "training_args.json"
 
 
 def whole_batch(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,84 +64,7 @@ def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, An
     }
 
 
-class SceneLoader:
-    """Epoch after epoch of scene batches without an end, from any position on.
-
-    Attributes:
-        epoch: Where the batch that was handed out last belongs to, from 0.
-        batch: How many batches of that epoch were handed out.
-    """
-
-    def __init__(self, batches: Any, **options: Any):
-        # A generator of its own: a loader draws a seed from it each time, which must not shift the global one.
-        self.loader = DataLoader(batches, batch_size=None, generator=torch.Generator(), **options)
-        self.dataset = batches
-        self.epoch = self.batch = 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            self.dataset.set_epoch(self.epoch)
-            if self.batch:
-                self.dataset.skip_batches(self.batch)
-            before = self.batch
-            for batch in self.loader:
-                self.batch += 1
-                yield batch
-            if self.batch == before == 0:
-                raise ValueError("The data set must hold at least one batch of scenes for every process, and has none.")
-            self.epoch, self.batch = self.epoch + 1, 0
-
-    def close(self) -> None:
-        """End the worker processes."""
-        _end_workers(self.loader._iterator)
-        self.loader._iterator = None
-
-    @property
-    def progress(self) -> float:
-        """Epochs gone through, with the part of the present one where its length is known."""
-        try:
-            return self.epoch + self.batch / max(1, len(self.dataset))
-        except TypeError:  # a stream
-            return float(self.epoch)
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    # Ctrl-C and schedulers signal the whole group; the main process still needs its batches to end a step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _end_workers(iterator: Any) -> None:
-    """By hand, since they ignore the signal by which Python would end them."""
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-
-
-class _Window:
-    """Sums between two log entries. Tensors stay on the device until they are read."""
-
-    def __init__(self):
-        self.names: tuple[str, ...] = ()
-        self.sums: Tensor | None = None  # patches, then every term times its patches
-        self.views = self.skipped = 0
-        self.start = time.perf_counter()
-        self.paused = 0.0
-
-    def add(self, loss: Tensor, losses: Mapping[str, Tensor], num_patches: int) -> None:
-        self.names = tuple(losses)
-        values = torch.stack([torch.ones_like(loss), *losses.values()]).detach().float() * num_patches
-        values = torch.where(torch.isfinite(loss.detach()), values, torch.zeros_like(values))
-        self.sums = values if self.sums is None else self.sums + values
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What is done meanwhile doesn't count as training time."""
-        start = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - start
-
-
-class PretrainingTrainer(Trainer):
+class PretrainingTrainer(ResumableTrainer):
     """Trains a :class:`~spa3r.Spa3RForPreTraining` on batches of scenes.
 
     Beside what transformers' Trainer does:
@@ -199,68 +104,26 @@ class PretrainingTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*callbacks, _StopAtTheEndOfTheStep(self), JsonLinesCallback()],
+            callbacks=callbacks,
             **kwargs,
         )
-        self.remove_callback(PrinterCallback)  # log.jsonl has it all
-        self.model_accepts_loss_kwargs = True  # our loss is already scaled by `num_items_in_batch`
-        self.loader: SceneLoader | None = None
-        self.nonfinite_steps = 0
-        self.stop_requested = False
-        self.skipped = SkippedReport(getattr(train_dataset, "max_bad_share", None))
         self.held_out_skipped = SkippedReport()  # of the last evaluation
         self._step_batches: list[tuple[dict[str, Any], dict[str, Tensor]]] = []  # to name who is to blame
-        self._window = _Window()
-        self._is_stopping = False
-        self._writing_dir: Path | None = None  # while a checkpoint is written
-        self._host_group = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            # Counts and flags travel from host to host: no accelerator has to be waited for.
-            self._host_group = dist.new_group(backend="gloo")
-
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """FSDP2 shards; mixed precision stays with autocast, as everywhere else. FSDP2's own casts whatever passes
-        through a layer: the cameras of PRoPE, poses, and the loss."""
-        args = super()._build_accelerator_args(**kwargs)
-        plugin = args["fsdp_plugin"]
-        if plugin is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            plugin = FullyShardedDataParallelPlugin()  # of the launcher's configuration file
-        if plugin is not None and plugin.fsdp_version == 2:
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        return args | {"fsdp_plugin": plugin}
 
     # Data
-
-    def get_train_dataloader(self) -> SceneLoader:
-        """The batches of all epochs. Not prepared by accelerate, which would cut packed tensors along dimension 0."""
-        options = self._loader_options()
-        self.loader = SceneLoader(self.train_dataset, persistent_workers="num_workers" in options, **options)
-        return self.loader
-
-    def _loader_options(self) -> dict[str, Any]:
-        args = self.args
-        options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory and args.device.type == "cuda"}
-        if args.dataloader_num_workers:
-            options |= {
-                "num_workers": args.dataloader_num_workers,
-                "prefetch_factor": args.dataloader_prefetch_factor,
-                "multiprocessing_context": args.dataloader_multiprocessing_context,
-                "worker_init_fn": _leave_signals_to_the_main_process,
-            }
-        return options
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], int]:
         """The batches of a step, and how many patches the loss covers in it, in all processes."""
-        batches = [_next(epoch_iterator) for _ in range(num_batches)]
+        batches = [next_batch(epoch_iterator) for _ in range(num_batches)]
         for batch in batches:
             batch["num_patches"] = sum(self._counted_patches_per_view(batch))
             if "skipped" in batch:
-                with _as_value_error():
+                with as_value_error():
                     self.skipped.add(batch)
-                self._window.skipped += len(batch["skipped"])
-            self._window.views += len(batch["view_grid_hw"])
+                self._window.counts["skipped"] += len(batch["skipped"])
+            self._window.counts["views"] += len(batch["view_grid_hw"])
         patches, stop = self._sum_over_hosts([sum(batch["num_patches"] for batch in batches), self.stop_requested])
         self._is_stopping = bool(stop)
         self._step_batches = []
@@ -272,33 +135,11 @@ class PretrainingTrainer(Trainer):
             patches = patches * torch.as_tensor(batch["target_mask"])
         return patches.tolist()
 
-    def _sum_over_hosts(self, numbers: Sequence[float]) -> list[float]:
-        if self._host_group is None:
-            return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(total, group=self._host_group)
-        return total.tolist()
-
-    def _gather_from_hosts(self, value: Any) -> list[Any]:
-        if self._host_group is None:
-            return [value]
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, value, group=self._host_group)
-        return gathered
-
     @property
     def _config(self):
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False).config
+        return self._unwrapped.config
 
     # A step
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None) -> Tensor:
-        """Forward and backward of one batch; its share in the loss of the step, 0 if that is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs  # in compute_loss, where it is known what the model takes
 
     def compute_loss(
         self,
@@ -320,42 +161,7 @@ class PretrainingTrainer(Trainer):
             loss = loss * (num_patches * self.accelerator.num_processes / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | None:
-        norm = super()._get_grad_norm(model, grad_norm)
-        if norm is None:
-            return None
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if not math.isfinite(norm):
-            self._drop_step(model, norm)
-        return norm
-
-    def _drop_step(self, model: nn.Module, norm: float) -> None:
-        """Let the optimiser do nothing in this step. The norm is that of all processes, so all of them come here."""
-        guilty = sorted({scene for part in self._gather_from_hosts(self._nonfinite_scenes()) for scene in part})
-        if self.accelerator.scaler is not None and not guilty:
-            return  # the scaler of float16 probes for the largest factor, and drops the step itself
-        blame = f"scenes {', '.join(guilty)}" if guilty else "no scene's loss: the gradient alone is not finite"
-        if self.is_deepspeed_enabled:  # it has taken its step inside `backward`
-            raise ValueError(
-                f"The gradient of step {self.state.global_step + 1} is not finite ({norm}) because of {blame}, and "
-                "DeepSpeed has already used it. Take the scenes out of the data and resume from the last checkpoint."
-            )
-        self.nonfinite_steps += 1
-        logger.warning(
-            f"Step {self.state.global_step + 1} is dropped: its gradient is not finite ({norm}) because of {blame}."
-        )
-        self.log({"nonfinite_step": self.state.global_step + 1, "nonfinite_scenes": ", ".join(guilty)})
-        if self.nonfinite_steps > self.args.max_nonfinite_steps:
-            raise ValueError(
-                f"{self.nonfinite_steps} steps had to be dropped because their gradient is not finite, more than "
-                f"`max_nonfinite_steps` = {self.args.max_nonfinite_steps}; the last one because of {blame}. Take such "
-                "scenes out of the data, lower `learning_rate`, or train in float32."
-            )
-        if self.accelerator.scaler is None:
-            for parameter in model.parameters():
-                parameter.grad = None  # which optimisers leave alone, weight decay included
-
-    def _nonfinite_scenes(self) -> list[str]:
+    def _nonfinite_parts(self) -> list[str]:
         guilty = []
         for batch, losses in self._step_batches:
             layout = ViewLayout.from_inputs(batch["view_grid_hw"], batch["views_per_scene"])
@@ -367,38 +173,11 @@ class PretrainingTrainer(Trainer):
             ]
         return guilty
 
-    # Logs
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As transformers' ``log``; entries of the training loss get all terms and the throughput."""
-        if self.loader is not None:
-            self.state.epoch = self.loader.progress
-        if "loss" in logs and "learning_rate" in logs:
-            logs = self._training_entry(logs)
-        elif "train_runtime" in logs:  # counted in samples, of which a trainer of whole batches knows nothing
-            logs = {key: value for key, value in logs.items() if key in ("train_runtime", "train_steps_per_second")}
-        super().log(logs, start_time)
-        self.state.log_history.clear()  # it would grow for ever, and with it every checkpoint; log.jsonl has it all
-
-    def _training_entry(self, logs: dict[str, float]) -> dict[str, float]:
-        window, self._window = self._window, _Window()
-        patches, *terms = window.sums.tolist() if window.sums is not None else [0.0]
-        seconds = time.perf_counter() - window.start - window.paused
-        patches, views, skipped, *terms = self._sum_over_hosts([patches, window.views, window.skipped, *terms])
-        means = {name: term / patches if patches else math.nan for name, term in zip(window.names, terms)}
-        entry = {"loss": sum(means.values()) if means else math.nan} | means
-        entry |= {key: value for key, value in logs.items() if key not in entry}
-        entry |= {"views_per_second": views / seconds, "skipped_pictures": int(skipped)}
-        if self.args.device.type == "cuda":
-            entry["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return entry
-
-    def skipped_by_all(self) -> SkippedReport:
-        """What could not be read, by all processes; all of them have to ask."""
-        total = SkippedReport()
-        for counts in self._gather_from_hosts(_counts_of(self.skipped)):
-            _count_again(total, counts)
-        return total
+    def _counted(self, counts: Mapping[str, float], seconds: float) -> dict[str, float]:
+        return {
+            "views_per_second": counts.get("views", 0) / seconds,
+            "skipped_pictures": int(counts.get("skipped", 0)),
+        }
 
     # Evaluation
 
@@ -417,14 +196,14 @@ class PretrainingTrainer(Trainer):
             raise ValueError("`eval_dataset` must hold held-out scenes to evaluate on, got None.")
         with self._window.pause():
             dataset.set_epoch(0)  # the same scenes, frames and targets every time
-            # With a generator of its own, for the reason that SceneLoader gives.
+            # With a generator of its own, for the reason that BatchLoader gives.
             loader = DataLoader(dataset, batch_size=None, generator=torch.Generator(), **self._loader_options())
             batches = iter(loader)
             try:
                 self.held_out_skipped = SkippedReport()
                 means, report = self._evaluate_scenes(_counting(batches, self.held_out_skipped))
             finally:
-                _end_workers(batches)
+                end_workers(batches)
             metrics = {"loss": sum(means.values())} | means | _numbers(_merged(self._gather_from_hosts(report)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -433,7 +212,7 @@ class PretrainingTrainer(Trainer):
 
     def _evaluate_scenes(self, batches: Iterable[dict[str, Any]]) -> tuple[dict[str, float], FieldReport]:
         """The loss terms over all processes, and this process's report, from one forward of each batch."""
-        model, window = self.accelerator.unwrap_model(self.model, keep_torch_compile=False), _Window()
+        model, window = self._unwrapped, Window()
 
         def collect(module: nn.Module, args: tuple, inputs: dict[str, Any], output: Any) -> None:
             window.add(output["loss"], output["losses"], sum(self._counted_patches_per_view(inputs)))
@@ -444,200 +223,21 @@ class PretrainingTrainer(Trainer):
                 report = evaluate_field(model, batches)
         finally:
             hook.remove()
-        patches, *terms = self._sum_over_hosts(window.sums.tolist())
-        return {name: term / patches for name, term in zip(window.names, terms)}, report
+        return Window.means(self._sum_over_hosts(window.sums.tolist()), window.names), report
 
     # Checkpoints
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint that appears at once: written elsewhere, flushed to the disk, then moved."""
-        with self._window.pause():
-            output_dir = Path(self.args.output_dir)
-            with writing_into(output_dir) if self.args.should_save else contextlib.nullcontext():
-                self._wait_for_everyone()
-                self._writing_dir = unfinished_folder(output_dir)
-                try:
-                    super()._save_checkpoint(model, trial)
-                finally:
-                    self._writing_dir = None
-                self._wait_for_everyone()
-                if self.args.should_save:
-                    name = f"checkpoint-{self.state.global_step}"
-                    written = unfinished_folder(output_dir) / name
-                    if self.state.best_global_step:  # named where it was written
-                        best = output_dir / f"checkpoint-{self.state.best_global_step}"
-                        self.state.best_model_checkpoint = str(best)
-                        self.state.save_to_json(str(written / LAST_FILE))
-                    publish(written, output_dir / name)
-                    rotate_checkpoints(
-                        str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
-                    )
-            self._wait_for_everyone()
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing_dir or super()._get_output_dir(trial))
-
-    def _wait_for_everyone(self) -> None:
-        if self._host_group is not None:
-            dist.barrier(group=self._host_group)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed holds the model, and writes and reads its checkpoints."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The model without its frozen parts where they have a home, the processor, and the arguments as JSON."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    def _save_weights(self, model: Any, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Without the frozen parts where they have a home."""
         model.save_pretrained(
             folder,
-            include_backbone=not _frozen_parts_have_homes(model, folder),
+            include_backbone=not frozen_parts_have_homes(model, folder),
             state_dict=state_dict,
             save_original_format=False,  # the model's own names, which a resumed run looks for
         )
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_sharded:  # accelerate's and DeepSpeed's own formats
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            save_state(self.optimizer.state_dict(), Path(output_dir) / OPTIMIZER_FILE)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        """With the generators, see below."""
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Everything small that a resumed run needs, in one file."""
-        random_states, skipped = self._gather_from_hosts(random_state()), _counts_of(self.skipped_by_all())
-        if not self.args.should_save:
-            return
-        scaler = self.accelerator.scaler
-        state = {
-            "processes": self.accelerator.num_processes,
-            "random": random_states,
-            "scheduler": None if self.is_sharded else self.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "epoch": self.loader.epoch,
-            "batch": self.loader.batch,
-            "nonfinite_steps": self.nonfinite_steps,
-            "skipped": skipped,
-        }
-        save_state(state, Path(output_dir) / STATE_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
-        weights = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        result = model.load_state_dict(weights, strict=False)
-        frozen = tuple(f"{path}." for path in model.frozen_modules())
-        missing = [key for key in result.missing_keys if not key.startswith(frozen)]
-        if missing or result.unexpected_keys:
-            raise ValueError(
-                f"The checkpoint {resume_from_checkpoint} doesn't fit the model: it lacks {missing or 'nothing'} and "
-                f"has the foreign keys {result.unexpected_keys}. Resume with the configuration that it was saved with."
-            )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        state = load_state(Path(checkpoint) / STATE_FILE)
-        if state["processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"The checkpoint {checkpoint} was saved by {state['processes']} processes, and this run has "
-                f"{self.accelerator.num_processes}: it could not go on with the same data. Start as many, or begin a "
-                "new run from its weights (`model.init_from` in a configuration file)."
-            )
-        if self.is_sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            self.optimizer.load_state_dict(load_state(Path(checkpoint) / OPTIMIZER_FILE))
-            self.lr_scheduler.load_state_dict(state["scheduler"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.loader.epoch, self.loader.batch = state["epoch"], state["batch"]
-        self._restore_counts(state)
-
-    def _restore_counts(self, state: dict[str, Any]) -> None:
-        self.nonfinite_steps = state["nonfinite_steps"]
-        if self.args.process_index == 0:  # they are those of all processes
-            with _as_value_error():
-                _count_again(self.skipped, state["skipped"])
-
-    def restore(self, checkpoint: str | Path) -> None:
-        """Take the weights of a checkpoint, and what its run has counted, without training."""
-        self._load_from_checkpoint(str(checkpoint))
-        self._restore_counts(load_state(Path(checkpoint) / STATE_FILE))
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Done above."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            set_random_state(load_state(Path(checkpoint) / STATE_FILE)["random"][self.args.process_index])
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """As transformers' ``train``. What a killed run left half-written is removed first."""
-        if self.args.should_save:
-            remove_unfinished(self.args.output_dir)
-        self._window = _Window()
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            if self.loader is not None:
-                self.loader.close()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers' ``save_model``; every file appears whole."""
-        if _internal_call or self.is_sharded:
-            super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            place = Path(output_dir or self.args.output_dir)
-            with writing_into(place) as folder:
-                super().save_model(str(folder), _internal_call=True)
-                for file in sorted(folder.iterdir()):
-                    publish(file, place / file.name)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """0: it isn't counted."""
-        return 0
-
-
-class _StopAtTheEndOfTheStep(TrainerCallback):
-    """Saves and ends the training once all processes know that one was asked to stop."""
-
-    def __init__(self, trainer: PretrainingTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer._is_stopping:
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """The next batch; what goes wrong in a worker is said without its traceback."""
-    try:
-        return next(batches)
-    except (RuntimeError, ValueError) as error:
-        kind = type(error).__name__
-        raise ValueError(str(error).rpartition(f"\n{kind}: ")[2].strip()) from error
-
-
-@contextlib.contextmanager
-def _as_value_error() -> Iterator[None]:
-    """Too much that can't be read is the user's to mend, as other values are."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
+    def _load_weights(self, model: Any, checkpoint: Path) -> None:
+        load_strictly(model, checkpoint, may_lack=tuple(model.frozen_modules()))
 
 
 def _counting(batches: Iterable[dict[str, Any]], report: SkippedReport) -> Iterator[dict[str, Any]]:
@@ -650,27 +250,6 @@ def _counting(batches: Iterable[dict[str, Any]], report: SkippedReport) -> Itera
 
 def _small_part(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in ON_DEVICE}
-
-
-def _frozen_parts_have_homes(model: Spa3RForPreTraining, folder: Path) -> bool:
-    try:
-        with model.naming_frozen_parts(False, folder):
-            return True
-    except ValueError:
-        return False
-
-
-def _counts_of(report: SkippedReport) -> dict[str, Any]:
-    return {
-        "entries": report.entries(),
-        "pictures": report.pictures_tried,
-        "scenes": report.scenes_tried - report.scenes_bad,  # those that were read
-    }
-
-
-def _count_again(report: SkippedReport, counts: dict[str, Any]) -> None:
-    skipped = [entry for entry in counts["entries"] for _ in range(entry["times"])]
-    report.count(skipped, counts["pictures"], counts["scenes"])
 
 
 def _merged(reports: Sequence[FieldReport]) -> FieldReport:

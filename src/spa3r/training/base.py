@@ -1,0 +1,543 @@
+"""What the trainers share: data without an end, whole checkpoints, exact resumption, logs true after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from spa3r.data import SkippedReport
+from spa3r.training.checkpoints import (
+    LAST_FILE,
+    load_state,
+    publish,
+    random_state,
+    remove_unfinished,
+    save_state,
+    set_random_state,
+    unfinished_folder,
+    writing_into,
+)
+from spa3r.training.logs import JsonLinesCallback
+
+logger = logging.get_logger(__name__)
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "training_state.safetensors"
+ARGUMENTS_FILE = "training_args.json"
+
+
+class BatchLoader:
+    """Epoch after epoch of whole batches without an end, from any position on.
+
+    Attributes:
+        epoch: Where the batch that was handed out last belongs to, from 0.
+        batch: How many batches of that epoch were handed out.
+    """
+
+    def __init__(self, batches: Any, **options: Any):
+        # A generator of its own: a loader draws a seed from it each time, which must not shift the global one.
+        self.loader = DataLoader(batches, batch_size=None, generator=torch.Generator(), **options)
+        self.dataset = batches
+        self.epoch = self.batch = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            self.dataset.set_epoch(self.epoch)
+            if self.batch:
+                self.dataset.skip_batches(self.batch)
+            before = self.batch
+            for batch in self.loader:
+                self.batch += 1
+                yield batch
+            if self.batch == before == 0:
+                raise ValueError("The data set must hold at least one batch for every process, and has none.")
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def close(self) -> None:
+        """End the worker processes."""
+        end_workers(self.loader._iterator)
+        self.loader._iterator = None
+
+    @property
+    def progress(self) -> float:
+        """Epochs gone through, with the part of the present one where its length is known."""
+        try:
+            return self.epoch + self.batch / max(1, len(self.dataset))
+        except TypeError:  # a stream
+            return float(self.epoch)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # Ctrl-C and schedulers signal the whole group; the main process still needs its batches to end a step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers(iterator: Any) -> None:
+    """By hand, since they ignore the signal by which Python would end them."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
+class Window:
+    """Sums between two log entries. Tensors stay on the device until they are read."""
+
+    def __init__(self):
+        self.names: tuple[str, ...] = ()
+        self.sums: Tensor | None = None  # of every term its weights, then of every term its weighted values
+        self.counts: Counter[str] = Counter()
+        self.start = time.perf_counter()
+        self.paused = 0.0
+
+    def add(self, loss: Tensor, losses: Mapping[str, Tensor], weights: float | Sequence[float]) -> None:
+        """Add the terms of a batch, each with its weight, unless the loss is not finite."""
+        self.names = tuple(losses)
+        values = torch.stack(list(losses.values())).detach().float()
+        weights = torch.as_tensor(weights, dtype=values.dtype).expand_as(values).to(values.device)
+        values = torch.cat([weights, values * weights])
+        values = torch.where(torch.isfinite(loss.detach()), values, torch.zeros_like(values))
+        self.sums = values if self.sums is None else self.sums + values
+
+    @staticmethod
+    def means(sums: Sequence[float], names: Sequence[str]) -> dict[str, float]:
+        """The means of the terms, of sums over any number of windows; nan for what has no weight."""
+        return {
+            name: value / weight if weight else math.nan
+            for name, weight, value in zip(names, sums[: len(names)], sums[len(names) :])
+        }
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done meanwhile doesn't count as training time."""
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
+
+
+class ResumableTrainer(Trainer):
+    """transformers' Trainer for whole batches from a data set of its own order.
+
+    The loss of a step is a mean over all that it covers in all processes and accumulated batches. A step whose gradient
+    is not finite is dropped, by all processes alike, and who is to blame is named. Checkpoints hold no pickles, appear
+    at once, and a resumed run goes on exactly where the saved one was, in the data too.
+
+    A subclass makes the batches of a step ready (``get_batch_samples``), computes the loss, and says what a checkpoint
+    holds (``_save_weights``, ``_load_weights``).
+    """
+
+    UNIT = "scenes"
+    """What a batch is made of, in words to the user."""
+
+    def __init__(self, model: nn.Module, args: Any, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
+        super().__init__(
+            model, args, callbacks=[*callbacks, _StopAtTheEndOfTheStep(self), JsonLinesCallback()], **kwargs
+        )
+        self.remove_callback(PrinterCallback)  # log.jsonl has it all
+        self.model_accepts_loss_kwargs = True  # our loss is already scaled by `num_items_in_batch`
+        self.loader: BatchLoader | None = None
+        self.nonfinite_steps = 0
+        self.stop_requested = False
+        self.skipped = SkippedReport(getattr(self.train_dataset, "max_bad_share", None))
+        self._window = Window()
+        self._is_stopping = False
+        self._writing_dir: Path | None = None  # while a checkpoint is written
+        self._host_group = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # Counts and flags travel from host to host: no accelerator has to be waited for.
+            self._host_group = dist.new_group(backend="gloo")
+
+    @property
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """FSDP2 shards; mixed precision stays with autocast, as everywhere else. FSDP2's own casts whatever passes
+        through a layer: the cameras of PRoPE, poses, and the loss."""
+        args = super()._build_accelerator_args(**kwargs)
+        plugin = args["fsdp_plugin"]
+        if plugin is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            plugin = FullyShardedDataParallelPlugin()  # of the launcher's configuration file
+        if plugin is not None and plugin.fsdp_version == 2:
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        return args | {"fsdp_plugin": plugin}
+
+    # Data
+
+    def get_train_dataloader(self) -> BatchLoader:
+        """The batches of all epochs. Not prepared by accelerate, which would cut packed tensors along dimension 0."""
+        options = self._loader_options()
+        self.loader = BatchLoader(self.train_dataset, persistent_workers="num_workers" in options, **options)
+        return self.loader
+
+    def _loader_options(self) -> dict[str, Any]:
+        args = self.args
+        options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory and args.device.type == "cuda"}
+        if args.dataloader_num_workers:
+            options |= {
+                "num_workers": args.dataloader_num_workers,
+                "prefetch_factor": args.dataloader_prefetch_factor,
+                "multiprocessing_context": args.dataloader_multiprocessing_context,
+                "worker_init_fn": _leave_signals_to_the_main_process,
+            }
+        return options
+
+    def _sum_over_hosts(self, numbers: Sequence[float]) -> list[float]:
+        if self._host_group is None:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(total, group=self._host_group)
+        return total.tolist()
+
+    def _gather_from_hosts(self, value: Any) -> list[Any]:
+        if self._host_group is None:
+            return [value]
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, value, group=self._host_group)
+        return gathered
+
+    # A step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None) -> Tensor:
+        """Forward and backward of one batch; its share in the loss of the step, 0 if that is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs  # in compute_loss, where it is known what the model takes
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | None:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is None:
+            return None
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm):
+            self._drop_step(model, norm)
+        return norm
+
+    def _drop_step(self, model: nn.Module, norm: float) -> None:
+        """Let the optimiser do nothing in this step. The norm is that of all processes, so all of them come here."""
+        guilty = sorted({name for part in self._gather_from_hosts(self._nonfinite_parts()) for name in part})
+        if self.accelerator.scaler is not None and not guilty:
+            return  # the scaler of float16 probes for the largest factor, and drops the step itself
+        blame = f"{self.UNIT} {', '.join(guilty)}" if guilty else "no loss: the gradient alone is not finite"
+        if self.is_deepspeed_enabled:  # it has taken its step inside `backward`
+            raise ValueError(
+                f"The gradient of step {self.state.global_step + 1} is not finite ({norm}) because of {blame}, and "
+                "DeepSpeed has already used it. Take them out of the data and resume from the last checkpoint."
+            )
+        self.nonfinite_steps += 1
+        logger.warning(
+            f"Step {self.state.global_step + 1} is dropped: its gradient is not finite ({norm}) because of {blame}."
+        )
+        self.log({"nonfinite_step": self.state.global_step + 1, f"nonfinite_{self.UNIT}": ", ".join(guilty)})
+        if self.nonfinite_steps > self.args.max_nonfinite_steps:
+            raise ValueError(
+                f"{self.nonfinite_steps} steps had to be dropped because their gradient is not finite, more than "
+                f"`max_nonfinite_steps` = {self.args.max_nonfinite_steps}; the last one because of {blame}. Take such "
+                f"{self.UNIT} out of the data, lower `learning_rate`, or train in float32."
+            )
+        if self.accelerator.scaler is None:
+            for parameter in model.parameters():
+                parameter.grad = None  # which optimisers leave alone, weight decay included
+
+    def _nonfinite_parts(self) -> list[str]:
+        """Who in this process's batches of the step is to blame for a gradient that is not finite."""
+        raise NotImplementedError
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers' ``log``; entries of the training loss get all terms and the throughput."""
+        if self.loader is not None:
+            self.state.epoch = self.loader.progress
+        if "loss" in logs and "learning_rate" in logs:
+            logs = self._training_entry(logs)
+        elif "train_runtime" in logs:  # counted in samples, of which a trainer of whole batches knows nothing
+            logs = {key: value for key, value in logs.items() if key in ("train_runtime", "train_steps_per_second")}
+        super().log(logs, start_time)
+        self.state.log_history.clear()  # it would grow for ever, and with it every checkpoint; log.jsonl has it all
+
+    def _training_entry(self, logs: dict[str, float]) -> dict[str, float]:
+        window, self._window = self._window, Window()
+        sums = [] if window.sums is None else window.sums.tolist()
+        seconds = time.perf_counter() - window.start - window.paused
+        names = sorted(window.counts)
+        counts = self._sum_over_hosts([*(window.counts[name] for name in names), *sums])
+        means = Window.means(counts[len(names) :], window.names)
+        entry = {"loss": sum(means.values()) if means else math.nan} | (means if len(means) > 1 else {})
+        entry |= {key: value for key, value in logs.items() if key not in entry}
+        entry |= self._counted(dict(zip(names, counts)), seconds)
+        if self.args.device.type == "cuda":
+            entry["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return entry
+
+    def _counted(self, counts: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """What the window counted, as it stands in the log."""
+        raise NotImplementedError
+
+    def skipped_by_all(self) -> SkippedReport:
+        """What could not be read, by all processes; all of them have to ask."""
+        total = SkippedReport()
+        for counts in self._gather_from_hosts(_counts_of(self.skipped)):
+            _count_again(total, counts)
+        return total
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint that appears at once: written elsewhere, flushed to the disk, then moved."""
+        with self._window.pause():
+            output_dir = Path(self.args.output_dir)
+            with writing_into(output_dir) if self.args.should_save else contextlib.nullcontext():
+                self._wait_for_everyone()
+                self._writing_dir = unfinished_folder(output_dir)
+                try:
+                    super()._save_checkpoint(model, trial)
+                finally:
+                    self._writing_dir = None
+                self._wait_for_everyone()
+                if self.args.should_save:
+                    name = f"checkpoint-{self.state.global_step}"
+                    written = unfinished_folder(output_dir) / name
+                    if self.state.best_global_step:  # named where it was written
+                        best = output_dir / f"checkpoint-{self.state.best_global_step}"
+                        self.state.best_model_checkpoint = str(best)
+                        self.state.save_to_json(str(written / LAST_FILE))
+                    publish(written, output_dir / name)
+                    rotate_checkpoints(
+                        str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
+                    )
+            self._wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing_dir or super()._get_output_dir(trial))
+
+    def _wait_for_everyone(self) -> None:
+        if self._host_group is not None:
+            dist.barrier(group=self._host_group)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed holds the model, and writes and reads its checkpoints."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The model, the processor, and the arguments as JSON."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save_weights(self._unwrapped, folder, state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def _save_weights(self, model: Any, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Write what `_load_weights` reads."""
+        raise NotImplementedError
+
+    def _load_weights(self, model: Any, checkpoint: Path) -> None:
+        """Put the weights of a checkpoint into the model."""
+        raise NotImplementedError
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_sharded:  # accelerate's and DeepSpeed's own formats
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            save_state(self.optimizer.state_dict(), Path(output_dir) / OPTIMIZER_FILE)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """With the generators, see below."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Everything small that a resumed run needs, in one file."""
+        random_states, skipped = self._gather_from_hosts(random_state()), _counts_of(self.skipped_by_all())
+        if not self.args.should_save:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "processes": self.accelerator.num_processes,
+            "random": random_states,
+            "scheduler": None if self.is_sharded else self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "epoch": self.loader.epoch,
+            "batch": self.loader.batch,
+            "nonfinite_steps": self.nonfinite_steps,
+            "skipped": skipped,
+        }
+        save_state(state, Path(output_dir) / STATE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        self._load_weights(model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = load_state(Path(checkpoint) / STATE_FILE)
+        if state["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"The checkpoint {checkpoint} was saved by {state['processes']} processes, and this run has "
+                f"{self.accelerator.num_processes}: it could not go on with the same data. Start as many, or begin a "
+                "new run from its weights (`model.init_from` in a configuration file)."
+            )
+        if self.is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            self.optimizer.load_state_dict(load_state(Path(checkpoint) / OPTIMIZER_FILE))
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.loader.epoch, self.loader.batch = state["epoch"], state["batch"]
+        self._restore_counts(state)
+
+    def _restore_counts(self, state: dict[str, Any]) -> None:
+        self.nonfinite_steps = state["nonfinite_steps"]
+        if self.args.process_index == 0:  # they are those of all processes
+            with as_value_error():
+                _count_again(self.skipped, state["skipped"])
+
+    def restore(self, checkpoint: str | Path) -> None:
+        """Take the weights of a checkpoint, and what its run has counted, without training."""
+        self._load_from_checkpoint(str(checkpoint))
+        self._restore_counts(load_state(Path(checkpoint) / STATE_FILE))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Done above."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_state(load_state(Path(checkpoint) / STATE_FILE)["random"][self.args.process_index])
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As transformers' ``train``. What a killed run left half-written is removed first."""
+        if self.args.should_save:
+            remove_unfinished(self.args.output_dir)
+        self._window = Window()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self.loader is not None:
+                self.loader.close()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers' ``save_model``; every file appears whole."""
+        if _internal_call or self.is_sharded:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            place = Path(output_dir or self.args.output_dir)
+            with writing_into(place) as folder:
+                super().save_model(str(folder), _internal_call=True)
+                for file in sorted(folder.iterdir()):
+                    publish(file, place / file.name)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: it isn't counted."""
+        return 0
+
+
+class _StopAtTheEndOfTheStep(TrainerCallback):
+    """Saves and ends the training once all processes know that one was asked to stop."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer._is_stopping:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """The next batch; what goes wrong in a worker is said without its traceback."""
+    try:
+        return next(batches)
+    except (RuntimeError, ValueError) as error:
+        kind = type(error).__name__
+        raise ValueError(str(error).rpartition(f"\n{kind}: ")[2].strip()) from error
+
+
+@contextlib.contextmanager
+def as_value_error() -> Iterator[None]:
+    """Too much that can't be read is the user's to mend, as other values are."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+def load_strictly(model: nn.Module, checkpoint: Path, may_lack: Sequence[str] = ()) -> None:
+    """Put a checkpoint's tensors into a model that has the same names.
+
+    Args:
+        model: The model.
+        checkpoint: A folder with ``model.safetensors``, or several parts of it.
+        may_lack: Paths of modules that the checkpoint may leave out.
+
+    Raises:
+        ValueError: Tensors are missing, or there are foreign ones.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in sorted(checkpoint.glob("model*.safetensors")):
+        weights |= load_file(file)
+    result = model.load_state_dict(weights, strict=False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameters[key]) for key in weights if key in parameters}
+    left_out = tuple(f"{path}." for path in may_lack)
+    missing = [
+        key
+        for key in result.missing_keys
+        # A tied parameter is saved under one of its names.
+        if not key.startswith(left_out) and id(parameters.get(key)) not in loaded
+    ]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"The checkpoint {checkpoint} doesn't fit the model: it lacks {missing or 'nothing'} and has the foreign "
+            f"keys {result.unexpected_keys}. Resume with the configuration that it was saved with."
+        )
+
+
+def frozen_parts_have_homes(model: Any, folder: Path) -> bool:
+    """Whether a checkpoint in `folder` can leave the frozen parts of a Spa3R out, as they can be fetched again."""
+    try:
+        with model.naming_frozen_parts(False, folder):
+            return True
+    except ValueError:
+        return False
+
+
+def _counts_of(report: SkippedReport) -> dict[str, Any]:
+    return {
+        "entries": report.entries(),
+        "pictures": report.pictures_tried,
+        "scenes": report.scenes_tried - report.scenes_bad,  # those that were read
+    }
+
+
+def _count_again(report: SkippedReport, counts: dict[str, Any]) -> None:
+    skipped = [entry for entry in counts["entries"] for _ in range(entry["times"])]
+    report.count(skipped, counts["pictures"], counts["scenes"])
+
+
+__all__ = ["BatchLoader", "ResumableTrainer"]

@@ -1,0 +1,115 @@
+"""Batches of instructions in an order that is known beforehand, whatever the workers do: resumable anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+class InstructionBatches(IterableDataset):
+    """Collated batches of this process.
+
+    Every row comes once an epoch, in another order each time; what is lacking to an equal number of batches for all
+    processes is taken from the epoch's beginning once more. A streamed data set keeps its own order.
+
+    Args:
+        examples: Data set of examples with ``messages``.
+        collator: Makes a batch of a list of examples.
+        batch_size: Rows of a batch.
+        group_by_length: Whether rows of like length go together, by ``examples.lengths``.
+        accumulate: Batches of a step, of one process: in so many, lengths are alike.
+        seed: Of the order.
+        rank: Of this process.
+        world_size: Number of processes.
+        max_bad_share: Share of rows that may be broken; None: any.
+
+    Raises:
+        ValueError: `group_by_length` without lengths, or there is no row.
+    """
+
+    def __init__(
+        self,
+        examples: Dataset | Sequence[Any],
+        collator: Callable[[list[Any]], dict[str, Any]],
+        batch_size: int = 1,
+        *,
+        group_by_length: bool = False,
+        accumulate: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        max_bad_share: float | None = 0.05,
+    ):
+        super().__init__()
+        self.examples, self.collator, self.batch_size = examples, collator, batch_size
+        self.group_by_length, self.accumulate, self.seed = group_by_length, accumulate, seed
+        self.rank, self.world_size, self.max_bad_share = rank, world_size, max_bad_share
+        self.is_streamed = not hasattr(examples, "__getitem__") or isinstance(examples, IterableDataset)
+        if group_by_length and (self.is_streamed or getattr(examples, "lengths", None) is None):
+            raise ValueError("`group_by_length` needs a data set with `lengths`, and this one has none. Leave it out.")
+        if not self.is_streamed and len(examples) == 0:
+            raise ValueError("`examples` must hold at least one row, got none.")
+        # Shared with worker processes, which may outlive an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._skip = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        """Batches of an epoch, of each process.
+
+        Raises:
+            TypeError: The rows are streamed.
+        """
+        if self.is_streamed:
+            raise TypeError("A streamed data set doesn't know how many batches it has.")
+        return -(-len(self.examples) // (self.batch_size * self.world_size))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that is iterated over next; batches are skipped in the current one only."""
+        if epoch != int(self._epoch):
+            self._skip.zero_()
+        self._epoch.fill_(epoch)
+
+    def skip_batches(self, count: int) -> None:
+        """Starts the epoch that was set after `count` of its batches, to resume."""
+        self._skip.fill_(count)
+
+    def order(self, epoch: int) -> list[int]:
+        """Rows of an epoch, those of all processes."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        if not self.group_by_length:
+            return torch.randperm(len(self.examples), generator=generator).tolist()
+        step = self.batch_size * self.world_size * self.accumulate
+        return get_length_grouped_indices(self.examples.lengths, step, generator=generator)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        skip, epoch = int(self._skip), int(self._epoch)
+        if self.is_streamed:
+            yield from self._stream(skip, epoch, number, workers)
+            return
+        order, size, processes = self.order(epoch), self.batch_size, self.world_size
+        for batch in range(skip + number, len(self), workers):
+            first = (batch * processes + self.rank) * size
+            yield self._batch([self.examples[order[place % len(order)]] for place in range(first, first + size)])
+
+    def _stream(self, skip: int, epoch: int, number: int, workers: int) -> Iterator[dict[str, Any]]:
+        """Every worker reads the whole stream: what it gives depends on all that came before."""
+        if hasattr(self.examples, "set_epoch"):
+            self.examples.set_epoch(epoch)
+        rows, batch = iter(self.examples), 0
+        while len(rows_of_all := list(islice(rows, self.batch_size * self.world_size))) == (
+            self.batch_size * self.world_size
+        ):
+            if batch >= skip and (batch - skip) % workers == number:
+                yield self._batch(rows_of_all[self.rank * self.batch_size :][: self.batch_size])
+            batch += 1
+
+    def _batch(self, examples: list[Any]) -> dict[str, Any]:
+        names = [example.get("row") or "" for example in examples]
+        return {"num_rows": len(examples), "skipped": []} | self.collator(examples) | {"rows": names}
