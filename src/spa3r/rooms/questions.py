@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, islice, pairwise, product
+from itertools import combinations, islice, pairwise, permutations, product
 from typing import Any
 
 import numpy as np
@@ -212,12 +212,15 @@ def _count(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Asked]:
     hidden = {item.name for item, is_seen in zip(walk.room.objects, seen) if not is_seen}
     single = sorted(name for name in counts.keys() - hidden if counts[name] == 1)
     several = sorted(name for name in counts.keys() - hidden if counts[name] > 1)
-    # Most classes occur once in a room: drawn evenly, nearly every answer would be 1.
-    if not several and single and rng.random() < 0.5:
-        several = [str(rng.choice(single))]
+    # Most classes occur once, a few of them twice, hardly any more often. So that no answer prevails, rooms without any
+    # class twice are mostly left out, and counts above 1 come first in most others.
+    order = []
+    if single and rng.random() < (0.3 if several else 0.2):
+        order = [str(rng.choice(single))]
     while several:
         weights = np.array([float(counts[name] ** 3) for name in several])
-        name = several.pop(int(rng.choice(len(several), p=weights / weights.sum())))
+        order.append(several.pop(int(rng.choice(len(several), p=weights / weights.sum()))))
+    for name in order:
         yield f"How many {name}(s) are in this room?", str(counts[name]), None
 
 
@@ -413,13 +416,19 @@ def _appearance_order(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Aske
         ]
         if orders:
             break
+    # What covers much floor is often seen before what covers little, which nobody has to look at pictures for. So the
+    # options are drawn such that the answer is likely to be at any place among them in that respect.
+    floor = {walk.names[k]: item.size[0] * item.size[1] for k, item in enumerate(walk.room.objects)}
     for i in rng.permutation(len(orders)):
         names = [walk.names[k] for k in orders[i]]
-        others: list[list[str]] = []
-        while len(others) < 3:
-            shuffled = [str(name) for name in rng.permutation(names)]
-            if shuffled != names and shuffled not in others:
-                others.append(shuffled)
+        ranked = sorted(
+            permutations(names), key=lambda order: -sum(np.sign(floor[a] - floor[b]) for a, b in combinations(order, 2))
+        )
+        rank = ranked.index(tuple(names))
+        before, behind = _shuffled(rng, ranked[:rank]), _shuffled(rng, ranked[rank + 1 :])
+        fewest = max(0, 3 - len(behind))
+        place = int(rng.integers(fewest, min(3, len(before)) + 1))
+        others = [*before[:place], *behind[: 3 - place]]
         options, truth = _options(rng, ", ".join(names), [", ".join(other) for other in others])
         yield (
             "What will be the first-time appearance order of the following categories in the video: "
@@ -439,6 +448,10 @@ def _balanced(rng: np.random.Generator, found: dict[Any, Sequence[Any]]) -> Iter
         answers = list(left)
         for i in rng.permutation(len(answers)):
             yield answers[i], left[answers[i]].pop()
+
+
+def _shuffled(rng: np.random.Generator, things: Sequence[Any]) -> list[Any]:
+    return [things[i] for i in rng.permutation(len(things))]
 
 
 def _options(rng: np.random.Generator, answer: str, others: Sequence[str]) -> tuple[list[str], str]:
