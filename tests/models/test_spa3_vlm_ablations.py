@@ -601,6 +601,22 @@ def test_text_and_pictures_are_the_conversation(source):
     assert list(lists["spatial_tokens_per_scene"]) == couple.batch["spatial_tokens_per_scene"].tolist()
 
 
+@pytest.mark.parametrize("source", ["spa3r", "vggt"])
+def test_places_that_a_message_has_are_widened(source):
+    """So that whoever writes the template's words himself says where they are."""
+    couple = make(spatial_source=source)
+    processor = couple.processor
+    for conversation, reference in zip(CONVERSATIONS, couple.alone):
+        text = processor.apply_chat_template(conversation, add_generation_prompt=True)
+        pictures = [item for item in conversation[0]["content"] if item["type"] == "image"]
+        written = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+        texts_alone = (
+            "{%- for item in messages[0]['content'] if item['type'] == 'text' -%}{{ item['text'] }}{%- endfor -%}"
+        )
+        inputs = inputs_of(processor, written, chat_template=texts_alone)
+        assert all(torch.equal(inputs[key], value) for key, value in reference.items())
+
+
 def test_a_text_without_a_place_is_refused(appended):
     text = appended.processor.apply_chat_template(CONVERSATIONS[1])
     token = appended.processor.spatial_token

@@ -248,16 +248,21 @@ class Spa3VLMProcessor(ProcessorMixin):
         return sum((view.width // side) * (view.height // side) for view in views)
 
     def _with_spatial_tokens(self, messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-        """The messages with `count` places after their last picture."""
-        messages = list(messages)
-        for place in reversed(range(len(messages))):
-            items = messages[place].get("content")
-            pictures = [i for i, item in enumerate(items) if item["type"] == "image"] if isinstance(items, list) else []
-            if pictures:
-                text = {"type": "text", "text": self.spatial_token * count}
-                items = [*items[: pictures[-1] + 1], text, *items[pictures[-1] + 1 :]]
-                messages[place] = {**messages[place], "content": items}
-                break
+        """The messages with `count` places: where a text has some already, else after their last picture."""
+        messages, last = [dict(message) for message in messages], None
+        for message in messages:
+            if not isinstance(message.get("content"), list):
+                continue
+            message["content"] = items = list(message["content"])
+            for index, item in enumerate(items):
+                if item["type"] == "image":
+                    last = (items, index + 1)
+                elif self.spatial_token in item.get("text", ""):  # of one who writes the template's words himself
+                    items[index] = {**item, "text": self._widen_spatial_tokens(item["text"], count)}
+                    return messages
+        if last is not None:
+            items, index = last
+            items.insert(index, {"type": "text", "text": self.spatial_token * count})
         return messages
 
     def _widen_spatial_tokens(self, text: str, count: int) -> str:
