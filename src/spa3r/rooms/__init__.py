@@ -11,6 +11,7 @@ every fact is known. Plain numpy; the same seed and level give the same arrays, 
 from spa3r.rooms.finishes import COLOURS, Finish
 from spa3r.rooms.furniture import FURNITURE, Furniture
 from spa3r.rooms.levels import LEVELS, RoomLevel
+from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
 from spa3r.rooms.render import RoomViews, render
 from spa3r.rooms.room import Fixture, Light, Room, RoomObject, generate_room
 from spa3r.rooms.walk import CAMERA_CLEARANCE, Cameras, camera_walk, relative_to_first
@@ -20,6 +21,7 @@ __all__ = [
     "COLOURS",
     "FURNITURE",
     "LEVELS",
+    "QUESTION_TYPES",
     "Cameras",
     "Finish",
     "Fixture",
@@ -29,8 +31,10 @@ __all__ = [
     "RoomLevel",
     "RoomObject",
     "RoomViews",
+    "RoomWalk",
     "camera_walk",
     "generate_room",
     "relative_to_first",
     "render",
+    "room_questions",
 ]
