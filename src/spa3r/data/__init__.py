@@ -6,9 +6,12 @@ loader = DataLoader(batches, batch_size=None, num_workers=4)
 """
 
 from spa3r.data.batches import SceneBatches
+from spa3r.data.collator import Spa3VLMCollator
 from spa3r.data.dataset_scenes import DatasetScenes, StreamedScenes
 from spa3r.data.folders import FolderScenes
 from spa3r.data.make import make_source
+from spa3r.data.room_export import export_rooms
+from spa3r.data.room_questions import RoomQuestions
 from spa3r.data.room_scenes import RoomScenes
 from spa3r.data.sampling import sample_frames
 from spa3r.data.scannet import ScanNetPPScenes, ScanNetScenes
@@ -20,6 +23,7 @@ __all__ = [
     "DatasetScenes",
     "FolderScenes",
     "LoadedScene",
+    "RoomQuestions",
     "RoomScenes",
     "ScanNetPPScenes",
     "ScanNetScenes",
@@ -27,8 +31,10 @@ __all__ = [
     "SceneError",
     "SceneSource",
     "SkippedReport",
+    "Spa3VLMCollator",
     "StreamedScenes",
     "VideoScenes",
+    "export_rooms",
     "make_source",
     "sample_frames",
 ]

@@ -44,7 +44,7 @@ def export_rooms(
             store.
     """
     if layout not in ("vsi_590k", "vsi_bench"):
-        raise ValueError(f'`layout` must be "vsi_590k" or "vsi_bench", got {layout!r}. Take one of them.')
+        raise ValueError(f'`layout` must be "vsi_590k" or "vsi_bench", got "{layout}". Take one of them.')
     output = Path(output)
     (output / "rooms").mkdir(parents=True, exist_ok=True)
     rows = [questions.row(index) for index in range(len(questions))]

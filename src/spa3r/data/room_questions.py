@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 from torch.utils.data import Dataset
 
-from spa3r.data.vsi_format import make_prompt
+from spa3r.data.vsi_format import make_messages
 from spa3r.rooms import Cameras, Room, camera_walk, generate_room, render
 from spa3r.rooms.levels import RoomLevel, resolve_level
 from spa3r.rooms.questions import MOST_QUESTIONS, QUESTION_TYPES, RoomWalk, room_questions
@@ -98,12 +98,8 @@ class RoomQuestions(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.row(index)
-        content = [{"type": "image", "image": image} for image in self.pictures(int(row["scene_name"]))]
         return {
-            "messages": [
-                {"role": "user", "content": [*content, {"type": "text", "text": make_prompt(row)}]},
-                {"role": "assistant", "content": [{"type": "text", "text": row["ground_truth"]}]},
-            ],
+            "messages": make_messages(row, self.pictures(int(row["scene_name"]))),
             "source": self.name,
             "row": f"{row['scene_name']}/{row['question_type']}/{row['id'] % MOST_QUESTIONS}",
             "question_type": row["question_type"],
