@@ -1,5 +1,6 @@
 """How good a model is, in numbers, beside what can be had without it."""
 
+from spa3r.evaluation.blind import blind_answers, blind_scores
 from spa3r.evaluation.field import FieldReport, Measure, evaluate_field
 from spa3r.evaluation.room_answers import (
     AnswerReport,
@@ -18,6 +19,8 @@ __all__ = [
     "ScoredAnswer",
     "aggregate",
     "answer",
+    "blind_answers",
+    "blind_scores",
     "evaluate_answers",
     "evaluate_field",
     "make_prompt",
