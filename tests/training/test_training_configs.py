@@ -43,7 +43,7 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 def test_every_file_is_known():
-    assert {file.stem for file in CONFIGS.iterdir()} == {*LAUNCHERS, "pretrain_paper"}
+    assert {file.stem for file in CONFIGS.iterdir()} == {*LAUNCHERS, "pretrain_paper", "finetune_paper"}
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
