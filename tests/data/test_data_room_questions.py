@@ -13,6 +13,7 @@ import pytest
 from datasets import load_dataset
 
 from spa3r.data import RoomQuestions, export_rooms
+from spa3r.data.instructions import InstructionDataset
 from spa3r.data.room_questions import FIRST_TEST_SEED
 from spa3r.data.vsi_format import make_prompt
 from spa3r.rooms import LEVELS, QUESTION_TYPES, camera_walk, generate_room, render
@@ -174,6 +175,23 @@ def test_vsi_bench_layout(tmp_path, questions):
     assert list(load_dataset("parquet", data_files=str(table), split="train", cache_dir=cache)) == rows
     assert [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()] == rows
     assert all((tmp_path / row["dataset"] / f"{row['scene_name']}.mp4").is_file() for row in rows)
+
+
+def test_exported_questions_are_read_as_instruction_data(tmp_path, questions, examples):
+    annotations = export_rooms(questions, tmp_path, "vsi_590k")
+    for name in (annotations.name, "rooms.json"):
+        read = InstructionDataset(tmp_path / name, media_root=tmp_path)
+        assert len(read) == len(examples)
+        for index in (0, 17, len(read) - 1):
+            example, wanted = read[index], examples[index]
+            texts = [
+                [item["text"].strip() for message in one["messages"] for item in message["content"] if "text" in item]
+                for one in (example, wanted)
+            ]
+            assert texts[0] == texts[1] and example["skipped"] == []
+            assert example["question_type"] == wanted["question_type"]
+            for picture, original in zip(pictures_of(example), pictures_of(wanted), strict=True):
+                assert np.abs(picture.astype(float) - original).mean() < 6
 
 
 def test_export_says_what_it_cannot_write(tmp_path):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import av
-import datasets
 import PIL.Image
 
+from spa3r.data.dataset_scenes import require_datasets
 from spa3r.data.room_questions import RoomQuestions
 from spa3r.data.vsi_format import make_prompt
 
@@ -45,6 +45,7 @@ def export_rooms(
     """
     if layout not in ("vsi_590k", "vsi_bench"):
         raise ValueError(f'`layout` must be "vsi_590k" or "vsi_bench", got "{layout}". Take one of them.')
+    datasets = require_datasets() if layout == "vsi_bench" else None
     output = Path(output)
     (output / "rooms").mkdir(parents=True, exist_ok=True)
     rows = [questions.row(index) for index in range(len(questions))]
