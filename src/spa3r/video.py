@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,21 +24,23 @@ def uniform_indices(count: int, num_frames: int) -> np.ndarray:
     return np.linspace(0, count - 1, num_frames).astype(int)
 
 
-def sample_frames(video: str | Path, num_frames: int | None = None) -> list[PIL.Image.Image]:
+def sample_frames(video: str | Path, num_frames: int | Callable[[float], int] | None = None) -> list[PIL.Image.Image]:
     """Uniformly sampled frames of a video, first and last included.
 
     Frames are decoded one by one and only the wanted ones are kept, so memory doesn't grow with the video.
 
     Args:
         video: A file or URL.
-        num_frames: How many frames; None: by the length, :func:`default_num_frames`.
+        num_frames: How many frames, or a function that says so for a length in seconds; None:
+            :func:`default_num_frames`.
 
     Raises:
         ValueError: The file can't be opened or holds no frames, or `num_frames` is less than 1.
     """
     with _named_errors(video):
         count, seconds = _length(str(video))
-        num_frames = default_num_frames(seconds) if num_frames is None else num_frames
+        if not isinstance(num_frames, int):
+            num_frames = (num_frames or default_num_frames)(seconds)
         indices = uniform_indices(count, num_frames) if count else np.empty(0, int)
         frames, decoded = _decode(str(video), set(indices.tolist()))
         if count and decoded <= indices[-1]:  # not every packet gave a frame

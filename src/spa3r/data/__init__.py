@@ -1,14 +1,18 @@
-"""Scenes for pretraining: where they come from, what is drawn of them, and how they become batches.
+"""What models are trained on: scenes for pretraining, instructions for fine-tuning, and how they become batches.
 
 source = FolderScenes("photos")                  # a folder for every scene
 batches = SceneBatches(source, Spa3RImageProcessor(mode="pretraining"))
 loader = DataLoader(batches, batch_size=None, num_workers=4)
+
+instructions = InstructionDataset("vsi_590k.jsonl")
+loader = DataLoader(instructions, batch_size=8, collate_fn=Spa3VLMCollator(processor))
 """
 
 from spa3r.data.batches import SceneBatches
 from spa3r.data.collator import Spa3VLMCollator
 from spa3r.data.dataset_scenes import DatasetScenes, StreamedScenes
 from spa3r.data.folders import FolderScenes
+from spa3r.data.instructions import InstructionDataset, InstructionMixture, StreamedInstructions, make_instructions
 from spa3r.data.make import make_source
 from spa3r.data.room_export import export_rooms
 from spa3r.data.room_questions import RoomQuestions
@@ -22,6 +26,8 @@ from spa3r.data.videos import VideoScenes
 __all__ = [
     "DatasetScenes",
     "FolderScenes",
+    "InstructionDataset",
+    "InstructionMixture",
     "LoadedScene",
     "RoomQuestions",
     "RoomScenes",
@@ -32,9 +38,11 @@ __all__ = [
     "SceneSource",
     "SkippedReport",
     "Spa3VLMCollator",
+    "StreamedInstructions",
     "StreamedScenes",
     "VideoScenes",
     "export_rooms",
+    "make_instructions",
     "make_source",
     "sample_frames",
 ]

@@ -52,10 +52,10 @@ class DatasetScenes(SceneSource):
         stride: Sequence[int] = (1, 4),
         name: str = "dataset",
     ):
-        datasets = _datasets()
+        datasets = require_datasets()
         self.name, self.stride = name, check_stride(stride)
         self.images_column, self.scene_column = images_column, scene_column
-        loaded = _load(dataset, split, config, data_files, data_dir, streaming=False)
+        loaded = open_dataset(dataset, split, config, data_files, data_dir, streaming=False)
         if not isinstance(loaded, datasets.Dataset):
             raise ValueError(
                 f"`dataset` must be a datasets.Dataset, got {type(loaded).__name__}. Use StreamedScenes (in a "
@@ -157,10 +157,10 @@ class StreamedScenes(SceneSource):
         stride: Sequence[int] = (1, 4),
         name: str = "stream",
     ):
-        datasets = _datasets()
+        datasets = require_datasets()
         self.name, self.stride, self.shuffle_buffer = name, check_stride(stride), shuffle_buffer
         self.images_column, self.scene_column = images_column, scene_column
-        loaded = _load(dataset, split, config, data_files, data_dir, streaming=True)
+        loaded = open_dataset(dataset, split, config, data_files, data_dir, streaming=True)
         if not isinstance(loaded, datasets.IterableDataset):
             raise ValueError(
                 f"`dataset` must be a datasets.IterableDataset, got {type(loaded).__name__}. Use DatasetScenes, or "
@@ -199,7 +199,7 @@ class StreamedScenes(SceneSource):
         if self._is_list and self.shuffle_buffer > 1:
             dataset = dataset.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
         if self.splits(world_size):
-            dataset = _datasets().distributed.split_dataset_by_node(dataset, rank, world_size, strategy="shards")
+            dataset = require_datasets().distributed.split_dataset_by_node(dataset, rank, world_size, strategy="shards")
         if get_worker_info():
             fsspec.asyn.reset_lock()  # a lock that a forked process inherits is never released
         # Unlike iter(dataset), this doesn't deal the shards out to the DataLoader's workers.
@@ -223,7 +223,8 @@ class StreamedScenes(SceneSource):
         return _decode(frames, (scene.cells[int(frame)] for frame in frames))
 
 
-def _datasets() -> Any:
+def require_datasets() -> Any:
+    """Hugging Face `datasets`, which only some sources need."""
     try:
         import datasets.distributed
     except ModuleNotFoundError as error:
@@ -231,11 +232,13 @@ def _datasets() -> Any:
     return datasets
 
 
-def _load(dataset, split, config, data_files, data_dir, streaming: bool) -> Any:
+def open_dataset(
+    dataset: Any, split: str, config: str | None = None, data_files=None, data_dir=None, streaming: bool = False
+) -> Any:
     """The data set, opened if only its name or folder is given."""
     if not isinstance(dataset, str | Path):
         return dataset
-    datasets = _datasets()
+    datasets = require_datasets()
     folder = Path(dataset).expanduser()
     if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         loaded = datasets.load_from_disk(str(folder))
@@ -271,7 +274,7 @@ def _check_some(cells: Sequence[Any]) -> None:
 
 
 def _is_list(feature: Any) -> bool:
-    features = _datasets().features
+    features = require_datasets().features
     return isinstance(feature, features.List | features.LargeList | list)
 
 
@@ -298,5 +301,5 @@ def _picture(cell: Any) -> PIL.Image.Image:
     if isinstance(cell, bytes):
         cell = {"bytes": cell, "path": None}
     if isinstance(cell, Mapping):
-        cell = _datasets().Image().decode_example({"bytes": cell.get("bytes"), "path": cell.get("path")})
+        cell = require_datasets().Image().decode_example({"bytes": cell.get("bytes"), "path": cell.get("path")})
     return to_rgb(cell)

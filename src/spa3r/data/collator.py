@@ -1,0 +1,275 @@
+"""Conversations with their answers -> a padded batch for training, with labels on the answers only."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+
+IGNORED = -100
+"""The label of a token whose loss is not taken."""
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# Writes texts as they are, those of the assistant marked.
+_MARKING_TEMPLATE = (
+    "{%- for message in messages -%}{%- for item in message['content'] if item['type'] == 'text' -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ item['text'] }}{%- endgeneration -%}"
+    "{%- else -%}{{ item['text'] }}{%- endif -%}{%- endfor -%}{%- endfor -%}"
+)
+
+# What a process trains on if none of its rows can be used: no loss, but a step like any other.
+_NOTHING = [{"role": "user", "content": [{"type": "text", "text": "."}]}]
+
+
+@dataclass
+class Spa3VLMCollator:
+    """Collates conversations for a Spa3-VLM, for ``Trainer(data_collator=...)`` or ``DataLoader(collate_fn=...)``.
+
+    An example is a dictionary with ``messages``, in all forms that :class:`~spa3r.Spa3VLMProcessor` takes; what the
+    data sets of instructions add (``source``, ``row``, ``skipped``) is used for reports and may be missing. A batch may
+    mix videos, single pictures and rows of text.
+
+    Rows are padded on the right. Labels stand on the assistant's words and the token that ends them: where the chat
+    template marks them with ``{% generation %}``, else by difference: what the template writes of a conversation up to
+    an answer, less what it writes as the prompt for that answer. White space after the end token is not learnt. After
+    an answer that the template doesn't end, the tokenizer's end token is: the one that follows, or one that is added
+    at the end of the row.
+
+    A row longer than `max_length` is cut in the text behind its last picture, if answers remain. Otherwise it is left
+    out, as is a row without an answer, and reported. Of a batch in which no row remains comes one row of text without
+    labels, since every process needs a batch.
+
+    Args:
+        processor: Its chat template and tokenizer must be the VLM's that is trained.
+        max_length: Most tokens of a row, those of pictures included; None: any number.
+        pad_to_multiple_of: Round the length of the batch up to a multiple of this.
+
+    Raises:
+        ValueError: The processor has no chat template, a number is below 1, or `max_length` is given and the
+            processor's ``image_token_id`` is not known.
+    """
+
+    processor: Spa3VLMProcessor
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.processor.chat_template, str):
+            raise ValueError(
+                f"`processor` must have one chat template, got {self.processor.chat_template!r}. Set "
+                "`processor.chat_template` to the template that the VLM was trained with."
+            )
+        for name in ("max_length", "pad_to_multiple_of"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, or None, got {value}.")
+        if self.max_length is not None and self.processor.image_token_id is None:
+            raise ValueError(
+                "`processor.image_token_id` must be known for `max_length`, so that no picture is cut, got None. Set "
+                "it to the `image_token_id` of the VLM's configuration."
+            )
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch.
+
+        Args:
+            examples: At least one.
+
+        Returns:
+            The model's inputs: the VLM's own (``input_ids`` and ``attention_mask`` (batch, sequence), ``pixel_values``
+            and so on), ``view_pixel_values``, ``view_grid_hw``, ``views_per_scene``, ``image_tokens_per_scene`` and
+            ``labels`` (batch, sequence), -100 where the loss is not taken. Beside them ``skipped``: a dictionary of
+            source, scene (the row's name), picture ("" for a whole row) and reason for everything that was left out,
+            here or while the examples were read; and ``num_rows``: how many rows were tried.
+
+        Raises:
+            ValueError: A picture or video can't be read, or the chat template doesn't tell which words are the
+                assistant's; the message says what to do.
+        """
+        skipped = [entry for example in examples for entry in example.get("skipped") or ()]
+        num_rows = len(examples) + len(skipped)
+        conversations = [self._marked(example["messages"]) for example in examples]
+        batch = self._process(conversations)
+        reasons = [self._unusable(ids, labels, n) for ids, labels, n in _rows(batch)]
+        if any(reasons):
+            for example, reason in zip(examples, reasons):
+                if reason:
+                    name = {"source": example.get("source") or "", "scene": example.get("row") or ""}
+                    skipped.append(name | {"picture": "", "reason": reason})
+            # Again, not taken out: how a batch's pixels lie is each family's own. And it is rare.
+            batch = self._process([c for c, reason in zip(conversations, reasons) if not reason] or [_NOTHING])
+        lengths = batch["attention_mask"].sum(1)
+        return self._fit(batch, int(lengths.max())) | {"skipped": skipped, "num_rows": num_rows}
+
+    # Words
+
+    def _marked(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The conversation for `_MARKING_TEMPLATE`: pictures, then text as the chat template writes it, in pieces of
+        which the assistant's are those to learn."""
+        messages = [_listed(message) for message in messages]
+        pictures, messages = self.processor._pictures_of(messages, self.processor.num_frames, placeholders=False)
+        if self.processor.spatial_tokens is not None:  # one place stands for all until the views are known
+            messages = self.processor._with_spatial_tokens(messages, 1)
+        text, spans = self._spans(messages)
+        conversation = [{"role": "user", "content": [{"type": "image", "image": picture} for picture in pictures]}]
+        end = 0
+        for start, stop in spans:
+            text, stop = self._ended(text, start, stop)
+            conversation += [_say("user", text[end:start]), _say("assistant", text[start:stop])]
+            end = stop
+        return [*conversation, _say("user", text[end:])]
+
+    def _spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """What the chat template writes, and from where to where it is the assistant's."""
+        if GENERATION.search(self.processor.chat_template):
+            text, (spans,) = self._render(messages, return_assistant_tokens_mask=True)
+            return text, spans
+        text, _ = self._render(messages)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                through, _ = self._render(messages[: index + 1])
+                before, _ = self._render(messages[:index], add_generation_prompt=True)
+                _check_prefix(through, text, index, "the text up to it", "what stands there when messages follow")
+                _check_prefix(before, through, index, "the prompt for it", "what stands there with the answer")
+                spans.append((len(before), len(through)))
+                _check_written(message, text[len(before) : len(through)], index)
+        return text, spans
+
+    def _render(self, messages: list[dict[str, Any]], **kwargs) -> tuple[str, list]:
+        texts, spans = render_jinja_template(
+            [messages],
+            chat_template=self.processor.chat_template,
+            **kwargs,
+            **self.processor.tokenizer.special_tokens_map,
+        )
+        return texts[0], spans
+
+    def _ended(self, text: str, start: int, stop: int) -> tuple[str, int]:
+        """The text and the end of an answer in it that includes an end token, and nothing behind that."""
+        answer = text[start:stop]
+        if answer.rstrip().endswith(self._special_tokens):
+            return text, start + len(answer.rstrip())
+        end_token = self.processor.tokenizer.eos_token or ""
+        if stop == len(text):
+            text += end_token
+        return text, stop + len(end_token) if text.startswith(end_token, stop) else stop
+
+    @cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        tokens = self.processor.tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in tokens if token.special)
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return {index for index, token in self.processor.tokenizer.added_tokens_decoder.items() if token.special}
+
+    # Tokens
+
+    def _process(self, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        batch = self.processor.apply_chat_template(
+            conversations,
+            chat_template=_MARKING_TEMPLATE,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"padding": True, "padding_side": "right"},
+        )
+        batch = dict(batch)
+        if "labels" in batch:
+            name = type(self.processor.vlm_processor).__name__
+            raise ValueError(
+                f"The VLM's processor must take conversations, got {name}, which writes parts of the prompt and labels "
+                "by itself. Train a VLM that was made for conversations."
+            )
+        is_answer = batch.pop("assistant_masks").bool() & batch["attention_mask"].bool()
+        return batch | {"labels": batch["input_ids"].masked_fill(~is_answer, IGNORED)}
+
+    def _unusable(self, input_ids: Tensor, labels: Tensor, length: int) -> str | None:
+        """Why a row can't be trained on; None if it can."""
+        answers = (labels != IGNORED).nonzero()
+        if not len(answers):
+            return "it has no words of an assistant"
+        if self.max_length is None or length <= self.max_length:
+            return None
+        if (end := self._end_of_pictures(input_ids[:length])) > self.max_length:
+            return f"its pictures end at token {end} of {length}, beyond `max_length` = {self.max_length}"
+        if (first := int(answers[0])) >= self.max_length:
+            return f"its answer begins at token {first + 1} of {length}, beyond `max_length` = {self.max_length}"
+        return None
+
+    def _end_of_pictures(self, input_ids: Tensor) -> int:
+        """How many tokens there are up to the last of a picture, with what closes the picture."""
+        is_place = input_ids == self.processor.image_token_id
+        if self.processor.spatial_tokens is not None:  # what is appended to the last picture
+            is_place |= input_ids == self.processor.spatial_token_id
+        places = is_place.nonzero()
+        end = int(places[-1]) + 1 if len(places) else 0
+        while 0 < end < len(input_ids) and int(input_ids[end]) in self._special_ids:
+            end += 1
+        return end
+
+    def _fit(self, batch: dict[str, Any], length: int) -> dict[str, Any]:
+        """Everything that has an entry for each token, cut or padded to the batch's length."""
+        length = min(length, self.max_length or length)
+        if self.pad_to_multiple_of is not None:
+            length += -length % self.pad_to_multiple_of
+        shape, padding = batch["input_ids"].shape, {"input_ids": self.processor.tokenizer.pad_token_id or 0}
+        padding["labels"] = IGNORED
+        for key, value in batch.items():
+            if isinstance(value, Tensor) and value.shape == shape and not value.is_floating_point():
+                value = value[:, : self.max_length]
+                missing = length - value.shape[1]
+                batch[key] = torch.nn.functional.pad(value, (0, missing), value=padding.get(key, 0))
+        return batch
+
+
+def _rows(batch: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor, int]]:
+    return list(zip(batch["input_ids"], batch["labels"], batch["attention_mask"].sum(1).tolist()))
+
+
+def _listed(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content is a list, which every VLM's template reads, without the empty fields of tables."""
+    message = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content", "")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    items = [{key: value for key, value in item.items() if value is not None} for item in content]
+    return message | {"content": items}
+
+
+def _say(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _check_prefix(prefix: str, text: str, index: int, what: str, where: str) -> None:
+    if not text.startswith(prefix):
+        same = len(os.path.commonprefix([prefix, text]))
+        raise ValueError(
+            f"The chat template writes message {index}, the assistant's, in two ways, so its words can't be told by "
+            f"difference: {what} goes on with {prefix[same:][:40]!r}, {where} with {text[same:][:40]!r}. Mark the "
+            "words in the template, {% generation %}...{% endgeneration %}, and set `processor.chat_template` to it."
+        )
+
+
+def _check_written(message: Mapping[str, Any], answer: str, index: int) -> None:
+    words = "".join("".join(item.get("text", "") for item in message["content"]).split())
+    if words[-20:] not in "".join(answer.split()):
+        raise ValueError(
+            f"The chat template must write the words of message {index}, the assistant's, {words[-20:]!r} at their end, "
+            f"got {answer[:80]!r}. Set `processor.chat_template` to one that reads contents that are lists, and leaves "
+            "nothing out."
+        )
+
+
+__all__ = ["Spa3VLMCollator"]

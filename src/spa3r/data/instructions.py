@@ -1,0 +1,589 @@
+"""Instruction data: rows of questions, answers and media in the released layouts -> conversations with pictures.
+
+Every format of the field's data sets becomes one: ``messages`` in the chat form of Hugging Face, in which a video is
+its frames. Annotations stay on disk, memory-mapped; media are read when a row is asked for, and closed again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset, IterableDataset
+
+from spa3r.data.dataset_scenes import open_dataset, require_datasets
+from spa3r.data.index import natural_key
+from spa3r.data.room_questions import RoomQuestions
+from spa3r.models.spa3r.image_processing_spa3r import to_rgb
+from spa3r.video import sample_frames, uniform_indices
+
+if TYPE_CHECKING:
+    import datasets
+
+Example = dict[str, Any]
+"""``messages``, and what reports need: ``source``, ``row``, ``question_type``, ``skipped``."""
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+MEDIA_KEYS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
+"""Columns that hold media, and of which kind; in this order, where a row has several."""
+
+PLACEHOLDER = re.compile(r"\s*<(?:image|video)>\s*")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+RAW = "json"
+"""The only column of annotations that were read from JSON: a row as it was written, whatever keys it has."""
+
+_CHUNK = 1 << 20  # characters
+_TRIES = 1000  # broken rows one after the other
+_WORDS_TO_TOKENS, _TOKENS_PER_PICTURE = 1.5, 256  # for lengths, which need only be alike
+
+
+class RowError(ValueError):
+    """A row that can't be used."""
+
+    def __init__(self, reason: str, media: str = ""):
+        super().__init__(reason)
+        self.media = media
+
+
+class RowReader:
+    """Makes examples of rows, whichever of the known formats they have.
+
+    Args:
+        media_root: Folder to which the rows' paths are relative.
+        name: What reports call the source.
+        frames: Fewest and most frames of a video, if its length decides.
+        seconds_per_frame: Of a video, between two frames, if its length decides.
+        num_frames: Frames of every video; None: clamp(round(seconds / seconds_per_frame), *frames). A folder of frames
+            gives as many of them, at most all and at most ``frames[1]``.
+    """
+
+    def __init__(
+        self,
+        media_root: str | Path | None,
+        name: str,
+        frames: Sequence[int] = (4, 8),
+        seconds_per_frame: float = 2.0,
+        num_frames: int | None = None,
+    ):
+        lowest, highest = frames
+        if not 1 <= lowest <= highest:
+            raise ValueError(f"`frames` must be the fewest and the most frames, at least 1, got {list(frames)}.")
+        if not seconds_per_frame > 0:
+            raise ValueError(f"`seconds_per_frame` must be above 0, got {seconds_per_frame}.")
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"`num_frames` must be at least 1, got {num_frames}. Leave it out for a drawn number.")
+        self.media_root = None if media_root is None else Path(media_root)
+        self.name, self.frames, self.num_frames = name, (lowest, highest), num_frames
+        self.seconds_per_frame = seconds_per_frame
+
+    def read(self, row: Mapping[str, Any], index: int) -> Example:
+        """The example of a row.
+
+        Raises:
+            RowError: The row is of no known format, or a medium is missing or broken.
+        """
+        if RAW in row and len(row) == 1:
+            row = json.loads(row[RAW])
+            if not isinstance(row, dict):
+                raise RowError(f"a row must be a JSON object, got {type(row).__name__}")
+        turns = _turns_of(row)
+        media = [
+            (kind, item)
+            for key, kind in MEDIA_KEYS.items()
+            for item in _as_items(row.get(key), kind)
+            if item is not None
+        ]
+        return {
+            "messages": self._messages(turns, media),
+            "source": self.name,
+            "row": str(row["id"]) if row.get("id") is not None else str(index),
+            "question_type": row.get("question_type"),
+            "skipped": [],
+        }
+
+    def _messages(self, turns: list[tuple[str, list[Any]]], media: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+        places = sum(piece is None for _, pieces in turns for piece in pieces)
+        groups = _groups(places, media)
+        if not places and groups:  # pictures without a place come first
+            first = next((pieces for role, pieces in turns if role == "user"), None)
+            if first is None:
+                raise RowError("no message of a user, and media that belong to one")
+            first.insert(0, None)
+        remaining = iter(groups)
+        messages = []
+        for role, pieces in turns:
+            content: list[dict[str, Any]] = []
+            for piece in pieces:
+                if isinstance(piece, str):
+                    content.append({"type": "text", "text": piece})
+                    continue
+                group = next(remaining, ()) if piece is None else [piece]
+                for kind, item in group:
+                    content += [{"type": "image", "image": picture} for picture in self._pictures(kind, item)]
+            messages.append({"role": role, "content": content})
+        return messages
+
+    def _pictures(self, kind: str, item: Any) -> list[Any]:
+        """The pictures of one medium."""
+        name = _media_name(item)
+        try:
+            if kind == "image":
+                return [to_rgb(self._opened(item))]
+            if isinstance(item, list | tuple):  # frames, one by one
+                frames = [to_rgb(self._opened(frame)) for frame in self._some(list(item))]
+            else:
+                path = self._path(item)
+                if path.is_dir():
+                    files = sorted((f for f in path.iterdir() if f.suffix.lower() in PICTURES), key=_natural)
+                    frames = [to_rgb(file) for file in self._some(files)]
+                else:
+                    frames = sample_frames(path, self.num_frames or self._frames_for)
+        except (ValueError, OSError) as error:
+            raise RowError(str(error), name) from error
+        if not frames:
+            raise RowError("the folder holds no pictures", name)
+        return frames
+
+    def _frames_for(self, seconds: float) -> int:
+        return min(max(round(seconds / self.seconds_per_frame), self.frames[0]), self.frames[1])
+
+    def _some(self, frames: list[Any]) -> list[Any]:
+        """Uniformly chosen frames of those that there are, first and last included."""
+        wanted = self.num_frames or min(len(frames), self.frames[1])
+        return [frames[index] for index in uniform_indices(len(frames), wanted)] if frames else []
+
+    def _opened(self, item: Any) -> Any:
+        """A picture as Hugging Face or the row itself holds it."""
+        if isinstance(item, Mapping):
+            if item.get("bytes") is None and item.get("path") is None:
+                raise ValueError("A picture of the row has neither bytes nor a path.")
+            if item.get("bytes") is None:
+                return self._path(item["path"])
+            return require_datasets().Image().decode_example({"bytes": item["bytes"], "path": None})
+        return self._path(item) if isinstance(item, str | Path) else item
+
+    def _path(self, item: Any) -> Path:
+        path = item if self.media_root is None else self.media_root / item
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path} doesn't exist. Check `media_root`.")
+        return Path(path)
+
+
+class InstructionDataset(Dataset):
+    """Rows of instructions with random access.
+
+    A row that is broken (its medium is missing or can't be read, or it is of no known format) is replaced by the next
+    one that isn't, and named in the example's ``skipped``; so lengths and orders never depend on it.
+
+    Args:
+        annotations: A file (``.json``, ``.jsonl``, ``.parquet``); a folder in the hub's layout or a hub id, as
+            ``datasets.load_dataset`` takes it; or a ``datasets.Dataset``.
+        media_root: Folder to which the rows' paths are relative; None: the folder of the annotations.
+        name: What reports call the source; None: the name of the file or data set.
+        split: Of a hub data set.
+        frames: Fewest and most frames of a video, if its length decides.
+        seconds_per_frame: Seconds of a video for each frame, if its length decides.
+        num_frames: Frames of every video; None: by its length, clamp(round(seconds / seconds_per_frame), *frames).
+
+    Attributes:
+        lengths: An array of about how many tokens a row has, for grouping by length; counted once, at the first use.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: There is no row, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        annotations: str | Path | datasets.Dataset,
+        media_root: str | Path | None = None,
+        *,
+        name: str | None = None,
+        split: str = "train",
+        frames: Sequence[int] = (4, 8),
+        seconds_per_frame: float = 2.0,
+        num_frames: int | None = None,
+    ):
+        self.rows, home, own_name = _load(annotations, split)
+        self.reader = RowReader(
+            home if media_root is None else media_root, name or own_name, frames, seconds_per_frame, num_frames
+        )
+        self._lengths: np.ndarray | None = None
+        if not len(self.rows):
+            raise _no_rows(own_name)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"`index` must be below {len(self)}, the number of rows, got {index}.")
+        skipped = []
+        for step in range(min(len(self), _TRIES)):
+            place = (index + step) % len(self)
+            try:
+                return self.reader.read(self.rows[place], place) | {"skipped": skipped}
+            except RowError as error:
+                skipped.append(_entry(self.reader.name, place, error))
+        raise ValueError(
+            f"None of the {len(skipped)} rows from row {index % len(self)} of {self.reader.name!r} can be used; the "
+            f"first: {skipped[0]['reason']}. Check the annotations and `media_root`."
+        )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows,) integers."""
+        if self._lengths is None:
+            self._lengths = np.fromiter((_length(row) for row in self.rows), np.int32, len(self.rows))
+        return self._lengths
+
+
+class InstructionMixture(Dataset):
+    """Several data sets as one, each with a weight.
+
+    Which row comes at an index is a pure function of the seed and the index. A data set is gone through in an order of
+    its own, over and over; how often it is asked is a matter of its weight.
+
+    Args:
+        parts: Data sets by name.
+        weights: By name, how often each is drawn, relative to the others; None: by their sizes.
+        num_rows: Rows of the mixture; None: as many as all parts have together.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: There is no part, or the weights don't fit the parts.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Dataset],
+        weights: Mapping[str, float] | None = None,
+        num_rows: int | None = None,
+        seed: int = 0,
+    ):
+        if not parts:
+            raise ValueError("`parts` must hold at least one data set, got none.")
+        self.parts, self.names = dict(parts), list(parts)
+        sizes = np.array([len(part) for part in parts.values()])
+        weights = dict(zip(self.names, sizes.tolist())) if weights is None else dict(weights)
+        if set(weights) != set(parts) or min(weights.values()) < 0 or not sum(weights.values()) > 0:
+            raise ValueError(
+                f"`weights` must give each of {', '.join(self.names)} a number of at least 0, and one more than that, "
+                f"got {weights}."
+            )
+        self.num_rows = int(sizes.sum()) if num_rows is None else num_rows
+        shares = np.array([weights[name] for name in self.names], float)
+        rng = np.random.default_rng([seed, 0])
+        self._part = rng.choice(len(shares), self.num_rows, p=shares / shares.sum()).astype(np.uint16)
+        self._row = np.empty(self.num_rows, np.int64)
+        for part, size in enumerate(sizes):
+            places = np.flatnonzero(self._part == part)
+            rounds = -(-len(places) // size)
+            orders = [np.random.default_rng([seed, 1, part, n]).permutation(size) for n in range(rounds)]
+            self._row[places] = np.concatenate(orders)[: len(places)] if orders else []
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"`index` must be below {len(self)}, the number of rows, got {index}.")
+        return self.parts[self.names[self._part[index]]][int(self._row[index])]
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """(rows,) integers; None where a part has none."""
+        lengths = [getattr(part, "lengths", None) for part in self.parts.values()]
+        if any(one is None for one in lengths):
+            return None
+        return np.array([lengths[part][row] for part, row in zip(self._part, self._row)], np.int32)
+
+
+class StreamedInstructions(IterableDataset):
+    """Rows of instructions as they come: a file too large to index, or a data set that stays on the hub.
+
+    Broken rows are left out and named in the next example's ``skipped``.
+
+    Args:
+        annotations: As for :class:`InstructionDataset`, or a ``datasets.IterableDataset``.
+        media_root: Folder to which the rows' paths are relative; None: the folder of the annotations.
+        name: What reports call the source; None: the name of the file or data set.
+        split: Of a hub data set.
+        shuffle_buffer: Rows among which the next one is drawn, anew in every epoch; 0: the order of the rows.
+        seed: Of that draw.
+        frames: As for :class:`InstructionDataset`.
+        seconds_per_frame: As for :class:`InstructionDataset`.
+        num_frames: As for :class:`InstructionDataset`.
+    """
+
+    def __init__(
+        self,
+        annotations: str | Path | datasets.IterableDataset,
+        media_root: str | Path | None = None,
+        *,
+        name: str | None = None,
+        split: str = "train",
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        frames: Sequence[int] = (4, 8),
+        seconds_per_frame: float = 2.0,
+        num_frames: int | None = None,
+    ):
+        super().__init__()
+        self.rows, home, own_name = _load(annotations, split, streaming=True)
+        if shuffle_buffer:
+            self.rows = self.rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self.reader = RowReader(
+            home if media_root is None else media_root, name or own_name, frames, seconds_per_frame, num_frames
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order for every epoch, if rows are shuffled."""
+        self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Example]:
+        skipped: list[dict[str, str]] = []
+        for index, row in enumerate(self.rows):
+            try:
+                yield self.reader.read(row, index) | {"skipped": skipped}
+                skipped = []
+            except RowError as error:
+                skipped.append(_entry(self.reader.name, index, error))
+                if len(skipped) == _TRIES:
+                    raise ValueError(
+                        f"{_TRIES} rows of {self.reader.name!r} one after the other can't be used; the first: "
+                        f"{skipped[0]['reason']}. Check the annotations and `media_root`."
+                    ) from error
+
+
+def make_instructions(spec: Mapping[str, Any]) -> Dataset:
+    """The data set that a configuration describes.
+
+    Args:
+        spec: Arguments of :class:`InstructionDataset`, with ``streaming: true`` those of
+            :class:`StreamedInstructions`; or ``type: room_questions`` and the arguments of
+            :class:`~spa3r.data.RoomQuestions`; or ``mixture``, such descriptions by name, each of which may have a
+            ``weight``, with ``num_rows`` and ``seed`` of the mixture beside it.
+
+    Raises:
+        ValueError: A field is unknown or missing; in a mixture some parts have weights and some not, or one is
+            streamed.
+    """
+    spec = dict(spec)
+    if "mixture" in spec:
+        parts = {name: dict(fields) for name, fields in spec.pop("mixture").items()}
+        weights = {name: fields.pop("weight") for name, fields in parts.items() if "weight" in fields}
+        if weights and len(weights) < len(parts):
+            without = ", ".join(name for name in parts if name not in weights)
+            raise ValueError(f"`weight` must stand in every part of a mixture or in none; {without} has none. Add it.")
+        if streamed := [name for name, fields in parts.items() if fields.get("streaming")]:
+            raise ValueError(f"`mixture` takes parts with random access, and {', '.join(streamed)} is streamed.")
+        _check_fields(InstructionMixture, spec, "a mixture", ("mixture",), given=("parts", "weights"))
+        made = {name: make_instructions(fields | {"name": fields.get("name", name)}) for name, fields in parts.items()}
+        return InstructionMixture(made, weights or None, **spec)
+    kind = spec.pop("type", "instructions")
+    if kind not in ("instructions", "room_questions"):
+        raise ValueError(f"`type` of instruction data must be instructions or room_questions, got {kind!r}.")
+    streaming = kind == "instructions" and spec.pop("streaming", False)
+    made = RoomQuestions if kind == "room_questions" else StreamedInstructions if streaming else InstructionDataset
+    _check_fields(made, spec, f"{kind}", ("type", "streaming"))
+    return made(**spec)
+
+
+def _check_fields(made: Any, fields: Mapping[str, Any], what: str, extra: Sequence[str], given: Sequence[str] = ()):
+    known = {name: field for name, field in inspect.signature(made).parameters.items() if name not in given}
+    if unknown := [name for name in fields if name not in known]:
+        raise ValueError(
+            f"Instruction data ({what}) have no field {', '.join(map(repr, unknown))}. They have: "
+            f"{', '.join([*extra, *known])}."
+        )
+    if missing := [name for name, field in known.items() if field.default is field.empty and name not in fields]:
+        raise ValueError(f"Instruction data ({what}) need {', '.join(map(repr, missing))}. Add it.")
+
+
+# Rows
+
+
+def _turns_of(row: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
+    """Who says what: texts, None where a medium has its place, (kind, medium) where it stands itself."""
+    key = next((key for key in ("messages", "conversations") if row.get(key)), None)
+    if key is None:
+        raise RowError(f"a row must have `messages` or `conversations`, got the keys {sorted(row)}")
+    turns = []
+    for message in row[key]:
+        said_by, said = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if said_by not in ROLES or said is None:
+            raise RowError(
+                f"a message must have a role (from) among {', '.join(ROLES)} and a content (value), got {said_by!r} "
+                f"and the keys {sorted(message)}"
+            )
+        turns.append((ROLES[said_by], _pieces(said)))
+    if not any(role == "assistant" for role, _ in turns):
+        raise RowError("no message is the assistant's: there is nothing to learn")
+    return turns
+
+
+def _pieces(said: Any) -> list[Any]:
+    if isinstance(said, str):
+        texts = PLACEHOLDER.split(said)
+        pieces = list(chain.from_iterable((None, text) for text in texts))[1:]
+        return [piece for piece in pieces if piece != ""]
+    pieces = []
+    for item in said:
+        kind = item.get("type")
+        if kind == "text":
+            pieces.append(item["text"])
+        elif kind in ("image", "video"):
+            medium = next((item[key] for key in (kind, "url", "path") if item.get(key) is not None), None)
+            pieces.append(None if medium is None else (kind, medium))
+        else:
+            raise RowError(f"an item of a content must have type text, image or video, got {kind!r}")
+    return pieces
+
+
+def _groups(places: int, media: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
+    """Which media go to which place."""
+    if places == len(media):
+        return [[medium] for medium in media]
+    if places <= 1:
+        return [media] if media else []
+    if len(media) == 1 and media[0][0] == "video":  # a place for every frame
+        return [media]
+    raise RowError(f"{places} places for media (<image> or <video>) in the text, and {len(media)} media")
+
+
+def _as_items(value: Any, kind: str) -> list[Any]:
+    """The media of a column: one, a list of them, or a video that is a list of frames."""
+    if value is None or (isinstance(value, str) and not value):
+        return []
+    if not isinstance(value, list | tuple):
+        return [value]
+    if kind == "video" and value and not isinstance(value[0], list | tuple) and _is_picture(value[0]):
+        return [value]  # frames, one by one
+    return list(value)
+
+
+def _is_picture(item: Any) -> bool:
+    return not isinstance(item, str) or item.lower().endswith(PICTURES)
+
+
+def _media_name(item: Any) -> str:
+    if isinstance(item, str | Path):
+        return str(item)
+    if isinstance(item, Mapping):
+        return str(item.get("path") or "a picture in the row")
+    return f"{_media_name(item[0])} and {len(item) - 1} more" if isinstance(item, list | tuple) else "a picture"
+
+
+def _natural(file: Path) -> str:
+    return natural_key(file.name)
+
+
+def _entry(source: str, place: int, error: RowError) -> dict[str, str]:
+    return {"source": source, "scene": str(place), "picture": error.media, "reason": str(error)}
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    """About how many tokens a row has: words, and pictures by their places."""
+    if RAW in row and len(row) == 1:
+        row = json.loads(row[RAW])
+    texts = [str(m.get("content", m.get("value"))) for key in ("messages", "conversations") for m in row.get(key) or ()]
+    media = [item for key, kind in MEDIA_KEYS.items() for item in _as_items(row.get(key), kind)]
+    pictures = len(media) if not any(row.get(key) for key in ("video", "videos")) else 8 * len(media)
+    return int(_WORDS_TO_TOKENS * sum(len(text.split()) for text in texts) + _TOKENS_PER_PICTURE * pictures)
+
+
+# Files
+
+
+def _load(annotations: Any, split: str, streaming: bool = False) -> tuple[Any, Path | None, str]:
+    """Rows, the folder to which their paths are relative, and what they are called."""
+    hf = require_datasets()
+    if isinstance(annotations, hf.Dataset | hf.IterableDataset):
+        if isinstance(annotations, hf.IterableDataset) != streaming:
+            raise ValueError(
+                "`annotations` that are streamed need StreamedInstructions (in a configuration: `streaming: true`), "
+                f"others InstructionDataset, got a {type(annotations).__name__}."
+            )
+        return _undecoded(annotations), None, annotations.info.dataset_name or "instructions"
+    path = Path(annotations)
+    if path.suffix in (".json", ".jsonl", ".parquet"):
+        if not path.is_file():
+            raise FileNotFoundError(f"`annotations`: there is no file {path}. Check the path.")
+        if path.suffix == ".parquet":
+            rows = hf.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+            return _undecoded(rows), path.parent, path.stem
+        if next(_json_rows(str(path)), None) is None:
+            raise _no_rows(path.stem)
+        if streaming:
+            return hf.IterableDataset.from_generator(partial(_json_rows, str(path))), path.parent, path.stem
+        # Part of the key of datasets' cache: a file that changed is read again.
+        stamp = path.stat().st_mtime_ns
+        features = hf.Features({RAW: hf.Value("string")})
+        arguments = {"path": str(path.resolve()), "stamp": stamp}
+        try:
+            rows = hf.Dataset.from_generator(_json_rows, features=features, gen_kwargs=arguments)
+        except hf.exceptions.DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None
+        return rows, path.parent, path.stem
+    rows = open_dataset(annotations, split, streaming=streaming)
+    return _undecoded(rows), path if path.is_dir() else None, path.name
+
+
+def _no_rows(name: str) -> ValueError:
+    return ValueError(f"`annotations` must hold at least one row, got none in {name}. Check the file.")
+
+
+def _undecoded(rows: Any) -> Any:
+    """Pictures as the files hold them, so that one that is broken breaks only its row."""
+    hf = require_datasets()
+    for column, feature in (rows.features or {}).items():
+        inner = feature.feature if isinstance(feature, hf.List) else feature
+        if isinstance(inner, hf.Image):
+            undecoded = hf.Image(decode=False)
+            rows = rows.cast_column(column, hf.List(undecoded) if inner is not feature else undecoded)
+    return rows
+
+
+def _json_rows(path: str, stamp: int = 0) -> Iterator[dict[str, str]]:
+    """The rows of a JSON array or of JSON lines, one by one, as they are written: rows may have different keys."""
+    with open(path, encoding="utf-8") as file:
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+        if first == "[":
+            for value in _json_values(iter(partial(file.read, _CHUNK), ""), path):
+                yield {RAW: value}
+            return
+        for line in chain([first + file.readline()], file):
+            if line.strip():
+                yield {RAW: line.strip()}
+
+
+def _json_values(chunks: Iterable[str], path: str) -> Iterator[str]:
+    """The values of a JSON array without its opening bracket, as they are written."""
+    decoder, text, place, chunks = json.JSONDecoder(), "", 0, iter(chunks)
+    while True:
+        while place < len(text) and text[place] in ", \t\r\n":
+            place += 1
+        if text[place : place + 1] == "]":
+            return
+        try:
+            _, end = decoder.raw_decode(text, place)
+            yield text[place:end]
+            place = end
+        except json.JSONDecodeError as error:
+            more = next(chunks, "")
+            if not more:
+                raise ValueError(f"{path} is no JSON that can be read: {error}. Repair the file.") from error
+            text, place = text[place:] + more, 0
+
+
+__all__ = ["InstructionDataset", "InstructionMixture", "StreamedInstructions", "make_instructions"]
