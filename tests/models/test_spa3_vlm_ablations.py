@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from vlm_families import FAMILIES, build, build_processor
 
 from spa3r import Spa3RConfig, Spa3RImageProcessor, Spa3RModel, Spa3VLM, Spa3VLMConfig, Spa3VLMProcessor
+from spa3r.data.collator import Spa3VLMCollator
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import VIEW_KEYS
 from spa3r.views import ViewLayout
 
@@ -615,6 +616,36 @@ def test_places_that_a_message_has_are_widened(source):
         )
         inputs = inputs_of(processor, written, chat_template=texts_alone)
         assert all(torch.equal(inputs[key], value) for key, value in reference.items())
+
+
+ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "Three chairs."}]}
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "gemma3"])
+@pytest.mark.parametrize("source", ["spa3r", "vggt"])
+def test_places_are_the_same_in_training(name, source):
+    """The collator writes the template's words itself, and must put the places where the processor does."""
+    couple = make(name=name, spatial_source=source)
+    processor, rows = couple.processor, [[*conversation, ANSWER] for conversation in CONVERSATIONS]
+    batch = Spa3VLMCollator(processor)([{"messages": row} for row in rows])
+    right = {"padding": True, "padding_side": "right"}
+    reference = inputs_of(processor, rows, add_generation_prompt=False, processor_kwargs=right)
+    length = batch["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"], reference["input_ids"][:, :length])
+    for key in ("spatial_tokens_per_scene", "image_tokens_per_scene", "view_pixel_values"):
+        assert torch.equal(batch[key], reference[key])
+    assert batch["skipped"] == [] and not (batch["labels"] == processor.spatial_token_id).any()
+    model_inputs = {key: value for key, value in batch.items() if key not in ("skipped", "num_rows")}
+    assert couple.model(**model_inputs).loss.isfinite()
+
+    # Cut in the answer; never among the places.
+    start = int((batch["labels"][1] != -100).int().argmax())
+    places = (batch["input_ids"][1] == processor.spatial_token_id) & batch["attention_mask"][1].bool()
+    assert 0 < places.nonzero().max() < start
+    cut = Spa3VLMCollator(processor, max_length=start + 1)([{"messages": rows[1]}])
+    assert cut["input_ids"].shape[1] == start + 1 and cut["skipped"] == []
+    too_short = Spa3VLMCollator(processor, max_length=int(places.nonzero().max()))([{"messages": rows[1]}])
+    assert "its pictures end at token" in too_short["skipped"][0]["reason"]
 
 
 def test_a_text_without_a_place_is_refused(appended):
