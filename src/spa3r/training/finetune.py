@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback, set_seed
 
 from spa3r.checkpoints import EMBEDDED, resolve
 from spa3r.data.collator import Spa3VLMCollator
-from spa3r.data.room_questions import RoomQuestions
+from spa3r.data.instructions import make_instructions
 from spa3r.embedded import embedded_model, embedded_spa3r
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
@@ -83,7 +83,7 @@ def finetune(
     data, evaluation = config.data, config.evaluation
     collator = Spa3VLMCollator(processor, max_length=data.max_length)
     batches = InstructionBatches(
-        make_examples(data.train),
+        make_instructions(data.train),
         collator,
         args.per_device_train_batch_size,
         group_by_length=data.group_by_length,
@@ -195,21 +195,11 @@ def make_model(
     return model, processor, psfm
 
 
-def make_examples(spec: Mapping[str, Any]) -> Any:
-    """The data set of a section of the file: ``type: room_questions`` with the arguments of
-    :class:`~spa3r.data.room_questions.RoomQuestions`, or what ``make_instructions`` reads."""
-    if spec.get("type") == "room_questions":
-        return RoomQuestions(**{key: value for key, value in spec.items() if key != "type"})
-    from spa3r.data.instructions import make_instructions
-
-    return make_instructions(dict(spec))
-
-
 def make_questions(config: FinetuningConfig) -> Any:
     """The held-out questions, or None."""
     if not config.evaluation.questions:
         return None
-    questions, wanted = make_examples(config.evaluation.questions), config.evaluation.examples
+    questions, wanted = make_instructions(config.evaluation.questions), config.evaluation.examples
     if wanted is None or wanted >= len(questions):
         return questions
     return _Share(questions, uniform_indices(len(questions), wanted))
