@@ -60,7 +60,7 @@ class RowReader:
         name: What reports call the source.
         frames: Fewest and most frames of a video, if its length decides.
         seconds_per_frame: Of a video, between two frames, if its length decides.
-        num_frames: Frames of every video; None: clamp(round(seconds / seconds_per_frame), *frames). A folder of frames
+        num_frames: Frames of every video; None: ``clamp(round(seconds / seconds_per_frame), *frames)``. A folder of frames
             gives as many of them, at most all and at most ``frames[1]``.
     """
 
@@ -190,7 +190,7 @@ class InstructionDataset(Dataset):
         split: Of a hub data set.
         frames: Fewest and most frames of a video, if its length decides.
         seconds_per_frame: Seconds of a video for each frame, if its length decides.
-        num_frames: Frames of every video; None: by its length, clamp(round(seconds / seconds_per_frame), *frames).
+        num_frames: Frames of every video; None: by its length, ``clamp(round(seconds / seconds_per_frame), *frames)``.
 
     Attributes:
         lengths: An array of about how many tokens a row has, for grouping by length; counted once, at the first use.
