@@ -60,8 +60,8 @@ class RowReader:
         name: What reports call the source.
         frames: Fewest and most frames of a video, if its length decides.
         seconds_per_frame: Of a video, between two frames, if its length decides.
-        num_frames: Frames of every video; None: ``clamp(round(seconds / seconds_per_frame), *frames)``. A folder of frames
-            gives as many of them, at most all and at most ``frames[1]``.
+        num_frames: Frames of every video; None: ``clamp(round(seconds / seconds_per_frame), *frames)``. A folder of
+            frames gives as many of them, at most all and at most ``frames[1]``.
     """
 
     def __init__(
