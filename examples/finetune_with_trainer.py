@@ -10,8 +10,7 @@ import tempfile
 from transformers import Trainer, TrainingArguments
 
 from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
-from spa3r.data.collator import Spa3VLMCollator
-from spa3r.data.room_questions import RoomQuestions
+from spa3r.data import RoomQuestions, Spa3VLMCollator
 from spa3r.embedded import embedded_model
 
 
@@ -26,14 +25,6 @@ def main() -> None:
         processor = Spa3VLMProcessor.from_pretrained(args.model)
     else:
         model, processor = embedded_model()
-    collate = Spa3VLMCollator(processor)
-
-    def collate_for_model(examples: list[dict]) -> dict:
-        batch = collate(examples)
-        for entry in batch.pop("skipped"):  # rows that could not be used; a plain trainer keeps no account of them
-            print(entry)
-        del batch["num_rows"]
-        return batch
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -48,7 +39,7 @@ def main() -> None:
             ddp_find_unused_parameters=False,
         )
         rooms = RoomQuestions(first_seed=0, num_rooms=4, frames=2)
-        trainer = Trainer(model, arguments, train_dataset=rooms, data_collator=collate_for_model)
+        trainer = Trainer(model, arguments, train_dataset=rooms, data_collator=Spa3VLMCollator(processor))
         trainer.train()
         trainer.save_model()
 

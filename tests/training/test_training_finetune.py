@@ -299,7 +299,9 @@ def test_streamed_rows(tmp_path):
     assert loaded == [f"row-{row}" for row in range(6)]
     with pytest.raises(ValueError, match=r"`max_steps` must be given where the rows are streamed"):
         trainer(tmp_path, data=Stream(), max_steps=-1)
-    trainer(tmp_path, data=Stream(), max_steps=4).train()  # into a second epoch
+    ours = trainer(tmp_path, data=Stream(), max_steps=4, dataloader_num_workers=4)
+    assert ours.args.dataloader_num_workers == 1
+    ours.train()  # into a second epoch
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl") if "loss" in line] == [1, 2, 3, 4]
 
 

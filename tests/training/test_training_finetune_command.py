@@ -5,6 +5,8 @@ import random
 import re
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -62,6 +64,25 @@ def test_trains_scores_answers_and_leaves_a_model(config, tmp_path):
     assert {name.rpartition("backbone.")[0] for name in whole.keys() - last.keys()} == {"spa3r."}  # it has a home
     words = finetune_json(config, "--training.learning_rate=1e-4", code=1)["error"]
     assert "training.learning_rate: 0.001 -> 0.0001" in words
+
+
+def test_rows_of_files_are_read_and_broken_ones_told(config, tmp_path):
+    """The layout of VSI-590K with real pictures; rows of like length together."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(24):
+        picture = PIL.Image.fromarray(rng.integers(0, 256, (56, 56, 3), dtype=np.uint8))
+        picture.save(tmp_path / f"{number}.jpg")
+        said = [("human", f"<image>\nHow many chairs are in room {number}?"), ("gpt", str(number))]
+        rows.append({"conversations": [{"from": who, "value": words} for who, words in said], "image": f"{number}.jpg"})
+    (tmp_path / "3.jpg").write_bytes(b"no picture")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"annotations": str(tmp_path / "rows.jsonl"), "media_root": str(tmp_path), "name": "files"}
+    fields = ("--training.max_steps=-1", "--data.group_by_length=true", "--data.max_bad_share=0.2")
+    told = finetune_json(config, "--data.train", json.dumps(train), *fields)
+    assert told["finished"] and told["step"] == told["max_steps"] == 12  # one epoch
+    (entry,) = told["skipped"]
+    assert (entry["source"], entry["picture"]) == ("files", "3.jpg") and told["rows"] >= 24
 
 
 def test_text_for_people(config, tmp_path):

@@ -98,6 +98,8 @@ class FinetuningTrainer(ResumableTrainer):
             )
         if args.max_steps <= 0:
             args.max_steps = steps_of(train_dataset, args)
+        if train_dataset.is_streamed:  # datasets deals a stream's shards out to workers: only one of them sees all
+            args.dataloader_num_workers = min(args.dataloader_num_workers, 1)
         if args.psfm_weight and (psfm is None or psfm.spa3r is not model.spa3r):
             raise ValueError(
                 "`psfm` must be the Spa3RForPreTraining whose `spa3r` is the model's, since `psfm_weight` is "
