@@ -6,12 +6,19 @@ import os
 import pytest
 import torch
 from peft import PeftModel
-from tiny import realigned, relative_error
+from tiny import PATCH, realigned, relative_error, spa3r_config
 from tiny_finetuning import arguments, couple, example, examples, trainer
 from tiny_training import same_files
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from vlm_families import FAMILIES, build
 
+from spa3r import (
+    Spa3RImageProcessor,
+    Spa3RModel,
+    Spa3VLMForConditionalGeneration,
+    Spa3VLMProcessor,
+)
 from spa3r.data.collator import Spa3VLMCollator
 from spa3r.embedded import embedded_spa3r
 from spa3r.training import FinetuningArguments, InstructionBatches, apply_policy, group_table, read_log
@@ -117,8 +124,6 @@ def test_groups_and_their_sizes(tmp_path):
 
 
 def test_policies_that_the_model_or_the_machine_does_not_allow(tmp_path):
-    from spa3r import Spa3VLMForConditionalGeneration
-
     vlm = couple()[0].vlm
     alone = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spatial_source="none")
     with pytest.raises(ValueError, match=r"'adapter_only' trains the adapter, and this model has none"):
@@ -243,6 +248,29 @@ def test_step_that_is_not_finite_is_dropped_and_its_rows_are_named(tmp_path):
     (line,) = [line for line in read_log(tmp_path / "log.jsonl") if "nonfinite_step" in line]
     assert line["nonfinite_step"] == 1 and line["nonfinite_rows"] == ", ".join(sorted(seen[0]))
     assert first == [] and ours.nonfinite_steps == 1
+
+
+QUICK = ("qwen2_5_vl", "qwen3_vl", "internvl")
+OTHERS = [name for name in FAMILIES if name not in QUICK and FAMILIES[name].chats]
+
+
+@pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_every_family_divides_by_the_tokens_of_the_step_and_takes_low_rank_updates(family, tmp_path):
+    """A family that didn't would weight batches alike; a plain trainer's batches go through as they come."""
+    vlm, processor = build(family)
+    model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, Spa3RModel(spa3r_config()))
+    views = Spa3RImageProcessor(patch_size=PATCH, size=56)
+    processor = Spa3VLMProcessor(processor, views, image_token_id=vlm.config.image_token_id)
+    batch = Spa3VLMCollator(processor)(examples(2, shapes=((1, 2), (2, 3))))
+    tokens = int((batch["labels"][:, 1:] != -100).sum())
+    with torch.no_grad():
+        mean, half = model(**batch).loss, model(**batch, num_items_in_batch=2 * tokens).loss
+    torch.testing.assert_close(2 * half, mean)
+    low_rank = apply_policy(model, arguments(tmp_path, policy="lora"))
+    vision = {id(parameter) for parameter in model.vision_parameters()}
+    learns = [p for name, p in low_rank.named_parameters() if ".lora_" in name]
+    assert learns and all(p.requires_grad and id(p) not in vision for p in learns)
+    assert not [name for name, _ in low_rank.named_parameters() if ".lora_" in name and ".vlm." not in name]
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -405,8 +433,6 @@ def test_resumed_run_ends_in_the_same_weights_and_log(policy, workers, tmp_path)
 
 
 def test_saved_model_is_whole_and_answers_like_the_trained_one(tmp_path):
-    from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
-
     ours = trainer(tmp_path, policy="paper", save_strategy="steps", save_steps=2)
     ours.train()
     ours.save_model()
