@@ -14,9 +14,8 @@ from transformers import BitsAndBytesConfig
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.training.arguments import FinetuningArguments
 
-LANGUAGE, VISION, ADAPTER, ENCODER, REST = (
-    *("language model", "vision tower and merger", "adapter", "Spa3R's encoder", "rest of Spa3R"),
-)
+ADAPTER, LANGUAGE, VISION = "adapter", "language model", "vision tower and merger"
+ENCODER, REST = "Spa3R's encoder", "rest of Spa3R"
 """The parts of a Spa3-VLM."""
 
 LOW_RANK = "low-rank updates"
