@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from media import counting_frames, noise, write_video
@@ -20,14 +21,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 CHATS = [name for name, family in FAMILIES.items() if family.chats]
 GENERATION = re.compile(r"\{%-\s*(end)?generation\s*-%\}")
 VIEW_KEYS = {"view_pixel_values", "view_grid_hw", "views_per_scene", "image_tokens_per_scene"}
-SPACE, IGNORED = 42, -100
+SIZE, IGNORED = 42, -100
 
 
 def make(name: str = "qwen2_5_vl", marked: bool = True, template: str | None = None) -> Spa3VLMProcessor:
     """A family's processor; its chat template marks the assistant's words, or doesn't, or is another."""
     vlm = build_processor(name)
     token = build_config(name, vlm).image_token_id
-    processor = Spa3VLMProcessor(vlm, Spa3RImageProcessor(size=SPACE), image_token_id=token)
+    processor = Spa3VLMProcessor(vlm, Spa3RImageProcessor(size=SIZE), image_token_id=token)
     if template is not None:
         processor.chat_template = template
     elif not marked:
@@ -151,23 +152,25 @@ def test_inputs_are_the_processors(name):
             assert torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(value)), key
 
 
-SYSTEM = (
-    "{%- if messages[0]['role'] != 'system' -%}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{%- endif -%}"
-)
-WORDS = "{%- for item in message['content'] if item['type'] == 'text' -%}{{ item['text'] WORK }}{%- endfor -%}"
+OPEN = "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\n' }}"
+WORDS = "{%- for item in message['content'] if item['type'] == 'text' -%}{{ item['text'] }}{%- endfor -%}"
+CLOSE = "{{ '<|im_end|>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+THOUGHTS = "<think>\n\n</think>\n\n"
+SYSTEM = "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}"
 TEMPLATES = {
-    "a default system prompt": SYSTEM
-    + "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    + WORDS.replace("WORK", "")
-    + "{{ '<|im_end|>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}",
-    "words without the space around them": "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    + WORDS.replace("WORK", "| trim")
-    + "{{ '<|im_end|>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}",
-    "thoughts that open in the prompt": "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{%- if message['role'] == 'assistant' -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"
-    + WORDS.replace("WORK", "")
-    + "{{ '<|im_end|>\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{%- endif -%}",
+    "a default system prompt": "{%- if messages[0]['role'] != 'system' -%}"
+    + SYSTEM
+    + "{%- endif -%}"
+    + OPEN
+    + WORDS
+    + CLOSE,
+    "words without the space around them": OPEN + WORDS.replace("item['text']", "item['text'] | trim") + CLOSE,
+    "thoughts that the prompt has already": OPEN
+    + "{%- if message['role'] == 'assistant' -%}{{ '"
+    + THOUGHTS
+    + "' }}{%- endif -%}"
+    + WORDS
+    + CLOSE.replace("assistant\n", "assistant\n" + THOUGHTS),
 }
 
 
@@ -183,32 +186,27 @@ def test_other_templates_by_difference(kind):
 
 
 def test_a_template_that_writes_an_answer_in_two_ways_is_refused():
-    forgets = (
-        "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\n' }}"
-        "{%- if message['role'] == 'assistant' and loop.last -%}{{ '<think></think>' }}{%- endif -%}"
-        + WORDS.replace("WORK", "")
-        + "{{ '<|im_end|>\n' }}{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
-    )
-    collator = Spa3VLMCollator(make(template=forgets))
+    thought = "{%- if message['role'] == 'assistant' and loop.last -%}{{ '<think></think>' }}{%- endif -%}"
+    collator = Spa3VLMCollator(make(template=OPEN + thought + WORDS + CLOSE))
     assert learnt(collator.processor, collator([{"messages": TEXT}])["labels"][0]) == ["<think></think>Four<|im_end|>"]
     words = (
-        r"writes message 1, the assistant's, in two ways.* the text up to it goes on with '<think></think>Four<\|im_end\|>"
-        r"\\n', what stands there when messages follow with 'Four<\|im_end\|>.*Mark the words in the template, "
+        r"writes message 1, the assistant's, in two ways.* the text up to it goes on with '<think></think>Four<\|im_end"
+        r"\|>\\n', what stands there when messages follow with 'Four<\|im_end\|>.*Mark the words in the template, "
         r"\{% generation %\}"
     )
     with pytest.raises(ValueError, match=words):
         collator([{"messages": [*TEXT, *TEXT]}])
-    thinks = TEMPLATES["a default system prompt"].replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'")
-    with pytest.raises(ValueError, match=r"the prompt for it goes on with '<think>', what stands there with the answer"):
-        Spa3VLMCollator(make(template=thinks))([{"messages": TEXT}])
+    collator = Spa3VLMCollator(make(template=OPEN + WORDS + CLOSE.replace("assistant\n", "assistant\n<think>")))
+    words = r"the prompt for it goes on with '<think>', what stands there with the answer with 'Four"
+    with pytest.raises(ValueError, match=words):
+        collator([{"messages": TEXT}])
 
 
 def test_a_template_that_leaves_words_out_is_refused():
-    template = TEMPLATES["a default system prompt"].replace("item['text']", "item['text'][:7]")
-    messages = [say("user", "Hi"), say("assistant", "There are three chairs")]
-    with pytest.raises(ValueError, match=r"must write the words of message 1.*'earethreechairs' at|'rearethreechairs'"):
-        Spa3VLMCollator(make(template=template))([{"messages": messages}])
+    collator = Spa3VLMCollator(make(template=OPEN + WORDS.replace("item['text']", "item['text'][:7]") + CLOSE))
+    words = r"must write the words of message 1.* to their end, 'Therearethreechairs', got 'There a<"
+    with pytest.raises(ValueError, match=words):
+        collator([{"messages": [say("user", "Hi"), say("assistant", "There are three chairs")]}])
 
 
 # Rows of every kind ---------------------------------------------------------------------------------------------------
@@ -220,22 +218,16 @@ def test_plain_chat_data_with_files(tmp_path):
     write_video(tmp_path / "video.mp4", counting_frames(8), fps=2)
     picture = {"type": "image", "image": str(tmp_path / "picture.png"), "video": None, "text": None}
     video = {"type": "video", "video": str(tmp_path / "video.mp4"), "image": None}
-    rows = [
-        {"messages": [{"role": "user", "content": [media, {"type": "text", "text": "What?", "image": None}]}, answer]}
-        for media in (picture, video)
-        for answer in ({"role": "assistant", "content": "A room", "tool_calls": None},)
-    ]
+    question = {"type": "text", "text": "What?", "image": None}
+    answer = {"role": "assistant", "content": "A room", "tool_calls": None}
+    rows = [{"messages": [{"role": "user", "content": [media, question]}, answer]} for media in (picture, video)]
     processor = make()
     batch = Spa3VLMCollator(processor)(rows)
     assert batch["views_per_scene"].tolist() == [1, 4]
     assert [learnt(processor, labels) for labels in batch["labels"]] == [["A room<|im_end|>"]] * 2
+    picture["image"] = str(tmp_path / "missing.png")
     with pytest.raises(ValueError, match=r"missing\.png"):
-        Spa3VLMCollator(processor)([{"messages": [say("user", str(tmp_path)), *TEXT]}, _with_picture(tmp_path)])
-
-
-def _with_picture(folder) -> dict:
-    content = [{"type": "image", "path": str(folder / "missing.png")}]
-    return {"messages": [{"role": "user", "content": content}, say("assistant", "A room")]}
+        Spa3VLMCollator(processor)(rows)
 
 
 def test_skipped_rows_of_the_data_are_passed_on():
@@ -248,7 +240,12 @@ def test_skipped_rows_of_the_data_are_passed_on():
 # Length ---------------------------------------------------------------------------------------------------------------
 
 LONG = [say("user", noise(60, 40, 0), "How many?"), say("assistant", " ".join(map(str, range(60))))]
-LATE = [say("user", "How many?"), say("assistant", "Two."), say("user", noise(42, 42), "And?"), say("assistant", "One.")]
+LATE = [
+    say("user", "How many?"),
+    say("assistant", "Two."),
+    say("user", noise(42, 42), "And?"),
+    say("assistant", "One."),
+]
 
 
 def per_token(batch: dict) -> set[str]:
@@ -364,7 +361,7 @@ class CountingViews(Spa3RImageProcessor):
 @pytest.mark.parametrize("marked", [True, False])
 def test_pictures_are_processed_once(marked):
     processor = make(marked=marked)
-    processor.view_image_processor = CountingViews(size=SPACE)
+    processor.view_image_processor = CountingViews(size=SIZE)
     CountingViews.count = 0
     Spa3VLMCollator(processor, max_length=500)(ROWS)
     assert CountingViews.count == 4
@@ -379,7 +376,7 @@ def couple():
     spa3r = alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(patch_size=14, image_size=70))))
     model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r)
     alive(model.adapter)
-    views = Spa3RImageProcessor(size=SPACE)
+    views = Spa3RImageProcessor(size=SIZE)
     return model, Spa3VLMProcessor(vlm_processor, views, image_token_id=vlm.config.image_token_id)
 
 
@@ -405,10 +402,10 @@ def test_a_plain_trainer_trains_on_batches_of_like_length(couple, tmp_path):
     class Rows(torch.utils.data.Dataset):
         """Rows with the lengths that they have."""
 
-        lengths = torch.tensor([len(TURNS), len(TEXT), len(ONE)] * 4).numpy()
+        lengths = np.array([160, 20, 40] * 64)
 
         def __len__(self):
-            return 12
+            return len(self.lengths)
 
         def __getitem__(self, index):
             return ROWS[index % 3]
@@ -432,8 +429,9 @@ def test_a_plain_trainer_trains_on_batches_of_like_length(couple, tmp_path):
     trainer = GroupingTrainer(
         model, arguments, train_dataset=Rows(), data_collator=Spa3VLMCollator(processor, max_length=400)
     )
-    batches = [batch["views_per_scene"].tolist() for batch in trainer.get_train_dataloader()]
-    assert sorted(map(sorted, batches)) == [[0] * 4, [1] * 4, [3] * 4]
+    batches = [[index % 3 for index in batch] for batch in trainer.get_train_dataloader().batch_sampler]
+    assert sum(map(len, batches)) == 192
+    assert sum(len(set(batch)) == 1 for batch in batches) > 0.7 * len(batches)  # at random one of 27
     before = model.adapter.gate.weight.clone()
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -254,7 +253,7 @@ def _say(role: str, text: str) -> dict[str, Any]:
 
 def _check_prefix(prefix: str, text: str, index: int, what: str, where: str) -> None:
     if not text.startswith(prefix):
-        same = len(os.path.commonprefix([prefix, text]))
+        same = next((place for place, pair in enumerate(zip(prefix, text)) if pair[0] != pair[1]), len(text))
         raise ValueError(
             f"The chat template writes message {index}, the assistant's, in two ways, so its words can't be told by "
             f"difference: {what} goes on with {prefix[same:][:40]!r}, {where} with {text[same:][:40]!r}. Mark the "
@@ -266,9 +265,9 @@ def _check_written(message: Mapping[str, Any], answer: str, index: int) -> None:
     words = "".join("".join(item.get("text", "") for item in message["content"]).split())
     if words[-20:] not in "".join(answer.split()):
         raise ValueError(
-            f"The chat template must write the words of message {index}, the assistant's, {words[-20:]!r} at their end, "
-            f"got {answer[:80]!r}. Set `processor.chat_template` to one that reads contents that are lists, and leaves "
-            "nothing out."
+            f"The chat template must write the words of message {index}, the assistant's, to their end, "
+            f"{words[-20:]!r}, got {answer[:80]!r}. Set `processor.chat_template` to one that reads contents that are "
+            "lists, and leaves nothing out."
         )
 
 
