@@ -53,8 +53,8 @@ ONE = [say("system", "Be brief."), say("user", noise(120, 50, 3), "Which is clos
 TEXT = [say("user", "What is two plus two?"), {"role": "assistant", "content": "Four"}]
 ROWS = [
     {"messages": TURNS, "source": "vsi", "row": "vsi:7", "question_type": "counting", "skipped": []},
-    {"messages": TEXT, "source": "chat", "row": "chat:1", "question_type": None, "skipped": []},
     {"messages": ONE},
+    {"messages": TEXT, "source": "chat", "row": "chat:1", "question_type": None, "skipped": []},
 ]
 
 
@@ -117,12 +117,13 @@ def test_labels_are_the_assistants_words_and_the_end_token(name):
         batches.append(Spa3VLMCollator(processor)(ROWS))
         answers = [
             ["There are three chairs." + end, "(B) two,\nbehind the sofa" + end],
-            ["Four" + end],
             ["The lamp." + end],
+            ["Four" + end],
         ]
         assert [learnt(processor, labels) for labels in batches[-1]["labels"]] == answers
     assert_same(*batches)
     batch = batches[0]
+    assert_same(Spa3VLMCollator(processor)([ROWS[i] for i in (2, 0, 1)]), batch)  # pictures first
     is_learnt = batch["labels"] != IGNORED
     assert torch.equal(batch["labels"][is_learnt], batch["input_ids"][is_learnt])
     # Padded on the right.
@@ -402,7 +403,7 @@ def test_a_plain_trainer_trains_on_batches_of_like_length(couple, tmp_path):
     class Rows(torch.utils.data.Dataset):
         """Rows with the lengths that they have."""
 
-        lengths = np.array([160, 20, 40] * 64)
+        lengths = np.array([160, 40, 20] * 64)
 
         def __len__(self):
             return len(self.lengths)

@@ -38,11 +38,11 @@ class Spa3VLMCollator:
     data sets of instructions add (``source``, ``row``, ``skipped``) is used for reports and may be missing. A batch may
     mix videos, single pictures and rows of text.
 
-    Rows are padded on the right. Labels stand on the assistant's words and the token that ends them: where the chat
-    template marks them with ``{% generation %}``, else by difference: what the template writes of a conversation up to
-    an answer, less what it writes as the prompt for that answer. White space after the end token is not learnt. After
-    an answer that the template doesn't end, the tokenizer's end token is: the one that follows, or one that is added
-    at the end of the row.
+    Rows with pictures come before rows of text, and all are padded on the right. Labels stand on the assistant's words
+    and the token that ends them: where the chat template marks them with ``{% generation %}``, else by difference: what
+    the template writes of a conversation up to an answer, less what it writes as the prompt for that answer. White
+    space after the end token is not learnt. After an answer that the template doesn't end, the tokenizer's end token
+    is: the one that follows, or one that is added at the end of the row.
 
     A row longer than `max_length` is cut in the text behind its last picture, if answers remain. Otherwise it is left
     out, as is a row without an answer, and reported. Of a batch in which no row remains comes one row of text without
@@ -98,6 +98,9 @@ class Spa3VLMCollator:
         skipped = [entry for example in examples for entry in example.get("skipped") or ()]
         num_rows = len(examples) + len(skipped)
         conversations = [self._marked(example["messages"]) for example in examples]
+        # Some processors (InternVL's, Idefics3's) fail where the first row has no picture and another one has.
+        order = sorted(range(len(examples)), key=lambda row: not conversations[row][0]["content"])
+        examples, conversations = ([rows[row] for row in order] for rows in (examples, conversations))
         batch = self._process(conversations)
         reasons = [self._unusable(ids, labels, n) for ids, labels, n in _rows(batch)]
         if any(reasons):
