@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from torch.utils.data import DataLoader
 
 from spa3r.data import InstructionDataset, InstructionMixture, RoomQuestions, StreamedInstructions, make_instructions
 from spa3r.data.instructions import _json_rows
@@ -128,6 +129,44 @@ def test_vlm_3r_placeholders_one_for_each_frame(tmp_path):
     assert shown(example) == ["I"] * 4 + ["How far?", "4."]
 
 
+@pytest.mark.parametrize("kind", [InstructionDataset, StreamedInstructions])
+def test_a_folder_of_json_beside_its_media(tmp_path, kind):
+    """As VSI-590K lies on disk; `datasets` alone would see a folder of videos."""
+    folder = tmp_path / "VSI-590K"
+    for name in "abc":
+        write_video(folder / f"src/{name}.mp4", seconds=4)
+    rows = [{"conversations": conversation("<image>\nHow many?"), "video": f"src/{name}.mp4"} for name in "ab"]
+    write_lines(folder / "vsi_590k.jsonl", rows)
+    (folder / "README.md").write_text("# VSI-590K\n")
+    data = list(kind(folder))
+    assert [shown(example) for example in data] == [["I"] * 4 + ["How many?", "4."]] * 2
+    assert data[0]["source"] == "vsi_590k"
+    write_lines(folder / "more.jsonl", rows)
+    with pytest.raises(ValueError, match="Name the file of the annotations"):  # which of the two?
+        kind(folder)
+    write_lines(folder / "train.jsonl", rows[:1])
+    assert len(list(kind(folder))) == 1
+
+
+def test_a_video_inside_parquet(tmp_path):
+    write_video(tmp_path / "a.mp4", seconds=10)
+    features = datasets.Features(
+        {
+            "conversations": datasets.List({"from": datasets.Value("string"), "value": datasets.Value("string")}),
+            "video": datasets.Video(decode=False),
+        }
+    )
+    row = {
+        "conversations": conversation("<video>\nHow many?"),
+        "video": {"bytes": (tmp_path / "a.mp4").read_bytes(), "path": "a.mp4"},
+    }
+    datasets.Dataset.from_list([row], features=features).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "a.mp4").unlink()
+    example = InstructionDataset(tmp_path / "rows.parquet")[0]
+    assert shown(example) == ["I"] * 5 + ["How many?", "4."]
+    assert np.allclose(shades(example), [0, 45, 95, 145, 195], atol=4)
+
+
 def test_messages_with_pictures_in_parquet_and_a_hub_layout(tmp_path):
     pictures = [PIL.Image.new("RGB", (28, 28), (shade,) * 3) for shade in (40, 80)]
     content = [{"type": "image", "text": None}, {"type": "image", "text": None}, {"type": "text", "text": "Which?"}]
@@ -194,21 +233,27 @@ def broken(tmp_path, bad: int = 3):
         {"question": "How many?"},
         {"conversations": [{"from": "narrator", "value": "Once."}]},
         {"conversations": [{"from": "human", "value": [{"type": "audio"}]}, ask[1]]},
+        {"conversations": ["How many?"]},
+        {"conversations": ask, "video": 7},
     ]
     good = [{"conversations": conversation(f"<image>\n{index}?"), "image": "a.png"} for index in range(3)]
     return write_lines(tmp_path / "broken.jsonl", rows[:bad] + good)
 
 
 def test_broken_rows_are_replaced_and_named(tmp_path):
-    data = InstructionDataset(broken(tmp_path, 9))
+    file = broken(tmp_path, 11)
+    file.write_text('{"conversations": [\n[1]\n' + file.read_text())
+    data = InstructionDataset(file)
     example = data[0]
-    assert shown(example) == ["I", "0?", "4."] and example["row"] == "9"
+    assert shown(example) == ["I", "0?", "4."] and example["row"] == "13"
     skipped = example["skipped"]
-    assert [entry["scene"] for entry in skipped] == [str(row) for row in range(9)]
-    assert [entry["picture"] for entry in skipped][:4] == ["missing.png", "cut.jpg", "cut.mp4", "empty"]
+    assert [entry["scene"] for entry in skipped] == [str(row) for row in range(13)]
+    assert [entry["picture"] for entry in skipped][2:6] == ["missing.png", "cut.jpg", "cut.mp4", "empty"]
     for entry, words in zip(
         skipped,
         (
+            "it is no JSON",
+            "must be a JSON object, got list",
             "doesn't exist",
             "cut.jpg",
             "cut.mp4 can't be decoded",
@@ -218,12 +263,16 @@ def test_broken_rows_are_replaced_and_named(tmp_path):
             "`messages` or `conversations`",
             "narrator",
             "type text, image or video, got 'audio'",
+            "`conversations` must be a list of messages",
+            "must be a path, got int",
         ),
+        strict=True,
     ):
         assert words in entry["reason"]
         assert entry["source"] == "broken"
-    assert data[10]["skipped"] == []
-    assert shown(data[-1]) == shown(data[11]) == ["I", "2?", "4."]
+    assert data[14]["skipped"] == []
+    assert shown(data[-1]) == shown(data[15]) == ["I", "2?", "4."]
+    assert len(data.lengths) == 16 and list(data.lengths[:2]) == [0, 0]
 
 
 def test_streamed_rows_are_the_same(tmp_path):
@@ -237,6 +286,26 @@ def test_streamed_rows_are_the_same(tmp_path):
         mixed.set_epoch(epoch)
         orders.append([shown(example)[1] for example in mixed])
     assert orders[0] == orders[2] and sorted(orders[0]) == sorted(orders[1]) == ["0?", "1?", "2?"]
+
+
+def test_a_stream_tells_of_what_is_broken_at_its_end(tmp_path):
+    file = broken(tmp_path)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[3:] + lines[:3]))
+    assert [len(example["skipped"]) for example in StreamedInstructions(file)] == [0, 0, 3]
+    file.write_text("\n".join(lines[:3]))
+    with pytest.raises(ValueError, match=r"3 rows of 'broken' one after the other can't be used.*missing.png"):
+        list(StreamedInstructions(file))
+
+
+def test_a_stream_is_shared_among_workers(tmp_path):
+    (tmp_path / "hub/data").mkdir(parents=True)
+    for part in range(3):
+        rows = [{"conversations": conversation(f"{part}{row}?")} for row in range(4)]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"hub/data/train-0000{part}-of-00003.parquet")
+    loader = DataLoader(StreamedInstructions(tmp_path / "hub"), batch_size=None, num_workers=2)
+    found = sorted(shown(example)[0] for example in loader)
+    assert found == [f"{part}{row}?" for part in range(3) for row in range(4)]
 
 
 def test_nothing_that_can_be_used(tmp_path):
@@ -299,8 +368,11 @@ def test_lengths_are_alike_to_those_of_tokens(tmp_path):
         {"conversations": conversation("<image>\nHow many?"), "image": "a.png"},
         {"conversations": conversation("<image>\nHow many?"), "video": "a.mp4"},
     ]
-    lengths = InstructionDataset(write_lines(tmp_path / "a.jsonl", rows)).lengths
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    lengths = InstructionDataset(file).lengths
     assert lengths.dtype == np.int32 and list(np.argsort(lengths)) == [0, 1, 2, 3]
+    longer = InstructionDataset(file, num_frames=32).lengths
+    assert list(longer[:3]) == list(lengths[:3]) and longer[3] > 3.9 * lengths[3]  # 32 pictures, not 8
 
 
 def texts(tmp_path, name: str, count: int):

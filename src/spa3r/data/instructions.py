@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 from torch.utils.data import Dataset, IterableDataset
 
 from spa3r.data.dataset_scenes import open_dataset, require_datasets
@@ -39,6 +41,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 RAW = "json"
 """The only column of annotations that were read from JSON: a row as it was written, whatever keys it has."""
 
+_OF_DATASETS = ("state.json", "dataset_dict.json", "dataset_infos.json", "dataset_info.json", "metadata.jsonl")
 _CHUNK = 1 << 20  # characters
 _TRIES = 1000  # broken rows one after the other
 _WORDS_TO_TOKENS, _TOKENS_PER_PICTURE = 1.5, 256  # for lengths, which need only be alike
@@ -89,10 +92,7 @@ class RowReader:
         Raises:
             RowError: The row is of no known format, or a medium is missing or broken.
         """
-        if RAW in row and len(row) == 1:
-            row = json.loads(row[RAW])
-            if not isinstance(row, dict):
-                raise RowError(f"a row must be a JSON object, got {type(row).__name__}")
+        row = _as_written(row)
         turns = _turns_of(row)
         media = [
             (kind, item)
@@ -138,15 +138,20 @@ class RowReader:
                 return [to_rgb(self._opened(item))]
             if isinstance(item, list | tuple):  # frames, one by one
                 frames = [to_rgb(self._opened(frame)) for frame in self._some(list(item))]
+            elif isinstance(item, Mapping) and item.get("bytes") is not None:  # a video inside Parquet
+                with NamedTemporaryFile(suffix=Path(item.get("path") or ".mp4").suffix) as file:
+                    file.write(item["bytes"])
+                    file.flush()
+                    frames = sample_frames(file.name, self.num_frames or self._frames_for)
             else:
-                path = self._path(item)
+                path = self._path(item["path"] if isinstance(item, Mapping) else item)
                 if path.is_dir():
                     files = sorted((f for f in path.iterdir() if f.suffix.lower() in PICTURES), key=_natural)
                     frames = [to_rgb(file) for file in self._some(files)]
                 else:
                     frames = sample_frames(path, self.num_frames or self._frames_for)
-        except (ValueError, OSError) as error:
-            raise RowError(str(error), name) from error
+        except (ValueError, OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            raise RowError(re.sub(r" <_io.*>", "", str(error)), name) from error  # no addresses in memory
         if not frames:
             raise RowError("the folder holds no pictures", name)
         return frames
@@ -170,6 +175,8 @@ class RowReader:
         return self._path(item) if isinstance(item, str | Path) else item
 
     def _path(self, item: Any) -> Path:
+        if not isinstance(item, str | Path):
+            raise ValueError(f"A picture or video of a row must be a path, got {type(item).__name__}.")
         path = item if self.media_root is None else self.media_root / item
         if not Path(path).exists():
             raise FileNotFoundError(f"{path} doesn't exist. Check `media_root`.")
@@ -183,8 +190,8 @@ class InstructionDataset(Dataset):
     one that isn't, and named in the example's ``skipped``; so lengths and orders never depend on it.
 
     Args:
-        annotations: A file (``.json``, ``.jsonl``, ``.parquet``); a folder in the hub's layout or a hub id, as
-            ``datasets.load_dataset`` takes it; or a ``datasets.Dataset``.
+        annotations: A file (``.json``, ``.jsonl``, ``.parquet``); a folder with one JSON file beside its media; a
+            folder in the hub's layout or a hub id, as ``datasets.load_dataset`` takes it; or a ``datasets.Dataset``.
         media_root: Folder to which the rows' paths are relative; None: the folder of the annotations.
         name: What reports call the source; None: the name of the file or data set.
         split: Of a hub data set.
@@ -241,7 +248,8 @@ class InstructionDataset(Dataset):
     def lengths(self) -> np.ndarray:
         """(rows,) integers."""
         if self._lengths is None:
-            self._lengths = np.fromiter((_length(row) for row in self.rows), np.int32, len(self.rows))
+            frames = self.reader.num_frames or self.reader.frames[1]  # how long a video is, nobody looks up for this
+            self._lengths = np.fromiter((_length(row, frames) for row in self.rows), np.int32, len(self.rows))
         return self._lengths
 
 
@@ -309,7 +317,7 @@ class InstructionMixture(Dataset):
 class StreamedInstructions(IterableDataset):
     """Rows of instructions as they come: a file too large to index, or a data set that stays on the hub.
 
-    Broken rows are left out and named in the next example's ``skipped``.
+    Broken rows are left out and named in the next example's ``skipped``, or the last one's.
 
     Args:
         annotations: As for :class:`InstructionDataset`, or a ``datasets.IterableDataset``.
@@ -349,18 +357,30 @@ class StreamedInstructions(IterableDataset):
         self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Example]:
+        waiting: Example | None = None  # the last example takes what is broken at the end of the stream
         skipped: list[dict[str, str]] = []
         for index, row in enumerate(self.rows):
             try:
-                yield self.reader.read(row, index) | {"skipped": skipped}
-                skipped = []
+                example = self.reader.read(row, index)
             except RowError as error:
                 skipped.append(_entry(self.reader.name, index, error))
                 if len(skipped) == _TRIES:
-                    raise ValueError(
-                        f"{_TRIES} rows of {self.reader.name!r} one after the other can't be used; the first: "
-                        f"{skipped[0]['reason']}. Check the annotations and `media_root`."
-                    ) from error
+                    raise self._none_usable(skipped) from error
+                continue
+            if waiting is not None:
+                yield waiting
+            waiting, skipped = example | {"skipped": skipped}, []
+        if waiting is not None:
+            waiting["skipped"] = waiting["skipped"] + skipped
+            yield waiting
+        elif skipped:
+            raise self._none_usable(skipped)
+
+    def _none_usable(self, skipped: list[dict[str, str]]) -> ValueError:
+        return ValueError(
+            f"{len(skipped)} rows of {self.reader.name!r} one after the other can't be used; the first: "
+            f"{skipped[0]['reason']}. Check the annotations and `media_root`."
+        )
 
 
 def make_instructions(spec: Mapping[str, Any]) -> Dataset:
@@ -411,12 +431,27 @@ def _check_fields(made: Any, fields: Mapping[str, Any], what: str, extra: Sequen
 # Rows
 
 
+def _as_written(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row itself, if it was kept as text."""
+    if RAW not in row or len(row) > 1:
+        return row
+    try:
+        written = json.loads(row[RAW])
+    except json.JSONDecodeError as error:
+        raise RowError(f"it is no JSON: {error}") from error
+    if not isinstance(written, dict):
+        raise RowError(f"a row must be a JSON object, got {type(written).__name__}")
+    return written
+
+
 def _turns_of(row: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
     """Who says what: texts, None where a medium has its place, (kind, medium) where it stands itself."""
     key = next((key for key in ("messages", "conversations") if row.get(key)), None)
     if key is None:
         raise RowError(f"a row must have `messages` or `conversations`, got the keys {sorted(row)}")
     turns = []
+    if not isinstance(row[key], list | tuple) or not all(isinstance(message, Mapping) for message in row[key]):
+        raise RowError(f"`{key}` must be a list of messages, got {str(row[key])[:50]!r}")
     for message in row[key]:
         said_by, said = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if said_by not in ROLES or said is None:
@@ -436,8 +471,11 @@ def _pieces(said: Any) -> list[Any]:
         pieces = list(chain.from_iterable((None, text) for text in texts))[1:]
         return [piece for piece in pieces if piece != ""]
     pieces = []
-    for item in said:
-        kind = item.get("type")
+    for item in said if isinstance(said, list | tuple) else [said]:
+        if isinstance(item, str):
+            pieces.append(item)
+            continue
+        kind = item.get("type") if isinstance(item, Mapping) else type(item).__name__
         if kind == "text":
             pieces.append(item["text"])
         elif kind in ("image", "video"):
@@ -490,14 +528,18 @@ def _entry(source: str, place: int, error: RowError) -> dict[str, str]:
     return {"source": source, "scene": str(place), "picture": error.media, "reason": str(error)}
 
 
-def _length(row: Mapping[str, Any]) -> int:
-    """About how many tokens a row has: words, and pictures by their places."""
-    if RAW in row and len(row) == 1:
-        row = json.loads(row[RAW])
-    texts = [str(m.get("content", m.get("value"))) for key in ("messages", "conversations") for m in row.get(key) or ()]
-    media = [item for key, kind in MEDIA_KEYS.items() for item in _as_items(row.get(key), kind)]
-    pictures = len(media) if not any(row.get(key) for key in ("video", "videos")) else 8 * len(media)
-    return int(_WORDS_TO_TOKENS * sum(len(text.split()) for text in texts) + _TOKENS_PER_PICTURE * pictures)
+def _length(row: Mapping[str, Any], frames: int) -> int:
+    """About how many tokens a row has: words, and pictures by their number; 0 of one that can't be used."""
+    try:
+        row = _as_written(row)
+        pieces = [piece for _, pieces in _turns_of(row) for piece in pieces]
+    except RowError:
+        return 0
+    words = sum(len(piece.split()) for piece in pieces if isinstance(piece, str))
+    kinds = [piece[0] for piece in pieces if isinstance(piece, tuple)]
+    kinds += [kind for key, kind in MEDIA_KEYS.items() for _ in _as_items(row.get(key), kind)]
+    pictures = sum(frames if kind == "video" else 1 for kind in kinds)
+    return int(_WORDS_TO_TOKENS * words + _TOKENS_PER_PICTURE * pictures)
 
 
 # Files
@@ -513,7 +555,8 @@ def _load(annotations: Any, split: str, streaming: bool = False) -> tuple[Any, P
                 f"others InstructionDataset, got a {type(annotations).__name__}."
             )
         return _undecoded(annotations), None, annotations.info.dataset_name or "instructions"
-    path = Path(annotations)
+    path = Path(annotations).expanduser()
+    path = _only_annotations(path, split) or path
     if path.suffix in (".json", ".jsonl", ".parquet"):
         if not path.is_file():
             raise FileNotFoundError(f"`annotations`: there is no file {path}. Check the path.")
@@ -534,7 +577,22 @@ def _load(annotations: Any, split: str, streaming: bool = False) -> tuple[Any, P
             raise (error.__cause__ or error) from None
         return rows, path.parent, path.stem
     rows = open_dataset(annotations, split, streaming=streaming)
+    if rows.features and not {"messages", "conversations"} & set(rows.features):
+        raise ValueError(
+            f"`annotations` {annotations} must have a column `messages` or `conversations`, got "
+            f"{', '.join(rows.features)}. Name the file of the annotations."
+        )
     return _undecoded(rows), path if path.is_dir() else None, path.name
+
+
+def _only_annotations(folder: Path, split: str) -> Path | None:
+    """The JSON beside its media, as VSI-590K is released: `datasets` would take such a folder for one of videos."""
+    if not folder.is_dir() or any((folder / name).is_file() for name in _OF_DATASETS[:2]):
+        return None
+    files = [file for file in folder.glob("*.json*") if file.suffix in (".json", ".jsonl")]
+    files = [file for file in files if file.name not in _OF_DATASETS]
+    named = [file for file in files if file.stem == split]
+    return next((found[0] for found in (named, files) if len(found) == 1), None)
 
 
 def _no_rows(name: str) -> ValueError:
@@ -542,12 +600,12 @@ def _no_rows(name: str) -> ValueError:
 
 
 def _undecoded(rows: Any) -> Any:
-    """Pictures as the files hold them, so that one that is broken breaks only its row."""
+    """Pictures and videos as the files hold them, so that one that is broken breaks only its row."""
     hf = require_datasets()
     for column, feature in (rows.features or {}).items():
         inner = feature.feature if isinstance(feature, hf.List) else feature
-        if isinstance(inner, hf.Image):
-            undecoded = hf.Image(decode=False)
+        if isinstance(inner, hf.Image | hf.Video):
+            undecoded = type(inner)(decode=False)
             rows = rows.cast_column(column, hf.List(undecoded) if inner is not feature else undecoded)
     return rows
 
