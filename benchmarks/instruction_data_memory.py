@@ -1,7 +1,9 @@
 """Host memory of instruction data: 100 000 rows of annotations about videos of 32 frames, read by two workers.
 
-Prints the resident (RSS) and the proportional (PSS: shared pages divided by those who share them) memory of the loading
-process and its workers together, while rows are decoded. Linux only.
+Prints the memory of the loading process and its workers together while rows are decoded: resident (RSS: pages that they
+share are counted once for each) and proportional (PSS: once). Linux only.
+
+python benchmarks/instruction_data_memory.py
 """
 
 import argparse
@@ -76,8 +78,9 @@ def main() -> None:
         after = memory([os.getpid()])
         seconds, rss, pss = time.perf_counter() - begun, after[0] - before[0], after[1] - before[1]
         print(f"{len(data)} rows, {size:.0f} MB of JSON, mean length {lengths.mean():.0f} tokens")
-        print(f"opened and measured in {seconds:.0f} s: RSS +{rss:.0f} MB, PSS +{pss:.0f} MB")
-        print("\n| rows decoded | RSS, MB | PSS, MB |\n|---|---|---|")
+        print(f"opened, and every row read once, in {seconds:.0f} s: RSS +{rss:.0f} MB, PSS +{pss:.0f} MB")
+        print(f"\n{args.workers} workers, {args.decoded} rows of 32 frames from all over the file\n")
+        print("| rows decoded | RSS of all, MB | of the largest, MB | PSS of all, MB |\n|---|---|---|---|")
         chosen = torch.utils.data.Subset(data, np.linspace(0, len(data) - 1, args.decoded).astype(int).tolist())
         loader = iter(DataLoader(chosen, batch_size=None, num_workers=args.workers))
         pids = [os.getpid(), *(worker.pid for worker in loader._workers)]
@@ -85,7 +88,8 @@ def main() -> None:
             assert len(example["messages"][0]["content"]) == 33
             if done % max(1, args.decoded // 10) == 0:
                 rss, pss = memory(pids)
-                print(f"| {done} | {rss:.0f} | {pss:.0f} |", flush=True)
+                largest = max(memory([pid])[0] for pid in pids)
+                print(f"| {done} | {rss:.0f} | {largest:.0f} | {pss:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
