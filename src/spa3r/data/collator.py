@@ -46,7 +46,8 @@ class Spa3VLMCollator:
 
     A row longer than `max_length` is cut in the text behind its last picture, if answers remain. Otherwise it is left
     out, as is a row without an answer, and reported. Of a batch in which no row remains comes one row of text without
-    labels, since every process needs a batch.
+    labels, since every process needs a batch. A whole step without labels has no loss: :class:`FinetuningTrainer
+    <spa3r.training.FinetuningTrainer>` takes it for 0, a plain ``Trainer`` for nan.
 
     Args:
         processor: Its chat template and tokenizer must be the VLM's that is trained.
