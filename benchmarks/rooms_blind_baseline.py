@@ -6,6 +6,7 @@ python benchmarks/rooms_blind_baseline.py
 from __future__ import annotations
 
 import argparse
+import platform
 from collections import Counter
 from dataclasses import replace
 from typing import get_args
@@ -46,6 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     levels = {str(index): level for index, level in enumerate(LEVELS)}
     levels["0, sizes vary"] = replace(LEVELS[0], size_variation=1.0)
+    print(f"Python {platform.python_version()}, numpy {np.__version__}; all is drawn from seeds")
     print(f"{args.training_rooms} training rooms, {args.test_rooms} test rooms of each level, 8 pictures of each room,")
     print("one question of each type; scores of VSI-Bench in per cent\n")
     for name, level in levels.items():
