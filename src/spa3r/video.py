@@ -12,9 +12,9 @@ import numpy as np
 import PIL.Image
 
 
-def default_num_frames(seconds: float) -> int:
-    """Frames that instruction tuning takes of a video: clamp(round(seconds / 2), 4, 8)."""
-    return min(max(round(seconds / 2), 4), 8)
+def default_num_frames(seconds: float, lowest: int = 4, highest: int = 8, seconds_per_frame: float = 2.0) -> int:
+    """Frames that instruction tuning takes of a video: clamp(round(seconds / seconds_per_frame), lowest, highest)."""
+    return min(max(round(seconds / seconds_per_frame), lowest), highest)
 
 
 def uniform_indices(count: int, num_frames: int) -> np.ndarray:

@@ -25,7 +25,27 @@ _MOST_SCENES = 100  # scenes tried one after the other for a batch of which noth
 _NO_END = 2**32  # scenes of an epoch that doesn't end
 
 
-class SceneBatches(IterableDataset):
+class ResumableBatches(IterableDataset):
+    """Batches of which an epoch and a place in it can be chosen, also while worker processes live on."""
+
+    def __init__(self):
+        super().__init__()
+        # Shared with worker processes, which may outlive an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._skip = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that is iterated over next; batches are skipped in the current one only."""
+        if epoch != int(self._epoch):
+            self._skip.zero_()
+        self._epoch.fill_(epoch)
+
+    def skip_batches(self, count: int) -> None:
+        """Starts the epoch that was set after `count` of its batches, to resume."""
+        self._skip.fill_(count)
+
+
+class SceneBatches(ResumableBatches):
     """Batches for pretraining, to be used as ``DataLoader(batches, batch_size=None, num_workers=n)``.
 
     A step draws a number of views and takes as many scenes as the budget of pictures holds, for all ranks together;
@@ -93,9 +113,6 @@ class SceneBatches(IterableDataset):
                 f"An epoch must hold at least a scene for each of the {world_size} ranks, got {self._num_scenes}. "
                 "Use fewer processes, or more scenes."
             )
-        # Shared with worker processes, which may outlive an epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._skip = torch.zeros((), dtype=torch.int64).share_memory_()
         self._num_batches: int | None = None
 
     def _check(self) -> None:
@@ -156,16 +173,6 @@ class SceneBatches(IterableDataset):
         if self._num_batches is None:
             self._num_batches = self._plan(0).num_steps
         return self._num_batches
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that is iterated over next; batches are skipped in the current one only."""
-        if epoch != int(self._epoch):
-            self._skip.zero_()
-        self._epoch.fill_(epoch)
-
-    def skip_batches(self, count: int) -> None:
-        """Starts the epoch that was set after `count` of its batches, to resume. Decodes nothing."""
-        self._skip.fill_(count)
 
     def _plan(self, epoch: int) -> EpochPlan:
         return EpochPlan(

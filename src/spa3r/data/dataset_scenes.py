@@ -286,7 +286,7 @@ def _decode(frames: Sequence[int], cells: Iterable[Any]) -> LoadedScene:
         if isinstance(cell, Mapping) and cell.get("path"):
             name = f"{name} ({PurePosixPath(cell['path']).name})"
         try:
-            loaded.images.append(_picture(cell))
+            loaded.images.append(decode_picture(cell))
         except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             reason = re.sub(r" <.*>", "", str(error)) or type(error).__name__  # no addresses in memory
             loaded.unread.append((name, reason))
@@ -295,7 +295,8 @@ def _decode(frames: Sequence[int], cells: Iterable[Any]) -> LoadedScene:
     return loaded
 
 
-def _picture(cell: Any) -> PIL.Image.Image:
+def decode_picture(cell: Any) -> PIL.Image.Image:
+    """A picture as rows hold it: bytes, a dictionary of `datasets`, a path, or a picture already."""
     if cell is None:
         raise ValueError("The row holds no picture.")
     if isinstance(cell, bytes):

@@ -20,11 +20,11 @@ import numpy as np
 import PIL.Image
 from torch.utils.data import Dataset, IterableDataset
 
-from spa3r.data.dataset_scenes import open_dataset, require_datasets
+from spa3r.data.dataset_scenes import decode_picture, open_dataset, require_datasets
 from spa3r.data.index import natural_key
 from spa3r.data.room_questions import RoomQuestions
 from spa3r.models.spa3r.image_processing_spa3r import to_rgb
-from spa3r.video import sample_frames, uniform_indices
+from spa3r.video import default_num_frames, sample_frames, uniform_indices
 
 if TYPE_CHECKING:
     import datasets
@@ -135,9 +135,9 @@ class RowReader:
         name = _media_name(item)
         try:
             if kind == "image":
-                return [to_rgb(self._opened(item))]
+                return [self._picture(item)]
             if isinstance(item, list | tuple):  # frames, one by one
-                frames = [to_rgb(self._opened(frame)) for frame in self._some(list(item))]
+                frames = [self._picture(frame) for frame in self._some(list(item))]
             elif isinstance(item, Mapping) and item.get("bytes") is not None:  # a video inside Parquet
                 with NamedTemporaryFile(suffix=Path(item.get("path") or ".mp4").suffix) as file:
                     file.write(item["bytes"])
@@ -157,22 +157,20 @@ class RowReader:
         return frames
 
     def _frames_for(self, seconds: float) -> int:
-        return min(max(round(seconds / self.seconds_per_frame), self.frames[0]), self.frames[1])
+        return default_num_frames(seconds, *self.frames, self.seconds_per_frame)
 
     def _some(self, frames: list[Any]) -> list[Any]:
         """Uniformly chosen frames of those that there are, first and last included."""
         wanted = self.num_frames or min(len(frames), self.frames[1])
         return [frames[index] for index in uniform_indices(len(frames), wanted)] if frames else []
 
-    def _opened(self, item: Any) -> Any:
+    def _picture(self, item: Any) -> PIL.Image.Image:
         """A picture as Hugging Face or the row itself holds it."""
-        if isinstance(item, Mapping):
-            if item.get("bytes") is None and item.get("path") is None:
+        if isinstance(item, Mapping) and item.get("bytes") is None:
+            if item.get("path") is None:
                 raise ValueError("A picture of the row has neither bytes nor a path.")
-            if item.get("bytes") is None:
-                return self._path(item["path"])
-            return require_datasets().Image().decode_example({"bytes": item["bytes"], "path": None})
-        return self._path(item) if isinstance(item, str | Path) else item
+            item = item["path"]
+        return decode_picture(self._path(item) if isinstance(item, str | Path) else item)
 
     def _path(self, item: Any) -> Path:
         if not isinstance(item, str | Path):
@@ -417,7 +415,9 @@ def make_instructions(spec: Mapping[str, Any]) -> Dataset:
     return made(**spec)
 
 
-def _check_fields(made: Any, fields: Mapping[str, Any], what: str, extra: Sequence[str], given: Sequence[str] = ()):
+def _check_fields(
+    made: Any, fields: Mapping[str, Any], what: str, extra: Sequence[str], given: Sequence[str] = ()
+) -> None:
     known = {name: field for name, field in inspect.signature(made).parameters.items() if name not in given}
     if unknown := [name for name in fields if name not in known]:
         raise ValueError(

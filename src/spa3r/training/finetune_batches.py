@@ -10,8 +10,10 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from spa3r.data.batches import ResumableBatches
 
-class InstructionBatches(IterableDataset):
+
+class InstructionBatches(ResumableBatches):
     """Collated batches of this process.
 
     Every row comes once an epoch, in another order each time; what is lacking to an equal number of batches for all
@@ -54,9 +56,6 @@ class InstructionBatches(IterableDataset):
             raise ValueError("`group_by_length` needs a data set with `lengths`, and this one has none. Leave it out.")
         if not self.is_streamed and len(examples) == 0:
             raise ValueError("`examples` must hold at least one row, got none.")
-        # Shared with worker processes, which may outlive an epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._skip = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         """Batches of an epoch, of each process.
@@ -67,16 +66,6 @@ class InstructionBatches(IterableDataset):
         if self.is_streamed:
             raise TypeError("A streamed data set doesn't know how many batches it has.")
         return -(-len(self.examples) // (self.batch_size * self.world_size))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that is iterated over next; batches are skipped in the current one only."""
-        if epoch != int(self._epoch):
-            self._skip.zero_()
-        self._epoch.fill_(epoch)
-
-    def skip_batches(self, count: int) -> None:
-        """Starts the epoch that was set after `count` of its batches, to resume."""
-        self._skip.fill_(count)
 
     def order(self, epoch: int) -> list[int]:
         """Rows of an epoch, those of all processes."""
