@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import PATCH, alive, pretraining_config, teacher_config, vggt_config
-from transformers import DINOv3ViTModel
+from transformers import DINOv3ViTModel, TrainerCallback
 
 from spa3r import Spa3RForPreTraining, Spa3RImageProcessor, VggtModel
 from spa3r.data import FolderScenes, SceneBatches
@@ -19,6 +19,17 @@ from spa3r.training import PretrainingArguments, PretrainingTrainer
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "mlp_ratio": 2, "num_latents": 6, "num_register_tokens": 2}
 SIZES |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
+
+
+class Kill(TrainerCallback):
+    """Ends a run in the middle, as far as one process can do that to itself."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise InterruptedError
 
 
 def write_parts(folder: Path) -> dict[str, str]:

@@ -89,8 +89,12 @@ WeightType = Annotated[Dtype, typer.Option("--dtype", help="Type of the weights;
 Attention = Annotated[
     str | None, typer.Option("--attn", metavar="NAME", help="Attention back end; `spa3r info` lists those that work.")
 ]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Sections model, data, evaluation, training.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete the checkpoints, model and logs of the run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.")]
+ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": True}
+"""Settings of commands that take `--section.key value`."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -612,15 +616,13 @@ def _read_config(text: str) -> dict[str, Any]:
 
 @app.command(
     no_args_is_help=True,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": True},
+    context_settings=ANY_KEY,
     epilog="Any key of the file can be changed: --training.max_steps 1000 --data.sources.0.root photos",
 )
 def pretrain(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Sections model, data, evaluation, training.")],
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over: delete the checkpoints, model and logs of the run.")
-    ] = False,
+    config: ConfigFile,
+    fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -644,15 +646,13 @@ def pretrain(
 
 @app.command(
     no_args_is_help=True,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": True},
+    context_settings=ANY_KEY,
     epilog="Any key of the file can be changed: --training.policy lora --data.max_length 4096",
 )
 def finetune(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Sections model, data, evaluation, training.")],
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over: delete the checkpoints, model and logs of the run.")
-    ] = False,
+    config: ConfigFile,
+    fresh: Fresh = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from tiny import PATCH, realigned, relative_error, spa3r_config
 from tiny_finetuning import arguments, couple, example, examples, trainer
-from tiny_training import same_files
+from tiny_training import Kill, same_files
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from vlm_families import FAMILIES, build
@@ -39,17 +39,6 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not self.gradients:
             self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-class Kill(TrainerCallback):
-    """Ends a run in the middle, as far as one process can do that to itself."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptedError
 
 
 # The recipe and the policies ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import PATCH, alive, pretraining_config, relative_error
-from tiny_training import SIZES, arguments, batches, same_files, trainer, write_parts, write_scenes
+from tiny_training import SIZES, Kill, arguments, batches, same_files, trainer, write_parts, write_scenes
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -28,17 +28,6 @@ def scenes(tmp_path_factory) -> Path:
 def model_of(**fields) -> Spa3RForPreTraining:
     torch.manual_seed(0)
     return Spa3RForPreTraining(pretraining_config(**(SIZES | fields)))
-
-
-class Kill(TrainerCallback):
-    """Ends a run in the middle, as far as one process can do that to itself."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptedError
 
 
 # The recipe -----------------------------------------------------------------------------------------------------------

@@ -300,6 +300,15 @@ class ResumableTrainer(Trainer):
             _count_again(total, counts)
         return total
 
+    # Evaluation
+
+    def _tell_evaluation(self, numbers: Mapping[str, float], prefix: str) -> dict[str, float]:
+        """Log what an evaluation measured, each name with the prefix, and let the callbacks see it."""
+        metrics = {f"{prefix}_{name}": value for name, value in numbers.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

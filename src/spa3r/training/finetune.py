@@ -107,16 +107,7 @@ def finetune(
     groups = trainer.parameter_groups()
     note(group_table(groups))
     told = run(trainer, checkpoint, args.max_steps, note, progress)
-    parameters = [
-        {
-            "part": group.part,
-            "size": group.size,
-            "learning_rate": group.learning_rate,
-            "weight_decay": group.weight_decay,
-        }
-        for group in groups
-    ]
-    return FinetuningResult(**told, parameters=parameters)
+    return FinetuningResult(**told, parameters=[group.to_dict() for group in groups])
 
 
 def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:

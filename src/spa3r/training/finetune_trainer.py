@@ -246,10 +246,7 @@ class FinetuningTrainer(ResumableTrainer):
                     evaluate_answers(self._unwrapped, processor, share, **self.evaluation).answers if share else []
                 )
             report = AnswerReport([answer for part in self._gather_from_hosts(answers) for answer in part])
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in report.scores.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
-        return metrics
+        return self._tell_evaluation(report.scores, metric_key_prefix)
 
     # Checkpoints
 

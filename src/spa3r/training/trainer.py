@@ -205,10 +205,7 @@ class PretrainingTrainer(ResumableTrainer):
             finally:
                 end_workers(batches)
             metrics = {"loss": sum(means.values())} | means | _numbers(_merged(self._gather_from_hosts(report)))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self._tell_evaluation(metrics, metric_key_prefix)
 
     def _evaluate_scenes(self, batches: Iterable[dict[str, Any]]) -> tuple[dict[str, float], FieldReport]:
         """The loss terms over all processes, and this process's report, from one forward of each batch."""
