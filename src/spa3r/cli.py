@@ -7,26 +7,39 @@ to standard error. torch and the models are imported inside the commands.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import sys
-import time
-import unicodedata
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from spa3r import __version__
 from spa3r.checkpoints import EMBEDDED
+from spa3r.console import (
+    AsJson,
+    Attention,
+    Device,
+    Dtype,
+    Images,
+    Model,
+    Report,
+    Verbose,
+    WeightType,
+)
+from spa3r.console import check_model as _check_model
+from spa3r.console import embedded_notes as _embedded_notes
+from spa3r.console import load_vlm as _load_vlm
+from spa3r.console import loading_arguments as _loading_arguments
+from spa3r.console import one_line as _one_line
+from spa3r.console import plural as _plural
+from spa3r.console import printable as _printable
+from spa3r.console import reporting as _reporting
+from spa3r.console import torch_device as _torch_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,37 +75,17 @@ app = typer.Typer(
 )
 
 
-class Dtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Images(StrEnum):
-    aligned = "aligned"
-    native = "native"
-
-
 class Kind(StrEnum):
     vggt = "vggt"
     spa3r = "spa3r"
     spa3_vlm = "spa3-vlm"
 
 
-Model = Annotated[str, typer.Option("--model", metavar="ID", help="A folder, a hub id, or 'embedded'.")]
 NumFrames = Annotated[
     int | None, typer.Option(min=1, help="Frames of each video, uniformly sampled; by its length if not given (4-8).")
 ]
-Device = Annotated[str, typer.Option(help="auto (the first of cuda, mps, cpu), or a device such as cuda:1.")]
-WeightType = Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto: as saved.")]
-Attention = Annotated[
-    str | None, typer.Option("--attn", metavar="NAME", help="Attention back end; `spa3r info` lists those that work.")
-]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Sections model, data, evaluation, training.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete the checkpoints, model and logs of the run.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.")]
 ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": True}
 """Settings of commands that take `--section.key value`."""
 
@@ -112,157 +105,7 @@ def main(
     pass
 
 
-# What all commands share
-
-
-class Report:
-    """The result of a command, told once at its end."""
-
-    def __init__(self):
-        self.start = time.perf_counter()
-        self.result: dict[str, Any] = {}
-        self.text = ""
-        self.exit_code = 0
-        self.console = Console(stderr=True, highlight=False)
-
-    def finish(self, text: str, exit_code: int = 0, **result: Any) -> None:
-        """Keep the result: its fields, the same as text, and the exit code."""
-        self.result = result | {"seconds": round(time.perf_counter() - self.start, 3)}
-        self.text, self.exit_code = text, exit_code
-
-    def note(self, text: str) -> None:
-        """One line for the reader, not for the result."""
-        self.console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
-
-    def line(self, text: str) -> None:
-        """One line of how far it is."""
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    def error(self, text: str) -> None:
-        """One line of what went wrong."""
-        self.console.print(f"error: {text}", style="red", markup=False, soft_wrap=True)
-
-    def status(self, text: str):
-        """A spinner while something takes long; nothing where nobody looks."""
-        return self.console.status(text)
-
-    def progress(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        return Progress(
-            *columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal, transient=True
-        )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _printable(text: str) -> str:
-    """A model's words without control characters, which could rule a terminal."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
-@contextmanager
-def _reporting(as_json: bool, verbose: bool) -> Iterator[Report]:
-    """Run a command: its result alone goes to standard output, expected errors become one line and exit code 1."""
-    report = Report()
-    try:
-        with redirect_stdout(sys.stderr), _quiet(not verbose):
-            yield report
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except (ValueError, OSError, ImportError) as error:
-        if as_json:
-            print(json.dumps({"error": _one_line(error)}))
-        else:
-            report.error(_one_line(error))
-        raise typer.Exit(1) from error
-    print(json.dumps(report.result) if as_json else report.text)
-    if report.exit_code:
-        raise typer.Exit(report.exit_code)
-
-
-@contextmanager
-def _quiet(wanted: bool) -> Iterator[None]:
-    """Keep the libraries' logs, warnings and bars (but for downloads) off the screen, and leave them as they were."""
-    if not wanted:
-        yield
-        return
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "spa3r.attention")]
-    levels, bars = [logger.level for logger in loggers], is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    if bars:
-        disable_progress_bar()
-        enable_progress_bars()  # the hub's, which the line above took along: a download is worth watching
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-        if bars:
-            enable_progress_bar()
-
-
-def _torch_device(name: str) -> torch.device:
-    import torch
-
-    backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    usable = [*(kind for kind, backend in backends.items() if backend.is_available()), "cpu"]
-    if name == "auto":
-        return torch.device(usable[0])
-    kind, colon, index = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in usable or (colon and not (index.isdigit() and int(index) < count)):
-        raise ValueError(f"`--device` must be auto or a device that is here ({', '.join(usable)}), got {name!r}.")
-    return torch.device(name)
-
-
-def _check_model(name: str) -> None:
-    """A path that doesn't exist would be looked up on the hub, to a puzzling end."""
-    path = Path(name)
-    is_path = name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or path.exists()
-    if is_path and not path.is_dir():
-        raise FileNotFoundError(
-            f"There is no model folder {name}. Give a folder, a hub id, or 'embedded'; a research checkpoint becomes a "
-            "folder by `spa3r convert`."
-        )
-
-
-def _loading_arguments(dtype: Dtype, attention: str | None) -> dict[str, Any]:
-    from spa3r.attention import check_attention_implementation
-
-    if attention is not None:
-        check_attention_implementation(attention)
-    return {"dtype": dtype.value, "attn_implementation": attention}
-
-
-def _load_vlm(
-    name: str, device: str, dtype: Dtype, attention: str | None
-) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    import torch
-
-    from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
-    from spa3r.embedded import embedded_model
-
-    arguments, place = _loading_arguments(dtype, attention), _torch_device(device)
-    if name == EMBEDDED:
-        model, processor = embedded_model()
-        if attention is not None:
-            model.set_attn_implementation(attention)
-        return model.to(place, torch.float32 if dtype is Dtype.auto else getattr(torch, dtype)), processor
-    _check_model(name)
-    processor = Spa3VLMProcessor.from_pretrained(name)
-    return Spa3VLMForConditionalGeneration.from_pretrained(name, **arguments).to(place).eval(), processor
+# Models
 
 
 def _load_spa3r(name: str, device: str, dtype: Dtype, attention: str | None) -> tuple[Spa3RModel, Spa3RImageProcessor]:
@@ -382,13 +225,6 @@ def ask(
             num_views=len(names),
             untrained=bool(untrained_note),
         )
-
-
-def _embedded_notes() -> tuple[str, str]:
-    """What is to be said of the embedded VLM while it is untrained (else nothing), and of the embedded Spa3R."""
-    from spa3r import embedded
-
-    return getattr(embedded, "UNTRAINED_NOTE", ""), embedded.ROOMS_NOTE
 
 
 def _answer(

@@ -1,0 +1,206 @@
+"""What all commands share: their result and their notes, common options, devices, loading of models."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from spa3r.checkpoints import EMBEDDED
+
+if TYPE_CHECKING:
+    import torch
+
+    from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+    from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Images(StrEnum):
+    aligned = "aligned"
+    native = "native"
+
+
+Model = Annotated[str, typer.Option("--model", metavar="ID", help="A folder, a hub id, or 'embedded'.")]
+Device = Annotated[str, typer.Option(help="auto (the first of cuda, mps, cpu), or a device such as cuda:1.")]
+WeightType = Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto: as saved.")]
+Attention = Annotated[
+    str | None, typer.Option("--attn", metavar="NAME", help="Attention back end; `spa3r info` lists those that work.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.")]
+
+
+class Report:
+    """The result of a command, told once at its end."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.result: dict[str, Any] = {}
+        self.text = ""
+        self.exit_code = 0
+        self.console = Console(stderr=True, highlight=False)
+
+    def finish(self, text: str, exit_code: int = 0, **result: Any) -> None:
+        """Keep the result: its fields, the same as text, and the exit code."""
+        self.result = result | {"seconds": round(time.perf_counter() - self.start, 3)}
+        self.text, self.exit_code = text, exit_code
+
+    def note(self, text: str) -> None:
+        """One line for the reader, not for the result."""
+        self.console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """One line of how far it is."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        """One line of what went wrong."""
+        self.console.print(f"error: {text}", style="red", markup=False, soft_wrap=True)
+
+    def status(self, text: str):
+        """A spinner while something takes long; nothing where nobody looks."""
+        return self.console.status(text)
+
+    def progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        return Progress(
+            *columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal, transient=True
+        )
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def printable(text: str) -> str:
+    """A model's words without control characters, which could rule a terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+@contextmanager
+def reporting(as_json: bool, verbose: bool) -> Iterator[Report]:
+    """Run a command: its result alone goes to standard output, expected errors become one line and exit code 1."""
+    report = Report()
+    try:
+        with redirect_stdout(sys.stderr), quiet(not verbose):
+            yield report
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, ImportError) as error:
+        if as_json:
+            print(json.dumps({"error": one_line(error)}))
+        else:
+            report.error(one_line(error))
+        raise typer.Exit(1) from error
+    print(json.dumps(report.result) if as_json else report.text)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+@contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """Keep the libraries' logs, warnings and bars (but for downloads) off the screen, and leave them as they were."""
+    if not wanted:
+        yield
+        return
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "spa3r.attention")]
+    levels, bars = [logger.level for logger in loggers], is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    if bars:
+        disable_progress_bar()
+        enable_progress_bars()  # the hub's, which the line above took along: a download is worth watching
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+        if bars:
+            enable_progress_bar()
+
+
+def torch_device(name: str) -> torch.device:
+    import torch
+
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    usable = [*(kind for kind, backend in backends.items() if backend.is_available()), "cpu"]
+    if name == "auto":
+        return torch.device(usable[0])
+    kind, colon, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in usable or (colon and not (index.isdigit() and int(index) < count)):
+        raise ValueError(f"`--device` must be auto or a device that is here ({', '.join(usable)}), got {name!r}.")
+    return torch.device(name)
+
+
+def check_model(name: str) -> None:
+    """A path that doesn't exist would be looked up on the hub, to a puzzling end."""
+    path = Path(name)
+    is_path = name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or path.exists()
+    if is_path and not path.is_dir():
+        raise FileNotFoundError(
+            f"There is no model folder {name}. Give a folder, a hub id, or 'embedded'; a research checkpoint becomes a "
+            "folder by `spa3r convert`."
+        )
+
+
+def loading_arguments(dtype: Dtype, attention: str | None) -> dict[str, Any]:
+    from spa3r.attention import check_attention_implementation
+
+    if attention is not None:
+        check_attention_implementation(attention)
+    return {"dtype": dtype.value, "attn_implementation": attention}
+
+
+def load_vlm(
+    name: str, device: str, dtype: Dtype, attention: str | None
+) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
+    import torch
+
+    from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
+    from spa3r.embedded import embedded_model
+
+    arguments, place = loading_arguments(dtype, attention), torch_device(device)
+    if name == EMBEDDED:
+        model, processor = embedded_model()
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        return model.to(place, torch.float32 if dtype is Dtype.auto else getattr(torch, dtype)), processor
+    check_model(name)
+    processor = Spa3VLMProcessor.from_pretrained(name)
+    return Spa3VLMForConditionalGeneration.from_pretrained(name, **arguments).to(place).eval(), processor
+
+
+def embedded_notes() -> tuple[str, str]:
+    """What is to be said of the embedded VLM while it is untrained (else nothing), and of the embedded Spa3R."""
+    from spa3r import embedded
+
+    return getattr(embedded, "UNTRAINED_NOTE", ""), embedded.ROOMS_NOTE
