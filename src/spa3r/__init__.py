@@ -20,6 +20,8 @@ _MODULE_OF_NAME = {
     "Spa3VLMForConditionalGeneration": "models.spa3_vlm.modeling_spa3_vlm",
     "Spa3VLM": "models.spa3_vlm.modeling_spa3_vlm",
     "Spa3VLMProcessor": "models.spa3_vlm.processing_spa3_vlm",
+    "EncodedScene": "models.spa3_vlm.scenes",
+    "SceneCache": "models.spa3_vlm.scenes",
     "convert_checkpoint": "conversion",
 }
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
     from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLM, Spa3VLMForConditionalGeneration
     from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+    from spa3r.models.spa3_vlm.scenes import EncodedScene, SceneCache
     from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
     from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
     from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RModel

@@ -39,6 +39,7 @@ from spa3r.attention import Segments, packed_attention
 from spa3r.layers import Mlp
 from spa3r.models.modeling_base import PackedPreTrainedModel, save_without, split_hub_kwargs
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
+from spa3r.models.spa3_vlm.scenes import SceneMixin
 from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
 from spa3r.views import ViewLayout, as_list
 
@@ -179,7 +180,7 @@ class AppendedTokens:
             handle.remove()
 
 
-class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
+class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, GenerationMixin):
     """Any vision-language model of transformers whose image tokens are fused with the latents of a Spa3R.
 
     ``model.vlm`` is the VLM, ``model.spa3r`` the Spa3R, ``model.adapter`` what joins them. The adapter and the language

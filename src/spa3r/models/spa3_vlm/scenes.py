@@ -1,0 +1,747 @@
+"""Encode a scene once, ask many questions about it.
+
+What precedes a question in its prompt is the same for all questions about a scene: the system's words and the pictures,
+nearly all of the tokens. Its keys and values are kept, and each question goes on from them, so the vision tower, Spa3R
+and the language model's pass over the pictures run once.
+
+Tokens are exactly those of a whole prompt. The prefix ends after the last token of the pictures, which no tokenizer
+merges with what follows; what follows comes from the processor, out of a whole prompt about one tiny picture.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+from spa3r.models.spa3r.image_processing_spa3r import Image, Spa3RImageProcessor
+
+if TYPE_CHECKING:
+    from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+
+MAX_BATCH_SIZE = 32
+"""Questions asked at once where nobody says how many."""
+
+UNSHARED_PREFIXES = {"paligemma": "its pictures look at the question"}
+"""Families whose prefix is another one with each question, and why."""
+
+PADDABLE_LAYERS = {"DynamicLayer", "DummyLayer"}
+"""Layers of a cache that a mask keeps from seeing padding. Windows count padding, and recurrent states swallow it."""
+
+CACHE_LAYERS = PADDABLE_LAYERS | {
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+"""Layers of a cache that many rows can start from: all that they hold is tensors by row, and counters."""
+
+PROBE = "Where is it?"
+FORMAT = "spa3r scene 1"
+ROOM = 64
+"""Tokens that a layer has room for before it is copied again."""
+
+
+@dataclass(repr=False)
+class EncodedScene:
+    """What :meth:`~spa3r.Spa3VLMForConditionalGeneration.encode_scene` keeps of a scene.
+
+    Attributes:
+        processor: The one that made it; questions go through it as well.
+        views: The pictures as Spa3R saw them.
+        input_ids: (prefix,), the prompt up to the question.
+        image_tokens: (sum of image tokens, h), fused.
+        cache: The language model's keys and values of the prefix; the model's own kind of cache, of one row.
+        rope_delta: What is added to the place of a token behind the pictures to give its rotary position, in families
+            whose pictures have positions in three dimensions; None in others.
+        system: The system's words, or None.
+        model_fingerprint: Tells the model that encoded it from others.
+        processor_fingerprint: Tells its processor from others.
+    """
+
+    processor: Spa3VLMProcessor
+    views: list[PIL.Image.Image]
+    input_ids: Tensor
+    image_tokens: Tensor
+    cache: Cache
+    rope_delta: int | None
+    system: str | None
+    model_fingerprint: str
+    processor_fingerprint: str
+
+    def __len__(self) -> int:
+        """Tokens of the prefix."""
+        return len(self.input_ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self.views)} views, {len(self.image_tokens)} image tokens, a prefix of "
+            f"{len(self)} tokens, {self.num_bytes / 2**20:.1f} MiB)"
+        )
+
+    @property
+    def cache_num_bytes(self) -> int:
+        """Of the keys and values. Each question asked at the same time needs as much again."""
+        return sum(value.nbytes for state in _states(self.cache) for value in state.values() if _is_tensor(value))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of everything that it holds; for :class:`SceneCache`."""
+        pixels = sum(3 * view.width * view.height for view in self.views)
+        return self.cache_num_bytes + self.image_tokens.nbytes + self.input_ids.nbytes + pixels
+
+    def to(self, device: torch.device | str) -> EncodedScene:
+        """A scene on another device, to keep it in the host's memory; it can be asked about from anywhere."""
+        moved = copy.copy(self)
+        moved.image_tokens, moved.cache = self.image_tokens.to(device), _changed(self.cache, lambda t: t.to(device))
+        return moved
+
+    # Files
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write a safetensors file; it appears whole or not at all.
+
+        Args:
+            file: Its folder is made if need be.
+        """
+        tensors = {"input_ids": self.input_ids, "image_tokens": self.image_tokens}
+        tensors |= {f"views.{i}": torch.from_numpy(np.array(view)) for i, view in enumerate(self.views)}
+        layers = []
+        for i, (layer, state) in enumerate(zip(self.cache.layers, _states(self.cache))):
+            tensors |= {f"cache.{i}.{name}": value for name, value in state.items() if _is_tensor(value)}
+            layers.append([type(layer).__name__, {k: v for k, v in state.items() if not _is_tensor(v)}])
+        about = {
+            "views": len(self.views),
+            "rope_delta": self.rope_delta,
+            "system": self.system,
+            "model_fingerprint": self.model_fingerprint,
+            "processor_fingerprint": self.processor_fingerprint,
+            "layers": layers,
+        }
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            unfinished.write_bytes(save(content, metadata={"format": FORMAT, "scene": json.dumps(about)}))
+            os.replace(unfinished, file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(
+        cls,
+        file: str | os.PathLike,
+        model: Spa3VLMForConditionalGeneration,
+        processor: Spa3VLMProcessor,
+        device: torch.device | str | None = None,
+    ) -> EncodedScene:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            file: The file.
+            model: The model that encoded it, or the same one loaded again.
+            processor: Its processor, with the same settings.
+            device: Where the tensors go; None: the model's.
+
+        Raises:
+            ValueError: The file holds no scene, or one of another model or processor.
+        """
+        device = model.device if device is None else device
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as content:
+                metadata = content.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{file} must be a scene as `EncodedScene.save` writes it ({FORMAT!r}), got "
+                        f"{metadata.get('format')!r}. Encode the scene and save it again."
+                    )
+                about = json.loads(metadata["scene"])
+                layers, count = about.pop("layers"), about.pop("views")
+                _check_origin(about, model, processor, str(file))
+                tensors = {name: content.get_tensor(name) for name in content.keys()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} can't be read as safetensors ({error}). It is truncated or damaged: encode the scene again."
+            ) from error
+        cache = _empty_cache(model.vlm)
+        if [type(layer).__name__ for layer in cache.layers] != [name for name, _ in layers]:
+            raise ValueError(
+                f"{file} was written with another version of transformers, whose caches are of another kind. Encode "
+                "the scene again."
+            )
+        for i, (layer, (_, state)) in enumerate(zip(cache.layers, layers)):
+            prefix = f"cache.{i}."
+            state |= {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            _set_state(layer, state)
+        views = [PIL.Image.fromarray(tensors[f"views.{i}"].cpu().numpy()) for i in range(count)]
+        ids = tensors["input_ids"].cpu()
+        return cls(processor, views, ids, tensors["image_tokens"], cache, **about)
+
+
+class SceneMixin:
+    """Encoding scenes and asking about them, of :class:`~spa3r.Spa3VLMForConditionalGeneration`."""
+
+    @torch.no_grad()
+    def encode_scene(
+        self, processor: Spa3VLMProcessor, images: Sequence[Image], *, system: str | None = None
+    ) -> EncodedScene:
+        """Everything about a scene that no question changes, to be asked about by :meth:`ask`.
+
+        Args:
+            processor: The model's.
+            images: Pictures of the scene, at least one; whatever the processor takes. For a video, its sampled frames
+                (:func:`spa3r.video.sample_frames`).
+            system: The system's words; None: the chat template's own, if any.
+
+        Returns:
+            The scene, on the model's device. The model's modules are left in the mode in which they were.
+
+        Raises:
+            ValueError: There is no picture, the family's prompts have no prefix that questions share, or the processor
+                doesn't belong to the model.
+        """
+        images = [images] if isinstance(images, str | Path | PIL.Image.Image) else list(images)
+        if not images:
+            raise ValueError("`images` must hold at least one picture of the scene, got none.")
+        check_shares_prefix(self.vlm)
+        inputs = processor.apply_chat_template(
+            [_conversation(images, PROBE, system)], tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        ids = inputs["input_ids"]
+        length = _prefix_length(ids[0], _picture_ids(self, processor), processor)
+        _check_probe(self, processor, ids[0], length, system)
+        views = processor.view_image_processor.unpack(inputs["view_pixel_values"], inputs["view_grid_hw"])
+        inputs = {
+            key: value[:, :length] if isinstance(value, Tensor) and value.shape == ids.shape else value
+            for key, value in inputs.to(self.device).items()
+            if key != "labels"  # PaliGemma's
+        }
+        ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
+        parameters = inspect.signature(self.vlm.forward).parameters
+        name = _cache_name(self.vlm)
+        cache = _empty_cache(self.vlm)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        with _in_eval_mode(self):
+            inputs, appended = self._fuse(ids, mask, inputs)
+            with self._entering(appended):
+                self.vlm(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache}, **last, **inputs)
+        features = inputs["mm_encoder_outputs"]["image"].pooler_output
+        features = [features] if isinstance(features, Tensor) else features
+        delta = getattr(self.vlm.base_model, "rope_deltas", None)
+        return EncodedScene(
+            processor=processor,
+            views=[PIL.Image.fromarray(view) for view in views],
+            input_ids=ids[0].cpu(),
+            image_tokens=torch.cat([tokens.flatten(0, -2) for tokens in features]),
+            cache=cache,
+            rope_delta=None if delta is None else int(delta.reshape(-1)[0]),
+            system=system,
+            model_fingerprint=model_fingerprint(self),
+            processor_fingerprint=processor_fingerprint(processor),
+        )
+
+    @torch.no_grad()
+    def ask(
+        self,
+        scene: EncodedScene,
+        questions: str | Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        batch_size: int | None = None,
+        **generate_kwargs,
+    ) -> list[str] | str:
+        """Answers to questions about a scene, greedy unless told otherwise.
+
+        Each is the answer that the question gets alone, by ``generate`` on a prompt of the pictures and the question.
+
+        Args:
+            scene: What :meth:`encode_scene` returned; it can be asked any number of times.
+            questions: One, or many.
+            max_new_tokens: Length of an answer at most.
+            batch_size: Questions asked at once; each needs ``scene.cache_num_bytes`` of memory. None: all, up to 32.
+                In families whose caches take no padding (sliding windows, linear attention, convolutions) only
+                questions of equally many tokens share a batch.
+            **generate_kwargs: Anything else that the VLM's ``generate`` takes, but for what concerns caches and the
+                number of answers.
+
+        Returns:
+            The answers as a list, in the questions' order; for a single text, its answer.
+
+        Raises:
+            ValueError: The scene is another model's, a question is empty or holds a picture's token, or an argument is
+                out of range.
+        """
+        many = [questions] if isinstance(questions, str) else list(questions)
+        _check_questions(many, scene.processor, _picture_ids(self, scene.processor))
+        if batch_size is None:
+            batch_size = MAX_BATCH_SIZE
+        elif batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if taken := sorted(generate_kwargs.keys() & TAKEN):
+            raise ValueError(
+                f"`ask` must decide itself about {', '.join(map(repr, taken))}, since questions go on from the scene's "
+                "cache and have one answer each. Leave it out, or call `generate` on whole prompts."
+            )
+        _check_origin(vars(scene), self, scene.processor, "`scene`")
+        if not many:
+            return []
+        tails = _tails(self, scene, many)
+        pads = all(type(layer).__name__ in PADDABLE_LAYERS for layer in scene.cache.layers)
+        answers: dict[int, str] = {}
+        with _in_eval_mode(self):
+            for batch in _batches([len(tail) for tail in tails], batch_size, pads):
+                words = self._go_on(scene, [tails[i] for i in batch], max_new_tokens, generate_kwargs)
+                texts = scene.processor.batch_decode(words, skip_special_tokens=True)
+                answers |= {i: text.strip() for i, text in zip(batch, texts)}
+        return answers[0] if isinstance(questions, str) else [answers[i] for i in range(len(many))]
+
+    def _go_on(
+        self, scene: EncodedScene, tails: Sequence[list[int]], max_new_tokens: int, generate_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """(questions, new tokens), what follows the prefix and each question."""
+        length, longest = len(scene), max(map(len, tails))
+        # Padding stands between prefix and question, and is a token that the prefix has anyway: what looks at the words
+        # of a prompt, as a repetition penalty does, then sees the same words as without.
+        pad = next(token for token in scene.input_ids.tolist() if token not in _picture_ids(self, scene.processor))
+        ids = torch.full((len(tails), length + longest), pad)
+        ids[:, :length] = scene.input_ids
+        mask = torch.ones_like(ids)
+        for row, tail in enumerate(tails):
+            ids[row, -len(tail) :] = torch.tensor(tail)
+            mask[row, length : -len(tail)] = 0
+        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        if scene.rope_delta is not None:
+            positions = (positions + scene.rope_delta).expand(3, -1, -1)
+        arguments = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens} | generate_kwargs
+        copies = len(tails) * arguments["num_beams"]
+        output = self.vlm.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=positions.to(self.device),
+            **{_cache_name(self.vlm): _shared(scene.cache, copies)},
+            **arguments,
+        )
+        return output[:, ids.shape[1] :]
+
+
+TAKEN = {
+    *("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "cache_implementation", "use_cache"),
+    *("num_return_sequences", "return_dict_in_generate", "inputs_embeds", "prefill_chunk_size", "assistant_model"),
+    "prompt_lookup_num_tokens",
+}
+"""Arguments of ``generate`` that :meth:`SceneMixin.ask` sets itself or can't serve."""
+
+
+class SceneCache(MutableMapping[Hashable, EncodedScene]):
+    """Scenes by name, of at most so many bytes together; the least recently used ones leave. Safe among threads.
+
+    .. code-block:: python
+
+        scenes = SceneCache(max_bytes=8 * 2**30)
+        scene = scenes.get_or_encode("room", lambda: model.encode_scene(processor, photos))
+
+    Args:
+        max_bytes: Of all scenes together (``num_bytes`` of each). A scene that is larger alone is not kept.
+
+    Raises:
+        ValueError: `max_bytes` is negative.
+    """
+
+    def __init__(self, max_bytes: int):
+        if max_bytes < 0:
+            raise ValueError(f"`max_bytes` must be 0 or more, got {max_bytes}.")
+        self.max_bytes = max_bytes
+        self._scenes: OrderedDict[Hashable, EncodedScene] = OrderedDict()  # the least recently used first
+        self._lock = threading.RLock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all scenes that are kept."""
+        with self._lock:
+            return sum(scene.num_bytes for scene in self._scenes.values())
+
+    def __getitem__(self, name: Hashable) -> EncodedScene:
+        with self._lock:
+            scene = self._scenes[name]
+            self._scenes.move_to_end(name)
+            return scene
+
+    def __setitem__(self, name: Hashable, scene: EncodedScene) -> None:
+        with self._lock:
+            self._scenes.pop(name, None)
+            if scene.num_bytes > self.max_bytes:
+                return
+            self._scenes[name] = scene
+            while self.num_bytes > self.max_bytes:
+                self._scenes.popitem(last=False)
+
+    def __delitem__(self, name: Hashable) -> None:
+        with self._lock:
+            del self._scenes[name]
+
+    def __contains__(self, name: object) -> bool:  # looking is not using
+        return name in self._scenes
+
+    def __iter__(self) -> Iterator[Hashable]:
+        with self._lock:
+            return iter(list(self._scenes))
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def get_or_encode(self, name: Hashable, encode: Callable[[], EncodedScene]) -> EncodedScene:
+        """The scene of this name; if it isn't there, what `encode` returns, which is kept.
+
+        Args:
+            name: Anything hashable.
+            encode: Called without arguments.
+        """
+        with self._lock:
+            if name in self._scenes:
+                return self[name]
+            scene = self[name] = encode()
+            return scene
+
+
+class PrefixLayer(DynamicLayer):
+    """Keys and values of a prefix that many rows go on from: copied for them once, into a store with room for more.
+
+    A :class:`DynamicLayer` of as many rows would copy all of the prefixes again with each new token.
+
+    Args:
+        prefix: A layer of one row; left as it is.
+    """
+
+    def __init__(self, prefix: DynamicLayer):
+        super().__init__()
+        self.keys, self.values = prefix.keys, prefix.values
+        self.dtype, self.device = prefix.keys.dtype, prefix.keys.device
+        self.is_initialized = True
+        self._key_store = self._value_store = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """(rows, heads, new tokens, d) each -> (rows, heads, all tokens, d)."""
+        self._key_store, self.keys = _append(self._key_store, self.keys, key_states)
+        self._value_store, self.values = _append(self._value_store, self.values, value_states)
+        return self.keys, self.values
+
+
+def _append(store: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """The store with `new` behind what is held, and its part that is held then."""
+    start, end = held.shape[-2], held.shape[-2] + new.shape[-2]
+    # No store yet, none that is large enough, or beams have changed places, which leaves it behind.
+    if store is None or end > store.shape[-2] or held.data_ptr() != store.data_ptr():
+        store = new.new_empty(*new.shape[:2], end + ROOM, new.shape[-1])
+        store[:, :, :start] = held
+    store[:, :, start:end] = new
+    return store, store[:, :, :end]
+
+
+# Caches
+
+
+def _cache_name(vlm: PreTrainedModel) -> str:
+    """``cache``, which was ``past_key_values`` in earlier versions of transformers."""
+    return "cache" if "cache" in inspect.signature(vlm.forward).parameters else "past_key_values"
+
+
+def _empty_cache(vlm: PreTrainedModel) -> Cache:
+    """As ``generate`` makes it."""
+    cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))
+    unknown = sorted({type(layer).__name__ for layer in cache.layers} - CACHE_LAYERS)
+    if unknown:
+        raise ValueError(
+            f"The cache of the VLM family {vlm.config.model_type!r} has layers that questions can't share: "
+            f"{', '.join(unknown)}. Ask with `model.generate` on whole prompts."
+        )
+    return cache
+
+
+def check_shares_prefix(vlm: PreTrainedModel) -> None:
+    """Refuse a VLM to which pictures are something else with each question.
+
+    Args:
+        vlm: Of transformers.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    family = vlm.config.model_type
+    reason = UNSHARED_PREFIXES.get(family)
+    if vlm.config.is_encoder_decoder:
+        reason = "its encoder reads pictures and question together"
+    if reason:
+        raise ValueError(
+            f"A scene can't be encoded once for many questions with the VLM family {family!r}: {reason}. Ask with "
+            "`model.generate` on whole prompts, or use a causal family such as qwen2_5_vl, qwen3_vl or internvl."
+        )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _state(layer: Any) -> dict[str, Any]:
+    """What a layer holds, flat: tensors, numbers and truth values."""
+    state = {}
+    for name, value in vars(layer).items():
+        items = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        state |= {key: item for key, item in items.items() if isinstance(item, Tensor | int | bool)}
+    return state
+
+
+def _states(cache: Cache) -> list[dict[str, Any]]:
+    return [_state(layer) for layer in cache.layers]
+
+
+def _set_state(layer: Any, state: dict[str, Any]) -> None:
+    """The reverse of :func:`_state`."""
+    for key, value in state.items():
+        name, _, index = key.partition(".")
+        if index:
+            getattr(layer, name)[int(index)] = value
+        else:
+            setattr(layer, name, value)
+        if isinstance(value, Tensor) and value.ndim > 1:
+            layer.dtype, layer.device = value.dtype, value.device
+
+
+def _changed(cache: Cache, change: Callable[[Tensor], Tensor]) -> Cache:
+    """A cache whose tensors are others; the given one is left as it is."""
+    changed = copy.copy(cache)
+    changed.layers = [_changed_layer(layer, change) for layer in cache.layers]
+    return changed
+
+
+def _changed_layer(layer: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    changed = copy.copy(layer)
+    vars(changed).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
+    _set_state(changed, {key: change(value) for key, value in _state(layer).items() if _is_tensor(value)})
+    return changed
+
+
+def _shared(cache: Cache, rows: int) -> Cache:
+    """A cache of so many rows that all start from the given one's single row."""
+
+    def repeat(tensor: Tensor) -> Tensor:
+        return tensor.repeat_interleave(rows, 0) if tensor.ndim > 1 else tensor
+
+    shared = copy.copy(cache)
+    shared.layers = [
+        PrefixLayer(layer) if type(layer) is DynamicLayer else _changed_layer(layer, repeat) for layer in cache.layers
+    ]
+    return shared
+
+
+# Prompts
+
+
+def _conversation(images: Sequence[Image], question: str, system: str | None) -> list[dict[str, Any]]:
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    before = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+    return [*before, {"role": "user", "content": content}]
+
+
+def _picture_ids(model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor) -> set[int]:
+    """Tokens in whose places other vectors stand."""
+    ids = {model.vlm.config.image_token_id}
+    return ids | ({processor.spatial_token_id} if processor.spatial_tokens is not None else set())
+
+
+def _prefix_length(ids: Tensor, picture_ids: set[int], processor: Spa3VLMProcessor) -> int:
+    """Tokens of a prompt up to the last that belongs to the pictures, with special tokens right behind it."""
+    tokens, special = ids.tolist(), set(processor.tokenizer.get_added_vocab().values())
+    length = max((place + 1 for place, token in enumerate(tokens) if token in picture_ids), default=0)
+    while length and length < len(tokens) and tokens[length] in special:
+        length += 1
+    return length
+
+
+def _check_questions(questions: Sequence[str], processor: Spa3VLMProcessor, picture_ids: set[int]) -> None:
+    names = {*processor.tokenizer.convert_ids_to_tokens(sorted(picture_ids))}
+    names |= {getattr(processor.vlm_processor, name, None) for name in ("image_token", "boi_token")} - {None}
+    for question in questions:
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"`questions` must be texts that are not empty, got {question!r}.")
+        if found := [name for name in names if name in question]:
+            raise ValueError(
+                f"A question must not contain {found[0]!r}, which stands for a picture, got {question!r}. All pictures "
+                "of a scene go to `encode_scene`."
+            )
+
+
+def _ask_about_one_tiny_picture(
+    processor: Spa3VLMProcessor, questions: Sequence[str], system: str | None
+) -> list[list[int]]:
+    """Whole prompts with as little to do for pictures as can be, since what follows a picture doesn't depend on it."""
+    side = processor.view_image_processor.patch_size
+    processor = copy.copy(processor)
+    processor.images = "native"
+    processor.view_image_processor = Spa3RImageProcessor(size=side, patch_size=side)
+    picture = PIL.Image.new("RGB", (56, 56))
+    conversations = [_conversation([picture], question, system) for question in questions]
+    inputs = processor.apply_chat_template(conversations, tokenize=True, return_dict=True, add_generation_prompt=True)
+    return [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+
+
+def _tails_behind(prompts: Sequence[list[int]], prefix: Sequence[int], picture_ids: set[int]) -> list[list[int]] | None:
+    """What follows the prefix in prompts about other pictures; None if they don't end their pictures as it does."""
+    ending = len(prefix) - max(place + 1 for place, token in enumerate(prefix) if token in picture_ids)
+    tails = []
+    for prompt in prompts:
+        end = max(place + 1 for place, token in enumerate(prompt) if token in picture_ids) + ending
+        if prompt[end - ending : end] != list(prefix[len(prefix) - ending :]):
+            return None
+        tails.append(prompt[end:])
+    return tails
+
+
+def _tails(model: Spa3VLMForConditionalGeneration, scene: EncodedScene, questions: Sequence[str]) -> list[list[int]]:
+    """The tokens of each question's prompt behind the prefix."""
+    prompts = _ask_about_one_tiny_picture(scene.processor, questions, scene.system)
+    tails = _tails_behind(prompts, scene.input_ids.tolist(), _picture_ids(model, scene.processor))
+    if tails is None:
+        raise ValueError(
+            "A question must leave the prompt before it as it is, and one of these changes it. It begins with a "
+            "special token of the VLM: put a word before that, or ask with `model.generate` on a whole prompt."
+        )
+    return tails
+
+
+def _check_probe(
+    model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor, ids: Tensor, length: int, system: str | None
+) -> None:
+    """The chat template must put the question behind the pictures, and say nothing there that depends on them."""
+    prompt, picture_ids = ids.tolist(), _picture_ids(model, processor)
+    tails = None
+    if length:
+        others = _ask_about_one_tiny_picture(processor, [PROBE], system)
+        tails = _tails_behind(others, prompt[:length], picture_ids)
+    if tails != [prompt[length:]] or PROBE not in processor.decode(prompt[length:]):
+        raise ValueError(
+            f"The prompts of the VLM family {model.vlm.config.model_type!r} have no part that all questions about a "
+            "scene share: its chat template must put the question behind the pictures, and say nothing there that "
+            "depends on them. Ask with `model.generate` on whole prompts."
+        )
+
+
+def _batches(lengths: Sequence[int], batch_size: int, pads: bool) -> Iterator[list[int]]:
+    """Questions of like lengths together; of equal lengths if there must be no padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups = [order] if pads else [list(group) for _, group in groupby(order, key=lengths.__getitem__)]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout while it lasts; then every module is in the mode in which it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# Whose scene it is
+
+
+def model_fingerprint(model: Spa3VLMForConditionalGeneration) -> str:
+    """Tells a model's weights and configuration from others.
+
+    Names, shapes, types and some values of all weights go in, so that a step of training changes it; not the device,
+    and not the attention back end.
+
+    Args:
+        model: Anything with parameters.
+    """
+    digest = hashlib.sha256(_told(model.config.to_dict()))
+    samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.device.type != "meta" and tensor.numel():
+            values = tensor.detach().reshape(-1)[:: max(tensor.numel() // SAMPLES, 1)][:SAMPLES]
+            samples.setdefault((tensor.device, tensor.dtype), []).append(values)
+    values = [torch.cat(parts).cpu().double() for parts in samples.values()]  # an accelerator is waited for once
+    digest.update(torch.cat(values).sort().values.numpy().tobytes() if values else b"")
+    return digest.hexdigest()[:32]
+
+
+SAMPLES = 16
+"""Values of each tensor that a fingerprint looks at."""
+
+
+def processor_fingerprint(processor: Spa3VLMProcessor) -> str:
+    """Tells a processor's settings, chat template and tokenizer from others.
+
+    Args:
+        processor: The couple's.
+    """
+    tokenizer = processor.tokenizer
+    parts = (
+        processor.to_dict(),
+        processor.image_processor.to_dict(),
+        processor.chat_template,
+        sorted(tokenizer.get_added_vocab().items()),
+        len(tokenizer),
+        tokenizer(PROBE)["input_ids"],
+    )
+    return hashlib.sha256(b"\n".join(map(_told, parts))).hexdigest()[:32]
+
+
+PASSING = ("transformers_version", "_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype")
+"""Fields of configurations that say where a model comes from and not what it is."""
+
+
+def _told(value: Any) -> bytes:
+    """As JSON, without what changes from place to place."""
+
+    def lasting(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): lasting(v) for k, v in value.items() if k not in PASSING and "attn_impl" not in str(k)}
+        return [lasting(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(lasting(value), sort_keys=True, default=str).encode()
+
+
+def _check_origin(
+    scene: dict[str, Any], model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor, name: str
+) -> None:
+    """Refuse a scene of another model or processor."""
+    for part, given, wanted in (
+        ("model", scene["model_fingerprint"], model_fingerprint(model)),
+        ("processor", scene["processor_fingerprint"], processor_fingerprint(processor)),
+    ):
+        if given != wanted:
+            raise ValueError(
+                f"{name} must be a scene of this {part} (fingerprint {wanted}), got one of another {part} ({given}): "
+                f"{'other weights, another dtype' if part == 'model' else 'another tokenizer'} or other settings. "
+                f"Use the {part} that encoded it, or encode the scene again."
+            )
+
+
+__all__ = ["EncodedScene", "SceneCache"]

@@ -1,0 +1,482 @@
+"""Encode a scene once and ask many: the same answers as asking each question alone, whatever the family and the batch.
+
+Special tokens are kept out of the answers: an image token among the words would ask for one more picture.
+"""
+
+import copy
+import json
+import threading
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pytest
+import torch
+from media import noise
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_spa3_vlm_ablations import SIZE, make_spa3r
+from tiny import alive
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from vlm_families import FAMILIES, build
+
+from spa3r import Spa3RImageProcessor, Spa3VLM, Spa3VLMProcessor
+from spa3r.models.spa3_vlm.scenes import (
+    UNSHARED_PREFIXES,
+    EncodedScene,
+    PrefixLayer,
+    SceneCache,
+    model_fingerprint,
+    processor_fingerprint,
+)
+
+# Two processors of transformers still use an old protocol of NumPy.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+PICTURES = [noise(60, 40, 0), noise(33, 90, 1), noise(28, 28, 2)]
+QUESTIONS = [
+    "How many chairs are in the room?",
+    "What?",
+    "Which object is closer to the door, the lamp or the sofa?",
+    "\n\nWhere  is it? ",  # white space that tokenizers might merge with what precedes it
+    "How many lamps are in the room?",  # of as many tokens as the first
+]
+WORDS = 5
+NAMES = ("qwen2_5_vl", "qwen3_vl", "internvl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For tensors this small, threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Couple:
+    model: Spa3VLM
+    processor: Spa3VLMProcessor
+
+    @cached_property
+    def words(self) -> dict:
+        return {"suppress_tokens": sorted(self.processor.tokenizer.get_added_vocab().values())}
+
+    def encode(self, pictures=PICTURES, **kwargs) -> EncodedScene:
+        return self.model.encode_scene(self.processor, pictures, **kwargs)
+
+    def ask(self, scene, questions=QUESTIONS, **kwargs):
+        return self.model.ask(scene, questions, **({"max_new_tokens": WORDS} | self.words | kwargs))
+
+    def alone(self, questions=QUESTIONS, pictures=PICTURES, system=None, **kwargs) -> list[str]:
+        """As everybody asks: a whole prompt for each question."""
+        answers = []
+        for question in questions:
+            content = [*({"type": "image", "image": p} for p in pictures), {"type": "text", "text": question}]
+            before = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+            inputs = self.processor.apply_chat_template(
+                [[*before, {"role": "user", "content": content}]],
+                tokenize=True,
+                return_dict=True,
+                add_generation_prompt=True,
+            )
+            choice = {"do_sample": False, "max_new_tokens": WORDS} | self.words | kwargs
+            output = self.model.generate(**inputs, **choice)
+            words = output[0, inputs["input_ids"].shape[1] :]
+            answers.append(self.processor.decode(words, skip_special_tokens=True).strip())
+        return answers
+
+
+def make(name="qwen2_5_vl", integration="cross_attention", spatial_source="spa3r") -> Couple:
+    """A couple whose adapter has random weights: what isn't fused, or not as it should be, changes the answers."""
+    vlm, vlm_processor = build(name)
+    spa3r = None if spatial_source == "none" else make_spa3r()
+    model = Spa3VLM.from_vlm_and_spa3r(vlm, spa3r, integration=integration, spatial_source=spatial_source)
+    if model.adapter is not None:
+        alive(model.adapter)
+    processor = Spa3VLMProcessor(
+        vlm_processor,
+        Spa3RImageProcessor(size=SIZE),
+        image_token_id=vlm.config.image_token_id,
+        spatial_tokens=model.config.spatial_tokens,
+    )
+    return Couple(model, processor)
+
+
+@pytest.fixture(scope="module")
+def couple() -> Couple:
+    return make()
+
+
+@pytest.fixture(scope="module")
+def scene(couple) -> EncodedScene:
+    return couple.encode()
+
+
+# The same answers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("integration", "source"), [("cross_attention", "spa3r"), ("cross_attention", "none"), ("append", "vggt")]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_are_those_of_asking_alone(name, integration, source):
+    couple = make(name, integration, source)
+    answers = couple.ask(couple.encode(), QUESTIONS[:4])
+    assert answers == couple.alone(QUESTIONS[:4]) and len(set(answers)) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - UNSHARED_PREFIXES.keys()))
+def test_answers_are_those_of_asking_alone_in_every_family(name):
+    """Sliding windows, linear attention and convolutions among them; with tokens appended."""
+    couple = make(name, "append")
+    for pictures in (PICTURES, PICTURES[::-1]):
+        answers = couple.ask(couple.encode(pictures))
+        assert answers == couple.alone(pictures=pictures) and len(set(answers)) > 1
+
+
+@pytest.mark.parametrize("name", ("gemma3", "qwen3_5"))
+def test_caches_that_take_no_padding_are_asked_by_length(name, tmp_path):
+    """A window (32 tokens here, fewer than the prefix and a question have) counts padding; a state swallows it."""
+    couple = make(name)
+    scene, alone = couple.encode(), couple.alone()
+    assert {type(layer).__name__ for layer in scene.cache.layers} - {"DynamicLayer"}
+    batches = []
+    hook = couple.model.vlm.register_forward_pre_hook(
+        lambda _, args, kwargs: batches.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    assert couple.ask(scene) == alone
+    hook.remove()
+    rows = [rows for rows, tokens in batches if tokens > 1]
+    assert sorted(rows) == [1, 1, 1, 2]  # two questions are equally long
+    scene.save(tmp_path / "scene.safetensors")
+    assert couple.ask(EncodedScene.load(tmp_path / "scene.safetensors", couple.model, couple.processor)) == alone
+
+
+def test_with_the_systems_words(couple, scene):
+    system = "Answer in one word."
+    with_system = couple.encode(system=system)
+    assert len(with_system) > len(scene)
+    assert couple.ask(with_system) == couple.alone(system=system) != couple.ask(scene)
+
+
+@pytest.mark.parametrize("batch_size", (1, 2, 3))
+def test_batches_of_any_size(couple, scene, batch_size):
+    rows = []
+    hook = couple.model.vlm.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    answers = couple.ask(scene, batch_size=batch_size)
+    hook.remove()
+    assert answers == couple.ask(scene) and max(rows) == batch_size
+
+
+def test_one_question_has_one_answer(couple, scene):
+    many = couple.ask(scene)
+    assert couple.ask(scene, QUESTIONS[2]) == many[2] and couple.ask(scene, QUESTIONS[2:3]) == many[2:3]
+    assert couple.ask(scene, []) == []
+    assert couple.ask(couple.encode(PICTURES[0]), "What?") == couple.alone(["What?"], PICTURES[:1])[0]
+
+
+def test_answers_end_where_they_end_alone(couple, scene):
+    """With different lengths in a batch, and not a step after the last has ended."""
+    tokens = couple.processor.tokenizer(couple.ask(scene, max_new_tokens=8), add_special_tokens=False)["input_ids"]
+    steps = []
+    for end in dict.fromkeys(token for answer in tokens for token in answer):
+        hook = couple.model.vlm.register_forward_pre_hook(lambda *_: steps.append(0))
+        answers = couple.ask(scene, max_new_tokens=8, eos_token_id=end)
+        hook.remove()
+        assert answers == couple.alone(max_new_tokens=8, eos_token_id=end)
+        steps.append(len(set(map(len, answers))))
+        if steps[-1] > 2:
+            break
+    assert steps[-1] > 2
+    assert couple.ask(scene, max_new_tokens=1) == couple.alone(max_new_tokens=1)
+
+
+def test_everything_else_that_generate_offers(couple, scene):
+    few = QUESTIONS[1:3]  # of different lengths
+    for choice in ({"num_beams": 3}, {"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 1}):
+        assert couple.ask(scene, few, **choice) == couple.alone(few, **choice), choice
+    torch.manual_seed(0)
+    sampled = couple.ask(scene, do_sample=True, temperature=5.0, top_k=0)
+    assert sampled != couple.ask(scene)
+
+
+def test_long_answers_outgrow_the_store(couple, scene):
+    """The copies of a prefix have room for 64 tokens, and are copied again for more."""
+    answers = couple.ask(scene, QUESTIONS[:2], max_new_tokens=70)
+    assert answers == couple.alone(QUESTIONS[:2], max_new_tokens=70)
+
+
+# What is done once, and what is left alone ----------------------------------------------------------------------------
+
+
+def test_a_scene_is_looked_at_once(couple):
+    looks = []
+    parts = (couple.model.spa3r.encoder, couple.model.adapter, *couple.model.vision_modules())
+    hooks = [part.register_forward_hook(lambda *_: looks.append(1)) for part in parts]
+    scene = couple.encode()
+    first = len(looks)
+    couple.ask(scene)
+    couple.ask(scene, "What?")
+    for hook in hooks:
+        hook.remove()
+    assert first == len(looks) == len(parts)
+
+
+def test_asking_changes_no_scene_and_nothing_else_changes_answers(couple, scene):
+    """Whatever the model does in between: families keep the offset of the last prompt's positions."""
+    kept, answers = [(layer.keys.clone(), layer.values.clone()) for layer in scene.cache.layers], couple.ask(scene)
+    other = couple.encode(PICTURES[:1])
+    couple.alone(["What?"], [PICTURES[1]] * 4)
+    assert couple.ask(scene) == answers != couple.ask(other)
+    for layer, (keys, values) in zip(scene.cache.layers, kept):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+
+def test_a_scene_holds_views_fused_tokens_and_the_cache(couple, scene):
+    views = [couple.processor.view_image_processor.process_view(picture) for picture in PICTURES]
+    assert len(scene.views) == 3
+    for ours, view in zip(scene.views, views):
+        assert ours.size == view.size and np.abs(np.asarray(ours, int) - np.asarray(view, int)).max() <= 1
+    conversation = [{"role": "user", "content": [{"type": "image", "image": picture} for picture in PICTURES]}]
+    inputs = couple.processor.apply_chat_template([conversation], tokenize=True, return_dict=True)
+    fused, _ = couple.model._fuse(inputs.pop("input_ids"), inputs.pop("attention_mask"), dict(inputs))
+    assert torch.equal(scene.image_tokens, torch.cat(fused["mm_encoder_outputs"]["image"].pooler_output))
+    assert scene.cache.get_seq_length() == len(scene) == len(scene.input_ids)
+    tensors = [t for layer in scene.cache.layers for t in (layer.keys, layer.values)]
+    assert scene.cache_num_bytes == sum(t.nbytes for t in tensors)
+    assert scene.num_bytes > scene.cache_num_bytes + scene.image_tokens.nbytes
+    assert f"3 views, {len(scene.image_tokens)} image tokens" in repr(scene)
+
+
+def test_modes_are_left_as_they_were_and_dropout_is_off(couple, scene):
+    answers, model = couple.ask(scene), couple.model
+    model.train()
+    model.adapter.eval()
+    modes = [module.training for module in model.modules()]
+    try:
+        again = couple.encode()
+        assert couple.ask(again) == answers and [module.training for module in model.modules()] == modes
+        assert any(modes) and not all(modes)
+        with pytest.raises(ValueError):
+            couple.model.ask(again, "What?", max_new_tokens=-1)
+        assert [module.training for module in model.modules()] == modes
+    finally:
+        model.eval()
+
+
+def test_low_rank_updates_ask_too():
+    couple = make()
+    peft = get_peft_model(couple.model, LoraConfig(target_modules=r"vlm.*\.(q_proj|v_proj)", init_lora_weights=False))
+    scene = peft.encode_scene(couple.processor, PICTURES)
+    answers = peft.ask(scene, QUESTIONS, max_new_tokens=WORDS, **couple.words)
+    assert answers == couple.alone()
+    with peft.disable_adapter():
+        assert couple.alone() != answers
+
+
+def test_a_scene_kept_elsewhere(couple, scene):
+    moved = scene.to("cpu")
+    assert couple.ask(moved) == couple.ask(scene) and moved.cache is not scene.cache
+    assert scene.to("meta").cache.layers[0].keys.device.type == "meta" != scene.cache.layers[0].keys.device.type
+
+
+def test_half_precision(couple):
+    half = Couple(copy.deepcopy(couple.model).bfloat16(), couple.processor)
+    scene = half.encode()
+    assert scene.cache.layers[0].keys.dtype == torch.bfloat16 and all(half.ask(scene))
+
+
+def test_the_store_of_copies_is_a_cache_layer():
+    """Against transformers' own: growing, copied rows, beams that change places, words taken back."""
+    generator = torch.Generator().manual_seed(0)
+    prefix, ours, theirs = DynamicCache(), DynamicCache(), DynamicCache()
+    draw = lambda rows, tokens: [torch.randn(rows, 2, tokens, 4, generator=generator) for _ in range(2)]  # noqa: E731
+    prefix.update(*draw(1, 7), 0)
+    ours.layers, theirs.layers = [PrefixLayer(prefix.layers[0])], copy.deepcopy(prefix).layers
+    theirs.batch_repeat_interleave(3)
+    assert ours.get_seq_length() == 7
+    for step, tokens in enumerate((5, 1, 1, 80, 1, 1)):
+        new = draw(3, tokens)
+        for a, b in zip(ours.update(*new, 0), theirs.update(*new, 0)):
+            assert torch.equal(a, b)
+        for cache in (ours, theirs):
+            if step == 1:
+                cache.reorder_cache(torch.tensor([2, 0, 0]))
+            if step == 3:
+                cache.crop(-2)
+    assert prefix.get_seq_length() == 7 and prefix.layers[0].keys.shape[0] == 1
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_scene_gives_the_same_answers(couple, scene, tmp_path):
+    file = tmp_path / "scenes" / "room.safetensors"
+    scene.save(file)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    loaded = EncodedScene.load(file, couple.model, couple.processor)
+    assert couple.ask(loaded) == couple.ask(scene)
+    assert torch.equal(loaded.image_tokens, scene.image_tokens) and torch.equal(loaded.input_ids, scene.input_ids)
+    assert [view.tobytes() for view in loaded.views] == [view.tobytes() for view in scene.views]
+    assert loaded.num_bytes == scene.num_bytes and loaded.rope_delta == scene.rope_delta
+    with safe_open(file, framework="pt") as content:
+        assert json.loads(content.metadata()["scene"])["model_fingerprint"] == scene.model_fingerprint
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_checkpoint_loaded_again_takes_its_scenes(name, tmp_path):
+    couple = make(name)
+    scene = couple.encode(system="You see.")
+    scene.save(tmp_path / "scene.safetensors")
+    couple.model.save_pretrained(tmp_path / "model")
+    couple.processor.save_pretrained(tmp_path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    again = Couple(model, AutoProcessor.from_pretrained(tmp_path / "model"))
+    loaded = EncodedScene.load(tmp_path / "scene.safetensors", again.model, again.processor)
+    assert loaded.system == "You see." and again.ask(loaded) == couple.ask(scene)
+
+
+def test_a_scene_of_another_model_or_processor_is_refused(couple, scene, tmp_path):
+    file = tmp_path / "scene.safetensors"
+    scene.save(file)
+    trained = Couple(copy.deepcopy(couple.model), couple.processor)
+    with torch.no_grad():  # a step of training, however small
+        for parameter in trained.model.adapter.parameters():
+            parameter.mul_(1.001)
+    words = r"must be a scene of this model \(fingerprint [0-9a-f]{32}\), got one of another model .*encode the scene"
+    with pytest.raises(ValueError, match=words):
+        EncodedScene.load(file, trained.model, couple.processor)
+    with pytest.raises(ValueError, match="`scene` " + words):
+        trained.ask(scene)
+    with pytest.raises(ValueError, match=words):
+        make("qwen3_vl").ask(scene)
+    other = copy.copy(couple.processor)
+    other.images = "native"
+    with pytest.raises(ValueError, match=r"must be a scene of this processor .* got one of another processor"):
+        EncodedScene.load(file, couple.model, other)
+
+
+def test_fingerprints_tell_what_matters(couple):
+    model, processor = couple.model, couple.processor
+    before = model_fingerprint(model)
+    model.set_attn_implementation("eager")
+    assert model_fingerprint(model) == before
+    model.set_attn_implementation("sdpa")
+    assert model_fingerprint(copy.deepcopy(model).bfloat16()) != before
+    turned = copy.deepcopy(model)
+    turned.config.vlm_config.text_config.rope_parameters["rope_theta"] = 1e5
+    assert model_fingerprint(turned) != before
+    before = processor_fingerprint(processor)
+    for change in ({"chat_template": "{{ messages }}"}, {"images": "native"}, {"view_image_processor": None}):
+        other = copy.deepcopy(processor)
+        for key, value in change.items():
+            setattr(other, key, value or Spa3RImageProcessor(size=28))
+        assert processor_fingerprint(other) != before, change
+
+
+def test_files_that_are_no_scenes(couple, scene, tmp_path):
+    file = tmp_path / "scene.safetensors"
+    save_file({"latents": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match=r"must be a scene as `EncodedScene.save` writes it .*, got None"):
+        EncodedScene.load(file, couple.model, couple.processor)
+    scene.save(file)
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"can't be read as safetensors .* encode the scene again"):
+        EncodedScene.load(file, couple.model, couple.processor)
+    with pytest.raises(FileNotFoundError):
+        EncodedScene.load(tmp_path / "none.safetensors", couple.model, couple.processor)
+
+
+# Many scenes ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_scenes_leave(scene):
+    size = scene.num_bytes
+    scenes = SceneCache(max_bytes=3 * size)
+    for name in "abc":
+        scenes[name] = scene
+    assert list(scenes) == ["a", "b", "c"] and scenes.num_bytes == 3 * size
+    assert scenes["a"] is scene and "b" in scenes  # the first is a use, the second is not
+    scenes["d"] = scene
+    assert list(scenes) == ["c", "a", "d"] and len(scenes) == 3 and "b" not in scenes and scenes.get("b") is None
+    scenes["c"] = scene  # a place is not counted twice
+    assert list(scenes) == ["a", "d", "c"]
+    del scenes["d"]
+    assert list(scenes) == ["a", "c"] and scenes.num_bytes == 2 * size
+    tokens = scene.image_tokens.nbytes
+    scenes["d"] = replace(scene, image_tokens=torch.zeros(size + tokens, dtype=torch.uint8))  # as large as two
+    assert list(scenes) == ["c", "d"] and scenes.num_bytes == 3 * size
+    scenes["e"] = replace(scene, image_tokens=torch.zeros(3 * size, dtype=torch.uint8))
+    assert list(scenes) == ["c", "d"]  # larger than all together: not kept, and nothing leaves for it
+    with pytest.raises(ValueError, match="`max_bytes` must be 0 or more, got -1"):
+        SceneCache(max_bytes=-1)
+
+
+def test_a_scene_that_is_there_is_not_encoded_again(scene):
+    scenes, calls = SceneCache(max_bytes=2 * scene.num_bytes), []
+
+    def encode():
+        calls.append(1)
+        return replace(scene)
+
+    threads = [threading.Thread(target=lambda: scenes.get_or_encode("a", encode)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and scenes.get_or_encode("a", encode) is scenes["a"]
+    assert SceneCache(max_bytes=0).get_or_encode("a", encode).num_bytes == scene.num_bytes and len(calls) == 2
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_families_without_a_common_prefix_are_refused():
+    couple = make("paligemma")
+    words = "'paligemma': its pictures look at the question. Ask with `model.generate` on whole prompts, or use"
+    with pytest.raises(ValueError, match=words):
+        couple.encode()
+
+
+def test_templates_without_a_common_prefix_are_refused(couple):
+    processor = copy.copy(couple.processor)
+    processor.vlm_processor = copy.copy(processor.vlm_processor)
+    template, end = processor.chat_template, "{%- if add_generation_prompt -%}"
+    for before, after in (
+        ("for part in content", "for part in content|reverse"),  # the question first
+        (end, "{{ messages[0]['content']|length - 1 }} pictures" + end),
+    ):
+        assert before in template
+        processor.chat_template = template.replace(before, after)
+        words = "have no part that all questions about a scene share: its chat template must put the question behind"
+        with pytest.raises(ValueError, match=words):
+            couple.model.encode_scene(processor, PICTURES)
+
+
+def test_questions_that_are_refused(couple, scene):
+    for question in ("", "  \n", None):
+        with pytest.raises(ValueError, match="`questions` must be texts that are not empty"):
+            couple.ask(scene, ["What?", question])
+    with pytest.raises(ValueError, match=r"must not contain '<\|image_pad\|>', which stands for a picture"):
+        couple.ask(scene, "What is <|image_pad|>?")
+    assert couple.ask(scene, ["<|im_end|>What?"]) == couple.alone(["<|im_end|>What?"])  # as anything else
+
+
+def test_arguments_that_are_refused(couple, scene):
+    with pytest.raises(ValueError, match="`images` must hold at least one picture"):
+        couple.encode([])
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+        couple.ask(scene, batch_size=0)
+    for name, value in {"num_return_sequences": 2, "use_cache": False, "past_key_values": None}.items():
+        with pytest.raises(ValueError, match=f"must decide itself about '{name}'"):
+            couple.ask(scene, **{name: value})
+    wrong = make("qwen2_5_vl", "append")
+    wrong.processor.spatial_tokens = None
+    with pytest.raises(ValueError, match="must hold a place for each token that is appended"):
+        wrong.encode()
