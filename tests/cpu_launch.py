@@ -4,6 +4,9 @@ accelerate turns FSDP and DeepSpeed on where there is an accelerator, and trains
 FSDP2 and DeepSpeed themselves run on a CPU too, with gloo; launched through this file, they do.
 """
 
+import os
+import sys
+
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -16,4 +19,10 @@ PartialState.set_device = lambda state: setattr(state, "device", torch.device("c
 training_args.is_torch_bf16_gpu_available = lambda: True  # the CPU has bfloat16
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        # A device mesh keeps gloo's threads for good, and those abort a process whose interpreter ends at a bad moment.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code)

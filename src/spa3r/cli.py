@@ -6,6 +6,7 @@ to standard error. torch and the models are imported inside the commands.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -516,6 +517,7 @@ def _train(report: Report, settings: Any, run: Callable[..., Any], fresh: bool) 
         report.line(settings.to_yaml())
     result = run(settings, fresh=fresh, note=report.note, progress=report.line)
     if torch.distributed.is_initialized():
+        gc.collect()  # what still holds a group keeps it and its threads beyond the interpreter's end, which may abort
         torch.distributed.destroy_process_group()
     if not is_main_process:
         raise typer.Exit

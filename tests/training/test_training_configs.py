@@ -131,7 +131,7 @@ def start(
     overrides = [f"--training.{name}={value}" for name, value in training.items()]
     overrides.append(f"--data.pictures_per_device={pictures}")
     python = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{launcher}.yaml")]
-    variables = {"CUDA_VISIBLE_DEVICES": ""} | (
+    variables = {"CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"} | (
         {"DS_ACCELERATOR": "cpu"} if is_sharded else {"ACCELERATE_USE_CPU": "true"}
     )
     return subprocess.Popen(
@@ -145,7 +145,7 @@ def start(
 
 def finish(process: subprocess.Popen) -> str:
     out, errors = process.communicate(timeout=900)  # many processes on few cores
-    assert process.returncode == 0, errors
+    assert process.returncode == 0, errors[-8000:]
     return out
 
 
