@@ -23,7 +23,7 @@ from spa3r.rooms.questions import QUESTION_TYPES
 def read(first_seed: int, rooms: int, level: RoomLevel) -> list[dict]:
     """All questions about some rooms, each once."""
     questions = RoomQuestions(first_seed, rooms, level)
-    rows = [questions.row(index) for index in range(len(questions))]
+    rows = [questions.row(index) for index in range(questions.num_questions)]
     return list({row["id"]: row for row in rows}.values())
 
 

@@ -128,11 +128,46 @@ def test_training_and_test_rooms_never_overlap():
         small(FIRST_TEST_SEED - 2, 3)
 
 
+def test_conversations_ask_every_question_of_a_room_once(questions):
+    conversations = small(questions_per_example=4)
+    assert len(conversations) == 3 * ROOMS and conversations.num_questions == questions.num_questions == len(questions)
+    own = {(row["scene_name"], make_prompt(row)): row for row in map(questions.row, range(len(questions)))}
+    asked, types = [], set()
+    for index in range(len(conversations)):
+        example, again = conversations[index], small(questions_per_example=4)[index - len(conversations)]
+        assert same(example, again) and example["question_type"] is None
+        scene, kind, number = example["row"].split("/")
+        assert (int(scene), kind, int(number)) == (index // 3, "conversation", index)
+        users, assistants = example["messages"][::2], example["messages"][1::2]
+        assert [len(user["content"]) for user in users] == [9] + [1] * (len(users) - 1) and len(users) <= 4
+        for user, assistant in zip(users, assistants, strict=True):
+            row = own[scene, user["content"][-1]["text"]]
+            assert assistant["content"][0]["text"] == row["ground_truth"]
+            asked.append((scene, row["question"], row["question_type"]))
+            types.add(row["question_type"])
+        assert all(np.array_equal(a, b) for a, b in zip(pictures_of(example), questions.pictures(int(scene))))
+    assert len(set(asked)) == len(asked) and types == set(QUESTION_TYPES)
+    stand_ins = [index for index in range(len(questions)) if int(questions.row(index)["scene_name"]) != index // 10]
+    assert len(asked) >= len(questions) - len(stand_ins)
+
+
+def test_a_conversation_of_stand_ins_alone_asks_for_the_size_of_the_room():
+    level = replace(LEVELS[0], num_objects=(1, 1))
+    examples = small(level=level, types=["object_rel_distance", "route_planning"], questions_per_example=2)
+    assert len(examples) == ROOMS
+    assert {len(examples[index]["messages"]) for index in range(ROOMS)} == {2}
+    assert "size of this room" in examples[0]["messages"][0]["content"][-1]["text"]
+
+
 def test_errors_say_what_was_wanted(tmp_path):
     with pytest.raises(ValueError, match=r"`frames` must be an int in 1..16, got 17"):
         small(frames=17)
     with pytest.raises(ValueError, match="`num_rooms` must be an int >= 1, got 0"):
         small(num_rooms=0)
+    with pytest.raises(ValueError, match="`questions_per_example` must be an int >= 1, got 0"):
+        small(questions_per_example=0)
+    with pytest.raises(IndexError, match="`index` must be below 40, the number of questions, got 40"):
+        small(questions_per_example=5).row(40)
     with pytest.raises(FileNotFoundError, match=r"`rendered` must be a folder of rendered rooms, got .*missing"):
         small(rendered=tmp_path / "missing")
     with pytest.raises(ValueError, match=r"types: wanted names out of .* got 'weight'"):

@@ -48,7 +48,7 @@ def export_rooms(
     datasets = require_datasets() if layout == "vsi_bench" else None
     output = Path(output)
     (output / "rooms").mkdir(parents=True, exist_ok=True)
-    rows = [questions.row(index) for index in range(len(questions))]
+    rows = [questions.row(index) for index in range(questions.num_questions)]
     for scene in sorted({row["scene_name"] for row in rows}):
         _write_video(output / "rooms" / f"{scene}.mp4", questions.pictures(int(scene)))
     if layout == "vsi_590k":

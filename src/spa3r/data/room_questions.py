@@ -42,6 +42,10 @@ class RoomQuestions(Dataset):
     few questions of a type, one of the same type about one of the next seven stands in, so types stay equally
     frequent: one that no other index holds, if there is one.
 
+    With ``questions_per_example`` above 1 an example is a conversation: so many questions about one room, of mixed
+    types, after one showing of its pictures, which trains faster; its ``question_type`` is None. A question that stands
+    in for one that the room does not allow is left out, so some conversations are shorter.
+
     Args:
         first_seed: Seed of the first room. Below :data:`FIRST_TEST_SEED` are the rooms to train on, from there on
             those to test on; a data set holds one or the other.
@@ -56,6 +60,7 @@ class RoomQuestions(Dataset):
             be of the same level. Rooms that are not there are rendered; either way the examples are the same.
         size: Height and width of the pictures in pixels, where they are rendered.
         name: What reports call the source.
+        questions_per_example: Questions that follow one another after the pictures.
     """
 
     def __init__(
@@ -70,10 +75,15 @@ class RoomQuestions(Dataset):
         rendered: str | Path | None = None,
         size: int = 112,
         name: str = "rooms",
+        questions_per_example: int = 1,
     ):
         check_seed(first_seed)
         check_seed(seed)
-        for key, value, most in (("num_rooms", num_rooms, None), ("frames", frames, WALK_VIEWS)):
+        for key, value, most in (
+            ("num_rooms", num_rooms, None),
+            ("frames", frames, WALK_VIEWS),
+            ("questions_per_example", questions_per_example, None),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
                 wanted = f"an int in 1..{most}" if most else "an int >= 1"
                 raise ValueError(f"`{key}` must be {wanted}, got {value!r}. Ask for at least one.")
@@ -89,29 +99,56 @@ class RoomQuestions(Dataset):
         self.rendered = None if rendered is None else Path(rendered)
         types = QUESTION_TYPES if types is None else tuple(types)
         self._slots = [(t, k) for t in types for k in range(1 if t == "room_size_estimation" else per_type)]
+        self.questions_per_example = questions_per_example
         self._views = uniform_indices(WALK_VIEWS, frames)
         self._rooms: OrderedDict[int, list[PIL.Image.Image]] = OrderedDict()
         self._walks: OrderedDict[int, tuple[RoomWalk, dict[str, tuple[int, list[dict[str, Any]]]]]] = OrderedDict()
 
     def __len__(self) -> int:
+        return self.num_rooms * self._examples_per_room
+
+    @property
+    def num_questions(self) -> int:
+        """How many :meth:`row` gives; the number of examples, unless they are conversations."""
         return self.num_rooms * len(self._slots)
 
+    @property
+    def _examples_per_room(self) -> int:
+        return -(-len(self._slots) // self.questions_per_example)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.row(index)
+        index = self._check_index(index, len(self), "examples")
+        if self.questions_per_example == 1:
+            row = self.row(index)
+            name, question_type = f"{row['question_type']}/{row['id'] % MOST_QUESTIONS}", row["question_type"]
+            rows = [row]
+        else:
+            rows, name, question_type = self._conversation(index), f"conversation/{index}", None
+        scene = rows[0]["scene_name"]
+        messages = make_messages(rows[0], self.pictures(int(scene)))
+        for row in rows[1:]:
+            messages += make_messages(row, ())
         return {
-            "messages": make_messages(row, self.pictures(int(row["scene_name"]))),
+            "messages": messages,
             "source": self.name,
-            "row": f"{row['scene_name']}/{row['question_type']}/{row['id'] % MOST_QUESTIONS}",
-            "question_type": row["question_type"],
+            "row": f"{scene}/{name}",
+            "question_type": question_type,
             "skipped": [],
         }
 
+    def _conversation(self, index: int) -> list[dict[str, Any]]:
+        """The questions of a conversation: one deal of the room's questions, shuffled, stand-ins left out."""
+        room, deal = divmod(index, self._examples_per_room)
+        seed = self.first_seed + room
+        slots = np.random.default_rng([self.seed, seed]).permutation(len(self._slots))
+        rows = [self.row(room * len(self._slots) + int(slot)) for slot in slots[deal :: self._examples_per_room]]
+        own = {row["id"]: row for row in rows if int(row["scene_name"]) == seed}  # a stand-in may be there already
+        return list(own.values()) or self._questions(seed, "room_size_estimation", 1)  # which every room allows
+
     def row(self, index: int) -> dict[str, Any]:
-        """The question of an example in the row format of VSI-Bench, as
-        :func:`~spa3r.rooms.questions.room_questions` gives it."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"`index` must be below {len(self)}, the number of examples, got {index}.")
-        room, slot = divmod(index % len(self), len(self._slots))
+        """A question in the row format of VSI-Bench, as :func:`~spa3r.rooms.questions.room_questions` gives it: that of
+        the example of this index, unless examples are conversations."""
+        room, slot = divmod(self._check_index(index, self.num_questions, "questions"), len(self._slots))
         question_type, k = self._slots[slot]
         nearby = [self.first_seed + (room + step) % self.num_rooms for step in range(min(self.num_rooms, _ROOMS_ASKED))]
         for step, seed in enumerate(nearby):
@@ -124,6 +161,12 @@ class RoomQuestions(Dataset):
             if rows := self._questions(seed, question_type, k + 1):
                 return rows[-1]
         return self._questions(nearby[0], "room_size_estimation", 1)[0]  # every room allows that
+
+    @staticmethod
+    def _check_index(index: int, number: int, what: str) -> int:
+        if not -number <= index < number:
+            raise IndexError(f"`index` must be below {number}, the number of {what}, got {index}.")
+        return index % number
 
     def _questions(self, seed: int, question_type: str, number: int) -> list[dict[str, Any]]:
         """The first `number` questions of a type about a room, or as many as it allows."""
