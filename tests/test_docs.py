@@ -202,7 +202,10 @@ def test_families_are_those_that_are_run():
 def test_commands_are_all_told():
     page = read("docs", "guides", "command_line.md")
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert commands == {re.match(r"`spa3r (\w+)", row[0])[1] for row in table_below(page, "# Command line")}
+    for group in app.registered_groups:
+        commands |= {f"{group.name} {command.name}" for command in group.typer_instance.registered_commands}
+    told = [re.match(r"`spa3r (eval [\w-]+|\w+)", row[0])[1] for row in table_below(page, "# Command line")]
+    assert commands == set(told)
 
 
 def test_levels_are_those_of_the_rooms():

@@ -6,7 +6,6 @@ to standard error. torch and the models are imported inside the commands.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import typer
 
 from spa3r import __version__
 from spa3r.checkpoints import EMBEDDED
+from spa3r.cli_eval import eval_app
 from spa3r.console import (
     AsJson,
     Attention,
@@ -31,6 +31,7 @@ from spa3r.console import (
     Report,
     Verbose,
     WeightType,
+    end_processes,
 )
 from spa3r.console import check_model as _check_model
 from spa3r.console import embedded_notes as _embedded_notes
@@ -74,6 +75,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(eval_app, name="eval")
 
 
 class Kind(StrEnum):
@@ -510,15 +512,11 @@ def finetune(
 
 def _train(report: Report, settings: Any, run: Callable[..., Any], fresh: bool) -> Any:
     """Run a training; only the first process comes back, and speaks for all."""
-    import torch
-
     is_main_process = os.environ.get("RANK", "0") == "0"
     if is_main_process:
         report.line(settings.to_yaml())
     result = run(settings, fresh=fresh, note=report.note, progress=report.line)
-    if torch.distributed.is_initialized():
-        gc.collect()  # what still holds a group keeps it and its threads beyond the interpreter's end, which may abort
-        torch.distributed.destroy_process_group()
+    end_processes()
     if not is_main_process:
         raise typer.Exit
     return result

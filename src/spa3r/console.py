@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -204,3 +205,12 @@ def embedded_notes() -> tuple[str, str]:
     from spa3r import embedded
 
     return getattr(embedded, "UNTRAINED_NOTE", ""), embedded.ROOMS_NOTE
+
+
+def end_processes() -> None:
+    """Leave the other processes of a run, if there are any."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        gc.collect()  # what still holds a group keeps it and its threads beyond the interpreter's end, which may abort
+        torch.distributed.destroy_process_group()

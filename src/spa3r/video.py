@@ -37,8 +37,29 @@ def sample_frames(video: str | Path, num_frames: int | Callable[[float], int] | 
     Raises:
         ValueError: The file can't be opened or holds no frames, or `num_frames` is less than 1.
     """
+    return sample_numbered_frames(video, num_frames)[1]
+
+
+def sample_numbered_frames(
+    video: str | Path, num_frames: int | Callable[[float], int] | None = None, whole: bool = False
+) -> tuple[list[int], list[PIL.Image.Image]]:
+    """As :func:`sample_frames`, with the frames' numbers, from 0.
+
+    Args:
+        video: A file or URL.
+        num_frames: As there.
+        whole: Refuse a video that breaks off before as many frames as its header promises.
+
+    Raises:
+        ValueError: As there; or the video breaks off, and must be whole.
+    """
     with _named_errors(video):
-        count, seconds = _length(str(video))
+        count, seconds, promised = _length(str(video))
+        if whole and count < promised:
+            raise ValueError(
+                f"The video {video} breaks off: it must hold {promised} frames, as its header says, and holds {count}. "
+                "Fetch it again."
+            )
         if not isinstance(num_frames, int):
             num_frames = (num_frames or default_num_frames)(seconds)
         indices = uniform_indices(count, num_frames) if count else np.empty(0, int)
@@ -48,7 +69,8 @@ def sample_frames(video: str | Path, num_frames: int | Callable[[float], int] | 
             frames, _ = _decode(str(video), set(indices.tolist()))
     if not len(indices):
         raise _no_frames(video)
-    return [frames[index] for index in indices.tolist()]
+    numbers = indices.tolist()
+    return numbers, [frames[number] for number in numbers]
 
 
 def count_frames(video: str | Path) -> int:
@@ -58,7 +80,7 @@ def count_frames(video: str | Path) -> int:
         ValueError: The file can't be opened or holds no frames.
     """
     with _named_errors(video):
-        count, _ = _length(str(video))
+        count, _, _ = _length(str(video))
     if not count:
         raise _no_frames(video)
     return count
@@ -158,16 +180,17 @@ def _upright(frame: av.VideoFrame) -> PIL.Image.Image:
     return frame.to_image().rotate(frame.rotation, expand=True)
 
 
-def _length(path: str) -> tuple[int, float]:
-    """Number of frames, by counting packets (some containers name none or a wrong number), and seconds."""
+def _length(path: str) -> tuple[int, float, int]:
+    """Number of frames, by counting packets (some containers name none or a wrong number), seconds, and the number of
+    frames that the header names; 0 where it names none."""
     with av.open(path) as container:
         if not container.streams.video:
-            return 0, 0.0
+            return 0, 0.0, 0
         stream = container.streams.video[0]
         count = sum(packet.size > 0 for packet in container.demux(stream))
         if stream.duration is not None:
-            return count, float(stream.duration * stream.time_base)
-        return count, count / float(stream.average_rate or 30)
+            return count, float(stream.duration * stream.time_base), stream.frames
+        return count, count / float(stream.average_rate or 30), stream.frames
 
 
 def _decode(path: str, wanted: set[int]) -> tuple[dict[int, PIL.Image.Image], int]:

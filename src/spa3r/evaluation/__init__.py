@@ -1,6 +1,8 @@
 """How good a model is, in numbers, beside what can be had without it."""
 
+from spa3r.evaluation.benchmarks import Benchmark, RoomsBenchmark, VsiBench, open_benchmark
 from spa3r.evaluation.blind import blind_answers, blind_scores
+from spa3r.evaluation.compare import Flip, RunComparison, compare_runs
 from spa3r.evaluation.field import FieldReport, Measure, evaluate_field
 from spa3r.evaluation.room_answers import (
     AnswerReport,
@@ -10,21 +12,34 @@ from spa3r.evaluation.room_answers import (
     score_answer,
     score_table,
 )
+from spa3r.evaluation.run_folder import EvaluationRun
+from spa3r.evaluation.runner import PRESETS, EvaluationSettings, run_benchmark
 from spa3r.evaluation.vsi_bench import aggregate, make_prompt, parse_prediction, score_prediction
 
 __all__ = [
+    "PRESETS",
     "AnswerReport",
+    "Benchmark",
+    "EvaluationRun",
+    "EvaluationSettings",
     "FieldReport",
+    "Flip",
     "Measure",
+    "RoomsBenchmark",
+    "RunComparison",
     "ScoredAnswer",
+    "VsiBench",
     "aggregate",
     "answer",
     "blind_answers",
     "blind_scores",
+    "compare_runs",
     "evaluate_answers",
     "evaluate_field",
     "make_prompt",
+    "open_benchmark",
     "parse_prediction",
+    "run_benchmark",
     "score_answer",
     "score_prediction",
     "score_table",

@@ -88,8 +88,9 @@ def answer(
     batch_size: int = 8,
     max_new_tokens: int = 16,
     use_spa3r: bool = True,
+    show_progress: bool = True,
 ) -> list[str]:
-    """Greedy answers to the last question of every example; a bar shows how far it is.
+    """Greedy answers to the last question of every example.
 
     Args:
         model: A Spa3-VLM, or a VLM of transformers. Its modules are left in the mode in which they were.
@@ -101,6 +102,7 @@ def answer(
         max_new_tokens: Length of an answer at most. VSI-Bench allows 16.
         use_spa3r: False: a Spa3-VLM's VLM alone, whose image tokens are not fused. A plain VLM has nothing to leave
             out.
+        show_progress: Whether a bar shows how far it is.
 
     Returns:
         The answers, in the examples' order.
@@ -108,7 +110,8 @@ def answer(
     Raises:
         ValueError: `batch_size` is below 1, or an example holds no question.
     """
-    return [text for _, text in _answers(model, processor, examples, batch_size, max_new_tokens, use_spa3r)]
+    asked = (examples, batch_size, max_new_tokens, use_spa3r, show_progress)
+    return [text for _, text in _answers(model, processor, *asked)]
 
 
 def evaluate_answers(
@@ -194,6 +197,7 @@ def _answers(
     batch_size: int,
     max_new_tokens: int,
     use_spa3r: bool,
+    show_progress: bool = True,
 ) -> Iterator[tuple[Example, str]]:
     """Every example with its answer."""
     if batch_size < 1:
@@ -208,7 +212,7 @@ def _answers(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with logging.tqdm(total=_length(examples), desc="Answering", leave=False) as bar:
+        with logging.tqdm(total=_length(examples), desc="Answering", leave=False, disable=not show_progress) as bar:
             for batch in _batches(examples, batch_size):
                 inputs = processor.apply_chat_template(
                     [_prompt(example) for example in batch],

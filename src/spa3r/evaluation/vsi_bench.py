@@ -90,7 +90,7 @@ def aggregate(rows_with_scores: Iterable[Mapping[str, Any]]) -> dict[str, float]
     """
     scores = defaultdict(list)
     for row in rows_with_scores:
-        scores[_task(row["question_type"])].append((row["question_type"], float(row["score"])))
+        scores[task_of(row["question_type"])].append((row["question_type"], float(row["score"])))
     if not scores:
         raise ValueError("`rows_with_scores` must hold at least one scored row, got none.")
     table = {}
@@ -108,6 +108,6 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _task(question_type: str) -> str:
+def task_of(question_type: str) -> str:
     is_choice(question_type)  # or an error
     return "object_rel_direction" if question_type.startswith("object_rel_direction") else question_type

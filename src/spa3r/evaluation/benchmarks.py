@@ -1,0 +1,288 @@
+"""What is asked, and about which frames: VSI-Bench as it is released, and rooms.
+
+benchmark = VsiBench("VSI-Bench", subset="debiased")
+numbers, frames = benchmark.frames("scannet/scene0050_00", num_frames=32)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import threading
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import PIL.Image
+
+from spa3r.data.room_questions import FIRST_TEST_SEED, STRIDE_OF_WALK, WALK_VIEWS, RoomQuestions
+from spa3r.data.vsi_format import make_prompt
+from spa3r.evaluation.vsi_bench import score_prediction
+from spa3r.video import sample_numbered_frames, uniform_indices
+
+Row = dict[str, Any]
+Frames = tuple[list[int], list[PIL.Image.Image]]
+Subset = Literal["full", "debiased", "pruned"]
+"""All questions of VSI-Bench; those that are left where words alone don't help (arXiv 2511.04655); the rest."""
+
+
+class Benchmark(ABC):
+    """Questions in VSI-Bench's row format, and the frames that they are about.
+
+    Attributes:
+        rows: The questions, in order: ``id``, ``dataset``, ``scene_name``, ``question_type``, ``question``,
+            ``options``, ``ground_truth``, and what else the source says of them.
+        about: ``name`` and the arguments that make the same benchmark again, ready for JSON: see
+            :func:`open_benchmark`.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any], source: str):
+        self.rows: list[Row] = [{"id": number} | dict(row) for number, row in enumerate(rows)]
+        self.about = dict(about)
+        _check_rows(self.rows, source)
+
+    @property
+    def scenes(self) -> dict[str, list[Row]]:
+        """The questions of every scene, by :func:`scene_of`."""
+        scenes: dict[str, list[Row]] = {}
+        for row in self.rows:
+            scenes.setdefault(scene_of(row), []).append(row)
+        return scenes
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all rows."""
+        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
+
+    def missing(self) -> dict[str, str]:
+        """Scenes of which there is nothing to look at, as far as one sees without reading them, and why."""
+        return {}
+
+    @abstractmethod
+    def frames(self, scene: str, num_frames: int) -> Frames:
+        """Uniformly sampled frames of a scene, first and last included, and their numbers. May be called by threads.
+
+        Raises:
+            ValueError: They can't be read.
+        """
+
+
+def scene_of(row: Mapping[str, Any]) -> str:
+    """The scene that a row is about: ``<dataset>/<scene_name>``."""
+    return f"{row['dataset']}/{row['scene_name']}"
+
+
+class VsiBench(Benchmark):
+    """VSI-Bench (arXiv 2412.14171) in its released layout.
+
+    Args:
+        data: A folder, the annotations (``.parquet`` or ``.jsonl``) in one, or the id of a data set on the hub, such as
+            ``nyu-visionx/VSI-Bench``. Beside the annotations lie the videos, ``<dataset>/<scene_name>.mp4``, or
+            archives of them, ``<dataset>.zip``, which need not be unpacked. In a folder ``test.parquet`` is read, else
+            ``test.jsonl``, else ``test-*.parquet``, else both parts, ``test_debiased.parquet`` and
+            ``test_pruned.parquet``.
+        subset: ``"full"``; ``"debiased"`` or ``"pruned"``: ``test_<subset>.parquet``, or what the rows' ``pruned`` or
+            ``pruned_ids.txt`` say.
+        revision: Of a data set on the hub.
+
+    Raises:
+        FileNotFoundError: There are no annotations.
+        ValueError: A row can't be asked or scored, ids repeat, or nothing says which rows are pruned.
+    """
+
+    def __init__(self, data: str | Path, subset: Subset = "full", revision: str | None = None):
+        if subset not in get_args(Subset):
+            raise ValueError(f"`subset` must be one of {', '.join(get_args(Subset))}, got {subset!r}.")
+        path, revision = _fetched(data, revision)
+        self.root = path if path.is_dir() else path.parent
+        rows = _rows_of_folder(path, subset) if path.is_dir() else _of_subset(_read_rows(path), subset, self.root)
+        about = {"name": "vsi-bench", "data": str(data), "subset": subset}
+        super().__init__(rows, about | ({} if revision is None else {"revision": revision}), str(path))
+
+    def missing(self) -> dict[str, str]:
+        """As :meth:`Benchmark.missing`: videos that don't exist."""
+        found = {}
+        for scene in self.scenes:
+            try:
+                with self._video(scene, unpack=False):
+                    pass
+            except ValueError as error:
+                found[scene] = str(error)
+        return found
+
+    def frames(self, scene: str, num_frames: int) -> Frames:
+        """As :meth:`Benchmark.frames`. A video that breaks off before as many frames as it promises is refused."""
+        with self._video(scene) as video:
+            return sample_numbered_frames(video, num_frames, whole=True)
+
+    @contextmanager
+    def _video(self, scene: str, unpack: bool = True) -> Iterator[Path]:
+        """The video's file; out of an archive for as long as it is read."""
+        video, archive = self.root / f"{scene}.mp4", self.root / f"{scene.partition('/')[0]}.zip"
+        if video.exists() or not archive.exists():
+            if not video.exists():
+                raise ValueError(f"The video {video} doesn't exist, nor an archive {archive}. Fetch it.")
+            yield video
+            return
+        try:
+            with zipfile.ZipFile(archive) as content, tempfile.TemporaryDirectory(prefix="spa3r-") as folder:
+                names = set(content.namelist())
+                name = next((name for name in (f"{scene}.mp4", video.name) if name in names), None)
+                if name is None:
+                    raise ValueError(f"The archive {archive} holds no {scene}.mp4. Fetch it again.")
+                place = Path(folder) / video.name
+                if unpack:
+                    with content.open(name) as packed, open(place, "wb") as file:
+                        shutil.copyfileobj(packed, file)
+                yield place
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"The archive {archive} can't be read ({error}). Fetch it again.") from error
+
+
+class RoomsBenchmark(Benchmark):
+    """Questions of VSI-Bench's types about rooms that no training sees: see :class:`~spa3r.data.RoomQuestions`.
+
+    Args:
+        num_rooms: How many rooms; each is asked about every type that it allows.
+        level: Of the rooms, 0..3.
+        frames: Pictures of each room that questions are made about; what the model sees is a part of them, or all.
+        seed: Other questions for every value.
+        first_seed: Seed of the first room, from :data:`~spa3r.data.room_questions.FIRST_TEST_SEED` on.
+        size: Height and width of the pictures in pixels.
+
+    Raises:
+        ValueError: `first_seed` is that of a room to train on, or another argument is out of range.
+    """
+
+    def __init__(
+        self,
+        num_rooms: int = 30,
+        level: int = 0,
+        frames: int = 8,
+        seed: int = 0,
+        first_seed: int = FIRST_TEST_SEED,
+        size: int = 112,
+    ):
+        if first_seed < FIRST_TEST_SEED:
+            raise ValueError(
+                f"`first_seed` must be at least {FIRST_TEST_SEED}, got {first_seed}: the rooms before are for training."
+            )
+        self.questions = RoomQuestions(first_seed, num_rooms, level=level, frames=frames, seed=seed, size=size)
+        self._lock = threading.Lock()  # the questions keep rooms, which is no matter for two threads at once
+        # A question stands in for one that its room does not allow; each is asked once.
+        rows = {row["id"]: row for row in map(self.questions.row, range(len(self.questions)))}
+        about = {"name": "rooms", "num_rooms": num_rooms, "level": level, "frames": frames, "seed": seed}
+        super().__init__(rows.values(), about | {"first_seed": first_seed, "size": size}, "rooms")
+
+    def frames(self, scene: str, num_frames: int) -> Frames:
+        """As :meth:`Benchmark.frames`; numbers are steps of the walk."""
+        with self._lock:
+            pictures = self.questions.pictures(int(scene.rpartition("/")[2]))
+        if num_frames != len(pictures):
+            raise ValueError(
+                f"`num_frames` must be {len(pictures)}, the pictures of a room that its questions are about, got "
+                f"{num_frames}. Make the benchmark with `frames` = {num_frames}."
+            )
+        return (STRIDE_OF_WALK * uniform_indices(WALK_VIEWS, num_frames)).tolist(), pictures
+
+
+def open_benchmark(about: Mapping[str, Any]) -> Benchmark:
+    """The benchmark that a run was about.
+
+    Args:
+        about: Its :attr:`Benchmark.about`.
+    """
+    makers: dict[str, Callable[..., Benchmark]] = {"vsi-bench": VsiBench, "rooms": RoomsBenchmark}
+    arguments = dict(about)
+    return makers[arguments.pop("name")](**arguments)
+
+
+# Rows of VSI-Bench
+
+
+def _fetched(data: str | Path, revision: str | None) -> tuple[Path, str | None]:
+    """Where the data lie on this machine; of a data set on the hub the revision, too."""
+    path = Path(data).expanduser()
+    is_hub_id = isinstance(data, str) and data.count("/") == 1 and data[0] not in "./~" and not path.exists()
+    if not is_hub_id:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"`data` must be a folder in VSI-Bench's layout, its annotations or a hub id, got {str(data)!r}, which "
+                "doesn't exist. Check the path."
+            )
+        return path, None
+    from huggingface_hub import snapshot_download
+
+    # A snapshot's folder is named by its commit.
+    folder = Path(snapshot_download(data, repo_type="dataset", revision=revision))
+    return folder, folder.name
+
+
+def _rows_of_folder(folder: Path, subset: Subset) -> list[Row]:
+    own = folder / f"test_{subset}.parquet"
+    if own.is_file():
+        return _read_rows(own)
+    parts = [folder / f"test_{part}.parquet" for part in ("debiased", "pruned")]
+    choices = [[folder / "test.parquet"], [folder / "test.jsonl"], sorted(folder.glob("test-*.parquet")), parts]
+    files = next((files for files in choices if files and all(file.is_file() for file in files)), None)
+    if files is None:
+        raise FileNotFoundError(
+            f"`data` must hold test.parquet, test.jsonl, test-*.parquet or test_debiased.parquet and "
+            f"test_pruned.parquet, got the folder {folder} with none of them. Fetch VSI-Bench again."
+        )
+    rows = [row for file in files for row in _read_rows(file)]
+    if files is parts:
+        rows.sort(key=lambda row: row["id"])
+    return _of_subset(rows, subset, folder)
+
+
+def _read_rows(file: Path) -> list[Row]:
+    if file.suffix == ".jsonl":
+        with open(file, encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines if line.strip()]
+    if file.suffix != ".parquet":
+        raise ValueError(f"`data` must be a .parquet or .jsonl file where it is a file, got {file}.")
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Parquet files need pyarrow, which is not installed. pip install 'spa3r[eval]', or give the test.jsonl."
+        ) from error
+    return parquet.read_table(file).to_pylist()
+
+
+def _of_subset(rows: list[Row], subset: Subset, folder: Path) -> list[Row]:
+    if subset == "full":
+        return rows
+    if all("pruned" in row for row in rows):
+        pruned = {row["id"] for row in rows if row["pruned"]}
+    elif (folder / "pruned_ids.txt").is_file():
+        pruned = {int(line) for line in (folder / "pruned_ids.txt").read_text(encoding="utf-8").split()}
+    else:
+        raise ValueError(
+            f'`subset` can be "{subset}" where test_{subset}.parquet, pruned_ids.txt or the column `pruned` says which '
+            f'rows are pruned; {folder} has none of them. Fetch VSI-Bench again, or take subset="full".'
+        )
+    return [row for row in rows if (row["id"] in pruned) == (subset == "pruned")]
+
+
+def _check_rows(rows: list[Row], source: str) -> None:
+    """Everything that asking and scoring could stumble over, before the first hour of answering."""
+    if not rows:
+        raise ValueError(f"A benchmark must hold at least one question, and {source} holds none.")
+    for row in rows:
+        needed = ("dataset", "scene_name", "question_type", "question", "ground_truth")
+        if absent := [key for key in needed if row.get(key) is None]:
+            raise ValueError(f"Every row must have {', '.join(needed)}; row {row['id']} of {source} lacks {absent}.")
+        try:
+            make_prompt(row)
+            score_prediction(row, "")
+        except ValueError as error:
+            raise ValueError(f"Row {row['id']} of {source}: {error}") from error
+    if len({row["id"] for row in rows}) < len(rows):
+        raise ValueError(f"`id` must be of one row only, and {source} has {len(rows)} rows with repeated ids.")

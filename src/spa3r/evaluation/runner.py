@@ -1,0 +1,335 @@
+"""Ask a model everything that a benchmark asks: scene by scene, on any number of processes, never twice.
+
+run = run_benchmark(model, processor, VsiBench("VSI-Bench"), "runs/mine")
+print(run.table())
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import PIL.Image
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging
+
+from spa3r.data.vsi_format import make_messages, make_prompt
+from spa3r.evaluation.benchmarks import Benchmark, Frames, Row
+from spa3r.evaluation.room_answers import answer
+from spa3r.evaluation.run_folder import EvaluationRun, LineWriter, RunFolder, about_environment, about_model
+from spa3r.evaluation.vsi_bench import parse_prediction, score_prediction
+from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+from spa3r.models.spa3_vlm.scenes import EncodedScene
+from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
+
+T, R = TypeVar("T"), TypeVar("R")
+
+LOOKING = 8
+"""What a scene costs besides its questions, in questions: its frames are decoded and encoded."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a model is asked. What is None is left as the model's processor has it.
+
+    Attributes:
+        num_frames: Frames of a scene, ``linspace(0, n - 1, num_frames)``; a shorter video repeats frames.
+        max_new_tokens: Length of an answer at most. Decoding is greedy.
+        system: The system's message; None: the chat template's own, if it has one.
+        images: What the VLM sees: ``"aligned"``, the views as Spa3R sees them, or ``"native"``, the frames as they are.
+        min_pixels: Smaller pictures are enlarged by the VLM's processor.
+        max_pixels: Larger pictures are reduced by the VLM's processor.
+        use_spa3r: False: a Spa3-VLM's VLM alone, whose image tokens are not fused.
+        batch_size: Questions about a scene answered at once.
+        missing: What becomes of questions whose frames can't be read: ``"fail"`` stops, ``"skip"`` leaves them out,
+            ``"zero"`` scores them 0. They are named and counted, and tried again when the run is gone on with.
+        workers: Scenes whose frames are read ahead, each by a thread.
+        seed: Of the random numbers, of which greedy decoding takes none.
+    """
+
+    num_frames: int = 32
+    max_new_tokens: int = 16
+    system: str | None = None
+    images: Literal["aligned", "native"] | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    use_spa3r: bool = True
+    batch_size: int = 8
+    missing: Literal["fail", "skip", "zero"] = "fail"
+    workers: int = 2
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("num_frames", "max_new_tokens", "batch_size", "workers", "min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name, choices in (("images", ("aligned", "native", None)), ("missing", ("fail", "skip", "zero"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+
+
+PRESETS = {
+    "official": EvaluationSettings(),
+    "released": EvaluationSettings(
+        system="You are a helpful assistant.", images="aligned", min_pixels=256 * 28 * 28, max_pixels=2048 * 28 * 28
+    ),
+}
+"""Settings by name: VSI-Bench's official ones, and those under which the released Spa3-VLM was measured. There the VLM
+sees the processed views, enlarged to 256 x 28 x 28 pixels at least."""
+
+
+def run_benchmark(
+    model: PreTrainedModel,
+    processor: Any,
+    benchmark: Benchmark,
+    output: str | Path,
+    settings: EvaluationSettings = PRESETS["official"],
+    name: str | None = None,
+    fresh: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> EvaluationRun:
+    """Ask a model every question of a benchmark, or go on where a run was stopped.
+
+    Every answer is written as it comes. With several processes (``accelerate launch``, ``torchrun``) each calls this
+    with its own copy of the model on its own device and the same folder, which all must see; the result is that of one
+    process.
+
+    Args:
+        model: A Spa3-VLM, or a VLM of transformers. It is put into eval mode.
+        processor: The model's; it is left as it is.
+        benchmark: What is asked.
+        output: The run's folder: see :class:`EvaluationRun`.
+        settings: How it is asked.
+        name: What the model is called; None: as it was loaded.
+        fresh: Start over instead of going on.
+        progress: Called with the number of questions done and of all, those of this process; None: a bar shows them.
+
+    Raises:
+        ValueError: Another run is in the folder; frames can't be read and ``settings.missing`` is ``"fail"``; the
+            processor knows no minimum or maximum of pixels.
+    """
+    start, folder = time.perf_counter(), RunFolder(output)
+    check_missing(benchmark, settings)
+    state, asker = processes(), _Asker(model, _as_set(processor, settings), settings)
+    if state.is_main_process:
+        asked = {"questions": len(benchmark.rows), "scenes": len(benchmark.scenes)}
+        about = {
+            "benchmark": benchmark.about | asked | {"rows_sha256": benchmark.fingerprint},
+            "model": about_model(model, asker.processor, name) | {"asking": asker.way},
+            "settings": asdict(settings),
+        }
+        folder.begin(about, about_environment(model.device, state.num_processes), fresh)
+    state.wait_for_everyone()
+    done = folder.answered()
+    mine = _deal(_waiting(benchmark, done, settings.batch_size), state.num_processes)[state.process_index]
+    state.wait_for_everyone()  # all have read what is done before the first writes
+    set_seed(settings.seed)
+    writer = LineWriter(folder.part(state.process_index))
+    count, total = 0, sum(len(batch) for _, batches in mine for batch in batches)
+    hidden = progress is not None or not state.is_local_main_process
+    with closing(writer), logging.tqdm(total=total, desc="Answering", unit="question", disable=hidden) as bar:
+        for lines in _answers(asker, benchmark, mine, settings):
+            writer.write(lines)
+            bar.update(len(lines))
+            count += len(lines)
+            if progress is not None:
+                progress(count, total)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.finish([row["id"] for row in benchmark.rows], settings.missing, time.perf_counter() - start)
+    state.wait_for_everyone()
+    return EvaluationRun.load(output)
+
+
+def processes() -> PartialState:
+    """Who runs beside this process. One waits for the others until their last scene is done, whole days if need be."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+
+
+def check_missing(benchmark: Benchmark, settings: EvaluationSettings) -> None:
+    """Say before the first answer that frames are missing, if that shall stop the run.
+
+    Args:
+        benchmark: What is to be asked.
+        settings: How.
+
+    Raises:
+        ValueError: There are scenes without frames, and ``settings.missing`` is ``"fail"``.
+    """
+    if settings.missing != "fail" or not (missing := benchmark.missing()):
+        return
+    few = "; ".join(f"{scene}: {reason}" for scene, reason in list(missing.items())[:5])
+    more = f"; and {len(missing) - 5} more" if len(missing) > 5 else ""
+    raise ValueError(
+        f"Frames are missing of {len(missing)} of {len(benchmark.scenes)} scenes: {few}{more} Or go without them: "
+        "`missing` = skip leaves their questions out, zero scores them 0."
+    )
+
+
+def _as_set(processor: Any, settings: EvaluationSettings) -> Any:
+    """A copy of the processor with the settings' choices."""
+    processor = copy.deepcopy(processor)
+    if settings.images is not None:
+        if not hasattr(processor, "view_image_processor"):
+            raise ValueError(
+                f"`images` can be chosen for a Spa3-VLM, got {settings.images!r} for a {type(processor).__name__}. "
+                "Leave it out: a plain VLM sees the frames as they are."
+            )
+        processor.images = settings.images
+    pixels = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+    if pixels := {key: value for key, value in pixels.items() if value is not None}:
+        images = processor.image_processor
+        size = dict(getattr(images, "size", None) or {})
+        # Families with a free resolution name numbers of pixels so, whatever the words say.
+        if not hasattr(images, "merge_size") or any(size.get(key) is None for key in ("shortest_edge", "longest_edge")):
+            raise ValueError(
+                "`min_pixels` and `max_pixels` are for VLMs of free resolution, such as Qwen's, got them for a "
+                f"{type(images).__name__}. Leave both out."
+            )
+        images.size = type(images.size)(**(size | pixels))
+    return processor
+
+
+# Who asks what, and when frames are read
+
+
+def _waiting(benchmark: Benchmark, done: dict[Any, Any], batch_size: int) -> list[tuple[str, list[list[Row]]]]:
+    """Scenes with their batches of questions that are not all answered.
+
+    Batches are cut before what is done is left out: a run that goes on asks the same questions together as one that was
+    never stopped, since in half precision an answer may depend on its neighbours.
+    """
+    waiting = []
+    for scene, rows in benchmark.scenes.items():
+        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        if batches := [batch for batch in batches if any(row["id"] not in done for row in batch)]:
+            waiting.append((scene, batches))
+    return waiting
+
+
+def _deal(scenes: list[tuple[str, list[list[Row]]]], processes: int) -> list[list[tuple[str, list[list[Row]]]]]:
+    """Scenes for every process: the largest first, each to whom has least to do, so that all end together."""
+    shares: list[list[tuple[str, list[list[Row]]]]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    costs = {scene: LOOKING + sum(map(len, batches)) for scene, batches in scenes}
+    for scene, batches in sorted(scenes, key=lambda item: -costs[item[0]]):
+        process = loads.index(min(loads))
+        shares[process].append((scene, batches))
+        loads[process] += costs[scene]
+    return shares
+
+
+def _ahead(function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[tuple[T, Future[R]]]:
+    """Items with what the function makes of them, which threads do for so many items ahead of the one in use."""
+    pool = ThreadPoolExecutor(ahead, thread_name_prefix="frames")
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _answers(
+    asker: _Asker, benchmark: Benchmark, scenes: Sequence[tuple[str, list[list[Row]]]], settings: EvaluationSettings
+) -> Iterator[list[dict[str, Any]]]:
+    """The lines of every batch of questions."""
+
+    def read(item: tuple[str, list[list[Row]]]) -> Frames:
+        return benchmark.frames(item[0], settings.num_frames)
+
+    for (scene, batches), reading in _ahead(read, scenes, settings.workers):
+        try:
+            numbers, frames = reading.result()
+        except (ValueError, OSError) as error:
+            if settings.missing == "fail":
+                raise ValueError(
+                    f"Frames of the scene {scene} can't be read: {error} Or go on without it: `missing` = skip leaves "
+                    "its questions out, zero scores them 0; what is answered stays."
+                ) from error
+            for batch in batches:
+                yield [_line(row, [], None, str(error)) for row in batch]
+            continue
+        ask = asker.look(frames)
+        for batch in batches:
+            yield [_line(row, numbers, text) for row, text in zip(batch, ask(batch))]
+
+
+def _line(row: Row, numbers: list[int], prediction: str | None, missing: str | None = None) -> dict[str, Any]:
+    answered = {"parsed": None, "score": None, "missing": missing}
+    if prediction is not None:
+        answered = {"parsed": parse_prediction(prediction), "score": score_prediction(row, prediction)}
+    return row | {"prompt": make_prompt(row), "frames": numbers, "prediction": prediction} | answered
+
+
+class _Asker:
+    """Asks about a scene that is encoded once, or, where a VLM doesn't allow that, in whole prompts.
+
+    Attributes:
+        way: Which of both, and why.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, settings: EvaluationSettings):
+        self.model, self.processor, self.settings = model, processor, settings
+        self.couple = self.couple_processor = None
+        try:
+            self.couple, self.couple_processor = _as_couple(model, processor, settings.use_spa3r)
+            self._encode([PIL.Image.new("RGB", (56, 56))])
+            self.way = "a scene is encoded once"
+        except ValueError as error:
+            self.couple, self.way = None, f"whole prompts: {error}"
+
+    def look(self, frames: list[PIL.Image.Image]) -> Callable[[list[Row]], list[str]]:
+        """What answers questions about these frames."""
+        if self.couple is None:
+            return lambda rows: self._ask_alone(frames, rows)
+        scene, settings = self._encode(frames), self.settings
+        return lambda rows: self.couple.ask(
+            scene, [make_prompt(row) for row in rows], max_new_tokens=settings.max_new_tokens, batch_size=len(rows)
+        )
+
+    def _encode(self, frames: list[PIL.Image.Image]) -> EncodedScene:
+        return self.couple.encode_scene(self.couple_processor, frames, system=self.settings.system)
+
+    def _ask_alone(self, frames: list[PIL.Image.Image], rows: list[Row]) -> list[str]:
+        system = self.settings.system
+        before = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+        examples = [{"messages": [*before, *make_messages(row, frames)[:1]]} for row in rows]
+        asked = {"max_new_tokens": self.settings.max_new_tokens, "use_spa3r": self.settings.use_spa3r}
+        return answer(self.model, self.processor, examples, len(rows), **asked, show_progress=False)
+
+
+def _as_couple(
+    model: PreTrainedModel, processor: Any, use_spa3r: bool
+) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
+    """The model as one that encodes scenes: a VLM alone is a couple without a Spa3R, which fuses nothing."""
+    if hasattr(model, "encode_scene"):
+        if use_spa3r:
+            return model, processor
+        processor = copy.copy(processor)
+        processor.spatial_tokens, model = None, model.vlm
+    else:
+        views = Spa3RImageProcessor(size=14, patch_size=14)  # nobody looks at them
+        processor = Spa3VLMProcessor(processor, views, images="native", image_token_id=model.config.image_token_id)
+    model.eval()
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    couple = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(model, spatial_source="none")  # freezes parts
+    for parameter, is_trained in trained.items():
+        parameter.requires_grad_(is_trained)
+    return couple, processor
