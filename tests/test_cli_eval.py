@@ -73,7 +73,7 @@ def test_missing_videos_stop_before_the_model_is_loaded_or_are_named(tmp_path):
     assert error.startswith("Frames are missing of 1 of 2 scenes: arkitscenes/scene1: The video ")
     assert not (tmp_path / "run").exists()
     text = run(*command, "--missing", "zero").stdout
-    assert "1 question of 1 scene without frames, zero:" in text and "  arkitscenes/scene1: The video" in text
+    assert "Questions without frames to look at: 1, scored 0." in text and "  arkitscenes/scene1: The video" in text
 
 
 def test_compare_names_what_differs_and_what_flipped(finished, tmp_path):

@@ -66,7 +66,7 @@ def test_frames_are_those_that_the_model_saw(page, run):
 
 def test_what_was_not_seen_is_told(page, run):
     told = re.sub(r"\s+", " ", unescape(page))
-    assert "2 questions had no frames to look at; skipped." in told
+    assert "Questions without frames to look at: 2, left out of the scores." in told
     assert told.count(next(iter(run.about["missing"]["scenes"].values()))) == 2
 
 

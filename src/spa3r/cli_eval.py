@@ -66,7 +66,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete the fol
 Length = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Length of an answer at most.")]
 System = Annotated[str | None, typer.Option(help="The system's message; the chat template's own if not given.")]
 Seen = Annotated[
-    Images | None, typer.Option(help="What a Spa3-VLM's VLM sees: the views as Spa3R sees them, or the frames.")
+    Images | None, typer.Option(help="What the VLM sees: the views as Spa3R sees them, or the frames as they are.")
 ]
 MinPixels = Annotated[int | None, typer.Option(min=1, help="Smaller pictures are enlarged by the VLM's processor.")]
 MaxPixels = Annotated[int | None, typer.Option(min=1, help="Larger pictures are reduced by the VLM's processor.")]
@@ -313,6 +313,8 @@ def _is_untrained(run: EvaluationRun) -> bool:
 
 
 def _told(run: EvaluationRun) -> str:
+    from spa3r.evaluation.run_folder import told_missing
+
     benchmark, missing = run.about["benchmark"], run.about["missing"]
     lines = [
         f"{run.folder}: {plural(benchmark['questions'], 'question')} about {plural(benchmark['scenes'], 'scene')}",
@@ -320,11 +322,5 @@ def _told(run: EvaluationRun) -> str:
         run.table(),
     ]
     if missing["questions"]:
-        scenes = missing["scenes"]
-        lines += [
-            "",
-            f"{plural(missing['questions'], 'question')} of {plural(len(scenes), 'scene')} without frames, "
-            f"{missing['scored_as']}:",
-            *(f"  {scene}: {reason}" for scene, reason in scenes.items()),
-        ]
+        lines += ["", told_missing(missing), *(f"  {scene}: {why}" for scene, why in missing["scenes"].items())]
     return "\n".join(lines)

@@ -147,7 +147,7 @@ figure > img { display: block; width: 100%; border-radius: 0.4rem; background: #
 .plan .centre { fill: var(--with); }
 .plan text { font-weight: 600; text-anchor: middle; fill: var(--ink); stroke: var(--card);
   stroke-width: 0.3em; stroke-linejoin: round; paint-order: stroke; }
-.views { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.6rem, 1fr)); gap: 0.5rem; margin: 0;
+.views { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.1rem, 1fr)); gap: 0.5rem; margin: 0;
   padding: 0; list-style: none; }
 .views li { position: relative; }
 .views img { display: block; width: 100%; border-radius: 0.4rem; }

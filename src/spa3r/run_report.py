@@ -15,7 +15,7 @@ import PIL.Image
 from spa3r.data.vsi_format import is_choice
 from spa3r.evaluation import Benchmark, EvaluationRun, open_benchmark
 from spa3r.evaluation.benchmarks import scene_of
-from spa3r.evaluation.run_folder import Line
+from spa3r.evaluation.run_folder import Line, told_missing
 from spa3r.page import TYPE_TITLES, bar, figure, html_options, html_table, image, make_page, said, section
 from spa3r.video import uniform_indices
 
@@ -103,8 +103,7 @@ def _scores(run: EvaluationRun) -> str:
 def _missing(run: EvaluationRun) -> str:
     missing = run.about["missing"]
     items = "".join(f"<li>{escape(scene)}: {escape(why)}</li>" for scene, why in missing["scenes"].items())
-    words = f"{missing['questions']} questions had no frames to look at; {missing['scored_as']}."
-    return f'<p>{escape(words)}</p><ul class="hint">{items}</ul>'
+    return f'<p>{escape(told_missing(missing))}</p><ul class="hint">{items}</ul>'
 
 
 def _frames(benchmark: Benchmark, scene: str, line: Line, most: int) -> str:

@@ -17,6 +17,7 @@ from media import counting_video
 from tiny_benchmark import SETTINGS, build_couple, write_vsi_bench
 from vlm_families import build
 
+from spa3r import Spa3VLMProcessor
 from spa3r.data.vsi_format import make_messages
 from spa3r.evaluation import (
     PRESETS,
@@ -80,11 +81,14 @@ def test_a_run_says_what_it_depends_on(benchmark, whole):
     assert about["model"]["weights_sha256"] == weights_hash(model)
     assert about["model"]["dtype"] == dict.fromkeys(("vlm", "spa3r", "adapter"), "torch.float32")
     assert about["model"]["attention"]["vlm"]["text"] == model.vlm.config.text_config._attn_implementation
-    assert about["model"]["image_processor"]["patch_size"] == 14 and about["model"]["views"]["images"] == "aligned"
+    assert about["model"]["image_processor"]["patch_size"] == 14 and about["model"]["images"] == "aligned"
+    assert about["model"]["views"]["size"] == 56 and about["model"]["asking"] == "a scene is encoded once"
     (environment,) = about["environments"]
     assert environment["packages"]["torch"] == torch.__version__.partition("+")[0] and environment["device"] == "cpu"
     assert environment["processes"] == 1 and environment["seconds"] > 0
-    assert about["missing"] == {"scored_as": "none was", "questions": 0, "scenes": {}}
+    assert about["missing"] == {"choice": "fail", "questions": 0, "scenes": {}}
+    assert about["model"]["chat"].index("PROMPT") > about["model"]["chat"].index("<|image_pad|>")
+    assert about["bootstrap"] == {"samples": 10_000, "seed": 0}
 
 
 def test_the_table_has_intervals(whole):
@@ -157,12 +161,27 @@ def test_settings_that_can_not_be(fields, words):
 
 def test_settings_that_a_model_does_not_have(benchmark, tmp_path):
     vlm, processor = build("llava")
-    for fields, words in (
-        ({"min_pixels": 9}, r"are for VLMs of free resolution, such as Qwen's, got them for a \w+. Leave both out"),
-        ({"images": "aligned"}, r"`images` can be chosen for a Spa3-VLM, got 'aligned' for a LlavaProcessor"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            run_benchmark(vlm, processor, benchmark, tmp_path, dataclasses.replace(SETTINGS, **fields))
+    with pytest.raises(ValueError, match=r"are for VLMs of free resolution, such as Qwen's, got them for a \w+. Leave"):
+        run_benchmark(vlm, processor, benchmark, tmp_path, dataclasses.replace(SETTINGS, min_pixels=9))
+
+
+@pytest.mark.parametrize(("family", "images"), [("paligemma", None), ("qwen2_5_vl", "aligned")])
+def test_a_plain_vlm_of_any_family_is_asked(family, images, tmp_path):
+    """PaliGemma's pictures look at the question: it is asked in whole prompts. Any VLM may see what a couple's sees."""
+    vlm, processor = build(family)
+    benchmark = VsiBench(write_vsi_bench(tmp_path, (1,)))
+    trained = [parameter.requires_grad for parameter in vlm.parameters()]
+    run = run_benchmark(vlm, processor, benchmark, tmp_path / "run", dataclasses.replace(SETTINGS, images=images))
+    way = run.about["model"]["asking"]
+    assert way.startswith(
+        "whole prompts: A scene can't be encoded once" if images is None else "a scene is encoded once"
+    )
+    (row,), frames = benchmark.rows, benchmark.frames("scannet/scene0", 2)[1]
+    if images == "aligned":
+        processor = Spa3VLMProcessor(processor)
+    (said,) = answer(vlm, processor, [{"messages": make_messages(row, frames)}], 1, max_new_tokens=4)
+    assert run.answers[0]["prediction"] == said
+    assert [parameter.requires_grad for parameter in vlm.parameters()] == trained and all(trained)
 
 
 # Stopped and gone on with ---------------------------------------------------------------------------------------------
@@ -284,8 +303,7 @@ def test_what_can_not_be_seen_is_named_counted_and_scored_as_chosen(kind, choice
     assert all("scene0.mp4" in line["missing"] for line in unseen) and not any("missing" in line for line in seen)
     score = {"skip": None, "zero": 0.0}[choice]
     assert [line["score"] for line in unseen] == [score, score]
-    assert run.about["missing"]["questions"] == 2
-    assert run.about["missing"]["scored_as"] == {"skip": "skipped", "zero": "zero"}[choice]
+    assert run.about["missing"]["questions"] == 2 and run.about["missing"]["choice"] == choice
     assert list(run.about["missing"]["scenes"]) == ["scannet/scene0"]
     assert run.scores == aggregate(seen if choice == "skip" else run.answers)
     total = run.table().splitlines()[-1].split("|")
@@ -366,7 +384,8 @@ def test_reading_ahead_ends_with_its_reader():
 
 @pytest.mark.slow
 def test_two_processes_are_one(benchmark, whole, tmp_path):
-    """By the command, the first time killed together; the folder has the same files to the byte."""
+    """By the command, which goes on with a run of one process that was killed: the same files to the byte."""
+    killed_after(2, benchmark, tmp_path / "run")
     model, processor = build_couple()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -383,5 +402,6 @@ def test_two_processes_are_one(benchmark, whole, tmp_path):
     for name in ("answers.jsonl", "table.md"):
         assert (tmp_path / "run" / name).read_bytes() == (whole.folder / name).read_bytes()
     run = EvaluationRun.load(tmp_path / "run")
-    assert run.about["environments"][0]["processes"] == 2 and list((tmp_path / "run").glob("answers-*")) == []
-    assert run.about["model"]["weights_sha256"] == whole.about["model"]["weights_sha256"]
+    assert [e["processes"] for e in run.about["environments"]] == [1, 2] and list(
+        (tmp_path / "run").glob("answers-*")
+    ) == []

@@ -101,7 +101,7 @@ class VsiBench(Benchmark):
         path, revision = _fetched(data, revision)
         self.root = path if path.is_dir() else path.parent
         rows = _rows_of_folder(path, subset) if path.is_dir() else _of_subset(_read_rows(path), subset, self.root)
-        about = {"name": "vsi-bench", "data": str(data), "subset": subset}
+        about = {"name": "vsi-bench", "data": str(data if revision else path.absolute()), "subset": subset}
         super().__init__(rows, about | ({} if revision is None else {"revision": revision}), str(path))
 
     def missing(self) -> dict[str, str]:

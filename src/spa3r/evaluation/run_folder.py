@@ -25,9 +25,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from spa3r.evaluation.bootstrap import score_intervals
+from spa3r.evaluation.bootstrap import SAMPLES, SEED, score_intervals
 from spa3r.evaluation.room_answers import AnswerReport, ScoredAnswer
 from spa3r.evaluation.vsi_bench import aggregate
+from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 
 Line = dict[str, Any]
 RUN_FILE, ANSWERS_FILE, TABLE_FILE = "run.json", "answers.jsonl", "table.md"
@@ -113,6 +114,12 @@ def make_table(lines: list[Line]) -> str:
 def task_title(name: str) -> str:
     """``object counting`` of ``object_counting_MRA:.5:.95:.05``."""
     return name.partition("_MRA")[0].removesuffix("_accuracy").replace("_", " ")
+
+
+def told_missing(missing: Mapping[str, Any]) -> str:
+    """What became of questions without frames, from ``about["missing"]``."""
+    became = {"skip": "left out of the scores", "zero": "scored 0"}[missing["choice"]]
+    return f"Questions without frames to look at: {missing['questions']}, {became}."
 
 
 def markdown(cells: list[list[str]]) -> str:
@@ -214,8 +221,9 @@ class RunFolder:
         about["environments"][-1]["seconds"] = round(seconds, 3)
         about["scores"] = aggregate(scored(answers))
         about["intervals"] = score_intervals(scored(answers))
+        about["bootstrap"] = {"samples": SAMPLES, "seed": SEED}
         about["missing"] = {
-            "scored_as": {"zero": "zero", "skip": "skipped"}.get(missing, "none was"),
+            "choice": missing,
             "questions": len(unread),
             "scenes": {f"{line['dataset']}/{line['scene_name']}": line["missing"] for line in unread},
         }
@@ -265,20 +273,19 @@ def changes(before: Any, now: Any, path: str = "") -> list[str]:
 # What a run depends on
 
 
-def about_model(model: nn.Module, processor: Any, name: str | None = None) -> dict[str, Any]:
+def about_model(model: nn.Module, processor: Spa3VLMProcessor, name: str | None = None) -> dict[str, Any]:
     """Which weights answer, in which form: ready for JSON.
 
     Args:
         model: A Spa3-VLM or a VLM of transformers.
-        processor: Its processor.
+        processor: What makes its inputs.
         name: What it is called; None: as it was loaded.
     """
     parts = {part: getattr(model, part, None) for part in ("vlm", "spa3r", "adapter")}
     parts = {part: module for part, module in parts.items() if module is not None} or {"vlm": model}
     generation = getattr(model, "generation_config", None)
-    image_processor = getattr(processor, "image_processor", None)
     settings = {} if generation is None else json.loads(generation.to_json_string())
-    settings.pop("transformers_version", None)  # of the environment
+    of_the_moment = ("transformers_version", "_from_model_config")
     return {
         "name": name or model.config._name_or_path,
         "revision": getattr(model.config, "_commit_hash", None),
@@ -286,9 +293,12 @@ def about_model(model: nn.Module, processor: Any, name: str | None = None) -> di
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": {part: str(next(module.parameters()).dtype) for part, module in parts.items()},
         "attention": {part: _attention(module) for part, module in parts.items() if hasattr(module, "config")},
-        "generation_config": settings,
-        "image_processor": {} if image_processor is None else json.loads(image_processor.to_json_string()),
-        "views": json.loads(processor.to_json_string()) if hasattr(processor, "view_image_processor") else None,
+        "generation_config": {key: value for key, value in settings.items() if key not in of_the_moment},
+        "image_processor": json.loads(processor.image_processor.to_json_string()),
+        "images": processor.images,
+        "views": processor.view_image_processor.to_dict()
+        if "spa3r" in parts or processor.images == "aligned"
+        else None,
     }
 
 

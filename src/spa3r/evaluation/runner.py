@@ -48,6 +48,7 @@ class EvaluationSettings:
         max_new_tokens: Length of an answer at most. Decoding is greedy.
         system: The system's message; None: the chat template's own, if it has one.
         images: What the VLM sees: ``"aligned"``, the views as Spa3R sees them, or ``"native"``, the frames as they are.
+            None of a plain VLM: as they are.
         min_pixels: Smaller pictures are enlarged by the VLM's processor.
         max_pixels: Larger pictures are reduced by the VLM's processor.
         use_spa3r: False: a Spa3-VLM's VLM alone, whose image tokens are not fused.
@@ -122,12 +123,12 @@ def run_benchmark(
     """
     start, folder = time.perf_counter(), RunFolder(output)
     check_missing(benchmark, settings)
-    state, asker = processes(), _Asker(model, _as_set(processor, settings), settings)
+    state, asker = processes(), _Asker(model, _as_set(model, processor, settings), settings)
     if state.is_main_process:
         asked = {"questions": len(benchmark.rows), "scenes": len(benchmark.scenes)}
         about = {
             "benchmark": benchmark.about | asked | {"rows_sha256": benchmark.fingerprint},
-            "model": about_model(model, asker.processor, name) | {"asking": asker.way},
+            "model": about_model(model, asker.processor, name) | {"asking": asker.way, "chat": asker.chat},
             "settings": asdict(settings),
         }
         folder.begin(about, about_environment(model.device, state.num_processes), fresh)
@@ -178,15 +179,15 @@ def check_missing(benchmark: Benchmark, settings: EvaluationSettings) -> None:
     )
 
 
-def _as_set(processor: Any, settings: EvaluationSettings) -> Any:
-    """A copy of the processor with the settings' choices."""
+def _as_set(model: PreTrainedModel, processor: Any, settings: EvaluationSettings) -> Spa3VLMProcessor:
+    """A copy of the processor with the settings' choices; a plain VLM's in a couple's clothes."""
     processor = copy.deepcopy(processor)
+    if not isinstance(processor, Spa3VLMProcessor):
+        # Views are of use only where they are what the VLM sees; else they shall cost nothing.
+        views = Spa3RImageProcessor() if settings.images == "aligned" else Spa3RImageProcessor(size=14, patch_size=14)
+        token_id = getattr(model.config, "image_token_id", None)
+        processor = Spa3VLMProcessor(processor, views, images="native", image_token_id=token_id)
     if settings.images is not None:
-        if not hasattr(processor, "view_image_processor"):
-            raise ValueError(
-                f"`images` can be chosen for a Spa3-VLM, got {settings.images!r} for a {type(processor).__name__}. "
-                "Leave it out: a plain VLM sees the frames as they are."
-            )
         processor.images = settings.images
     pixels = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     if pixels := {key: value for key, value in pixels.items() if value is not None}:
@@ -196,7 +197,7 @@ def _as_set(processor: Any, settings: EvaluationSettings) -> Any:
         if not hasattr(images, "merge_size") or any(size.get(key) is None for key in ("shortest_edge", "longest_edge")):
             raise ValueError(
                 "`min_pixels` and `max_pixels` are for VLMs of free resolution, such as Qwen's, got them for a "
-                f"{type(images).__name__}. Leave both out."
+                f"{type(images).__name__}. Leave both out, and take the official preset."
             )
         images.size = type(images.size)(**(size | pixels))
     return processor
@@ -266,9 +267,16 @@ def _answers(
             for batch in batches:
                 yield [_line(row, [], None, str(error)) for row in batch]
             continue
-        ask = asker.look(frames)
-        for batch in batches:
-            yield [_line(row, numbers, text) for row, text in zip(batch, ask(batch))]
+        yield from _answers_about(asker, batches, numbers, frames)
+
+
+def _answers_about(
+    asker: _Asker, batches: list[list[Row]], numbers: list[int], frames: list[PIL.Image.Image]
+) -> Iterator[list[dict[str, Any]]]:
+    """The lines of every batch about one scene, of which nothing stays when they are done."""
+    ask = asker.look(frames)
+    for batch in batches:
+        yield [_line(row, numbers, text) for row, text in zip(batch, ask(batch))]
 
 
 def _line(row: Row, numbers: list[int], prediction: str | None, missing: str | None = None) -> dict[str, Any]:
@@ -283,11 +291,14 @@ class _Asker:
 
     Attributes:
         way: Which of both, and why.
+        chat: What the model reads of one picture and a prompt, as text.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, settings: EvaluationSettings):
         self.model, self.processor, self.settings = model, processor, settings
         self.couple = self.couple_processor = None
+        asked = [*self._before, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "PROMPT"}]}]
+        self.chat = processor.apply_chat_template(asked, add_generation_prompt=True)
         try:
             self.couple, self.couple_processor = _as_couple(model, processor, settings.use_spa3r)
             self._encode([PIL.Image.new("RGB", (56, 56))])
@@ -304,29 +315,29 @@ class _Asker:
             scene, [make_prompt(row) for row in rows], max_new_tokens=settings.max_new_tokens, batch_size=len(rows)
         )
 
+    @property
+    def _before(self) -> list[dict[str, Any]]:
+        system = self.settings.system
+        return [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+
     def _encode(self, frames: list[PIL.Image.Image]) -> EncodedScene:
         return self.couple.encode_scene(self.couple_processor, frames, system=self.settings.system)
 
     def _ask_alone(self, frames: list[PIL.Image.Image], rows: list[Row]) -> list[str]:
-        system = self.settings.system
-        before = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
-        examples = [{"messages": [*before, *make_messages(row, frames)[:1]]} for row in rows]
+        examples = [{"messages": [*self._before, *make_messages(row, frames)[:1]]} for row in rows]
         asked = {"max_new_tokens": self.settings.max_new_tokens, "use_spa3r": self.settings.use_spa3r}
         return answer(self.model, self.processor, examples, len(rows), **asked, show_progress=False)
 
 
 def _as_couple(
-    model: PreTrainedModel, processor: Any, use_spa3r: bool
+    model: PreTrainedModel, processor: Spa3VLMProcessor, use_spa3r: bool
 ) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
     """The model as one that encodes scenes: a VLM alone is a couple without a Spa3R, which fuses nothing."""
     if hasattr(model, "encode_scene"):
         if use_spa3r:
             return model, processor
-        processor = copy.copy(processor)
-        processor.spatial_tokens, model = None, model.vlm
-    else:
-        views = Spa3RImageProcessor(size=14, patch_size=14)  # nobody looks at them
-        processor = Spa3VLMProcessor(processor, views, images="native", image_token_id=model.config.image_token_id)
+        model, processor = model.vlm, copy.copy(processor)
+        processor.spatial_tokens = None
     model.eval()
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     couple = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(model, spatial_source="none")  # freezes parts
