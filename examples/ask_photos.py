@@ -1,7 +1,6 @@
 """Ask a Spa3-VLM about photos of a place.
 
-Without photos it looks at a rendered room, without --model it asks the embedded model, whose VLM is untrained: its
-answer means nothing.
+Without photos it looks at a rendered room, without --model it asks the embedded model, which knows rendered rooms only.
 
     python ask_photos.py --model path/to/spa3-vlm kitchen_1.jpg kitchen_2.jpg --question "How many chairs are there?"
 """
@@ -36,8 +35,6 @@ def main() -> None:
     words = model.generate(**inputs.to(model.device), max_new_tokens=32, do_sample=False)
     answer = processor.decode(words[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     print(f"{len(photos)} photos. {args.question}\n{answer}")
-    if not args.model:
-        print("(The embedded VLM is untrained: its answer means nothing.)")
 
 
 if __name__ == "__main__":

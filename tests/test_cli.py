@@ -1,6 +1,5 @@
 """The command line, run for real: every command, its JSON, its exit codes and the words of its errors."""
 
-import copy
 import html
 import json
 import logging
@@ -50,15 +49,6 @@ def said(result) -> str:
     return " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_build_for_all():
-    """The embedded model is built once, and every command gets a copy."""
-    built = embedded.embedded_model()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedded, "embedded_model", lambda: copy.deepcopy(built))
-        yield
-
-
 @pytest.fixture
 def scene(tmp_path) -> Path:
     """A folder of two pictures, whose names sort by number, a video and a text."""
@@ -85,10 +75,10 @@ def checkpoint(tmp_path_factory) -> Path:
 # ask
 
 
-def test_ask_prints_the_answer_and_says_that_it_is_untrained(scene):
+def test_ask_prints_the_answer_and_says_what_the_model_knows(scene):
     result = run("ask", scene / "view2.png", QUESTION, "--max-new-tokens", 4)
     assert result.stdout.strip()
-    assert "note: the embedded VLM is untrained" in result.stderr
+    assert "note: the embedded models learnt from rendered rooms only" in result.stderr
 
 
 def test_ask_takes_a_folder_a_video_and_a_picture_together(scene, tmp_path):
@@ -104,15 +94,30 @@ def test_ask_takes_a_folder_a_video_and_a_picture_together(scene, tmp_path):
         f"{tmp_path}/extra.webp",
     ]
     assert answer["num_views"] == 7
-    assert answer["model"] == "embedded" and answer["untrained"] is True
+    assert answer["model"] == "embedded"
     assert answer["question"] == QUESTION and isinstance(answer["answer"], str)
     assert 0 < answer["seconds"] < 60
+
+
+def test_ask_many_questions_about_a_scene_that_is_encoded_once(scene):
+    questions = (QUESTION, "Where is the lamp?", "What is the size of this room?")
+    more = [part for question in questions[1:] for part in ("--question", question)]
+    told = run_json("ask", scene, questions[0], *more, "--max-new-tokens", 5)
+    assert [answer["question"] for answer in told["answers"]] == list(questions)
+    for asked in told["answers"]:
+        alone = run_json("ask", scene, asked["question"], "--max-new-tokens", 5)
+        assert alone["answer"] == asked["answer"] and alone["answers"] == [asked]
+    text = run("ask", scene, questions[0], *more, "--max-new-tokens", 5).stdout
+    assert text.splitlines()[::2] == list(questions)
+    assert [line.strip() for line in text.splitlines()[1::2]] == [a["answer"] for a in told["answers"]]
+    wrong = run("ask", scene, QUESTION, "-q", " ", code=1)
+    assert "`questions` must be texts that are not empty" in wrong.stderr
 
 
 def test_ask_a_checkpoint_of_ones_own(scene, checkpoint):
     options = ("--max-new-tokens", 4, "--images", "native", "--attn", "eager", "--device", "cpu", "--dtype", "float32")
     answer = run_json("ask", scene / "view2.png", QUESTION, "--model", checkpoint, *options)
-    assert answer["untrained"] is False and answer["model"] == str(checkpoint)
+    assert answer["model"] == str(checkpoint)
     assert answer["answer"] == run_json("ask", scene / "view2.png", QUESTION, *options)["answer"]
 
 
@@ -176,7 +181,7 @@ def test_encode_a_scene(scene, tmp_path):
     file = tmp_path / "out" / "room.safetensors"
     report = run_json("encode", scene, "--output", file, "--num-frames", 3)
     latents = load_file(file)["latents"]
-    assert report["output"] == str(file) and "untrained" not in report
+    assert report["output"] == str(file)
     assert report["latents_shape"] == list(latents.shape) == [1, 64, 128]
     assert report["num_views"] == len(report["views"]) == 5
     with safe_open(file, framework="pt") as content:
@@ -416,15 +421,14 @@ def test_demo_shows_everything(tmp_path):
         row = {"question_type": asked["question_type"], "ground_truth": asked["truth"]}
         assert asked["score"] == score_prediction(row, asked["answer"])
         assert asked["score_without_spa3r"] == score_prediction(row, asked["answer_without_spa3r"])
-    assert report["scores"].keys() == {"with_spa3r", "without_spa3r"} and report["answer_untrained"] is True
+    assert report["scores"].keys() == {"with_spa3r", "without_spa3r"}
     page = Path(report["report"]).read_text(encoding="utf-8")
-    assert Path(report["report"]) == tmp_path / "pictures" / "report.html" and "VLM is untrained" in page
+    assert Path(report["report"]) == tmp_path / "pictures" / "report.html"
     assert f"seed {report['room']}, level 3; 7 views" in page and "spa3r demo --seed 3 --level 3 --views 7" in page
     assert page.count("data:image/png;base64,") == 8  # the views and the field
 
     text = run(*arguments).stdout
-    assert text.startswith("Note: the embedded VLM is untrained")
-    assert "trained on rendered rooms" in text and "cameras: given" in text and "not asked" not in text
+    assert "learnt from rendered rooms only" in text and "cameras: given" in text and "not asked" not in text
     mean, error = (field["rows"]["nearest_view"]["geometry_cosine"][key] for key in ("mean", "standard_error"))
     assert f"| nearest context view    | {mean:.3f} ± {error:.3f}" in text
     for asked in report["questions"]:
@@ -457,26 +461,16 @@ def test_the_demo_says_which_types_it_could_not_ask(tmp_path, monkeypatch):
     assert sorted(told + asked) == sorted(QUESTION_TYPES)
 
 
-def test_a_trained_vlm_is_compared_with_one_trained_alone(tmp_path, monkeypatch):
-    """As soon as the package has them; stood in for by untrained ones of other seeds."""
-    monkeypatch.delattr(embedded, "UNTRAINED_NOTE", raising=False)
-    alone, processor = embedded.embedded_model()
-    for parameter in alone.vlm.parameters():
-        parameter.data *= 1.1
-    monkeypatch.setattr(embedded, "embedded_vlm", lambda: (alone.vlm, processor.vlm_processor), raising=False)
+def test_the_vlm_with_spa3r_is_compared_with_one_trained_without():
     couple, other, note = cli._embedded_vlms()
-    assert "trained on the same questions without Spa3R" in note and other[0] is alone.vlm
+    assert "trained on the same questions without Spa3R" in note
+    assert couple[0].config.spatial_source == "spa3r" and other[0].config.spatial_source == "none"
     room, rows = cli._room_of_questions(1_000_000, 3, 4, 112)
     frames = list(cli._look_around(room.seed, 3, 4, 112).images)
     asked, _ = cli._ask_with_and_without(rows, frames, couple, other)
     examples = [{"messages": make_messages(row, frames)} for row in rows]
     assert [a.answer for a in asked] == answer(*couple, examples)
     assert [a.answer_without_spa3r for a in asked] == answer(*other, examples)
-    assert [a.answer_without_spa3r for a in asked] != answer(*couple, examples, use_spa3r=False)
-    assert cli._embedded_notes()[0] == ""
-    result = run("ask", noise_file(tmp_path), QUESTION)
-    assert "untrained" not in result.stderr and "trained on rendered rooms only" in result.stderr
-    assert run_json("ask", noise_file(tmp_path), QUESTION)["untrained"] is False
 
 
 def noise_file(folder: Path) -> Path:
@@ -522,8 +516,9 @@ def test_demo_refuses_what_it_can_not_do(tmp_path):
 
 def test_version_and_help():
     assert run("--version").stdout == f"spa3r {spa3r.__version__}\n"
-    text = run("--help").stdout
-    assert all(command in text for command in ("ask", "encode", "convert", "info", "demo")) and "untrained" in text
+    text = " ".join(run("--help").stdout.split())
+    assert all(command in text for command in ("ask", "encode", "convert", "info", "demo", "eval"))
+    assert "rendered rooms only" in text
     assert "\x1b" not in text
 
 
@@ -556,7 +551,7 @@ def test_the_installed_command_prints_json_alone(scene):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"TERM": "dumb"})
     answer = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
-    assert done.stderr == "note: the embedded VLM is untrained (random weights): its answers mean nothing\n"
+    assert done.stderr == "note: the embedded models learnt from rendered rooms only: they know no photographs\n"
     assert answer["answer"] == run_json("ask", scene, QUESTION, "--max-new-tokens", 6)["answer"]
 
 

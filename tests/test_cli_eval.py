@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_cli import checkpoint, one_build_for_all, run, run_json  # noqa: F401
+from test_cli import checkpoint, run, run_json  # noqa: F401
 from tiny_benchmark import write_vsi_bench
 from vlm_families import build
 
@@ -27,11 +27,11 @@ def finished(data, tmp_path_factory):
 def test_vsi_bench_prints_its_table(data, finished):
     folder, told = finished
     loaded = EvaluationRun.load(folder)
-    assert told["scores"] == loaded.scores and told["untrained"] is True and told["output"] == str(folder)
+    assert told["scores"] == loaded.scores and told["output"] == str(folder)
     assert told["benchmark"]["questions"] == len(loaded.answers) == 3
     again = run("eval", "vsi-bench", "--model", "embedded", "--data", data, *QUICK, "-o", folder)
     assert loaded.table() in again.stdout and f"{folder}: 3 questions about 2 scenes" in again.stdout
-    assert "untrained" in again.stderr
+    assert "rendered rooms only" in again.stderr
 
 
 def test_presets_are_overridden_by_options(data, tmp_path):
@@ -53,14 +53,14 @@ def test_a_plain_vlm_and_a_couple_without_spa3r(data, checkpoint, tmp_path, monk
     about = EvaluationRun.load(told["output"]).about["model"]
     assert about["attention"]["vlm"]["text"] == "eager" and about["asking"] == "a scene is encoded once"
     told = run_json("eval", "vsi-bench", "--model", checkpoint, "--data", data, *QUICK, "--without-spa3r")
-    assert told["settings"]["use_spa3r"] is False and told["untrained"] is False
+    assert told["settings"]["use_spa3r"] is False
 
 
 def test_rooms_need_nothing(tmp_path):
     options = ("--rooms", 1, "--num-frames", 2, "--max-new-tokens", 2)
     told = run_json("eval", "rooms", *options, "-o", tmp_path)
     assert told["benchmark"]["name"] == "rooms" and told["benchmark"]["first_seed"] == 1_000_000
-    assert told["scores"]["overall"] >= 0 and told["untrained"] is True
+    assert told["scores"]["overall"] >= 0
     page = run_json("eval", "report", tmp_path)["report"]
     assert page == str(tmp_path / "report.html") and "rooms/1000000" in (tmp_path / "report.html").read_text()
 
@@ -99,7 +99,7 @@ def test_a_report_finds_videos_that_have_moved(finished, tmp_path):
     moved = write_vsi_bench(tmp_path / "moved", (2, 1), pruned=True)
     run("eval", "report", folder, "-o", tmp_path / "page.html", "--data", moved, "--scenes", 1, "--frames", 1)
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<img") == 1 and "untrained" in page
+    assert page.count("<img") == 1 and "rendered rooms only" in page
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""Step 6 of the rooms recipe: the trained Spa3R, with its backbone and teacher, as the checkpoint in the package.
+"""Steps 6 and 9 of the rooms recipe: what was trained becomes a checkpoint in the package.
 
 All tensors are kept in half precision, which halves the file; the configuration says float32, as which they are loaded.
+VGGT's point head stays behind: nothing reads it.
 """
 
 import argparse
@@ -8,24 +9,52 @@ from pathlib import Path
 
 import torch
 
-from spa3r import Spa3RForPreTraining, Spa3RImageProcessor
-from spa3r.checkpoints import EMBEDDED, FOLDERS
+from spa3r import (
+    Spa3RForPreTraining,
+    Spa3RImageProcessor,
+    Spa3RModel,
+    Spa3VLMForConditionalGeneration,
+    Spa3VLMProcessor,
+)
+from spa3r.checkpoints import SPA3_VLM, SPA3R, VLM
+
+FOLDERS = {"spa3r": SPA3R, "spa3_vlm": SPA3_VLM, "vlm": VLM}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="folder of a trained Spa3RForPreTraining")
-    parser.add_argument("--output", type=Path, default=FOLDERS[EMBEDDED])
+    parser.add_argument(
+        "kind", choices=FOLDERS, help="a Spa3RForPreTraining, a Spa3-VLM, or one of spatial_source none"
+    )
+    parser.add_argument("model", type=Path, help="its folder")
     args = parser.parse_args()
-    model = Spa3RForPreTraining.from_pretrained(args.model, dtype="float32")
-    for part in ("backbone", "semantic_teacher"):
-        setattr(model.config, f"{part}_name_or_path", None)
-        getattr(model.config, f"{part}_config").name_or_path = ""  # a folder of whoever ran this
+    output = FOLDERS[args.kind]
+    if args.kind == "spa3r":
+        model = Spa3RForPreTraining.from_pretrained(args.model, dtype="float32")
+        model.config.semantic_teacher_name_or_path = None  # a folder of whoever ran this
+        model.config.semantic_teacher_config.name_or_path = ""
+        processor = Spa3RImageProcessor(size=112)
+        strip(model.spa3r)
+    else:
+        model = Spa3VLMForConditionalGeneration.from_pretrained(args.model, dtype="float32")
+        model.config.vlm_config.name_or_path = ""
+        processor = Spa3VLMProcessor.from_pretrained(args.model)
+        if model.spa3r is not None:
+            strip(model.spa3r)
+    model.config.name_or_path = ""
     state = {key: tensor.to(torch.float16) for key, tensor in model.state_dict().items()}
-    model.save_pretrained(args.output, state_dict=state)
-    Spa3RImageProcessor(size=112).save_pretrained(args.output)
-    size = sum(file.stat().st_size for file in args.output.iterdir()) / 1e6
-    print(f"{args.output.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {size:.2f} MB")
+    model.save_pretrained(output, state_dict=state)
+    processor.save_pretrained(output)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) / 1e6
+    print(f"{output.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {size:.2f} MB")
+
+
+def strip(spa3r: Spa3RModel) -> None:
+    """Away with the point head, and with the name of the folder that the backbone came from."""
+    backbone = spa3r.backbone
+    backbone.point_head, backbone.config.heads = None, ("camera", "depth")
+    backbone.config.name_or_path = spa3r.config.name_or_path = ""
+    spa3r.config.backbone_name_or_path = None
 
 
 if __name__ == "__main__":

@@ -1,20 +1,48 @@
 #!/usr/bin/env bash
-# The rooms recipe from scratch: renders the rooms, trains the small VGGT, its teacher and three Spa3R, measures them, and
-# puts the first into the package. Every step goes on where it was stopped. Works in ./rooms_data and ./rooms_run.
+# The rooms recipe from scratch: renders the rooms, trains the small VGGT, its teacher and three Spa3R; then a small VLM,
+# alone and with Spa3R in several ways; measures all of them, and puts the first of each into the package. Every step goes
+# on where it was stopped. Works in ./rooms_data and ./rooms_run.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
 threads=${THREADS:-2}
+seeds=${SEEDS:-0 1 2}
 
 "$python" "$here/render.py" rooms_data --rooms 5000
 [[ -f rooms_run/vggt/model.safetensors ]] || "$python" "$here/train_vggt.py" rooms_data rooms_run --threads "$threads"
 [[ -f rooms_run/teacher/model.safetensors ]] || "$python" "$here/train_teacher.py" rooms_data rooms_run --threads "$threads"
-for seed in 0 1 2; do
-  "$python" -m spa3r pretrain "$here/pretrain.yaml" --training.seed "$seed" --data.seed "$seed" \
-    --training.output_dir "rooms_run/spa3r-$seed"
+# Single views, then few, then many: with many from the start, walls are learnt and furniture is not.
+stage() { "$python" -m spa3r pretrain "$here/pretrain.yaml" --training.seed "$seed" --data.seed "$seed" "$@"; }
+for seed in $seeds; do
+  out=rooms_run/spa3r-$seed
+  stage --training.output_dir "$out-single" --data.views "[1, 1]" \
+    --training.max_steps 400 --training.learning_rate 2e-3
+  stage --training.output_dir "$out-few" --model.init_from "$out-single" --data.views "[2, 4]" \
+    --training.max_steps 1000 --training.learning_rate 2e-3 --evaluation.every 1000
+  stage --training.output_dir "$out" --model.init_from "$out-few"
 done
-"$python" "$here/evaluate.py" rooms_run/spa3r-{0,1,2} | tee rooms_run/metrics.txt
-"$python" "$here/package.py" rooms_run/spa3r-0
+"$python" "$here/evaluate.py" $(printf "rooms_run/spa3r-%s " $seeds) | tee rooms_run/metrics.txt
+"$python" "$here/package.py" spa3r rooms_run/spa3r-0
 
-cp rooms_run/{vggt.jsonl,teacher.jsonl,metrics.txt} "$here/results/"
-for seed in 0 1 2; do cp "rooms_run/spa3r-$seed/log.jsonl" "$here/results/spa3r-$seed.jsonl"; done
+[[ -f rooms_run/vlm/model.safetensors ]] || "$python" "$here/train_vlm.py" rooms_data rooms_run --threads "$threads"
+# The same data and steps for all: the VLM alone, with VGGT's tokens, with Spa3R's latents in two ways.
+tune() {
+  "$python" -m spa3r finetune "$here/finetune.yaml" --training.seed "$seed" --data.seed "$seed" \
+    --training.output_dir "rooms_run/$1-$seed" "${@:2}"
+  "$python" -m spa3r eval rooms --model "rooms_run/$1-$seed" --rooms 500 -o "rooms_run/answers/$1-$seed"
+}
+for seed in $seeds; do
+  tune vlm --model.spatial_source none --model.spa3r null
+  tune vggt --model.spatial_source vggt
+  tune append --model.integration append
+  tune spa3_vlm
+done
+"$python" "$here/answers.py" rooms_run/answers | tee rooms_run/answers.txt
+"$python" "$here/package.py" spa3_vlm rooms_run/spa3_vlm-0
+"$python" "$here/package.py" vlm rooms_run/vlm-0
+
+cp rooms_run/{vggt,teacher,vlm_single,vlm}.jsonl rooms_run/{metrics,answers}.txt "$here/results/"
+for seed in $seeds; do
+  cat "rooms_run/spa3r-$seed"{-single,-few,}/log.jsonl > "$here/results/spa3r-$seed.jsonl"
+  for name in vlm vggt append spa3_vlm; do cp "rooms_run/$name-$seed/log.jsonl" "$here/results/$name-$seed.jsonl"; done
+done

@@ -34,7 +34,7 @@ from spa3r.console import (
     end_processes,
 )
 from spa3r.console import check_model as _check_model
-from spa3r.console import embedded_notes as _embedded_notes
+from spa3r.console import embedded_note as _embedded_note
 from spa3r.console import load_vlm as _load_vlm
 from spa3r.console import loading_arguments as _loading_arguments
 from spa3r.console import one_line as _one_line
@@ -69,7 +69,7 @@ PACKAGES = (
 app = typer.Typer(
     name="spa3r",
     help="Spatial representations from unposed photos, and vision-language models that see space.",
-    epilog="Without --model a small embedded model runs: a Spa3R trained on rendered rooms, and an untrained VLM.",
+    epilog="Without --model a small embedded model runs, which learnt from rendered rooms only.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -189,8 +189,12 @@ def ask(
             show_default=False,
         ),
     ],
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--question", "-q", help="One more question about the same scene, which is encoded once for all."),
+    ] = None,
     model: Model = EMBEDDED,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 128,
     num_frames: NumFrames = None,
     images: Annotated[
         Images, typer.Option(help="What the VLM sees: the views as Spa3R sees them, or the pictures as they are.")
@@ -201,32 +205,36 @@ def ask(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Ask a Spa3-VLM a question about photos of a scene."""
+    """Ask a Spa3-VLM questions about photos of a scene."""
     *photos, question = photos_and_question
     if not photos or os.path.exists(question) or not question.strip():
         raise typer.BadParameter(
             f"The last argument must be the question, after at least one photo; got {question!r}.",
             param_hint="PHOTOS... QUESTION",
         )
+    questions = [question, *(more or [])]
     with _reporting(as_json, verbose) as report:
         with report.status("Reading the photos"):
             names, views = _read_views(photos, num_frames)
         with report.status(f"Loading {model}"):
             vlm, processor = _load_vlm(model, device, dtype, attention)
-        untrained_note, rooms_note = _embedded_notes() if model == EMBEDDED else ("", "")
         if model == EMBEDDED:
-            report.note(untrained_note or rooms_note)
+            report.note(_embedded_note())
         processor.images = images.value
         with report.status(f"Looking at {_plural(len(views), 'view')}"):
-            answer = _answer(vlm, processor, views, question, max_new_tokens)
+            if more:
+                answers = vlm.ask(vlm.encode_scene(processor, views), questions, max_new_tokens=max_new_tokens)
+            else:
+                answers = [_answer(vlm, processor, views, question, max_new_tokens)]
+        told = [f"{asked}\n    {_printable(answer)}" for asked, answer in zip(questions, answers)]
         report.finish(
-            _printable(answer),
+            "\n".join(told) if more else _printable(answers[0]),
             model=model,
             question=question,
-            answer=answer,
+            answer=answers[0],
+            answers=[{"question": asked, "answer": answer} for asked, answer in zip(questions, answers)],
             views=names,
             num_views=len(names),
-            untrained=bool(untrained_note),
         )
 
 
@@ -277,7 +285,7 @@ def encode(
     """Encode photos of a scene, or of many, into latents: a safetensors file of (1, L, D) for each scene."""
     with _reporting(as_json, verbose) as report:
         if model == EMBEDDED:
-            report.note(_embedded_notes()[1])
+            report.note(_embedded_note())
 
         def load() -> tuple[Spa3RModel, Spa3RImageProcessor]:
             with report.status(f"Loading {model}"):
@@ -692,12 +700,9 @@ def _room_of_questions(first: int, level: int, views: int, size: int) -> tuple[R
 
 def _embedded_vlms() -> tuple[Couple, Couple, str]:
     """The embedded Spa3-VLM, a VLM to compare it with, each with its processor, and what the other one is."""
-    from spa3r import embedded
+    from spa3r.embedded import embedded_model, embedded_vlm
 
-    couple = embedded.embedded_model()
-    if hasattr(embedded, "embedded_vlm"):
-        return couple, embedded.embedded_vlm(), "the same VLM, trained on the same questions without Spa3R"
-    return couple, couple, "the same VLM, nothing fused into its image tokens"
+    return embedded_model(), embedded_vlm(), "the same VLM, trained on the same questions without Spa3R"
 
 
 def _ask_with_and_without(
@@ -795,7 +800,6 @@ def demo(
         with report.status("Making the models"):
             model, processor = embedded_spa3r()
             couple, alone, alone_note = _embedded_vlms()
-        untrained_note, spa3r_note = _embedded_notes()
         with report.status("Looking for a room, and rendering it and another one"):
             first = FIRST_UNSEEN_ROOM + ROOMS_PER_SEED * seed
             room, rows = _room_of_questions(first, level, views, processor.size)
@@ -811,7 +815,7 @@ def demo(
 
         facts = {
             "room": f"seed {room.seed}, level {level}; {views} views",
-            "Spa3R": spa3r_note,
+            "models": _embedded_note(),
             "without": alone_note,
             "latents": f"{' x '.join(map(str, predicted.latents.shape))}, of {_plural(len(context), 'context view')}",
             "field": f"cameras: given; {_plural(len(held_out), 'view')} held out, of this room and of room "
@@ -849,7 +853,6 @@ def demo(
                 questions,
                 (scores["with_spa3r"], scores["without_spa3r"]),
                 facts,
-                note=untrained_note,
                 figures={caption: figure},
                 table=metrics.table(),
                 command=f"spa3r demo --seed {seed} --level {level} --views {views}",
@@ -858,7 +861,6 @@ def demo(
         facts |= {"page": str(page), "pictures": ", ".join(map(str, files)), "photos": str(photos)}
         total = "overall, of 100: with Spa3R {with_spa3r:.1f}, without {without_spa3r:.1f} (one room is no measurement)"
         parts = [
-            *([f"Note: {untrained_note}"] if untrained_note else []),
             "\n".join(f"{name:<10} {text}" for name, text in facts.items()),
             "\n".join(map(_told, questions)),
             total.format(**scores),
@@ -874,7 +876,6 @@ def demo(
             cameras="given",
             questions=[vars(asked) for asked in questions],
             scores=scores,
-            answer_untrained=bool(untrained_note),
             latents_shape=list(predicted.latents.shape),
             field=metrics.to_dict(),
             report=str(page),

@@ -23,7 +23,7 @@ from spa3r.console import (
     Verbose,
     WeightType,
     check_model,
-    embedded_notes,
+    embedded_note,
     end_processes,
     load_vlm,
     loading_arguments,
@@ -183,8 +183,8 @@ def _evaluate(
         device = str(processes().device)
     with report.status(f"Loading {model}"):
         vlm, processor = _load_any_vlm(model, device, dtype, attention)
-    if model == EMBEDDED and any(notes := embedded_notes()):
-        report.note(notes[0] or notes[1])
+    if model == EMBEDDED:
+        report.note(embedded_note())
     about = benchmark.about
     if output is None:
         label = re.sub(r"\W+", "-", Path(model).name)
@@ -207,7 +207,6 @@ def _evaluate(
         missing=run.about["missing"],
         settings=asdict(settings),
         benchmark=run.about["benchmark"],
-        untrained=_is_untrained(run),
     )
 
 
@@ -292,24 +291,19 @@ def report_command(
         loaded = EvaluationRun.load(run)
         about = loaded.about["benchmark"]
         benchmark = None if data is None else VsiBench(data, about.get("subset", "full"))
-        is_untrained = _is_untrained(loaded)
         with report.status("Drawing"):
             page = run_report(
                 loaded,
                 benchmark,
                 scenes,
                 frames,
-                note=embedded_notes()[0] if is_untrained else "",
+                note=embedded_note() if loaded.about["model"]["name"] == EMBEDDED else "",
                 command=f"spa3r eval report {run} --scenes {scenes} --frames {frames}",
             )
         file = output or run / "report.html"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(page, encoding="utf-8")
         report.finish(str(file), report=str(file))
-
-
-def _is_untrained(run: EvaluationRun) -> bool:
-    return run.about["model"]["name"] == EMBEDDED and bool(embedded_notes()[0])
 
 
 def _told(run: EvaluationRun) -> str:

@@ -184,27 +184,20 @@ def loading_arguments(dtype: Dtype, attention: str | None) -> dict[str, Any]:
 def load_vlm(
     name: str, device: str, dtype: Dtype, attention: str | None
 ) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    import torch
-
     from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
-    from spa3r.embedded import embedded_model
 
     arguments, place = loading_arguments(dtype, attention), torch_device(device)
-    if name == EMBEDDED:
-        model, processor = embedded_model()
-        if attention is not None:
-            model.set_attn_implementation(attention)
-        return model.to(place, torch.float32 if dtype is Dtype.auto else getattr(torch, dtype)), processor
-    check_model(name)
+    if name != EMBEDDED:
+        check_model(name)
     processor = Spa3VLMProcessor.from_pretrained(name)
     return Spa3VLMForConditionalGeneration.from_pretrained(name, **arguments).to(place).eval(), processor
 
 
-def embedded_notes() -> tuple[str, str]:
-    """What is to be said of the embedded VLM while it is untrained (else nothing), and of the embedded Spa3R."""
-    from spa3r import embedded
+def embedded_note() -> str:
+    """What is to be said of the embedded models."""
+    from spa3r.embedded import ROOMS_NOTE
 
-    return getattr(embedded, "UNTRAINED_NOTE", ""), embedded.ROOMS_NOTE
+    return ROOMS_NOTE
 
 
 def end_processes() -> None:

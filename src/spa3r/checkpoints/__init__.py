@@ -1,4 +1,4 @@
-"""The small trained checkpoint that comes with the package, and the name by which ``from_pretrained`` finds it."""
+"""The small trained checkpoints that come with the package, and the name by which ``from_pretrained`` finds them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Any
 
 EMBEDDED = "embedded"
-"""What commands and ``from_pretrained`` call the checkpoint in the package, in place of a folder or hub id."""
+"""What commands and ``from_pretrained`` call the checkpoints in the package, in place of a folder or hub id."""
 
-FOLDERS = {EMBEDDED: Path(__file__).parent / "rooms"}
+_HERE = Path(__file__).parent
+
+SPA3R = _HERE / "rooms"
+"""A Spa3R with its semantic teacher."""
+
+SPA3_VLM = _HERE / "rooms_spa3_vlm"
+"""A Spa3-VLM."""
+
+VLM = _HERE / "rooms_vlm"
+"""The same VLM, trained on the same questions without Spa3R: a Spa3-VLM with ``spatial_source="none"``."""
 
 
-def resolve(name_or_path: Any) -> Any:
-    """The folder of a checkpoint that comes with the package; any other name as it is."""
-    return FOLDERS.get(name_or_path, name_or_path) if isinstance(name_or_path, str) else name_or_path
+def resolve(name_or_path: Any, model_type: str = "spa3r") -> Any:
+    """The folder of the checkpoint in the package for models of a type; any other name as it is."""
+    if not isinstance(name_or_path, str) or name_or_path != EMBEDDED:
+        return name_or_path
+    return SPA3_VLM if model_type == "spa3_vlm" else SPA3R

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from spa3r.checkpoints import EMBEDDED
-from spa3r.console import Dtype, embedded_notes, load_vlm
+from spa3r.console import Dtype, embedded_note, load_vlm
 from spa3r.video import sample_frames
 
 logger = logging.get_logger(__name__)
@@ -81,9 +81,8 @@ class Spa3VLMForLmmsEval(lmms):
         place = str(self.accelerator.device) if self._world_size > 1 else device or "auto"
         self.model, self.processor = load_vlm(str(pretrained), place, Dtype(dtype), attn_implementation)
         self.device = self.model.device
-        for note in embedded_notes() if pretrained == EMBEDDED else ():
-            if note and self._rank == 0:
-                logger.warning(note)
+        if pretrained == EMBEDDED and self._rank == 0:
+            logger.warning(embedded_note())
 
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:

@@ -76,7 +76,7 @@ class PackedPreTrainedModel(PreTrainedModel):
             ValueError: The checkpoint is another model's, lacks keys, has keys that the model doesn't know or tensors
                 of other shapes, or a file of it can't be read.
         """
-        pretrained_model_name_or_path = resolve(pretrained_model_name_or_path)
+        pretrained_model_name_or_path = resolve(pretrained_model_name_or_path, cls.config_class.model_type)
         if kwargs.get("config") is None and pretrained_model_name_or_path is not None:
             where = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
             kind = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)[0].get("model_type")

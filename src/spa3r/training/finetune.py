@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback, set_seed
 from spa3r.checkpoints import EMBEDDED, resolve
 from spa3r.data.collator import Spa3VLMCollator
 from spa3r.data.instructions import make_instructions
-from spa3r.embedded import embedded_model, embedded_spa3r
+from spa3r.embedded import embedded_spa3r
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
@@ -154,19 +154,17 @@ def make_model(
     quantized = None if args is None else quantization(args)
     guards = args is not None and args.psfm_weight > 0
     psfm = None
-    if section.init_from == EMBEDDED:
-        model, processor = embedded_model()
-        if guards:
-            psfm, _ = embedded_spa3r()
-            psfm.spa3r = model.spa3r
-    elif section.init_from is not None:
-        if quantized is not None or guards:
+    if section.init_from is not None:
+        if quantized is not None or (guards and section.init_from != EMBEDDED):
             what = (
                 "`policy` 'qlora' quantises a VLM" if quantized is not None else "`psfm_weight` takes Spa3R's teacher"
             )
             raise ValueError(f"{what} where a couple is married: give `model.vlm` and `model.spa3r`, not `init_from`.")
         model = Spa3VLMForConditionalGeneration.from_pretrained(section.init_from, **loading)
         processor = Spa3VLMProcessor.from_pretrained(section.init_from)
+        if guards:
+            psfm, _ = embedded_spa3r()
+            psfm.spa3r = model.spa3r
     else:
         vlm: Any = section.vlm
         if quantized is not None:

@@ -13,6 +13,7 @@ from huggingface_hub import create_repo, snapshot_download
 from transformers import AutoConfig, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.utils import TensorType
 
+from spa3r.checkpoints import resolve
 from spa3r.models.modeling_base import HUB_KWARGS
 from spa3r.models.spa3r.image_processing_spa3r import Image, Spa3RImageProcessor, ViewBatch, to_rgb
 from spa3r.video import sample_frames, uniform_indices
@@ -132,14 +133,14 @@ class Spa3VLMProcessor(ProcessorMixin):
         """Load from a folder or the hub.
 
         Args:
-            pretrained_model_name_or_path: Folder or hub id.
+            pretrained_model_name_or_path: Folder or hub id; ``"embedded"``: the one in the package.
             **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` for the hub;
                 arguments of the constructor, which override what was saved; the rest goes to the VLM's processor.
 
         Raises:
             ValueError: The folder holds no processor of ours.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder = Path(resolve(pretrained_model_name_or_path, "spa3_vlm"))
         if not folder.is_dir():
             hub = {key: kwargs[key] for key in (*HUB_KWARGS, "revision") if kwargs.get(key) is not None}
             hub.pop("proxies", None)

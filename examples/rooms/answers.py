@@ -1,0 +1,53 @@
+"""Step 10 of the rooms recipe: what the variants answer about unseen rooms, beside answers without looking."""
+
+import argparse
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+
+from spa3r.data import RoomQuestions
+from spa3r.evaluation import EvaluationRun
+from spa3r.evaluation.blind import blind_scores
+
+VARIANTS = {
+    "vlm": "the VLM alone",
+    "vggt": "+ VGGT's tokens",
+    "append": "Spa3-VLM, appended",
+    "spa3_vlm": "Spa3-VLM, cross-attention",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path, help="folder of runs of `spa3r eval rooms`: vlm-0, vlm-1, vggt-0, ...")
+    parser.add_argument("--training-rooms", type=int, default=1000, help="whose answers the blind baselines know")
+    args = parser.parse_args()
+    runs = {name: [EvaluationRun.load(path) for path in sorted(args.runs.glob(f"{name}-[0-9]"))] for name in VARIANTS}
+    runs = {name: found for name, found in runs.items() if found}
+    test = next(iter(runs.values()))[0].answers
+    known = RoomQuestions(0, args.training_rooms)
+    training = list({row["id"]: row for row in map(known.row, range(known.num_questions))}.values())
+    scores = {
+        "without looking, most frequent answer": [blind_scores(training, test, "most_frequent")],
+        "without looking, by the question's words": [blind_scores(training, test, "question")],
+    } | {f"{VARIANTS[name]} ({len(found)} seeds)": [run.scores for run in found] for name, found in runs.items()}
+    print(f"{platform.machine()} CPU; Python {platform.python_version()}, torch {torch.__version__}, transformers "
+          f"{transformers.__version__}")  # fmt: skip
+    print(f"{len(test)} questions about {len({row['scene_name'] for row in test})} unseen rooms of level 0; scores of "
+          "VSI-Bench in per cent: mean (lowest to highest)\n")  # fmt: skip
+    tasks = list(scores["without looking, most frequent answer"][0])
+    print(f"| task | {' | '.join(scores)} |\n|---|{'---|' * len(scores)}")
+    for task in tasks:
+        cells = [told([one[task] for one in column]) for column in scores.values()]
+        print(f"| {task.removesuffix('_accuracy').removesuffix('_MRA:.5:.95:.05')} | {' | '.join(cells)} |")
+
+
+def told(values: list[float]) -> str:
+    mean = f"{sum(values) / len(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+if __name__ == "__main__":
+    main()
