@@ -32,7 +32,10 @@ def main() -> None:
     scores = {
         "without looking, most frequent answer": [blind_scores(training, test, "most_frequent")],
         "without looking, by the question's words": [blind_scores(training, test, "question")],
-    } | {f"{VARIANTS[name]} ({len(found)} seeds)": [run.scores for run in found] for name, found in runs.items()}
+    } | {
+        f"{VARIANTS[name]} ({len(found)} seed{'s' * (len(found) > 1)})": [run.scores for run in found]
+        for name, found in runs.items()
+    }
     print(f"{platform.machine()} CPU; Python {platform.python_version()}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}")  # fmt: skip
     print(f"{len(test)} questions about {len({row['scene_name'] for row in test})} unseen rooms of level 0; scores of "

@@ -41,6 +41,8 @@ done
 "$python" "$here/package.py" spa3_vlm rooms_run/spa3_vlm-0
 "$python" "$here/package.py" vlm rooms_run/vlm-0
 
+"$python" -m spa3r eval rooms --rooms 500 -o rooms_run/answers/embedded
+cp rooms_run/answers/embedded/table.md "$here/results/eval_rooms.md"
 cp rooms_run/{vggt,teacher,vlm_single,vlm}.jsonl rooms_run/{metrics,answers}.txt "$here/results/"
 for seed in $seeds; do
   cat "rooms_run/spa3r-$seed"{-single,-few,}/log.jsonl > "$here/results/spa3r-$seed.jsonl"
