@@ -62,14 +62,6 @@ metric_list: [{metric: length, aggregation: mean, higher_is_better: true}]
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_couple(family):
     """A tiny couple whose short answers depend on every picture."""
     vlm, vlm_processor = build(family, seed=2)

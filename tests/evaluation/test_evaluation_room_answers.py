@@ -6,11 +6,9 @@ import pytest
 import torch
 from media import noise
 from peft import LoraConfig, get_peft_model
-from tiny import alive, spa3r_config
+from tiny_benchmark import build_couple
 from transformers.utils import logging
-from vlm_families import build
 
-from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
 from spa3r.evaluation.room_answers import AnswerReport, answer, evaluate_answers, score_answer, score_table
 
 PICTURES = [noise(56, 56, seed) for seed in range(6)]
@@ -33,17 +31,6 @@ EXAMPLES = [
     example(None, "What stands on the table?", "a lamp", PICTURES[4:]),
     example("room_size_estimation", "How large is it?", "12.5", PICTURES[:1]),
 ]
-
-
-def build_couple(family: str, **fields):
-    vlm, vlm_processor = build(family)
-    spa3r = alive(
-        Spa3RModel(spa3r_config(backbone_config={**spa3r_config().backbone_config.to_dict(), "patch_size": 14}))
-    )
-    model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r, **fields)
-    alive(model.adapter)
-    views = Spa3RImageProcessor(size=56, patch_size=14)
-    return model, Spa3VLMProcessor(vlm_processor, views, image_token_id=model.vlm.config.image_token_id)
 
 
 @pytest.fixture(scope="module")

@@ -38,15 +38,6 @@ COMBINATIONS = [("cross_attention", "spa3r"), ("cross_attention", "vggt"), ("app
 APPENDED = [combination for combination in COMBINATIONS if combination[0] == "append"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors this small, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_spa3r() -> Spa3RModel:
     return alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(patch_size=14, image_size=70))))
 

@@ -46,15 +46,6 @@ WORDS = 5
 NAMES = ("qwen2_5_vl", "qwen3_vl", "internvl")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For tensors this small, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass
 class Couple:
     model: Spa3VLM
