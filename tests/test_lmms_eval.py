@@ -19,7 +19,15 @@ from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLMForConditionalGenerati
 from spa3r.data.room_export import export_rooms
 from spa3r.data.room_questions import FIRST_TEST_SEED, RoomQuestions
 from spa3r.data.vsi_format import is_choice, make_messages
-from spa3r.evaluation import aggregate, answer, parse_prediction, score_prediction
+from spa3r.evaluation import (
+    EvaluationSettings,
+    VsiBench,
+    aggregate,
+    answer,
+    parse_prediction,
+    run_benchmark,
+    score_prediction,
+)
 from spa3r.video import sample_frames
 
 if importlib.util.find_spec("lmms_eval") is None:
@@ -92,7 +100,9 @@ def folder(couple, tmp_path_factory):
     (folder / "tasks").mkdir()
     (folder / "tasks" / "utils.py").write_text(TEXT_FUNCTIONS)
     rows = with_truths_that_are_met(couple, rows_of(videos), videos)
+    rows = [row | {"id": number} for number, row in enumerate(rows)]  # a room may lend another a question
     (videos / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (videos / "test.parquet").unlink()  # with the truths as they were
     write_task(folder, VSI_BENCH, datasets.Dataset.from_list(rows), "vsibench/_default_template_yaml")
     write_task(folder, VIEW_SPATIAL, view_spatial(), "viewspatial/viewspatial.yaml")
     write_task(folder, CV_BENCH, cv_bench(), "cv_bench/_default_template_yaml")
@@ -105,15 +115,12 @@ def rows_of(videos):
     return [json.loads(line) for line in (videos / "test.jsonl").read_text().splitlines()]
 
 
-def our_answers(couple, rows, videos):
-    frames = [sample_frames(videos / row["dataset"] / f"{row['scene_name']}.mp4", FRAMES) for row in rows]
-    return answer(*couple, [{"messages": make_messages(*pair)} for pair in zip(rows, frames)], batch_size=5)
-
-
 def with_truths_that_are_met(couple, rows, videos):
     """The rows of the first room with truths that the model meets, or nearly: scores of 0 alone would tell little."""
-    half = len(rows) // 2
-    for row, said in zip(rows[:half], our_answers(couple, rows[:half], videos)):
+    half = rows[: len(rows) // 2]
+    frames = [sample_frames(videos / row["dataset"] / f"{row['scene_name']}.mp4", FRAMES) for row in half]
+    said_of_half = answer(*couple, [{"messages": make_messages(*pair)} for pair in zip(half, frames)])
+    for row, said in zip(half, said_of_half):
         if is_choice(row["question_type"]):
             row["ground_truth"] = parse_prediction(said)
         elif (number := extract_number(said)) is not None:
@@ -283,18 +290,25 @@ def test_lmms_eval_finds_the_model_by_the_entry_point(name):
 # The same answers and scores as ours ----------------------------------------------------------------------------------
 
 
-def test_the_command_gives_our_answers_to_vsi_bench(asked_by_command, folder, couple):
-    videos = folder / "home" / "vsibench"
-    ours = our_answers(couple, rows_of(videos), videos)
+@pytest.fixture(scope="module")
+def our_run(folder, couple):
+    """The same folder through our own runner."""
+    settings = EvaluationSettings(num_frames=FRAMES, batch_size=3)
+    return run_benchmark(*couple, VsiBench(folder / "home" / "vsibench"), folder / "run", settings)
+
+
+def test_the_command_gives_the_answers_of_our_runner(asked_by_command, our_run):
+    ours = [line["prediction"] for line in our_run.answers]
     assert [sample["filtered_resps"] for sample in asked_by_command[0]] == ours
+    assert [sample["input"] for sample in asked_by_command[0]] == [line["prompt"] for line in our_run.answers]
     assert len(set(ours)) > 10
 
 
-def test_the_command_gives_our_scores_where_both_read_the_same_number(asked_by_command):
+def test_the_command_gives_the_scores_of_our_runner_where_both_read_the_same_number(asked_by_command, our_run):
     samples, results = asked_by_command
     docs = [sample["vsibench_overall"] for sample in samples]
     theirs = [doc["accuracy" if is_choice(doc["question_type"]) else "MRA:.5:.95:.05"] for doc in docs]
-    ours = [score_prediction(doc, doc["prediction"]) for doc in docs]
+    ours = [line["score"] for line in our_run.answers]
     alike = [
         is_choice(doc["question_type"]) or number_in(doc["prediction"]) == extract_number(doc["prediction"])
         for doc in docs
