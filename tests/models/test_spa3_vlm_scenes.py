@@ -16,9 +16,9 @@ from media import noise
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_spa3_vlm_ablations import SIZE, make_spa3r
+from test_spa3_vlm_ablations import make_spa3r
 from tiny import alive
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, LogitsProcessorList
 from vlm_families import FAMILIES, build
 
 from spa3r import Spa3RImageProcessor, Spa3VLM, Spa3VLMProcessor
@@ -42,6 +42,8 @@ QUESTIONS = [
     "\n\nWhere  is it? ",  # white space that tokenizers might merge with what precedes it
     "How many lamps are in the room?",  # of as many tokens as the first
 ]
+SIZE = 98
+"""Of views, in pixels: pictures of several tokens in both directions, whose rotary positions are not their places."""
 WORDS = 5
 NAMES = ("qwen2_5_vl", "qwen3_vl", "internvl")
 
@@ -96,6 +98,16 @@ def make(name="qwen2_5_vl", integration="cross_attention", spatial_source="spa3r
     return Couple(model, processor)
 
 
+def make_talkative(*args) -> tuple[Couple, list[str]]:
+    """A couple that answers questions differently, and its answers: that some say the same to all proves nothing."""
+    for seed in range(8):
+        couple = make(*args, seed=seed)
+        alone = couple.alone()
+        if len(set(alone)) > 1:
+            return couple, alone
+    raise AssertionError("No seed gives a VLM that answers questions differently.")
+
+
 @pytest.fixture(scope="module")
 def couple() -> Couple:
     return make()
@@ -114,23 +126,19 @@ def scene(couple) -> EncodedScene:
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_those_of_asking_alone(name, integration, source):
-    couple = make(name, integration, source)
-    answers = couple.ask(couple.encode(), QUESTIONS[:4])
-    assert answers == couple.alone(QUESTIONS[:4]) and len(set(answers)) > 1
+    couple, alone = make_talkative(name, integration, source)
+    scene = couple.encode()
+    assert couple.ask(scene) == alone
+    assert scene.rope_delta is None if name == "internvl" else scene.rope_delta < -3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - UNSHARED_PREFIXES.keys()))
 def test_answers_are_those_of_asking_alone_in_every_family(name):
     """Sliding windows, linear attention and convolutions among them; with tokens appended."""
-    for seed in range(8):  # some tiny VLMs say the same to all questions, which would prove nothing
-        couple = make(name, "append", seed=seed)
-        alone = [couple.alone(pictures=pictures) for pictures in (PICTURES, PICTURES[::-1])]
-        if all(len(set(answers)) > 1 for answers in alone):
-            break
-    else:
-        pytest.fail("No seed gives a VLM that answers questions differently.")
-    assert [couple.ask(couple.encode(pictures)) for pictures in (PICTURES, PICTURES[::-1])] == alone
+    couple, alone = make_talkative(name, "append", "spa3r")
+    assert couple.ask(couple.encode()) == alone
+    assert couple.ask(couple.encode(PICTURES[::-1])) == couple.alone(pictures=PICTURES[::-1])
 
 
 @pytest.mark.parametrize("name", ("gemma3", "qwen3_5"))
@@ -196,6 +204,17 @@ def test_everything_else_that_generate_offers(couple, scene):
     few = QUESTIONS[1:3]  # of different lengths
     for choice in ({"num_beams": 3}, {"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 1}):
         assert couple.ask(scene, few, **choice) == couple.alone(few, **choice), choice
+    seen: list[torch.Tensor] = []
+
+    def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        return scores
+
+    couple.ask(scene, few, max_new_tokens=1, logits_processor=LogitsProcessorList([watch]))
+    for question in few:
+        couple.alone([question], max_new_tokens=1, logits_processor=LogitsProcessorList([watch]))
+    batch, *alone = ([set(row.tolist()) for row in ids] for ids in seen)
+    assert batch == sorted((words for (words,) in alone), key=len)  # padding adds no word that a penalty would see
     torch.manual_seed(0)
     sampled = couple.ask(scene, do_sample=True, temperature=5.0, top_k=0)
     assert sampled != couple.ask(scene)
