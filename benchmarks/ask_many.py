@@ -70,7 +70,7 @@ def build(family: str, texts: list[str]) -> tuple[AutoConfig, transformers.Proce
             setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
         size = {"height": INTERNVL_SIDE, "width": INTERNVL_SIDE}
         processor = InternVLProcessor(
-            image_processor=GotOcr2ImageProcessor(size=size, crop_to_patches=False),
+            image_processor=GotOcr2ImageProcessor(size=size, max_patches=1),
             video_processor=InternVLVideoProcessor(size=size),
             tokenizer=tokenizer,
             image_seq_length=(INTERNVL_SIDE // 28) ** 2,
