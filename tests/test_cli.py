@@ -126,7 +126,7 @@ def test_ask_in_half_precision(scene):
 
 
 def test_control_characters_stay_out_of_the_terminal():
-    assert cli._printable("a\x1b[31mb\n\tc\x18é🪑") == "a�[31mb\n\tc�é🪑"
+    assert cli.printable("a\x1b[31mb\n\tc\x18é🪑") == "a�[31mb\n\tc�é🪑"
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_demo_shows_everything(tmp_path):
     for asked in report["questions"]:
         question, _, options = asked["question"].partition("\nOptions:\n")
         assert f"{asked['question_type']}: {question}\n" in text and "   ".join(options.splitlines()) in text
-        assert f"truth {asked['truth']!r}, with Spa3R {cli._one_line(cli._printable(asked['answer']))!r}" in text
+        assert f"truth {asked['truth']!r}, with Spa3R {cli.one_line(cli.printable(asked['answer']))!r}" in text
         for told in (question, *options.splitlines()):
             assert html.escape(told) in page
 
@@ -556,6 +556,6 @@ def test_the_installed_command_prints_json_alone(scene):
 
 
 def test_a_spa3_vlm_is_what_ask_loads(checkpoint):
-    model, _ = cli._load_vlm(str(checkpoint), "cpu", cli.Dtype.auto, "sdpa")
+    model, _ = cli.load_vlm(str(checkpoint), "cpu", cli.Dtype.auto, "sdpa")
     assert isinstance(model, Spa3VLMForConditionalGeneration) and not model.training
     assert model.spa3r.config._attn_implementation == model.vlm.config._attn_implementation == "sdpa"

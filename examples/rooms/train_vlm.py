@@ -73,7 +73,7 @@ class RoomConversations:
 
     def __init__(self, questions: RoomQuestions):
         self.questions = questions
-        self.per_room = len(questions) // questions.num_rooms
+        self.per_room = questions.num_questions // questions.num_rooms
 
     def seen(self, room: int) -> list[str]:
         """What each picture of a walk shows, by the names that the questions use, in alphabetical order."""
@@ -121,7 +121,7 @@ def make_processor(questions: RoomQuestions) -> Spa3VLMProcessor:
     texts = [
         text for room in range(questions.num_rooms) for text in (DESCRIBE, DESCRIBE_ONE, conversations.describe(room))
     ]
-    texts += [make_prompt(questions.row(index)) for index in range(len(questions))]
+    texts += [make_prompt(questions.row(index)) for index in range(questions.num_questions)]
     bpe = Tokenizer(models.BPE())
     # Digits stand alone, so that numbers are spelled alike wherever they are.
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -31,17 +31,17 @@ from spa3r.console import (
     Report,
     Verbose,
     WeightType,
+    check_model,
+    embedded_note,
     end_processes,
+    load_vlm,
+    loading_arguments,
+    one_line,
+    plural,
+    printable,
+    reporting,
+    torch_device,
 )
-from spa3r.console import check_model as _check_model
-from spa3r.console import embedded_note as _embedded_note
-from spa3r.console import load_vlm as _load_vlm
-from spa3r.console import loading_arguments as _loading_arguments
-from spa3r.console import one_line as _one_line
-from spa3r.console import plural as _plural
-from spa3r.console import printable as _printable
-from spa3r.console import reporting as _reporting
-from spa3r.console import torch_device as _torch_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,16 +117,16 @@ def _load_spa3r(name: str, device: str, dtype: Dtype, attention: str | None) -> 
 
     from spa3r import Spa3RImageProcessor, Spa3RModel
 
-    arguments, place = _loading_arguments(dtype, attention), _torch_device(device)
+    arguments, place = loading_arguments(dtype, attention), torch_device(device)
     if name != EMBEDDED:
-        _check_model(name)
+        check_model(name)
         kind = AutoConfig.from_pretrained(name).model_type
         if kind == "spa3r":
             model = Spa3RModel.from_pretrained(name, **arguments).to(place).eval()
             return model, Spa3RImageProcessor.from_pretrained(name)
         if kind != "spa3_vlm":
             raise ValueError(f"`--model` must be a Spa3R or a Spa3-VLM to encode with, and {name} is a {kind}.")
-    model, processor = _load_vlm(name, device, dtype, attention)
+    model, processor = load_vlm(name, device, dtype, attention)
     if model.spa3r is None:
         raise ValueError(f"`--model` must hold a Spa3R to encode with, and {name} has `spatial_source` 'none'.")
     return model.spa3r, processor.view_image_processor
@@ -213,22 +213,22 @@ def ask(
             param_hint="PHOTOS... QUESTION",
         )
     questions = [question, *(more or [])]
-    with _reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose) as report:
         with report.status("Reading the photos"):
             names, views = _read_views(photos, num_frames)
         with report.status(f"Loading {model}"):
-            vlm, processor = _load_vlm(model, device, dtype, attention)
+            vlm, processor = load_vlm(model, device, dtype, attention)
         if model == EMBEDDED:
-            report.note(_embedded_note())
+            report.note(embedded_note())
         processor.images = images.value
-        with report.status(f"Looking at {_plural(len(views), 'view')}"):
+        with report.status(f"Looking at {plural(len(views), 'view')}"):
             if more:
                 answers = vlm.ask(vlm.encode_scene(processor, views), questions, max_new_tokens=max_new_tokens)
             else:
                 answers = [_answer(vlm, processor, views, question, max_new_tokens)]
-        told = [f"{asked}\n    {_printable(answer)}" for asked, answer in zip(questions, answers)]
+        told = [f"{asked}\n    {printable(answer)}" for asked, answer in zip(questions, answers)]
         report.finish(
-            "\n".join(told) if more else _printable(answers[0]),
+            "\n".join(told) if more else printable(answers[0]),
             model=model,
             question=question,
             answer=answers[0],
@@ -283,9 +283,9 @@ def encode(
     verbose: Verbose = False,
 ) -> None:
     """Encode photos of a scene, or of many, into latents: a safetensors file of (1, L, D) for each scene."""
-    with _reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose) as report:
         if model == EMBEDDED:
-            report.note(_embedded_note())
+            report.note(embedded_note())
 
         def load() -> tuple[Spa3RModel, Spa3RImageProcessor]:
             with report.status(f"Loading {model}"):
@@ -302,11 +302,11 @@ def encode(
         names, views = _read_views(photos, num_frames)
         spa3r, processor = load()
         file = output or Path("latents.safetensors")
-        with report.status(f"Encoding {_plural(len(views), 'view')}"):
+        with report.status(f"Encoding {plural(len(views), 'view')}"):
             scene = (file, {"views": json.dumps(names)}, [processor.process_view(view) for view in views])
             shape = _encode_and_save(spa3r, processor, model, [scene])
         report.finish(
-            f"{file}: latents {' x '.join(map(str, shape))} of {_plural(len(names), 'view')}",
+            f"{file}: latents {' x '.join(map(str, shape))} of {plural(len(names), 'view')}",
             model=model,
             output=str(file),
             latents_shape=shape,
@@ -342,14 +342,14 @@ def _encode_many(
                     about = {"views": json.dumps(names), "made_from": made_from[file]}
                     batch.append((file, about, [processor.process_view(view) for view in views]))
                 except (ValueError, OSError) as error:
-                    failed[source] = _one_line(error)
+                    failed[source] = one_line(error)
                     report.error(f"{source}: {failed[source]}")
             if batch:
                 _encode_and_save(spa3r, processor, model, batch)
             progress.advance(task, min(batch_size, len(waiting) - start))
     encoded, skipped = len(waiting) - len(failed), len(scenes) - len(waiting)
     report.finish(
-        f"{folder}: {_plural(encoded, 'scene')} encoded, {skipped} already done, {len(failed)} failed",
+        f"{folder}: {plural(encoded, 'scene')} encoded, {skipped} already done, {len(failed)} failed",
         exit_code=int(bool(failed)),
         model=model,
         output=str(folder),
@@ -438,7 +438,7 @@ def convert(
     verbose: Verbose = False,
 ) -> None:
     """Convert a released research checkpoint into a folder that from_pretrained and --model take."""
-    with _reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose) as report:
         from spa3r import convert_checkpoint
 
         fields = _read_config(config) if config is not None else None
@@ -474,7 +474,7 @@ def pretrain(
     verbose: Verbose = False,
 ) -> None:
     """Pretrain a Spa3R as a configuration file says, or go on with a run that was stopped."""
-    with _reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose) as report:
         from spa3r.training import PretrainingConfig
         from spa3r.training import pretrain as run_pretraining
 
@@ -504,7 +504,7 @@ def finetune(
     verbose: Verbose = False,
 ) -> None:
     """Fine-tune a VLM with Spa3R on instructions as a configuration file says, or go on with a run that was stopped."""
-    with _reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose) as report:
         from spa3r.training import FinetuningConfig
         from spa3r.training import finetune as run_finetuning
 
@@ -537,7 +537,7 @@ def _tell_training(report: Report, result: Any, text: str = "", **more: Any) -> 
     if text:
         lines.append(text)
     if result.nonfinite_steps:
-        lines.append(f"{_plural(result.nonfinite_steps, 'step')} dropped, their gradient was not finite")
+        lines.append(f"{plural(result.nonfinite_steps, 'step')} dropped, their gradient was not finite")
     if not result.is_finished:
         lines.append(f"stopped by {result.interrupted_by}; the same command goes on from {result.checkpoint}")
     report.finish(
@@ -560,14 +560,14 @@ def _tell_training(report: Report, result: Any, text: str = "", **more: Any) -> 
 @app.command()
 def info(as_json: AsJson = False, verbose: Verbose = False) -> None:
     """What is installed, and what works here: devices, types, attention back ends. Each one is tried."""
-    with _reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose) as report:
         versions: dict[str, str | None] = {"python": sys.version.split()[0]}
         for name in PACKAGES:
             try:
                 versions[name] = metadata.version(name)
             except metadata.PackageNotFoundError:
                 versions[name] = None
-        device = _torch_device("auto")
+        device = torch_device("auto")
         devices, dtypes, attention = _devices(), _try_dtypes(device), _try_attention(device)
         sections = {
             "Versions": {name: version or "not installed" for name, version in versions.items()},
@@ -592,7 +592,7 @@ def info(as_json: AsJson = False, verbose: Verbose = False) -> None:
 def _devices() -> dict[str, str]:
     import torch
 
-    devices = {"cpu": _plural(torch.get_num_threads(), "thread")}
+    devices = {"cpu": plural(torch.get_num_threads(), "thread")}
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = (
@@ -614,7 +614,7 @@ def _try_dtypes(device: torch.device) -> dict[str, tuple[bool, str]]:
             (square @ square).softmax(-1).sum().item()
             found[name] = (True, "works")
         except RuntimeError as error:
-            found[name] = (False, f"fails: {_one_line(error)}")
+            found[name] = (False, f"fails: {one_line(error)}")
     return found
 
 
@@ -650,7 +650,7 @@ def _try_attention(device: torch.device) -> dict[str, tuple[bool, str]]:
                 note += "; here it is PyTorch's SDPA, xformers' own kernels run on CUDA only"
             found[name] = (True, note) if error < (1e-2 if half else 1e-4) else (False, f"is off by {error:.0e}")
         except Exception as error:  # whatever it is, it is the answer
-            found[name] = (False, f"fails: {_one_line(error)}")
+            found[name] = (False, f"fails: {one_line(error)}")
     default = check_attention_implementation(None)
     found[default] = (found[default][0], f"{found[default][1]} (the default)")
     return found
@@ -743,7 +743,7 @@ def _told(asked: AskedQuestion) -> str:
         ("with Spa3R", asked.answer, asked.score),
         ("without", asked.answer_without_spa3r, asked.score_without_spa3r),
     )
-    told = (f"{name} {_one_line(_printable(answer))!r} (score {score:.2f})" for name, answer, score in answers)
+    told = (f"{name} {one_line(printable(answer))!r} (score {score:.2f})" for name, answer, score in answers)
     return "\n".join([*lines, f"    truth {asked.truth!r}, {', '.join(told)}"])
 
 
@@ -786,7 +786,7 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """See it all at work without a download: a room, questions with and without Spa3R, the field of held-out views."""
-    with _reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose) as report:
         import PIL.Image
 
         from spa3r.embedded import embedded_spa3r
@@ -815,10 +815,10 @@ def demo(
 
         facts = {
             "room": f"seed {room.seed}, level {level}; {views} views",
-            "models": _embedded_note(),
+            "models": embedded_note(),
             "without": alone_note,
-            "latents": f"{' x '.join(map(str, predicted.latents.shape))}, of {_plural(len(context), 'context view')}",
-            "field": f"cameras: given; {_plural(len(held_out), 'view')} held out, of this room and of room "
+            "latents": f"{' x '.join(map(str, predicted.latents.shape))}, of {plural(len(context), 'context view')}",
+            "field": f"cameras: given; {plural(len(held_out), 'view')} held out, of this room and of room "
             f"{room.seed + 1}",
         }
         if missing := [name for name in QUESTION_TYPES if name not in [row["question_type"] for row in rows]]:
