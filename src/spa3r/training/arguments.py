@@ -21,6 +21,8 @@ class RunArguments(TrainingArguments):
     Args:
         max_nonfinite_steps: How many steps of a run may be dropped because their gradient is not finite. One more is
             an error.
+        muon_learning_rate: Learning rate of the matrices inside transformer layers and adapters, which Muon then trains
+            instead of AdamW; it follows the same schedule. None: AdamW trains all.
 
     Raises:
         ValueError: An argument doesn't suit a training that is counted in steps.
@@ -41,12 +43,25 @@ class RunArguments(TrainingArguments):
     ddp_broadcast_buffers: bool | None = field(default=False)
     seed: int = field(default=0)
     max_nonfinite_steps: int = field(default=100)
+    muon_learning_rate: float | None = field(default=None)
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
             if getattr(self, name) == "epoch":
                 raise ValueError(f"`{name}` must be 'steps' or 'no', got 'epoch': a training is counted in steps.")
+        if self.muon_learning_rate is None:
+            return
+        if self.muon_learning_rate <= 0:
+            raise ValueError(
+                f"`muon_learning_rate` must be above 0, such as 0.02, got {self.muon_learning_rate}. Leave it out to "
+                "have AdamW train all."
+            )
+        if self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(
+                f"`muon_learning_rate` goes with `optim` adamw_torch or adamw_torch_fused, which train the rest, got "
+                f"{self.optim.value!r}. Leave one of the two out."
+            )
 
 
 @dataclass

@@ -36,6 +36,7 @@ from spa3r.training.checkpoints import (
     writing_into,
 )
 from spa3r.training.logs import JsonLinesCallback
+from spa3r.training.optimizers import MuonAndAdamW, layer_matrices
 
 logger = logging.get_logger(__name__)
 
@@ -151,6 +152,11 @@ class ResumableTrainer(Trainer):
             model, args, callbacks=[*callbacks, _StopAtTheEndOfTheStep(self), JsonLinesCallback()], **kwargs
         )
         self.remove_callback(PrinterCallback)  # log.jsonl has it all
+        if self.args.muon_learning_rate is not None and self.is_sharded:
+            raise ValueError(
+                "`muon_learning_rate` must be None where FSDP or DeepSpeed shards the model: Muon needs whole "
+                "matrices. Leave it out, or let each process hold the whole model."
+            )
         self.model_accepts_loss_kwargs = True  # our loss is already scaled by `num_items_in_batch`
         self.loader: BatchLoader | None = None
         self.nonfinite_steps = 0
@@ -214,6 +220,16 @@ class ResumableTrainer(Trainer):
         return gathered
 
     # A step
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: Any, model: nn.Module | None = None
+    ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """As in transformers, with Muon where it is asked for."""
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if args.muon_learning_rate is None:
+            return optimizer, options
+        return MuonAndAdamW, options | {"matrices": layer_matrices(model), "muon_lr": args.muon_learning_rate}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None) -> Tensor:
         """Forward and backward of one batch; its share in the loss of the step, 0 if that is not finite."""
