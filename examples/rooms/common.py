@@ -14,16 +14,15 @@ import numpy as np
 import PIL.Image
 import torch
 from render import VIEWS, look_around
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from spa3r.rooms import relative_to_first
+from spa3r.training.checkpoints import load_state, save_state
+from spa3r.training.optimizers import MuonAndAdamW, layer_matrices
 
 FIRST_HELD_OUT = 1_000_000
 """Seed of the first room that no step of the recipe trains on."""
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -118,38 +117,43 @@ def train(
     learning_rate: float,
     seed: int = 0,
     every: int = 500,
+    muon_learning_rate: float | None = None,
 ) -> None:
-    """AdamW with warm-up and a cosine to zero; a line of JSON every `every` steps; goes on where it was stopped."""
+    """AdamW, with Muon for the layers' matrices if it has a learning rate; warm-up and a cosine to zero.
+
+    It writes a line of JSON every `every` steps, and goes on where it was stopped.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warm_up = min(500, steps // 10)
-
-    def rate(done: int) -> float:
-        return min(1, (done + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * done / steps))
-
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups, options = [{"params": parameters, "weight_decay": 0.01}], {"lr": learning_rate, "betas": (0.9, 0.98)}
+    optimizer = (
+        torch.optim.AdamW(groups, **options)
+        if muon_learning_rate is None
+        else MuonAndAdamW(groups, layer_matrices(model), muon_lr=muon_learning_rate, **options)
+    )
+    warm_up = min(500, max(1, steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: min(1, (done + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * done / steps))
+    )
     state_file, start, seconds = output / f"{name}.state.safetensors", 0, 0.0
     if state_file.exists():
-        state = load_file(state_file)
-        start, seconds = int(state.pop("step")), float(state.pop("seconds"))
-        for key, parameter in parameters.items():
-            parameter.data.copy_(state[key])
-            moments = {moment: state[f"{moment}/{key}"] for moment in MOMENTS if f"{moment}/{key}" in state}
-            if moments:
-                optimizer.state[parameter] = moments | {"step": torch.tensor(float(start))}
+        state = load_state(state_file)
+        start, seconds = state["step"], state["seconds"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
     model.train()
     sums: dict[str, float] = {}
     begun, last = time.perf_counter() - seconds, start
     for done in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate(done)
         losses = step(np.random.default_rng([seed, done]))
         loss = sum(losses.values())
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         if not norm.isfinite():
             raise FloatingPointError(f"The loss of step {done} is not finite: {losses}.")
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         for key, value in losses.items():
             sums[key] = sums.get(key, 0.0) + value.item()
@@ -165,10 +169,7 @@ def train(
             with (output / f"{name}.jsonl").open("a") as log:
                 log.write(line + "\n")
             sums, last = {}, done + 1
-            state = {key: p.detach() for key, p in parameters.items()}
-            for key, parameter in parameters.items():
-                moments = optimizer.state[parameter]  # empty for what the loss never reaches
-                state |= {f"{moment}/{key}": moments[moment] for moment in MOMENTS if moment in moments}
-            state |= {"step": torch.tensor(done + 1), "seconds": torch.tensor(time.perf_counter() - begun)}
-            save_file(state, state_file.with_suffix(".tmp"))
+            state = {"step": done + 1, "seconds": time.perf_counter() - begun, "model": dict(model.state_dict())}
+            state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            save_state(state, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
