@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -39,6 +38,7 @@ from spa3r.console import (
     one_line,
     plural,
     printable,
+    read_views,
     reporting,
     torch_device,
 )
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
 
     Couple = tuple[Any, Any]  # a VLM and its processor
 
-VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".heic", ".heif", ".avif"}
 PACKAGES = (
     *("spa3r", "torch", "torchvision", "transformers", "xformers", "flash-attn", "accelerate", "peft", "safetensors"),
     *("huggingface-hub", "tokenizers", "numpy", "pillow", "av", "matplotlib", "embreex", "typer"),
@@ -132,50 +130,6 @@ def _load_spa3r(name: str, device: str, dtype: Dtype, attention: str | None) -> 
     return model.spa3r, processor.view_image_processor
 
 
-# Photos
-
-
-def _suffix(source: str) -> str:
-    return Path(source.partition("?")[0] if "://" in source else source).suffix.lower()
-
-
-def _files(source: str) -> list[str]:
-    """A file or URL as it is, a folder as its pictures and videos, ``2.jpg`` before ``10.jpg``."""
-    if source.startswith(("http://", "https://")):
-        return [source]
-    path = Path(source)
-    if not os.path.exists(source):
-        raise FileNotFoundError(f"The picture {source} doesn't exist. Check the path.")
-    if not path.is_dir():
-        return [source]
-    files = [file for file in path.iterdir() if file.suffix.lower() in PICTURES | VIDEOS and file.name[0] != "."]
-    if not files:
-        raise ValueError(
-            f"The folder {source} holds no pictures and no videos (its subfolders are not searched). Give another."
-        )
-    numbers_as_such = (
-        [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", file.name)] for file in files
-    )
-    return [str(file) for _, file in sorted(zip(numbers_as_such, files))]
-
-
-def _read_views(sources: list[str], num_frames: int | None) -> tuple[list[str], list[PIL.Image.Image]]:
-    """All views of the sources, in order, and their names: a path, a URL, or ``video#i`` for the i-th sampled frame."""
-    from spa3r.models.spa3r.image_processing_spa3r import to_rgb
-    from spa3r.video import sample_frames
-
-    names, views = [], []
-    for file in [file for source in sources for file in _files(source)]:
-        if _suffix(file) in VIDEOS:
-            frames = sample_frames(file, num_frames)
-            names += [f"{file}#{index}" for index in range(len(frames))]
-            views += frames
-        else:
-            names.append(file)
-            views.append(to_rgb(file))
-    return names, views
-
-
 # Commands
 
 
@@ -215,7 +169,7 @@ def ask(
     questions = [question, *(more or [])]
     with reporting(as_json, verbose) as report:
         with report.status("Reading the photos"):
-            names, views = _read_views(photos, num_frames)
+            names, views = read_views(photos, num_frames)
         with report.status(f"Loading {model}"):
             vlm, processor = load_vlm(model, device, dtype, attention)
         if model == EMBEDDED:
@@ -299,7 +253,7 @@ def encode(
             raise ValueError(
                 f"`--output` must be a file, and {output} is a folder: give {output / 'latents.safetensors'}."
             )
-        names, views = _read_views(photos, num_frames)
+        names, views = read_views(photos, num_frames)
         spa3r, processor = load()
         file = output or Path("latents.safetensors")
         with report.status(f"Encoding {plural(len(views), 'view')}"):
@@ -338,7 +292,7 @@ def _encode_many(
             batch = []
             for file, source in waiting[start : start + batch_size]:
                 try:
-                    names, views = _read_views([source], num_frames)
+                    names, views = read_views([source], num_frames)
                     about = {"views": json.dumps(names), "made_from": made_from[file]}
                     batch.append((file, about, [processor.process_view(view) for view in views]))
                 except (ValueError, OSError) as error:

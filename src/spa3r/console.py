@@ -1,10 +1,12 @@
-"""What all commands share: their result and their notes, common options, devices, loading of models."""
+"""What all commands share: their result and their notes, common options, devices, loading of models and photos."""
 
 from __future__ import annotations
 
 import gc
 import json
 import logging
+import os
+import re
 import sys
 import time
 import unicodedata
@@ -22,10 +24,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from spa3r.checkpoints import EMBEDDED
 
 if TYPE_CHECKING:
+    import PIL.Image
     import torch
 
     from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
     from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+
+VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".heic", ".heif", ".avif"}
 
 
 class Dtype(StrEnum):
@@ -198,6 +204,56 @@ def embedded_note() -> str:
     from spa3r.embedded import ROOMS_NOTE
 
     return ROOMS_NOTE
+
+
+def _suffix(source: str) -> str:
+    return Path(source.partition("?")[0] if "://" in source else source).suffix.lower()
+
+
+def _files(source: str) -> list[str]:
+    """A file or URL as it is, a folder as its pictures and videos, ``2.jpg`` before ``10.jpg``."""
+    if source.startswith(("http://", "https://")):
+        return [source]
+    path = Path(source)
+    if not os.path.exists(source):
+        raise FileNotFoundError(f"The picture {source} doesn't exist. Check the path.")
+    if not path.is_dir():
+        return [source]
+    files = [file for file in path.iterdir() if file.suffix.lower() in PICTURES | VIDEOS and file.name[0] != "."]
+    if not files:
+        raise ValueError(
+            f"The folder {source} holds no pictures and no videos (its subfolders are not searched). Give another."
+        )
+    numbers_as_such = (
+        [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", file.name)] for file in files
+    )
+    return [str(file) for _, file in sorted(zip(numbers_as_such, files))]
+
+
+def read_views(sources: list[str], num_frames: int | None) -> tuple[list[str], list[PIL.Image.Image]]:
+    """All views of the sources, in order, and their names: a path, a URL, or ``video#i`` for the i-th sampled frame.
+
+    Args:
+        sources: Pictures, videos, folders of them, or URLs.
+        num_frames: Frames of each video; None: by its length.
+
+    Raises:
+        ValueError: A file can't be read, or a folder holds nothing to read. The message names it.
+        FileNotFoundError: A source doesn't exist.
+    """
+    from spa3r.models.spa3r.image_processing_spa3r import to_rgb
+    from spa3r.video import sample_frames
+
+    names, views = [], []
+    for file in [file for source in sources for file in _files(source)]:
+        if _suffix(file) in VIDEOS:
+            frames = sample_frames(file, num_frames)
+            names += [f"{file}#{index}" for index in range(len(frames))]
+            views += frames
+        else:
+            names.append(file)
+            views.append(to_rgb(file))
+    return names, views
 
 
 def end_processes() -> None:
