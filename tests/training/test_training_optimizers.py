@@ -9,7 +9,7 @@ from tiny_finetuning import trainer as finetuning_trainer
 from tiny_training import Kill, arguments, same_files, trainer, write_scenes
 from torch import nn
 
-from spa3r.training import PretrainingTrainer
+from spa3r.training import PretrainingTrainer, read_log
 from spa3r.training.optimizers import MuonAndAdamW, layer_matrices
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
@@ -39,7 +39,7 @@ def test_each_part_moves_by_its_own_rule():
     muon = torch.optim.Muon([alone[1].weight], lr=0.02, weight_decay=0.01)
     others = [one for one in alone.parameters() if one is not alone[1].weight]
     adamw = torch.optim.AdamW(others, lr=0.1, weight_decay=0.01)
-    assert names_of(optimizer, model) == [{"1.weight"}, {"0.weight", "1.bias", "2.weight", "2.bias"}]
+    assert names_of(optimizer, model) == [{"0.weight", "1.bias", "2.weight", "2.bias"}, {"1.weight"}]
     for step in range(3):
         for one in (model, alone):
             one(torch.tensor([step, 4])).square().sum().backward()
@@ -72,7 +72,7 @@ def test_state_comes_back():
 
 def test_pretraining_gives_muon_the_layers(scenes, tmp_path):
     ours = trainer(tmp_path / "run", scenes, muon_learning_rate=0.02, weight_decay=0.3)
-    of_muon, of_adamw = names_of(ours.create_optimizer(), ours.model)
+    of_adamw, of_muon = names_of(ours.create_optimizer(), ours.model)
     assert of_muon == {
         f"spa3r.{part}.layers.0.{weight}.weight"
         for part in ("encoder", "decoder")
@@ -85,7 +85,7 @@ def test_pretraining_gives_muon_the_layers(scenes, tmp_path):
 def test_finetuning_gives_muon_the_adapter_and_the_language_model(tmp_path):
     model, processor = couple()
     ours = finetuning_trainer(tmp_path / "run", model=model, processor=processor, muon_learning_rate=0.02)
-    of_muon, of_adamw = names_of(ours.create_optimizer(), ours.model)
+    of_adamw, of_muon = names_of(ours.create_optimizer(), ours.model)
     assert {"adapter.bottleneck.fc2.weight", "adapter.cross_attention.proj.weight"} <= of_muon
     assert any("self_attn.q_proj" in name for name in of_muon)
     assert any("embed_tokens" in name for name in of_adamw)
@@ -103,6 +103,8 @@ def test_resumed_run_ends_in_the_same_weights(scenes, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         same_files(tmp_path / "run" / "checkpoint-6", tmp_path / "whole" / "checkpoint-6", name)
+    first, *_ = read_log(tmp_path / "whole" / "log.jsonl")
+    assert first["learning_rate"] == pytest.approx(2e-3)  # AdamW's
 
 
 def test_unlike_adamw(scenes, tmp_path):

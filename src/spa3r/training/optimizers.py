@@ -52,10 +52,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 if members:
                     part.append(group | {"params": members, "lr": part_rate})
         self._parts: list[torch.optim.Optimizer] = []
+        if of_adamw:  # first, so that logs show its learning rate
+            self._parts.append(torch.optim.AdamW(of_adamw, lr=lr, **options))
         if of_muon:
             self._parts.append(torch.optim.Muon(of_muon, lr=muon_lr))
-        if of_adamw:
-            self._parts.append(torch.optim.AdamW(of_adamw, lr=lr, **options))
         super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
         self._share()
 
