@@ -1,0 +1,275 @@
+"""The web demo: show a place, then ask about it. A place is encoded once, and its scene stays while memory allows.
+
+build_app(*embedded_model()).launch()
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import PIL.Image
+
+from spa3r.console import PICTURES, VIDEOS, one_line, plural, printable, read_views
+from spa3r.data.room_questions import FIRST_TEST_SEED, RoomQuestions
+from spa3r.data.vsi_format import make_prompt
+from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+from spa3r.models.spa3_vlm.scenes import EncodedScene, SceneCache
+from spa3r.page import TYPE_TITLES
+from spa3r.rooms import room_questions
+from spa3r.rooms.room import check_seed
+
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('The web demo needs gradio, which is not installed. pip install "spa3r[app]".') from error
+
+DAY = 24 * 60 * 60
+"""Seconds that uploaded files are kept; they are looked for as often, and deleted when the server stops."""
+
+LEAD = """# Ask about a place
+Give photos or a video of one place, or take a generated room. The model looks at it once; then ask as much as you like.
+"""
+
+CSS = ".gradio-container { max-width: 76rem !important; margin: 0 auto !important; }"
+
+
+@dataclass(frozen=True)
+class GivenFiles:
+    """A place of which a visitor gave photos and videos.
+
+    Attributes:
+        files: Where the server keeps them.
+        num_frames: Frames of each video; None: by its length.
+    """
+
+    files: tuple[str, ...]
+    num_frames: int | None
+
+    questions = {}
+    """None whose answer is known."""
+
+    def views(self) -> list[PIL.Image.Image]:
+        """Its pictures, read anew.
+
+        Raises:
+            ValueError: There are no files, they were deleted, or one can't be read. Files are named as the visitor
+                named them.
+        """
+        if not self.files:
+            raise ValueError("There are no pictures: give photos or a video of a place first.")
+        if gone := [Path(file).name for file in self.files if not os.path.exists(file)]:
+            raise ValueError(
+                f"The server no longer keeps the pictures of this place ({', '.join(gone)}). Give them again."
+            )
+        try:
+            names, views = read_views(list(self.files), self.num_frames)
+        except (ValueError, OSError) as error:
+            text = str(error)
+            for file in self.files:
+                text = text.replace(file, Path(file).name)
+            raise ValueError(text) from error
+        for name, view in zip(names, views):
+            view.filename = Path(name).name  # messages further on name it
+        return views
+
+
+@dataclass(frozen=True)
+class UnseenRoom:
+    """A generated room that no training saw.
+
+    Attributes:
+        seed: Of the room.
+        size: Width and height of its pictures.
+    """
+
+    seed: int
+    size: int
+
+    @property
+    def _source(self) -> RoomQuestions:
+        return RoomQuestions(self.seed, num_rooms=1, size=self.size)
+
+    def views(self) -> list[PIL.Image.Image]:
+        """Its pictures, rendered anew."""
+        return self._source.pictures(self.seed)
+
+    @cached_property
+    def questions(self) -> dict[str, dict[str, Any]]:
+        """Rows of VSI-Bench that the room allows, one of a type at most, by what the model is asked."""
+        return {make_prompt(row): row for row in room_questions(self._source.walk(self.seed))}
+
+
+Place = GivenFiles | UnseenRoom
+Message = dict[str, Any]
+
+
+class Demo:
+    """What the page does: one model for all visitors, one request at a time.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        cache_bytes: Of all scenes together. One that left is encoded again when it is asked about.
+    """
+
+    def __init__(self, model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor, cache_bytes: int):
+        self.model, self.processor = model, processor
+        self.scenes = SceneCache(cache_bytes)
+        self._lock = Lock()
+
+    def look_at_files(self, files: list[str] | None, num_frames: int) -> tuple[Any, ...]:
+        """A visitor's files, 0 frames for as many as its length asks for -> what the page shows of the place."""
+        with _told_to_visitor():
+            return self._look(GivenFiles(tuple(files or ()), num_frames or None))
+
+    def look_at_room(self, seed: int) -> tuple[Any, ...]:
+        """The room of a seed, counted from the first that no training saw -> what the page shows of it."""
+        with _told_to_visitor():
+            check_seed(seed)
+            return self._look(UnseenRoom(FIRST_TEST_SEED + seed, self.processor.view_image_processor.size))
+
+    def ask(self, place: Place | None, question: str, chat: list[Message]) -> tuple[list[Message], str]:
+        """The chat with the question and its answer added, and an empty box for the next question."""
+        with _told_to_visitor(), self._lock:
+            if place is None:
+                raise ValueError("There is no place to ask about: give photos, a video or a generated room first.")
+            was_kept = place in self.scenes
+            scene, told = self._scene(place)
+            start = time.perf_counter()
+            answer = printable(self.model.ask(scene, question))
+            seconds = f"Answered in {time.perf_counter() - start:.2f} s"
+        if not was_kept:
+            seconds += f"; the place was not in memory: {told}"
+        truth = [f"The truth: {_truth(place.questions[question])}"] if question in place.questions else []
+        text = "\n".join([answer, "", *truth, seconds])
+        return [*chat, {"role": "user", "content": question}, {"role": "assistant", "content": text}], ""
+
+    def _look(self, place: Place) -> tuple[Any, ...]:
+        """The place, its views, what is told of it, its suggested questions, and a chat that begins anew."""
+        with self._lock:
+            scene, told = self._scene(place)
+        facts = (
+            f"What the model sees: {plural(len(scene.views), 'view')}, {len(scene.image_tokens)} image tokens, {told}."
+        )
+        return place, scene.views, facts, _suggested(place), []
+
+    def _scene(self, place: Place) -> tuple[EncodedScene, str]:
+        """The scene of a place, and how it came into memory."""
+        start, was_kept = time.perf_counter(), place in self.scenes
+        scene = self.scenes.get_or_encode(place, lambda: self.model.encode_scene(self.processor, place.views()))
+        told = "encoded before" if was_kept else f"read and encoded in {time.perf_counter() - start:.2f} s"
+        if place not in self.scenes:
+            sizes = (f"{size / 2**20:.1f}" for size in (scene.num_bytes, self.scenes.max_bytes))
+            told += (
+                f"; too large for the memory for scenes ({' of '.join(sizes)} MiB), so each question encodes it again"
+            )
+        return scene, told
+
+
+def build_app(
+    model: Spa3VLMForConditionalGeneration,
+    processor: Spa3VLMProcessor,
+    *,
+    about: str = "",
+    cache_bytes: int = 4 * 2**30,
+) -> gr.Blocks:
+    """The web page on which visitors show a place and ask about it.
+
+    Requests of all visitors are served one at a time. A place's pictures go through the model once; scenes of all
+    visitors are kept in memory up to `cache_bytes`, and one that had to leave is encoded again when it is asked about.
+    Uploaded files are kept for a day. The page asks no other server for anything.
+
+    Args:
+        model: A Spa3-VLM, on its device.
+        processor: The model's.
+        about: What the page says of the model, as Markdown.
+        cache_bytes: Memory for scenes, 0 or more; see :class:`~spa3r.SceneCache`.
+
+    Returns:
+        The page; its ``launch()`` starts the server, with gradio's arguments.
+
+    Raises:
+        ValueError: `cache_bytes` is negative.
+    """
+    demo = Demo(model, processor, cache_bytes)
+    with _Page(title="Spa3R", analytics_enabled=False, delete_cache=(DAY, DAY), fill_width=True) as page:
+        place = gr.State()
+        gr.Markdown(f"{LEAD}\n{about}")
+        with gr.Row():
+            with gr.Column():
+                with gr.Tab("Photos or a video"):
+                    types = sorted(PICTURES | VIDEOS)
+                    files = gr.File(label="Of one place", file_count="multiple", file_types=types, height=160)
+                    info = "0: by its length, 4 to 8."
+                    num_frames = gr.Number(0, label="Frames of a video", info=info, precision=0, minimum=0)
+                    look_at_files = gr.Button("Look at these", variant="primary")
+                with gr.Tab("A generated room"):
+                    seed = gr.Number(0, label="Seed", info="Each is another room that no training saw.", precision=0)
+                    look_at_room = gr.Button("Look at this room", variant="primary")
+                facts = gr.Markdown()
+                views = gr.Gallery(show_label=False, columns=3, height="auto", format="png", buttons=[])
+            with gr.Column():
+                chat = gr.Chatbot(
+                    label="Questions and answers",
+                    placeholder="Look at a place, then ask about it.",
+                    render_markdown=False,
+                    buttons=["copy_all"],
+                    height=420,
+                )
+                question = gr.Textbox(label="Your question", placeholder="How many chairs are there?", max_lines=12)
+                ask = gr.Button("Ask", variant="primary")
+                suggested = gr.Dataset(
+                    label="Questions whose answer is known", components=[question], samples=[], visible=False
+                )
+
+        in_turn = {"concurrency_id": "model", "concurrency_limit": 1}
+        shown = [place, views, facts, suggested, chat]
+        asked = {"fn": demo.ask, "inputs": [place, question, chat], "outputs": [chat, question], **in_turn}
+        look_at_files.click(demo.look_at_files, [files, num_frames], shown, api_name="look_at_files", **in_turn)
+        look_at_room.click(demo.look_at_room, [seed], shown, api_name="look_at_room", **in_turn)
+        gr.on([question.submit, ask.click], api_name="ask", **asked)
+        chosen = suggested.click(lambda sample: sample[0], suggested, question, api_name=False)
+        chosen.then(api_name=False, **asked)
+    return page
+
+
+class _Page(gr.Blocks):
+    """Blocks with fonts of the visitor's system, without links elsewhere, and without a history in the browser."""
+
+    def launch(self, **kwargs) -> Any:
+        fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+        looks = {"theme": gr.themes.Default(**fonts), "css": CSS, "footer_links": [], "run_history": False}
+        return super().launch(**looks | kwargs)
+
+
+@contextmanager
+def _told_to_visitor() -> Iterator[None]:
+    """What is wrong with a visitor's input is told on the page, in the library's words."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise gr.Error(escape(one_line(error), quote=False), print_exception=False) from error
+
+
+def _suggested(place: Place) -> gr.Dataset:
+    """The place's questions with known answers, to be chosen from."""
+    labels = [TYPE_TITLES[row["question_type"]] for row in place.questions.values()]
+    return gr.Dataset(
+        samples=[[prompt] for prompt in place.questions], sample_labels=labels, visible=bool(place.questions)
+    )
+
+
+def _truth(row: dict[str, Any]) -> str:
+    """A number, or the true option."""
+    truth = row["ground_truth"]
+    return next((option for option in row["options"] or () if option.startswith(f"{truth}.")), truth)

@@ -1,0 +1,348 @@
+"""The web demo as its visitors use it: a launched server, gradio's own client, the embedded model."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from html import unescape
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from media import counting_video, noise, read_number
+from PIL import Image
+from typer.testing import CliRunner
+
+from spa3r import cli
+from spa3r.app import DAY, Demo, UnseenRoom, build_app
+from spa3r.data.room_questions import RoomQuestions
+from spa3r.data.vsi_format import make_prompt
+from spa3r.embedded import ROOMS_NOTE, embedded_model
+from spa3r.page import TYPE_TITLES
+from spa3r.rooms import room_questions
+
+QUESTION = "How many chairs are there?"
+SIZE_QUESTION = "What is the size of this room?"
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """`spa3r app --json`, which starts while other tests run."""
+    folder = tmp_path_factory.mktemp("command")
+    with (folder / "notes").open("w") as notes:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "spa3r", "app", "--json", "--cache-gib", "0.5"],
+            stdout=subprocess.PIPE,
+            stderr=notes,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
+        )
+    yield SimpleNamespace(process=process, notes=folder / "notes")
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def couple(command):
+    return embedded_model()
+
+
+@pytest.fixture(scope="module")
+def num_bytes(couple) -> int:
+    """Of the scene of a room."""
+    model, processor = couple
+    return model.encode_scene(processor, UnseenRoom(1_000_000, 112).views()).num_bytes
+
+
+@contextmanager
+def launched(couple, cache_bytes: int):
+    """The page's address."""
+    page = build_app(*couple, about="A model of the tests.", cache_bytes=cache_bytes)
+    try:
+        yield page.launch(prevent_thread_lock=True, quiet=True)[1]
+    finally:
+        page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the servers keep files."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("uploads")
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def url(couple, num_bytes, folder):
+    """A page whose memory holds one scene of a room, not two."""
+    with launched(couple, int(1.5 * num_bytes)) as url:
+        yield url
+
+
+@pytest.fixture
+def visitor(url, tmp_path):
+    return Visitor(url, tmp_path)
+
+
+class Visitor:
+    """A session of its own, as a browser has one."""
+
+    def __init__(self, url: str, downloads: Path):
+        self.client = Client(url, verbose=False, download_files=downloads / "downloads")
+        self.chat = []
+
+    def look(self, files_or_seed, num_frames: int = 0):
+        """What the page shows of a place."""
+        if isinstance(files_or_seed, int):
+            shown = self.client.predict(files_or_seed, api_name="/look_at_room")
+        else:
+            files = [handle_file(file) for file in files_or_seed]
+            shown = self.client.predict(files, num_frames, api_name="/look_at_files")
+        views, facts, suggested, self.chat = shown
+        images = [np.asarray(Image.open(view["image"])) for view in views]
+        return SimpleNamespace(views=images, facts=facts, suggested=suggested)
+
+    def ask(self, question: str) -> list[str]:
+        """The lines below a question."""
+        self.chat, empty = self.client.predict(question, self.chat, api_name="/ask")
+        assert empty == "" and [message["role"] for message in self.chat[-2:]] == ["user", "assistant"]
+        assert self.chat[-2]["content"][0]["text"] == question
+        return self.chat[-1]["content"][0]["text"].splitlines()
+
+
+@pytest.fixture
+def passes(couple):
+    """Names of the encoders, one for each time that they ran."""
+    model, ran = couple[0], []
+    parts = {"encoder": model.spa3r.encoder, "tower": model.vlm.model.visual}
+    hooks = [part.register_forward_hook(lambda *_, name=name: ran.append(name)) for name, part in parts.items()]
+    yield ran
+    for hook in hooks:
+        hook.remove()
+
+
+def error_of(call) -> str:
+    with pytest.raises(AppError) as caught:
+        call()
+    return unescape(str(caught.value))  # as a browser shows it
+
+
+def answers_of(couple, views, questions) -> list[str]:
+    model, processor = couple
+    return model.ask(model.encode_scene(processor, views), questions)
+
+
+def test_a_room_is_encoded_once_and_answered_as_by_the_model(couple, visitor, passes):
+    shown = visitor.look(3)
+    assert sorted(passes) == ["encoder", "tower"]
+    assert re.fullmatch(
+        r"What the model sees: 8 views, 128 image tokens, read and encoded in \d+\.\d\d s\.", shown.facts
+    )
+    source = RoomQuestions(1_000_003, num_rooms=1)
+    rows = room_questions(source.walk(1_000_003))
+    labels = [TYPE_TITLES[row["question_type"]] for row in rows]
+    prompts = [make_prompt(row) for row in rows]
+    rows = [rows[0], next(row for row in rows if row["options"])]
+    questions = [*map(make_prompt, rows), QUESTION]
+    told = [visitor.ask(question) for question in questions]
+    assert len(passes) == 2
+
+    views = source.pictures(1_000_003)
+    np.testing.assert_array_equal(shown.views, np.stack(views))
+    answers = answers_of(couple, views, questions)
+    assert len(set(answers)) > 1
+    assert ["\n".join(lines[:-3]) for lines in told[:-1]] == answers[:-1]
+    assert "\n".join(told[-1][:-2]) == answers[-1]
+    assert all(re.fullmatch(r"Answered in \d+\.\d\d s", lines[-1]) for lines in told)
+    assert len(visitor.chat) == 2 * len(told)
+
+    assert [sample for [sample] in shown.suggested["samples"]] == prompts
+    assert shown.suggested["sample_labels"] == labels and len(labels) >= 6
+    for row, lines in zip(rows, told):
+        options = {option[0]: option for option in row["options"] or ()}
+        assert lines[-2] == f"The truth: {options.get(row['ground_truth'], row['ground_truth'])}"
+    assert not any(line.startswith("The truth") for line in told[-1])
+
+
+def test_photos_and_a_video_are_read_and_answered_as_on_the_command_line(visitor, passes, tmp_path):
+    noise(80, 60, 1).save(tmp_path / "second.png")
+    noise(60, 80, 2).save(tmp_path / "first.jpg")
+    video = counting_video(tmp_path / "walk.mp4", 9)
+    files = [tmp_path / "second.png", video, tmp_path / "first.jpg"]
+    shown = visitor.look(files, num_frames=3)
+    assert len(passes) == 2 and "5 views" in shown.facts and not shown.suggested["visible"]
+    frames = [read_number(Image.fromarray(view)) for view in shown.views[1:4]]
+    assert frames == [0, 4, 8]
+    told = [visitor.ask(question) for question in (QUESTION, SIZE_QUESTION)]
+    assert len(passes) == 2
+    arguments = ["ask", *map(str, files), QUESTION, "-q", SIZE_QUESTION, "--num-frames", "3", "--json"]
+    report = json.loads(CliRunner().invoke(cli.app, arguments).stdout)
+    assert ["\n".join(lines[:-2]) for lines in told] == [asked["answer"] for asked in report["answers"]]
+    assert "4 views" in visitor.look([video]).facts  # 4.5 seconds long
+
+
+def test_a_place_that_left_memory_is_encoded_again(visitor, url, passes, tmp_path):
+    visitor.look(5)
+    before = visitor.ask(QUESTION)
+    other = Visitor(url, tmp_path)
+    other.look(6)
+    assert len(passes) == 4
+    assert "encoded before" in other.look(6).facts and len(passes) == 4
+    again = visitor.ask(QUESTION)
+    assert len(passes) == 6 and again[:-1] == before[:-1]
+    words = r"Answered in \d+\.\d\d s; the place was not in memory: read and encoded in \d+\.\d\d s"
+    assert re.fullmatch(words, again[-1])
+    assert re.fullmatch(r"Answered in \d+\.\d\d s", visitor.ask(QUESTION)[-1]) and len(passes) == 6
+
+
+@pytest.fixture(scope="module")
+def rooms_apart(couple) -> dict[int, str]:
+    """Two rooms about which the model answers differently, and its answers: that it says the same proves nothing."""
+    told = {}
+    for seed in range(20, 30):
+        answer = answers_of(couple, UnseenRoom(1_000_000 + seed, 112).views(), QUESTION)
+        if answer not in told.values():
+            told[seed] = answer
+        if len(told) == 2:
+            return told
+    raise AssertionError("The model gives one answer about all rooms.")
+
+
+def test_sessions_see_their_own_places(rooms_apart, visitor, url, tmp_path):
+    other, (first, second) = Visitor(url, tmp_path), rooms_apart
+    visitor.look(first)
+    assert "There is no place to ask about: give photos, a video or a generated room first." in error_of(
+        lambda: other.ask(QUESTION)
+    )
+    other.look(second)
+    for _ in range(2):
+        assert "\n".join(visitor.ask(QUESTION)[:-2]) == rooms_apart[first]
+        assert "\n".join(other.ask(QUESTION)[:-2]) == rooms_apart[second]
+
+
+def test_what_can_not_be_read_is_told_and_the_place_before_stays(visitor, folder, tmp_path):
+    visitor.look(1)
+    before = visitor.ask(QUESTION)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    noise(5, 5).save(tmp_path / "tiny.png")
+    for name, words in (
+        ("broken.png", "The picture can't be decoded: broken.png (cannot identify image file 'broken.png'"),
+        ("broken.mp4", "The video broken.mp4 can't be decoded"),
+        ("tiny.png", "Every picture must be at least one patch, 14 x 14 pixels, got tiny.png of 5 x 5"),
+    ):
+        told = error_of(lambda name=name: visitor.look([tmp_path / name]))
+        assert words in told and str(folder) not in told
+    assert "There are no pictures: give photos or a video of a place first." in error_of(lambda: visitor.look([]))
+    assert "seed: wanted an int >= 0, got -1" in error_of(lambda: visitor.look(-1))
+    assert "`questions` must be texts that are not empty" in error_of(lambda: visitor.ask(" "))
+    assert visitor.ask(QUESTION)[0] == before[0]
+
+
+def test_pictures_that_the_server_no_longer_keeps_are_asked_for(visitor, url, folder, tmp_path):
+    noise(80, 60, 77).save(tmp_path / "old.png")
+    visitor.look([tmp_path / "old.png"])
+    visitor.ask(QUESTION)
+    for file in folder.rglob("old.png"):
+        file.unlink()
+    visitor.ask(QUESTION)  # its scene is still in memory
+    for seed in (11, 12):
+        Visitor(url, tmp_path).look(seed)  # which fill it
+    told = error_of(lambda: visitor.ask(QUESTION))
+    assert "The server no longer keeps the pictures of this place (old.png). Give them again." in told
+
+
+def test_a_memory_too_small_for_any_scene_is_told(couple, folder, passes, tmp_path):
+    with launched(couple, cache_bytes=0) as url:
+        visitor = Visitor(url, tmp_path)
+        words = r"; too large for the memory for scenes \(\d+\.\d of 0\.0 MiB\), so each question encodes it again"
+        assert re.search(words, visitor.look(1).facts)
+        assert re.search(words, visitor.ask(QUESTION)[-1]) and len(passes) == 4
+    with pytest.raises(ValueError, match="`max_bytes` must be 0 or more, got -1"):
+        build_app(*couple, cache_bytes=-1)
+
+
+def test_the_model_serves_one_at_a_time(couple, num_bytes):
+    model, inside, most = couple[0], [], []
+
+    def enter(*_):
+        inside.append(threading.get_ident())
+        most.append(len(set(inside)))
+
+    hooks = [
+        model.vlm.register_forward_pre_hook(enter),
+        model.vlm.register_forward_hook(lambda *_: inside.remove(threading.get_ident())),
+    ]
+    demo, answers = Demo(*couple, 4 * num_bytes), {}
+
+    def visit(seed: int):
+        answers[seed] = demo.ask(UnseenRoom(1_000_000 + seed, 112), QUESTION, [])[0]
+
+    threads = [threading.Thread(target=visit, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for hook in hooks:
+        hook.remove()
+    assert len(answers) == 3 and len(most) > 6 and max(most) == 1
+
+
+def test_the_page_asks_no_other_server(url):
+    with urlopen(url) as response:
+        html = response.read().decode()
+    with urlopen(f"{url}config") as response:
+        config = json.load(response)
+    assert re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"'](?:https?:)?//(?!127\.0\.0\.1)", html) == []
+    assert config["analytics_enabled"] is False and config["stylesheets"] == []
+    assert "A model of the tests." in json.dumps(config["components"])
+    queued = [
+        event for event in config["dependencies"] if event["api_name"] in ("look_at_files", "look_at_room", "ask")
+    ]
+    assert len(queued) == 3 and all(event["queue"] for event in queued)
+
+
+def test_files_are_kept_for_a_day(couple):
+    assert build_app(*couple).delete_cache == (DAY, DAY)
+
+
+def test_the_command_serves_until_it_is_interrupted(command):
+    report = json.loads(command.process.stdout.readline())
+    assert report["model"] == "embedded" and report["url"].startswith("http://127.0.0.1:")
+    with urlopen(f"{report['url']}config") as response:
+        assert f"Model: `embedded`; {ROOMS_NOTE}." in json.dumps(json.load(response)["components"])
+    command.process.send_signal(signal.SIGINT)
+    rest, _ = command.process.communicate(timeout=30)
+    assert command.process.returncode == 0 and rest == ""
+    assert f"note: {ROOMS_NOTE}" in command.notes.read_text() and "Traceback" not in command.notes.read_text()
+
+
+def test_the_command_names_what_is_wrong(url, tmp_path):
+    port = url.rstrip("/").rpartition(":")[2]
+    for arguments, words in (
+        (("--port", port), f"The page can't be served on 127.0.0.1, port {port} (Cannot find empty port"),
+        (
+            ("--host", "no.such.host.invalid", "--port", "7999"),
+            "The page can't be served on no.such.host.invalid, port 7999",
+        ),
+        (("--model", str(tmp_path / "none")), f"There is no model folder {tmp_path}/none."),
+    ):
+        result = CliRunner().invoke(cli.app, ["app", *arguments, "--json"])
+        assert result.exit_code == 1 and words in json.loads(result.stdout)["error"]
+
+
+def test_without_gradio_the_command_tells_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "spa3r.app")
+    result = CliRunner().invoke(cli.app, ["app", "--json"])
+    error = json.loads(result.stdout)["error"]
+    assert result.exit_code == 1
+    assert error == 'The web demo needs gradio, which is not installed. pip install "spa3r[app]".'
