@@ -40,7 +40,9 @@ LEAD = """# Ask about a place
 Give photos or a video of one place, or take a generated room. The model looks at it once; then ask as much as you like.
 """
 
-CSS = ".gradio-container { max-width: 76rem !important; margin: 0 auto !important; }"
+CSS = """.gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
+.grid-wrap { max-height: none !important; }
+"""
 
 
 @dataclass(frozen=True)
