@@ -39,11 +39,9 @@ def test_all_are_found_by_name():
 def test_the_vlm_alone_is_the_same_vlm_without_spa3r():
     (model, processor), (alone, its_processor) = embedded_model(), embedded_vlm()
     assert alone.spa3r is None and alone.adapter is None and alone.config.spatial_source == "none"
-    assert {key: tensor.shape for key, tensor in alone.vlm.state_dict().items()} == {
-        key: tensor.shape for key, tensor in model.vlm.state_dict().items()
-    }
-    vision = [model.vlm.model.visual.state_dict(), alone.vlm.model.visual.state_dict()]
-    assert all(torch.equal(vision[0][key], vision[1][key]) for key in vision[0]), "frozen in both trainings"
+    ours, its = model.vlm.state_dict(), alone.vlm.state_dict()
+    assert ours.keys() == its.keys()
+    assert all(torch.equal(ours[key], its[key]) for key in ours), "only the adapter was trained"
     assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
 
@@ -82,7 +80,7 @@ def test_all_parts_have_a_say():
     other_pixels = inputs | {"pixel_values": -inputs["pixel_values"]}
     with torch.no_grad():
         logits, by_views, by_pixels = (model(**given).logits for given in (inputs, other_views, other_pixels))
-    assert (logits - by_views).abs().max() > 0.001  # the adapter has learnt little
+    assert (logits - by_views).abs().max() > 0.01  # the adapter has learnt little
     assert (logits - by_pixels).abs().max() > 0.01
     assert {"camera", "depth"} == set(model.spa3r.backbone.config.heads)
 
@@ -134,9 +132,9 @@ def test_it_predicts_unseen_views_of_unseen_rooms_better_than_any_baseline():
     rooms = RoomScenes(level=0, first_seed=2_000_000, num_rooms=8, stride=(2, 2))
     batches = SceneBatches(rooms, processor, views=(8, 8), pictures_per_batch=8, cameras="given")
     report = evaluate_field(model, batches)
-    for target, gap, harm in (("geometry", 0.6, 0.1), ("semantic", 0.4, 0.04)):
+    for target, gap, gap_from_shuffles, harm in (("geometry", 0.7, 0.6, 0.15), ("semantic", 0.5, 0.4, 0.06)):
         assert report.gap_closed[f"{target}_cosine"] > gap
-        assert report.gap_closed_from_shuffles[f"{target}_cosine"] > gap / 2
+        assert report.gap_closed_from_shuffles[f"{target}_cosine"] > gap_from_shuffles
         predicted, *shuffled = (
             report.rows[row][f"{target}_cosine"].mean for row in ("model", "shuffled_latents", "shuffled_cameras")
         )

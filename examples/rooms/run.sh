@@ -15,10 +15,10 @@ seeds=${SEEDS:-0 1 2}
 stage() { "$python" -m spa3r pretrain "$here/pretrain.yaml" --training.seed "$seed" --data.seed "$seed" "$@"; }
 for seed in $seeds; do
   out=rooms_run/spa3r-$seed
-  stage --training.output_dir "$out-single" --data.views "[1, 1]" \
-    --training.max_steps 400 --training.learning_rate 2e-3
+  stage --training.output_dir "$out-single" --data.views "[1, 1]" --training.max_steps 300 --evaluation.every 300 \
+    --training.learning_rate 2e-3 --training.muon_learning_rate 0.02
   stage --training.output_dir "$out-few" --model.init_from "$out-single" --data.views "[2, 4]" \
-    --training.max_steps 1000 --training.learning_rate 2e-3 --evaluation.every 1000
+    --training.max_steps 1400 --evaluation.every 500 --training.learning_rate 2e-3 --training.muon_learning_rate 0.02
   stage --training.output_dir "$out" --model.init_from "$out-few"
 done
 "$python" "$here/evaluate.py" $(printf "rooms_run/spa3r-%s " $seeds) | tee rooms_run/metrics.txt

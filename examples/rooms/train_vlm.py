@@ -1,20 +1,17 @@
 """Step 7 of the rooms recipe: a small VLM, shaped like Qwen2.5-VL, learns to see rooms and to answer questions.
 
-It starts from random numbers and learns without Spa3R. First its vision tower learns what every token of a picture
-shows, and how far away, with two readouts that are thrown away; then the whole learns to name what single pictures
-show, then from conversations about a walk's pictures, that is what each of them shows, and VSI-Bench's question types
-with their computed answers. A conversation asks several questions, so that the pictures are read once for all of them.
+It starts from random numbers and learns without Spa3R: first to name what single pictures show, then from conversations
+about a walk's pictures, that is what each of them shows, and VSI-Bench's question types with their computed answers. A
+conversation asks several questions, so that the pictures are read once for all of them.
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import FIRST_HELD_OUT, RenderedRooms, train
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
+from common import FIRST_HELD_OUT, train
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -27,10 +24,9 @@ from transformers import (
 from spa3r import Spa3RImageProcessor, Spa3VLMProcessor
 from spa3r.data.collator import Spa3VLMCollator
 from spa3r.data.room_questions import RoomQuestions
-from spa3r.data.vsi_format import CHOICE_WORDS, FIRST_WORDS, NUMBER_WORDS, make_prompt
+from spa3r.data.vsi_format import make_prompt
 from spa3r.evaluation.room_answers import evaluate_answers, score_table
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import VIEW_KEYS
-from spa3r.rooms import FURNITURE, generate_room
 
 FRAMES = 8
 
@@ -143,10 +139,6 @@ def make_processor(questions: RoomQuestions) -> Spa3VLMProcessor:
         padding_side="left",
     )
     tokenizer.add_tokens(["<|im_start|>", "<|vision_start|>", "<|vision_end|>"], special_tokens=True)
-    # What every question begins and ends with; a third of its tokens otherwise.
-    tokenizer.add_tokens(
-        [AddedToken(words) for words in (f"{FIRST_WORDS}\n", f"\n{NUMBER_WORDS}", f"\n{CHOICE_WORDS}")]
-    )
     size = {"shortest_edge": 28 * 28, "longest_edge": (2 * VIEW_SIZE) ** 2}  # in pixels, whatever the names say
     vlm_processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(patch_size=14, merge_size=2, size=size),
@@ -197,58 +189,19 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
-class Eyes(nn.Module):
-    """A vision tower with two readouts of its tokens: shares of every kind of furniture, and depth."""
-
-    def __init__(self, tower: nn.Module, processor: Qwen2VLImageProcessor, width: int):
-        super().__init__()
-        self.tower, self.processor = tower, processor
-        self.classes, self.depth = nn.Linear(width, len(FURNITURE) + 1), nn.Linear(width, 1)
-
-    def forward(self, images: np.ndarray) -> tuple[Tensor, Tensor]:  # (V, H, W, 3) uint8 -> (V * T, classes), (V * T,)
-        inputs = self.processor(images=list(images), return_tensors="pt")
-        tokens = self.tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
-        return self.classes(tokens), self.depth(tokens)[:, 0]
-
-
-class RoomCells:
-    """What the cells of pictures show, each cell a token of the vision tower."""
-
-    def __init__(self, data: RenderedRooms, cell: int = 28):
-        self.data, self.cell = data, cell
-        kinds = {item: index for index, item in enumerate(FURNITURE, start=1)}
-        self.kinds = np.zeros((len(data.seeds), 256), np.int64)  # of every id of a room; 0 is no furniture
-        for row, seed in zip(self.kinds, data.seeds):
-            names = [kinds[item.name] for item in generate_room(int(seed), 0).objects]
-            row[1 : 1 + len(names)] = names
-
-    def __call__(self, rooms: np.ndarray, frames: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(pictures,) each -> shares of every kind (pictures * cells, classes), mean depth (pictures * cells,)."""
-        grid = self.data.depth.shape[-1] // self.cell
-
-        def cells(values: Tensor) -> Tensor:  # (V, H, W, ...) -> (V * cells, ...), their means
-            return values.unflatten(1, (grid, -1)).unflatten(3, (grid, -1)).mean((2, 4)).flatten(0, 2)
-
-        kinds = self.kinds[rooms[:, None, None], self.data.instance_ids[rooms, frames]]
-        shares = nn.functional.one_hot(torch.from_numpy(kinds), len(FURNITURE) + 1).float()
-        return cells(shares), cells(torch.from_numpy(self.data.depth[rooms, frames].astype(np.float32)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="folder of render.py")
     parser.add_argument("output", type=Path, help="folder for the VLM, its log and its state")
     parser.add_argument("--rooms", type=int, default=5000)
-    parser.add_argument("--vision-steps", type=int, default=1000, help="steps of the vision tower alone")
-    parser.add_argument("--vision-rooms", type=int, default=1500, help="rooms that the vision tower sees alone")
     parser.add_argument("--single-steps", type=int, default=400, help="steps of single pictures")
     parser.add_argument("--steps", type=int, default=1500, help="steps of conversations about walks")
     parser.add_argument(
         "--batch", type=int, default=8, help="conversations a step; of single pictures eight times as many"
     )
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--muon-learning-rate", type=float, default=0.02)
-    parser.add_argument("--test-rooms", type=int, default=40)
+    parser.add_argument("--single-learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--test-rooms", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -262,44 +215,15 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     collate, conversations = Spa3VLMCollator(processor), RoomConversations(questions)
 
-    def in_bfloat16(step: Callable[[np.random.Generator], dict[str, Tensor]]) -> Callable:
-        return torch.autocast("cpu", torch.bfloat16)(step)
-
-    def train_eyes() -> None:
-        """The vision tower alone."""
-        eyes = Eyes(model.model.visual, processor.vlm_processor.image_processor, model.config.text_config.hidden_size)
-        data, unseen = RenderedRooms.read(args.data, args.vision_rooms), RenderedRooms.held_out(args.test_rooms)
-        cells, unseen_cells = RoomCells(data), RoomCells(unseen)
-
-        def look(rng: np.random.Generator) -> dict[str, Tensor]:
-            rooms = rng.choice(len(data.seeds), FRAMES * args.batch)
-            frames = rng.integers(0, data.images.shape[1], len(rooms))
-            (classes, depth), (shares, true_depth) = eyes(data.images[rooms, frames]), cells(rooms, frames)
-            return {
-                "classes": -(shares * classes.log_softmax(-1)).sum(-1).mean(),
-                "depth": 0.3 * nn.functional.smooth_l1_loss(depth.float(), true_depth, beta=0.3),
-            }
-
-        def measure() -> dict[str, float]:
-            rooms, frames = (grid.ravel() for grid in np.mgrid[: len(unseen.seeds), :16:4])
-            (classes, depth), (shares, true_depth) = eyes(unseen.images[rooms, frames]), unseen_cells(rooms, frames)
-            right, is_object = classes.argmax(-1) == shares.argmax(-1), shares.argmax(-1) > 0
-            return {
-                "held_out_right_on_furniture": right[is_object].float().mean().item(),
-                "held_out_depth_error": ((depth - true_depth).abs() / true_depth).mean().item(),
-            }
-
-        learn("vlm_vision", eyes, look, measure, args.vision_steps, 250)
-
-    def loss(examples: list[dict]) -> dict[str, Tensor]:
+    def loss(examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = collate(examples)
         unused = (*VIEW_KEYS, "skipped", "num_rows")
         return {"loss": model(**{key: value for key, value in batch.items() if key not in unused}).loss}
 
-    def single_pictures(rng: np.random.Generator) -> dict[str, Tensor]:
+    def single_pictures(rng: np.random.Generator) -> dict[str, torch.Tensor]:
         return loss([conversations.draw_one(rng) for _ in range(FRAMES * args.batch)])
 
-    def walks(rng: np.random.Generator) -> dict[str, Tensor]:
+    def walks(rng: np.random.Generator) -> dict[str, torch.Tensor]:
         return loss([conversations.draw(rng) for _ in range(args.batch)])
 
     def evaluate() -> dict[str, float]:
@@ -307,13 +231,11 @@ def main() -> None:
         print(score_table({"VLM": report}), flush=True)
         return report.scores
 
-    def learn(name: str, module: nn.Module, step: Callable, measure: Callable, steps: int, every: int) -> None:
-        rates = args.learning_rate, args.seed, every, args.muon_learning_rate
-        train(name, module, in_bfloat16(step), measure, args.output, steps, *rates)
-
-    train_eyes()
-    learn("vlm_single", model, single_pictures, dict, args.single_steps, 100)
-    learn("vlm", model, walks, evaluate, args.steps, 250)
+    for name, step, measure, steps, rate, every in (
+        ("vlm_single", single_pictures, dict, args.single_steps, args.single_learning_rate, 100),
+        ("vlm", walks, evaluate, args.steps, args.learning_rate, 250),
+    ):
+        train(name, model, step, measure, args.output, steps, rate, args.seed, every)
     model.save_pretrained(args.output / "vlm")
     processor.vlm_processor.save_pretrained(args.output / "vlm")
 

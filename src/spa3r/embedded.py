@@ -29,7 +29,7 @@ def embedded_model() -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]
 
 
 def embedded_vlm() -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    """The same VLM, trained on the same questions for the same steps without Spa3R (``spatial_source="none"``).
+    """The VLM inside it, alone (``spatial_source="none"``), as it was trained on the same questions before Spa3R came.
 
     Returns:
         As :func:`embedded_model`.
