@@ -21,6 +21,8 @@ from spa3r.rooms import (
     render,
     room_questions,
 )
+from spa3r.rooms.furniture import FURNITURE
+from spa3r.rooms.questions import _SEEN_FIRST
 from spa3r.rooms.render import render_instance_ids
 
 SEEDS = range(8)
@@ -280,6 +282,25 @@ def test_every_letter_is_as_frequent(many):
     total = sum(places.values())
     assert total > 400 and set(places) == set("ABCD")
     assert all(abs(count - total / 4) < 4 * (total * 3 / 16) ** 0.5 for count in places.values()), places
+
+
+def test_orders_are_not_told_by_what_is_mostly_seen_first():
+    """A table comes before a trash bin in most rooms, but not in most answers."""
+    assert set(_SEEN_FIRST) == set(FURNITURE)
+
+    def first_of(name: str) -> float:
+        return next(first for kind, first in _SEEN_FIRST.items() if name.endswith(kind))
+
+    likeliest = asked = 0
+    for seed in range(150):
+        for row in room_questions(walk_of(generate_room(seed)), types=("obj_appearance_order",), per_type=3):
+            places = [
+                sum(place * first_of(name) for place, name in enumerate(option[3:].split(", ")))
+                for option in row["options"]
+            ]
+            likeliest += places["ABCD".index(row["ground_truth"])] == max(places)
+            asked += 1
+    assert asked > 60 and 0.1 < likeliest / asked < 0.45, (likeliest, asked)
 
 
 def test_no_count_prevails(many):
