@@ -48,7 +48,7 @@ class RenderedRooms:
     @classmethod
     def read(cls, root: Path, limit: int | None = None) -> RenderedRooms:
         """All scene folders that `render.py` wrote."""
-        folders = sorted(path for path in root.iterdir() if not path.name.startswith("."))[:limit]
+        folders = sorted(path for path in root.glob("[0-9]*") if path.is_dir())[:limit]
 
         def read_one(folder: Path) -> tuple[np.ndarray, ...]:
             cameras = json.loads((folder / "cameras.json").read_text())

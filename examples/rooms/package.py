@@ -1,4 +1,4 @@
-"""Steps 6 and 10 of the rooms recipe: what was trained becomes a checkpoint in the package.
+"""Steps 6 and 11 of the rooms recipe: what was trained becomes a checkpoint in the package.
 
 All tensors are kept in half precision, which halves the file; the configuration says float32, as which they are loaded.
 VGGT's point head stays behind: nothing reads it.

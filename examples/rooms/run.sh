@@ -24,33 +24,27 @@ done
 "$python" "$here/evaluate.py" $(printf "rooms_run/spa3r-%s " $seeds) | tee rooms_run/metrics.txt
 "$python" "$here/package.py" spa3r rooms_run/spa3r-0
 
+[[ -f rooms_data/conversations.jsonl ]] || "$python" "$here/conversations.py" rooms_data --rooms 5000
 [[ -f rooms_run/vlm/model.safetensors ]] || "$python" "$here/train_vlm.py" rooms_data rooms_run --threads "$threads"
 # The same data and steps for all: the VLM alone, with VGGT's tokens, with Spa3R's latents in two ways.
 tune() {
-  "$python" -m spa3r finetune "$here/finetune.yaml" --training.seed "$seed" --data.seed "$seed" \
-    --training.output_dir "rooms_run/$1-$seed" "${@:2}"
+  [[ -f "rooms_run/$1-$seed/model.safetensors" ]] || "$python" "$here/train_spa3_vlm.py" rooms_data rooms_run \
+    "rooms_run/$1-$seed" --seed "$seed" --threads "$threads" "${@:2}"
   "$python" -m spa3r eval rooms --model "rooms_run/$1-$seed" --rooms 500 -o "rooms_run/answers/$1-$seed"
 }
 for seed in $seeds; do
-  tune vlm --model.spatial_source none --model.spa3r null
-  tune vggt --model.spatial_source vggt
-  tune append --model.integration append
+  tune vlm --spatial-source none
+  tune vggt --spatial-source vggt
+  tune append --integration append
   tune spa3_vlm
 done
 "$python" "$here/answers.py" rooms_run/answers | tee rooms_run/answers.txt
-# Into the package: the VLM alone, and the same VLM with an adapter that was trained on it held fast.
 "$python" "$here/package.py" vlm rooms_run/vlm-0
-"$python" -c 'from spa3r.embedded import embedded_vlm
-model, processor = embedded_vlm()
-for part in (model.vlm, processor.vlm_processor): part.save_pretrained("rooms_run/vlm_alone")'
-"$python" -m spa3r finetune "$here/finetune.yaml" --model.vlm rooms_run/vlm_alone --training.output_dir rooms_run/adapter-0 \
-  --training.policy adapter_only --training.learning_rate 1e-3 --training.muon_learning_rate 0.02
-"$python" "$here/package.py" spa3_vlm rooms_run/adapter-0
+"$python" "$here/package.py" spa3_vlm rooms_run/spa3_vlm-0
 
 "$python" -m spa3r eval rooms --rooms 500 -o rooms_run/answers/embedded
 cp rooms_run/answers/embedded/table.md "$here/results/eval_rooms.md"
-cp rooms_run/{vggt,teacher,vlm_single,vlm}.jsonl rooms_run/{metrics,answers}.txt "$here/results/"
-cp rooms_run/adapter-0/log.jsonl "$here/results/adapter-0.jsonl"
+cp rooms_run/{vggt,teacher,vlm_vision,vlm}.jsonl rooms_run/{metrics,answers}.txt "$here/results/"
 for seed in $seeds; do
   cat "rooms_run/spa3r-$seed"{-single,-few,}/log.jsonl > "$here/results/spa3r-$seed.jsonl"
   for name in vlm vggt append spa3_vlm; do cp "rooms_run/$name-$seed/log.jsonl" "$here/results/$name-$seed.jsonl"; done

@@ -1,8 +1,8 @@
-"""Step 7 of the rooms recipe: a small VLM, shaped like Qwen2.5-VL, learns to see rooms and to answer questions.
+"""Step 8 of the rooms recipe: a small VLM, shaped like Qwen2.5-VL, learns to see rooms and to answer questions.
 
-It starts from random numbers and learns without Spa3R: first to name what single pictures show, then from conversations
-about a walk's pictures, that is what each of them shows, and VSI-Bench's question types with their computed answers. A
-conversation asks several questions, so that the pictures are read once for all of them.
+It starts from random numbers and learns without Spa3R, in two stages. First its vision tower learns which objects every
+token of a picture shows: the token gets near the embeddings of the words that name them. Then the tower is held fast,
+and the language model learns from conversations about the pictures of walks.
 """
 
 import argparse
@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import FIRST_HELD_OUT, train
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from common import FIRST_HELD_OUT, RenderedRooms, train
+from conversations import FRAMES, Conversations
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -20,17 +23,19 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spa3r import Spa3RImageProcessor, Spa3VLMProcessor
-from spa3r.data.collator import Spa3VLMCollator
 from spa3r.data.room_questions import RoomQuestions
-from spa3r.data.vsi_format import make_prompt
 from spa3r.evaluation.room_answers import evaluate_answers, score_table
-from spa3r.models.spa3_vlm.modeling_spa3_vlm import VIEW_KEYS
-
-FRAMES = 8
+from spa3r.rooms import COLOURS, FURNITURE, generate_room
 
 VIEW_SIZE = 112
+CELL = 28
+"""Pixels a side of what a token of the vision tower shows."""
+
+WORDS = (*FURNITURE, *(f"{colour} " for colour in COLOURS))
+"""What objects are called; a colour stands before a kind of furniture."""
 
 SPECIAL_TOKENS = {
     "pad_token": "<|endoftext|>",
@@ -42,104 +47,68 @@ SPECIAL_TOKENS = {
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {{- '<|im_start|>' + message['role'] + '\\n' -}}
-    {%- if message['content'] is string -%}
-        {{- message['content'] -}}
-    {%- else -%}
-        {%- for item in message['content'] -%}
-            {%- if item['type'] == 'image' -%}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-            {%- elif item['type'] == 'text' -%}
-                {{- item['text'] -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}
+            {%- if message['content'] is string -%}
+                {{- message['content'] -}}
+            {%- else -%}
+                {%- for item in message['content'] -%}
+                    {{- item['text'] -}}
+                {%- endfor -%}
             {%- endif -%}
-        {%- endfor -%}
+            {{- '<|im_end|>' -}}
+        {%- endgeneration -%}
+        {{- '\\n' -}}
+    {%- else -%}
+        {%- if message['content'] is string -%}
+            {{- message['content'] -}}
+        {%- else -%}
+            {%- for item in message['content'] -%}
+                {%- if item['type'] == 'image' -%}
+                    {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+                {%- elif item['type'] == 'text' -%}
+                    {{- item['text'] -}}
+                {%- endif -%}
+            {%- endfor -%}
+        {%- endif -%}
+        {{- '<|im_end|>\\n' -}}
     {%- endif -%}
-    {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
 
-CLEAR = 0.004
-"""Share of a picture that an object covers to be named in its description: 50 pixels."""
 
-DESCRIBE = "Which objects does each picture show?"
-DESCRIBE_ONE = "Which objects does the picture show?"
-QUESTIONS_AT_ONCE = 6
+def make_processor(texts: list[str]) -> Spa3VLMProcessor:
+    """Qwen2.5-VL's processor with a small byte-level BPE that has learnt its merges from some texts.
 
-
-class RoomConversations:
-    """Conversations about rooms, a pure function of a room and a generator."""
-
-    def __init__(self, questions: RoomQuestions):
-        self.questions = questions
-        self.per_room = questions.num_questions // questions.num_rooms
-
-    def seen(self, room: int) -> list[str]:
-        """What each picture of a walk shows, by the names that the questions use, in alphabetical order."""
-        walk = self.questions.walk(self.questions.first_seed + room)
-        return [
-            ", ".join(sorted(name for name, share in zip(walk.names, shares) if name and share > CLEAR)) or "none"
-            for shares in walk.shares
-        ]
-
-    def describe(self, room: int) -> str:
-        return " ".join(f"{view}: {names}." for view, names in enumerate(self.seen(room), start=1))
-
-    def draw(self, rng: np.random.Generator) -> dict:
-        room = int(rng.integers(self.questions.num_rooms))
-        if rng.random() < 0.2:
-            turns = [(DESCRIBE, self.describe(room))]
-        else:
-            slots = rng.choice(self.per_room, QUESTIONS_AT_ONCE, replace=False)
-            rows = [self.questions.row(room * self.per_room + int(slot)) for slot in slots]
-            # Where a room allows no question of a type, one about another room stands in: not in this conversation.
-            rows = [row for row in rows if int(row["scene_name"]) == self.questions.first_seed + room]
-            turns = [(make_prompt(row), row["ground_truth"]) for row in rows] or [(DESCRIBE, self.describe(room))]
-        return self.conversation(self.questions.pictures(self.questions.first_seed + room), turns)
-
-    def draw_one(self, rng: np.random.Generator) -> dict:
-        room, view = int(rng.integers(self.questions.num_rooms)), int(rng.integers(self.questions.frames))
-        picture = self.questions.pictures(self.questions.first_seed + room)[view]
-        return self.conversation([picture], [(DESCRIBE_ONE, f"{self.seen(room)[view]}.")])
-
-    @staticmethod
-    def conversation(pictures: list, turns: list[tuple[str, str]]) -> dict:
-        messages = []
-        for turn, (question, answer) in enumerate(turns):
-            images = [{"type": "image", "image": picture} for picture in pictures] if turn == 0 else []
-            messages += [
-                {"role": "user", "content": [*images, {"type": "text", "text": question}]},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-            ]
-        return {"messages": messages}
-
-
-def make_processor(questions: RoomQuestions) -> Spa3VLMProcessor:
-    """Qwen2.5-VL's processor with a small byte-level BPE that has learnt its merges from questions about rooms."""
-    conversations = RoomConversations(questions)
-    texts = [
-        text for room in range(questions.num_rooms) for text in (DESCRIBE, DESCRIBE_ONE, conversations.describe(room))
-    ]
-    texts += [make_prompt(questions.row(index)) for index in range(questions.num_questions)]
+    Names and digits stand alone, so that they are spelled alike wherever they are, and every line begins with a token
+    of its own. Whatever stands between may become one token, so a question has ten or twenty.
+    """
     bpe = Tokenizer(models.BPE())
-    # Digits stand alone, so that numbers are spelled alike wherever they are.
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex("\n"), "merged_with_next"),
+            pre_tokenizers.Split(Regex(rf"\b({'|'.join(FURNITURE)})\b|\b({'|'.join(COLOURS)}) "), "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     bpe.decoder, bpe.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=768, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1536, initial_alphabet=alphabet, show_progress=False))
     standard = {name: token for name, token in SPECIAL_TOKENS.items() if name in ("pad_token", "eos_token")}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
+        chat_template=CHAT_TEMPLATE,
         **standard,
         extra_special_tokens={name: token for name, token in SPECIAL_TOKENS.items() if name not in standard},
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
     tokenizer.add_tokens(["<|im_start|>", "<|vision_start|>", "<|vision_end|>"], special_tokens=True)
-    size = {"shortest_edge": 28 * 28, "longest_edge": (2 * VIEW_SIZE) ** 2}  # in pixels, whatever the names say
+    size = {"shortest_edge": CELL**2, "longest_edge": (2 * VIEW_SIZE) ** 2}  # in pixels, whatever the names say
     vlm_processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(patch_size=14, merge_size=2, size=size),
         video_processor=Qwen2VLVideoProcessor(patch_size=14, merge_size=2, size=size),
@@ -189,53 +158,122 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
+class Eyes(nn.Module):
+    """The vision tower; what a token shows is read off its likeness to the words' embeddings."""
+
+    def __init__(self, vlm: Qwen2_5_VLForConditionalGeneration, processor: Spa3VLMProcessor):
+        super().__init__()
+        self.tower, self.embeddings = vlm.model.visual, vlm.get_input_embeddings()
+        self.processor = processor.vlm_processor.image_processor
+        self.words = [torch.tensor(processor.tokenizer.encode(word)) for word in WORDS]  # mostly one
+        self.bias = nn.Parameter(torch.full((len(WORDS),), -3.0))
+
+    def tokens(self, images: np.ndarray) -> Tensor:  # (V, H, W, 3) uint8 -> (V * cells, h)
+        inputs = self.processor(images=list(images), return_tensors="pt")
+        return self.tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+
+    def forward(self, images: np.ndarray) -> Tensor:  # -> (V * cells, names), logits
+        words = torch.stack([self.embeddings(word).mean(0) for word in self.words])
+        return self.tokens(images) @ words.T + self.bias
+
+
+class RoomCells:
+    """What the cells of pictures show, each cell a token of the vision tower."""
+
+    def __init__(self, data: RenderedRooms):
+        self.data = data
+        self.names = np.zeros((len(data.seeds), 256, len(WORDS)), np.float32)  # of every id of a room; 0 is no object
+        for row, seed in zip(self.names, data.seeds):
+            for number, item in enumerate(generate_room(int(seed), 0).objects, start=1):
+                row[number, [WORDS.index(item.name), WORDS.index(f"{item.colour} ")]] = 1
+
+    def __call__(self, rooms: np.ndarray, frames: np.ndarray) -> Tensor:
+        """(pictures,) each -> (pictures * cells, names): how clearly a cell shows what has the name, 0 to 1."""
+        grid = VIEW_SIZE // CELL
+        names = self.names[rooms[:, None, None], self.data.instance_ids[rooms, frames]]
+        shares = torch.from_numpy(names).unflatten(1, (grid, -1)).unflatten(3, (grid, -1)).mean((2, 4)).flatten(0, 2)
+        return (4 * shares).clamp(max=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="folder of render.py")
+    parser.add_argument("data", type=Path, help="folder of render.py and conversations.py")
     parser.add_argument("output", type=Path, help="folder for the VLM, its log and its state")
-    parser.add_argument("--rooms", type=int, default=5000)
-    parser.add_argument("--single-steps", type=int, default=400, help="steps of single pictures")
-    parser.add_argument("--steps", type=int, default=1500, help="steps of conversations about walks")
-    parser.add_argument(
-        "--batch", type=int, default=8, help="conversations a step; of single pictures eight times as many"
-    )
-    parser.add_argument("--single-learning-rate", type=float, default=2e-3)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--test-rooms", type=int, default=20)
+    parser.add_argument("--vision-steps", type=int, default=1500, help="steps of the vision tower alone")
+    parser.add_argument("--vision-rooms", type=int, default=1500, help="rooms that the vision tower learns from")
+    parser.add_argument("--vision-batch", type=int, default=64, help="pictures a step")
+    parser.add_argument("--steps", type=int, default=1600, help="steps of conversations about walks")
+    parser.add_argument("--batch", type=int, default=16, help="conversations a step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--muon-learning-rate", type=float, default=0.02)
+    parser.add_argument("--test-rooms", type=int, default=40)
+    parser.add_argument("--every", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    questions = RoomQuestions(0, args.rooms, frames=FRAMES, per_type=3, rendered=args.data)
-    processor = make_processor(RoomQuestions(0, min(300, args.rooms), frames=FRAMES, rendered=args.data))
+    conversations = Conversations(args.data)
+    processor = make_processor(conversations.texts(400))
     held_out = RoomQuestions(FIRST_HELD_OUT + 10_000, args.test_rooms, frames=FRAMES)
     held_out = [held_out[index] for index in range(len(held_out))]
     torch.manual_seed(args.seed)
     model = Qwen2_5_VLForConditionalGeneration(make_config(processor.tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    collate, conversations = Spa3VLMCollator(processor), RoomConversations(questions)
+    eyes = Eyes(model, processor)
 
-    def loss(examples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = collate(examples)
-        unused = (*VIEW_KEYS, "skipped", "num_rows")
-        return {"loss": model(**{key: value for key, value in batch.items() if key not in unused}).loss}
+    def learn_names() -> None:
+        data, unseen = RenderedRooms.read(args.data, args.vision_rooms), RenderedRooms.held_out(args.test_rooms)
+        cells, unseen_cells = RoomCells(data), RoomCells(unseen)
 
-    def single_pictures(rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        return loss([conversations.draw_one(rng) for _ in range(FRAMES * args.batch)])
+        def look(rng: np.random.Generator) -> dict[str, Tensor]:
+            rooms = rng.choice(len(data.seeds), args.vision_batch)
+            frames = rng.integers(0, data.images.shape[1], len(rooms))
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = eyes(data.images[rooms, frames])
+            loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), cells(rooms, frames), reduction="sum")
+            return {"names": loss / len(logits)}
 
-    def walks(rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        return loss([conversations.draw(rng) for _ in range(args.batch)])
+        def measure() -> dict[str, float]:
+            """Of the words that fit what cells clearly show, the share that is found; and of those found, that fit."""
+            rooms, frames = (grid.ravel() for grid in np.mgrid[: len(unseen.seeds), :16:4])
+            found, truth = eyes(unseen.images[rooms, frames]) > 0, unseen_cells(rooms, frames)
+            kinds = np.s_[:, : len(FURNITURE)]
+            return {
+                "held_out_kinds_found": found[kinds][truth[kinds] > 0.5].float().mean().item(),
+                "held_out_kinds_right": (truth[kinds] > 0)[found[kinds]].float().mean().item(),
+                "held_out_names_found": found[truth > 0.5].float().mean().item(),
+                "held_out_names_right": (truth > 0)[found].float().mean().item(),
+            }
 
-    def evaluate() -> dict[str, float]:
-        report = evaluate_answers(model, processor.vlm_processor, held_out, batch_size=20, max_new_tokens=6)
-        print(score_table({"VLM": report}), flush=True)
-        return report.scores
+        rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
+        train("vlm_vision", eyes, look, measure, args.output, args.vision_steps, *rates)
 
-    for name, step, measure, steps, rate, every in (
-        ("vlm_single", single_pictures, dict, args.single_steps, args.single_learning_rate, 100),
-        ("vlm", walks, evaluate, args.steps, args.learning_rate, 250),
-    ):
-        train(name, model, step, measure, args.output, steps, rate, args.seed, every)
+    def learn_conversations() -> None:
+        with torch.no_grad():  # the tower is held fast, so it looks once
+            seen = torch.stack([eyes.tokens(pictures) for pictures in conversations.pictures()])
+            save_file({"seen": seen.half()}, args.output / "seen.safetensors")
+        model.model.visual.requires_grad_(False)
+        cells, patches = (VIEW_SIZE // CELL) ** 2, VIEW_SIZE // 14
+        grid = torch.tensor([[1, patches, patches]])
+
+        def talk(rng: np.random.Generator) -> dict[str, Tensor]:
+            rooms, inputs = conversations.draw(rng, args.batch, processor.tokenizer, cells)
+            looked = BaseModelOutputWithPooling(pooler_output=seen[rooms].flatten(0, 1).split(cells))
+            grids = grid.repeat(FRAMES * args.batch, 1)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**inputs, image_grid_thw=grids, mm_encoder_outputs={"image": looked}).loss
+            return {"loss": loss}
+
+        def measure() -> dict[str, float]:
+            report = evaluate_answers(model, processor.vlm_processor, held_out, batch_size=20, max_new_tokens=6)
+            print(score_table({"VLM": report}), flush=True)
+            return report.scores
+
+        rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
+        train("vlm", model, talk, measure, args.output, args.steps, *rates)
+
+    learn_names()
+    learn_conversations()
     model.save_pretrained(args.output / "vlm")
     processor.vlm_processor.save_pretrained(args.output / "vlm")
 

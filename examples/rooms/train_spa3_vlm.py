@@ -1,0 +1,126 @@
+"""Step 9 of the rooms recipe: the small VLM of step 8 and the Spa3R in the package become a Spa3-VLM.
+
+The policy is the paper's: adapter and language model learn, vision tower and Spa3R are held fast. `spa3r finetune` does
+that with any data; here every room is asked about many times, so each is encoded once, before the training.
+"""
+
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import FIRST_HELD_OUT, pack, train
+from conversations import FRAMES, Conversations
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from spa3r import Spa3RImageProcessor, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
+from spa3r.data.room_questions import RoomQuestions
+from spa3r.embedded import VIEW_SIZE, embedded_spa3r
+from spa3r.evaluation.room_answers import evaluate_answers, score_table
+from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
+
+
+@torch.no_grad()
+def encode_rooms(spa3r: Spa3RModel, source: str, conversations: Conversations) -> Tensor:
+    """(rooms, tokens, width) float16: what Spa3R, or its VGGT, makes of every room's pictures."""
+    encode = spa3r.encode if source == "spa3r" else spa3r.backbone_features
+    encoded, pictures = [], conversations.pictures()
+    while rooms := list(islice(pictures, 10)):
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = encode(*pack(np.stack(rooms)).values())
+        encoded.append(tokens.reshape(len(rooms), -1, tokens.shape[-1]).half())
+        if len(encoded) % 50 == 0:
+            print(f"{10 * len(encoded)} rooms encoded", flush=True)
+    return torch.cat(encoded)
+
+
+def remember(model: Spa3VLMForConditionalGeneration, seen: Tensor, encoded: Tensor | None) -> None:
+    """Put what the frozen encoders made of every room in their place; pixels are numbers of rooms from now on."""
+
+    def get_image_features(pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        tokens = seen[pixel_values].float().unflatten(1, (FRAMES, -1)).flatten(0, 1)
+        return BaseModelOutputWithPooling(pooler_output=tuple(tokens))
+
+    def encode(view_pixel_values: Tensor, *layout) -> Tensor:
+        return encoded[view_pixel_values].float()
+
+    def backbone_features(view_pixel_values: Tensor, *layout) -> Tensor:
+        return encoded[view_pixel_values].float().flatten(0, 1)
+
+    model.vlm.base_model.get_image_features = get_image_features
+    if model.spa3r is not None:
+        model.spa3r.encode, model.spa3r.backbone_features = encode, backbone_features
+
+
+def forget(model: Spa3VLMForConditionalGeneration) -> None:
+    """The encoders themselves again."""
+    del model.vlm.base_model.get_image_features
+    if model.spa3r is not None:
+        del model.spa3r.encode, model.spa3r.backbone_features
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="folder of render.py and conversations.py")
+    parser.add_argument("vlm", type=Path, help="folder of train_vlm.py")
+    parser.add_argument("output", type=Path, help="folder for the Spa3-VLM, its log and its state")
+    parser.add_argument("--spatial-source", choices=("none", "vggt", "spa3r"), default="spa3r")
+    parser.add_argument("--integration", choices=("cross_attention", "append"), default="cross_attention")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=16, help="conversations a step")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--muon-learning-rate", type=float, default=0.02)
+    parser.add_argument("--test-rooms", type=int, default=40)
+    parser.add_argument("--every", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    conversations, spa3r = Conversations(args.data), embedded_spa3r()[0].spa3r
+    seen, encoded = load_file(args.vlm / "seen.safetensors")["seen"], None
+    if args.spatial_source != "none":
+        file = args.vlm / f"encoded_by_{args.spatial_source}.safetensors"
+        if not file.exists():
+            save_file({"encoded": encode_rooms(spa3r, args.spatial_source, conversations)}, file)
+        encoded = load_file(file)["encoded"]
+    model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(
+        args.vlm / "vlm", spa3r, spatial_source=args.spatial_source, integration=args.integration
+    )
+    processor = Spa3VLMProcessor(
+        AutoProcessor.from_pretrained(args.vlm / "vlm"),
+        Spa3RImageProcessor(size=VIEW_SIZE),
+        image_token_id=model.vlm.config.image_token_id,
+        spatial_tokens=model.config.spatial_tokens,
+    )
+    held_out = RoomQuestions(FIRST_HELD_OUT + 10_000, args.test_rooms, frames=FRAMES)
+    held_out = [held_out[index] for index in range(len(held_out))]
+    patches, cells = VIEW_SIZE // 14, seen.shape[1] // FRAMES
+
+    def talk(rng: np.random.Generator) -> dict[str, Tensor]:
+        rooms, inputs = conversations.draw(rng, args.batch, processor.tokenizer, cells, processor.spatial_tokens or 0)
+        grids = torch.tensor([[1, patches, patches]]).repeat(FRAMES * args.batch, 1)
+        views = {"view_pixel_values": rooms, "view_grid_hw": grids[:, 1:], "views_per_scene": [FRAMES] * args.batch}
+        remember(model, seen, encoded)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**inputs, pixel_values=rooms, image_grid_thw=grids, **views).loss
+        forget(model)
+        return {"loss": loss}
+
+    def measure() -> dict[str, float]:
+        report = evaluate_answers(model, processor, held_out, batch_size=20, max_new_tokens=6)
+        print(score_table({args.output.name: report}), flush=True)
+        return report.scores
+
+    rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
+    train("log", model, talk, measure, args.output, args.steps, *rates)
+    model.save_pretrained(args.output)
+    processor.save_pretrained(args.output)
+
+
+if __name__ == "__main__":
+    main()

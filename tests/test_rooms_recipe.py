@@ -1,0 +1,88 @@
+"""The steps of examples/rooms from pictures to a Spa3-VLM: a few steps of each, on a few rooms."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spa3r import Spa3VLM, Spa3VLMProcessor
+from spa3r.data import RoomQuestions
+from spa3r.embedded import embedded_spa3r
+from spa3r.evaluation import answer
+
+RECIPE = Path(__file__).parents[1] / "examples" / "rooms"
+ROOMS = 6
+
+pytestmark = pytest.mark.slow
+
+
+def run(folder: Path, program: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, RECIPE / program, *arguments], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    run(folder, "render.py", "data", "--rooms", str(ROOMS))
+    run(folder, "conversations.py", "data", "--rooms", str(ROOMS))
+    few = ("--vision-steps", "3", "--vision-rooms", "4", "--vision-batch", "4", "--steps", "3", "--batch", "4")
+    run(folder, "train_vlm.py", "data", "run", *few, "--test-rooms", "1", "--threads", "1")
+    return folder
+
+
+def test_conversations_are_about_what_is_there(folder):
+    rows = [json.loads(line) for line in (folder / "data" / "conversations.jsonl").open()]
+    assert len({row["id"] for row in rows}) == len(rows) >= 3 * ROOMS
+    for row in rows:
+        assert len(row["images"]) == 8 and all((folder / "data" / name).is_file() for name in row["images"])
+        assert row["messages"][0]["content"].startswith("<image>" * 8)
+        lines = [message["content"].split("\n") for message in row["messages"][::2]]
+        tasks = [line[1][:20] + "which" * ("which of these" in line[1]) for line in lines if len(line) > 1]
+        assert len(tasks) == len(set(tasks)), "of every task one at most"
+    descriptions = [row for row in rows if any("Seen from the first" in m["content"] for m in row["messages"])]
+    assert len(descriptions) == ROOMS
+
+
+@pytest.mark.parametrize(
+    ("source", "integration", "width"),
+    [
+        ("none", "cross_attention", 0),
+        ("vggt", "cross_attention", 192),
+        ("spa3r", "append", 128),
+        ("spa3r", "cross_attention", 128),
+    ],
+)
+def test_every_variant_is_trained_on_what_was_encoded_before(folder, source, integration, width):
+    out = f"{source}-{integration}"
+    kind = ("--spatial-source", source, "--integration", integration)
+    few = ("--steps", "3", "--batch", "4", "--test-rooms", "1", "--threads", "1")
+    run(folder, "train_spa3_vlm.py", "data", "run", out, *kind, *few)
+    model = Spa3VLM.from_pretrained(folder / out)
+    processor = Spa3VLMProcessor.from_pretrained(folder / out)
+    before = load_file(folder / "run" / "vlm" / "model.safetensors")
+    after = model.vlm.state_dict()
+    for name, tensor in before.items():
+        name = name.replace("model.visual", "model.visual") if name in after else f"model.{name}"
+        assert torch.equal(tensor, after[name]) is ("visual" in name), "the tower is held fast, the rest learns"
+    questions = RoomQuestions(0, 1, rendered=folder / "data")
+    assert len(answer(model, processor, [questions[0]], max_new_tokens=2)) == 1
+    if source == "none":
+        return
+    frozen = embedded_spa3r()[0].spa3r.state_dict()
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in model.spa3r.state_dict().items())
+    # What was encoded before is what the processor's views give.
+    encoded = load_file(folder / "run" / f"encoded_by_{source}.safetensors")["encoded"]
+    assert encoded.shape == (ROOMS, 64 if source == "spa3r" else 8 * 64, width)
+    views = processor.view_image_processor.pack([questions.pictures(0)])
+    layout = views["view_pixel_values"], views["view_grid_hw"], views["views_per_scene"]
+    with torch.no_grad():
+        own = model.spa3r.encode(*layout)[0] if source == "spa3r" else model.spa3r.backbone_features(*layout)
+    assert (encoded[0].float() - own).std() < 0.03 * own.std()  # it was encoded in bfloat16
