@@ -53,6 +53,16 @@ def test_the_tokenizer_knows_rooms_and_spells_the_rest():
     assert len(tokenizer("<|im_start|><|image_pad|><|vision_end|>").input_ids) == 3
 
 
+@pytest.mark.parametrize("words", ["B", "2.3", "sofa", "1: chair. 2: none."])
+def test_an_answer_is_spelled_as_it_is_generated(words):
+    """The prompt's tokens begin the conversation's, or what training shows is not what generation writes."""
+    tokenizer, question = embedded_model()[1].tokenizer, {"role": "user", "content": "Which one?\nOptions:\nB. left"}
+    prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True)["input_ids"]
+    whole = tokenizer.apply_chat_template([question, {"role": "assistant", "content": words}])["input_ids"]
+    assert whole[: len(prompt)] == prompt
+    assert tokenizer.decode(whole[len(prompt) :]) == f"{words}<|im_end|>\n"
+
+
 def test_chat_is_qwens():
     processor = embedded_model()[1]
     conversation = [{"role": "system", "content": "Be brief."}, *user(noise(112, 112), "Where?")]

@@ -48,13 +48,17 @@ def describe(names: list[str | None], shares: np.ndarray) -> str:
     return " ".join(f"{number}: {listed}." for number, listed in enumerate(shown, start=1))
 
 
+def seen_from(camera: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Metres to the right and ahead (O, 2), on the floor, of points (O, 3); the camera (4, 4), camera-from-room."""
+    rotation = camera[:3, :3]
+    axes = [axis / np.linalg.norm(axis) for axis in rotation[[0, 2], :2]]
+    return (points[:, :2] + (rotation.T @ camera[:3, 3])[:2]) @ np.stack(axes, axis=1)
+
+
 def locate(names: list[str | None], middles: np.ndarray, first_camera: np.ndarray) -> str:
-    """Where objects stand, seen from above: (O, 3) in the room's frame; the camera (4, 4), camera-from-room."""
-    rotation = first_camera[:3, :3]
-    right, ahead = (axis / np.linalg.norm(axis) for axis in rotation[[0, 2], :2])
-    from_camera = middles[:, :2] + (rotation.T @ first_camera[:3, 3])[:2]
-    placed = sorted((name, point) for name, point in zip(names, from_camera) if name)
-    return ", ".join(f"{name} {point @ right:.1f} {point @ ahead:.1f}" for name, point in placed) + "."
+    """Where objects stand: (O, 3) in the room's frame."""
+    placed = sorted((name, *place) for name, place in zip(names, seen_from(first_camera, middles)) if name)
+    return ", ".join(f"{name} {right:.1f} {ahead:.1f}" for name, right, ahead in placed) + "."
 
 
 def rows_of(seed: int, data: Path) -> list[dict]:

@@ -89,6 +89,7 @@ def make_processor(texts: list[str]) -> Spa3VLMProcessor:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
+            pre_tokenizers.Split(Regex("(?<=assistant)\n"), "isolated"),  # the prompt for an answer ends there
             pre_tokenizers.Split(Regex("\n"), "merged_with_next"),
             pre_tokenizers.Split(Regex(rf"\b({'|'.join(FURNITURE)})\b|\b({'|'.join(COLOURS)}) "), "isolated"),
             pre_tokenizers.Digits(individual_digits=True),
