@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spa3r.data.room_questions import RoomQuestions
 from spa3r.data.vsi_format import make_prompt
-from spa3r.rooms import room_questions
+from spa3r.rooms import FURNITURE, generate_room, room_questions
 from spa3r.video import uniform_indices
 
 FILE = "conversations.jsonl"
@@ -119,6 +119,31 @@ class Conversations:
         """(FRAMES, H, W, 3) uint8 of every room."""
         for names in self.walks.values():
             yield np.stack([np.asarray(PIL.Image.open(self.data / name)) for name in names])
+
+    def cells(self, number: int) -> dict[str, Tensor]:
+        """What each of so many cells of a walk's pictures shows, cells in the order of the VLM's image tokens.
+
+        Returns:
+            ``kinds`` (rooms, cells, kinds of furniture): which ones take a seventh of the cell; ``places`` (rooms,
+            cells, 2): where the object stands that takes most of it, metres to the right and ahead, seen from the first
+            picture; ``is_clear`` (rooms, cells): whether that is a fifth.
+        """
+        kinds, places, is_clear = [], [], []
+        for room, names in self.walks.items():
+            folder, views = self.data / room, [int(Path(name).stem) for name in names]
+            with np.load(folder / "truth.npz") as truth:
+                ids = truth["instance_ids"][views]
+            side = round((number // FRAMES) ** 0.5)
+            ids = ids.reshape(FRAMES, side, ids.shape[1] // side, side, -1).swapaxes(2, 3).reshape(number, -1)
+            objects = generate_room(int(room), 0).objects
+            shares = (ids[:, :, None] == np.arange(1, len(objects) + 1)).mean(1)  # (cells, objects)
+            kind = np.array([[item.name == name for name in FURNITURE] for item in objects])
+            kinds.append(shares @ kind > 0.15)
+            camera = json.loads((folder / "cameras.json").read_text())[Path(names[0]).name]["extrinsics"]
+            places.append(seen_from(np.array(camera), np.array([item.center for item in objects]))[shares.argmax(1)])
+            is_clear.append(shares.max(1) > 0.2)
+        named = {"kinds": kinds, "places": np.array(places, np.float32), "is_clear": is_clear}
+        return {name: torch.from_numpy(np.array(value)) for name, value in named.items()}
 
     def draw(
         self, rng: np.random.Generator, size: int, tokenizer: PreTrainedTokenizerBase, cells: int, appended: int = 0

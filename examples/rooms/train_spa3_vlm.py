@@ -5,14 +5,13 @@ that with any data; here every room is asked about many times, so each is encode
 """
 
 import argparse
-import json
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import FIRST_HELD_OUT, pack, train
-from conversations import FRAMES, Conversations, seen_from
+from conversations import FRAMES, Conversations
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoProcessor
@@ -23,7 +22,6 @@ from spa3r.data.room_questions import RoomQuestions
 from spa3r.embedded import VIEW_SIZE, embedded_spa3r
 from spa3r.evaluation.room_answers import evaluate_answers, score_table
 from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
-from spa3r.rooms import generate_room
 
 
 @torch.no_grad()
@@ -63,24 +61,6 @@ def forget(model: Spa3VLMForConditionalGeneration) -> None:
     del model.vlm.base_model.get_image_features
     if model.spa3r is not None:
         del model.spa3r.encode, model.spa3r.backbone_features
-
-
-def place_cells(conversations: Conversations, cells: int) -> tuple[Tensor, Tensor]:
-    """Where the object stands of which a cell shows most, seen from the first picture: (rooms, cells, 2) metres to the
-    right and ahead, and whether it fills a fifth of the cell."""
-    places, is_clear = [], []
-    for room, names in conversations.walks.items():
-        folder, views = conversations.data / room, [int(Path(name).stem) for name in names]
-        with np.load(folder / "truth.npz") as truth:
-            ids = truth["instance_ids"][views]
-        camera = json.loads((folder / "cameras.json").read_text())[Path(names[0]).name]["extrinsics"]
-        middles = np.array([item.center for item in generate_room(int(room), 0).objects])
-        grid = round((cells // FRAMES) ** 0.5)
-        ids = ids.reshape(FRAMES, grid, ids.shape[1] // grid, grid, -1).swapaxes(2, 3).reshape(cells, -1)
-        counts = (ids[:, :, None] == np.arange(1, len(middles) + 1)).sum(1)  # (cells, objects)
-        places.append(seen_from(np.array(camera), middles)[counts.argmax(1)])
-        is_clear.append(counts.max(1) > 0.2 * ids.shape[1])
-    return torch.from_numpy(np.stack(places)).float(), torch.from_numpy(np.stack(is_clear))
 
 
 def align(
@@ -173,10 +153,7 @@ def main() -> None:
         return report.scores
 
     if args.integration == "cross_attention":
-        file = args.vlm / "places.safetensors"
-        if not file.exists():
-            save_file(dict(zip(("places", "is_clear"), place_cells(conversations, seen.shape[1]))), file)
-        found = load_file(file)
+        found = load_file(args.vlm / "cells.safetensors")
         align(model, seen, encoded, found["places"], found["is_clear"], args)
     rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
     train("log", model, talk, measure, args.output, args.steps, *rates)

@@ -173,9 +173,9 @@ class Eyes(nn.Module):
         inputs = self.processor(images=list(images), return_tensors="pt")
         return self.tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
 
-    def forward(self, images: np.ndarray) -> Tensor:  # -> (V * cells, names), logits
+    def names(self, tokens: Tensor) -> Tensor:  # -> (V * cells, names), logits
         words = torch.stack([self.embeddings(word).mean(0) for word in self.words])
-        return self.tokens(images) @ words.T + self.bias
+        return tokens @ words.T + self.bias
 
 
 class RoomCells:
@@ -230,20 +230,22 @@ def main() -> None:
             rooms = rng.choice(len(data.seeds), args.vision_batch)
             frames = rng.integers(0, data.images.shape[1], len(rooms))
             with torch.autocast("cpu", torch.bfloat16):
-                logits = eyes(data.images[rooms, frames])
+                tokens = eyes.tokens(data.images[rooms, frames])
+                logits = eyes.names(tokens)
             loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), cells(rooms, frames), reduction="sum")
-            return {"names": loss / len(logits)}
+            # Short tokens hold little else than names; long ones drown them.
+            return {"names": loss / len(logits), "length": 0.003 * tokens.float().square().sum(-1).mean()}
 
         def measure() -> dict[str, float]:
             """Of the words that fit what cells clearly show, the share that is found; and of those found, that fit."""
             rooms, frames = (grid.ravel() for grid in np.mgrid[: len(unseen.seeds), :16:4])
-            found, truth = eyes(unseen.images[rooms, frames]) > 0, unseen_cells(rooms, frames)
+            found, truth = eyes.names(eyes.tokens(unseen.images[rooms, frames])) > 0, unseen_cells(rooms, frames)
             kinds = np.s_[:, : len(FURNITURE)]
             return {
                 "held_out_kinds_found": found[kinds][truth[kinds] > 0.5].float().mean().item(),
-                "held_out_kinds_right": (truth[kinds] > 0)[found[kinds]].float().mean().item(),
+                "held_out_kinds_right": (truth[kinds] > 0)[found[kinds]].float().mean().nan_to_num().item(),
                 "held_out_names_found": found[truth > 0.5].float().mean().item(),
-                "held_out_names_right": (truth > 0)[found].float().mean().item(),
+                "held_out_names_right": (truth > 0)[found].float().mean().nan_to_num().item(),
             }
 
         rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
@@ -255,15 +257,38 @@ def main() -> None:
             save_file({"seen": seen.half()}, args.output / "seen.safetensors")
         model.model.visual.requires_grad_(False)
         cells, patches = (VIEW_SIZE // CELL) ** 2, VIEW_SIZE // 14
+        shown = conversations.cells(FRAMES * cells)
+        save_file(shown, args.output / "cells.safetensors")
+        kind_of = torch.full((len(processor.tokenizer),), -1)
+        for kind, name in enumerate(FURNITURE):
+            kind_of[processor.tokenizer.encode(name)[-1]] = kind
         grid = torch.tensor([[1, patches, patches]])
+        model.set_attn_implementation("eager")  # which tells where it looks
 
         def talk(rng: np.random.Generator) -> dict[str, Tensor]:
             rooms, inputs = conversations.draw(rng, args.batch, processor.tokenizer, cells)
             looked = BaseModelOutputWithPooling(pooler_output=seen[rooms].flatten(0, 1).split(cells))
             grids = grid.repeat(FRAMES * args.batch, 1)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**inputs, image_grid_thw=grids, mm_encoder_outputs={"image": looked}).loss
-            return {"loss": loss}
+                output = model(
+                    **inputs,
+                    image_grid_thw=grids,
+                    mm_encoder_outputs={"image": looked},
+                    output_attentions=True,
+                )
+            return {"loss": output.loss, "looking": 0.3 * looking(output.attentions, inputs, shown["kinds"][rooms])}
+
+        def looking(attentions: tuple[Tensor, ...], inputs: dict[str, Tensor], kinds: Tensor) -> Tensor:
+            """-log of the share of attention that goes from a name to what shows it, of two heads in two layers.
+
+            Without this, tens of thousands of conversations pass before words look at pictures.
+            """
+            pictures = inputs["mm_token_type_ids"][0].nonzero()[:, 0]  # the same of every row
+            named = kind_of[inputs["input_ids"]]
+            shows = kinds.transpose(1, 2)[torch.arange(len(kinds))[:, None], named] & (named >= 0)[..., None]
+            attention = torch.stack([layer[:, :2] for layer in attentions[:2]], 1)[..., pictures].float()
+            shares = (attention * shows[:, None, None]).sum(-1)  # (batch, layers, heads, sequence)
+            return -(shares + 1e-3).log().mean((1, 2))[shows.any(-1)].mean()
 
         def measure() -> dict[str, float]:
             report = evaluate_answers(model, processor.vlm_processor, held_out, batch_size=20, max_new_tokens=6)
@@ -275,6 +300,7 @@ def main() -> None:
 
     learn_names()
     learn_conversations()
+    model.set_attn_implementation("sdpa")
     model.save_pretrained(args.output / "vlm")
     processor.vlm_processor.save_pretrained(args.output / "vlm")
 
