@@ -78,20 +78,23 @@ def align(
     module = nn.ModuleDict({"readout": readout} | ({} if model.adapter is None else {"adapter": model.adapter}))
     known = len(seen) - max(1, len(seen) // 50)
 
-    def read(rooms: np.ndarray | slice) -> tuple[Tensor, Tensor]:
+    def read(rooms: np.ndarray | slice) -> tuple[Tensor, Tensor, Tensor]:
         tokens = seen[rooms].float()
         if model.adapter is not None:
             fused = model.adapter(tokens.flatten(0, 1), encoded[rooms].float(), [tokens.shape[1]] * len(tokens))
             tokens = fused.unflatten(0, tokens.shape[:2])
-        return readout(tokens)[is_clear[rooms]], places[rooms][is_clear[rooms]]
+        return tokens, readout(tokens)[is_clear[rooms]], places[rooms][is_clear[rooms]]
 
     def step(rng: np.random.Generator) -> dict[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            told, truth = read(rng.integers(known, size=2 * args.batch))
-        return {"loss": nn.functional.smooth_l1_loss(told.float(), truth, beta=0.3)}
+            tokens, told, truth = read(rng.integers(known, size=2 * args.batch))
+        losses = {"places": nn.functional.smooth_l1_loss(told.float(), truth, beta=0.3)}
+        if model.adapter is not None:  # long tokens would drown what they show
+            losses["length"] = 0.002 * tokens.float().square().sum(-1).mean()
+        return losses
 
     def measure() -> dict[str, float]:
-        told, truth = read(slice(known, None))
+        _, told, truth = read(slice(known, None))
         return {"held_out_median_error": (told - truth).norm(dim=-1).median().item()}
 
     rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
@@ -155,6 +158,10 @@ def main() -> None:
     if args.integration == "cross_attention":
         found = load_file(args.vlm / "cells.safetensors")
         align(model, seen, encoded, found["places"], found["is_clear"], args)
+        if model.adapter is not None:
+            # Muon's steps are as long for a faint gradient as for a clear one: they would undo what was aligned before
+            # the language model has begun to read it.
+            model.adapter.requires_grad_(False)
     rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
     train("log", model, talk, measure, args.output, args.steps, *rates)
     model.save_pretrained(args.output)

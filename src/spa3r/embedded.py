@@ -29,7 +29,7 @@ def embedded_model() -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]
 
 
 def embedded_vlm() -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    """The VLM inside it, alone (``spatial_source="none"``), as it was trained on the same questions before Spa3R came.
+    """The same VLM without Spa3R (``spatial_source="none"``), trained from the same start as long on the same data.
 
     Returns:
         As :func:`embedded_model`.
