@@ -48,4 +48,5 @@ cp rooms_run/{vggt,teacher,vlm_vision,vlm}.jsonl rooms_run/{metrics,answers}.txt
 for seed in $seeds; do
   cat "rooms_run/spa3r-$seed"{-single,-few,}/log.jsonl > "$here/results/spa3r-$seed.jsonl"
   for name in vlm vggt append spa3_vlm; do cp "rooms_run/$name-$seed/log.jsonl" "$here/results/$name-$seed.jsonl"; done
+  for name in vlm vggt spa3_vlm; do cp "rooms_run/$name-$seed/align.jsonl" "$here/results/align-$name-$seed.jsonl"; done
 done

@@ -1,7 +1,8 @@
 """Step 9 of the rooms recipe: the small VLM of step 8 and the Spa3R in the package become a Spa3-VLM.
 
-The policy is the paper's: adapter and language model learn, vision tower and Spa3R are held fast. `spa3r finetune` does
-that with any data; here every room is asked about many times, so each is encoded once, before the training.
+Vision tower and Spa3R are held fast. The adapter learns where things stand, by a readout that is thrown away, and is
+held fast from then on, while the language model learns; one that appends tokens learns with it. `spa3r finetune` trains
+with any data; here every room is asked about many times, so each is encoded once, before the training.
 """
 
 import argparse
@@ -108,8 +109,8 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for the Spa3-VLM, its log and its state")
     parser.add_argument("--spatial-source", choices=("none", "vggt", "spa3r"), default="spa3r")
     parser.add_argument("--integration", choices=("cross_attention", "append"), default="cross_attention")
-    parser.add_argument("--align-steps", type=int, default=1500, help="steps of a cross-attention adapter alone")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--align-steps", type=int, default=1000, help="steps of a cross-attention adapter alone")
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=16, help="conversations a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--muon-learning-rate", type=float, default=0.02)
