@@ -239,6 +239,20 @@ def test_vggt_tokens_are_the_backbones_features_of_all_views():
     assert torch.equal(logits_of(model, batch), logits)  # no latent has a part in it
 
 
+def test_a_mask_of_who_sees_whom_finds_the_same_places():
+    couple = make("append", "spa3r")
+    model, batch = couple.model, couple.batch
+    is_text, ids = batch["attention_mask"].bool(), batch["input_ids"]
+    sees = (is_text[:, None, :] & torch.ones(ids.shape[1], ids.shape[1]).tril().bool())[:, None]
+    mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    kinds, grids = batch["mm_token_type_ids"], batch["image_grid_thw"]
+    places = model.vlm.base_model.get_rope_index(ids, kinds, image_grid_thw=grids, attention_mask=is_text)[0]
+    ours = logits_of(model, batch | {"attention_mask": mask, "position_ids": places})
+    assert not is_text.all() and relative_error(ours[is_text], logits_of(model, batch)[is_text]) <= 1e-6
+    with pytest.raises(ValueError, match="Each row of `input_ids` must hold a place for each token"):
+        model(**batch | {"attention_mask": torch.zeros_like(mask), "position_ids": places})  # padding holds none
+
+
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_scenes_of_different_lengths_are_the_scenes_alone(back_end):
     couple = make("cross_attention", "vggt")

@@ -415,7 +415,8 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
 
         Args:
             input_ids: (batch, sequence), one scene a row, with the VLM's image placeholders.
-            attention_mask: (batch, sequence).
+            attention_mask: (batch, sequence); or (batch, 1, sequence, sequence), added to attention's logits, for
+                example where several questions share pictures and don't see each other.
             view_pixel_values: (sum of N, 3 * p * p), patches of all views of all rows.
             view_grid_hw: (views, 2), patch grid of every view.
             views_per_scene: (batch,), how many views each row has; 0 for a text-only row.
@@ -563,6 +564,8 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
     ) -> AppendedTokens:
         """The projected spatial tokens in the places that the processor made for them: `wanted` in each row."""
         token_id = self.config.spatial_token_id
+        if attention_mask is not None and attention_mask.dim() == 4:  # padding doesn't see itself
+            attention_mask = attention_mask.diagonal(dim1=-2, dim2=-1)[:, 0] == 0
         if input_ids is None or (attention_mask is not None and attention_mask.shape != input_ids.shape):
             raise ValueError(
                 "`integration='append'` must have `input_ids` and an `attention_mask` of the same shape (or none), got "
