@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spa3r import Spa3VLM, Spa3VLMProcessor
 from spa3r.data import RoomQuestions
@@ -34,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     run(folder, "render.py", "data", "--rooms", str(ROOMS))
     run(folder, "conversations.py", "data", "--rooms", str(ROOMS))
-    few = ("--vision-steps", "3", "--vision-rooms", "4", "--vision-batch", "4", "--steps", "3", "--batch", "4")
+    few = ("--vision-steps", "3", "--vision-rooms", "4", "--vision-batch", "4", "--steps", "3", "--batch", "2")
     run(folder, "train_vlm.py", "data", "run", *few, "--test-rooms", "1", "--threads", "1")
     return folder
 
@@ -48,8 +50,55 @@ def test_conversations_are_about_what_is_there(folder):
         lines = [message["content"].split("\n") for message in row["messages"][::2]]
         tasks = [line[1][:20] + "which" * ("which of these" in line[1]) for line in lines if len(line) > 1]
         assert len(tasks) == len(set(tasks)), "of every task one at most"
-    descriptions = [row for row in rows if any("Seen from the first" in m["content"] for m in row["messages"])]
+    descriptions = [row for row in rows if any("Which objects does" in m["content"] for m in row["messages"])]
     assert len(descriptions) == ROOMS
+    asked = [
+        (row["messages"][i]["content"], row["messages"][i + 1]["content"])
+        for row in rows
+        for i in range(0, 4, 2)
+        if i + 1 < len(row["messages"])
+    ]
+    letters = [answer for question, answer in asked if "\nOptions:\n" in question]
+    assert letters and set(letters) <= set("ABCD")
+    opened = [answer for question, answer in asked if "is the closest to" in question and "Options" not in question]
+    assert opened and all(len(answer) > 2 for answer in opened), "the option itself"
+
+
+def test_questions_share_pictures_and_do_not_see_each_other(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    from conversations import FRAMES, Conversations, Questions
+
+    vlm = AutoModelForImageTextToText.from_pretrained(folder / "run" / "vlm", attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "vlm")
+    conversations, seen = Conversations(folder / "data"), load_file(folder / "run" / "seen.safetensors")["seen"]
+    grids = torch.tensor([[1, 8, 8]] * FRAMES)
+
+    def logits(rooms: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        looked = BaseModelOutputWithPooling(pooler_output=seen[rooms].float().flatten(0, 1).split(16))
+        output = vlm(**inputs, image_grid_thw=grids.repeat(len(rooms), 1), mm_encoder_outputs={"image": looked})
+        return output.logits.detach()
+
+    rooms, packed = Questions(conversations, vlm, tokenizer, 16).draw(np.random.default_rng(0), 2, 5)
+    together, labels = logits(rooms, packed), packed["labels"]
+    picture = f"<|vision_start|>{'<|image_pad|>' * 16}<|vision_end|>"
+    found = 0
+    for row, room in enumerate(rooms):
+        for question, truth in conversations.turns[room]:
+            turns = [{"role": "user", "content": picture * FRAMES + question}, {"role": "assistant", "content": truth}]
+            ids = tokenizer.apply_chat_template(turns, return_dict=True, return_tensors="pt").input_ids
+            first = 2 + FRAMES * 18 + 1  # of the question; before it "<|im_start|>user\n" and pictures
+            own = ids[0, first:-1]  # a line break follows the answer
+            windows = packed["input_ids"][row].unfold(0, len(own), 1)
+            for start in (windows == own).all(1).nonzero()[:, 0].tolist():
+                alone = logits(
+                    rooms[row : row + 1],
+                    {"input_ids": ids, "mm_token_type_ids": (ids == tokenizer.image_token_id).int()},
+                )[0, first:-1]
+                assert torch.allclose(together[row, start : start + len(own)], alone, atol=1e-4)
+                told = labels[row, start : start + len(own)]
+                assert tokenizer.decode(told[told >= 0]) == f"{truth}<|im_end|>"
+                found += 1
+    assert found >= 10
 
 
 @pytest.mark.parametrize(
@@ -64,7 +113,7 @@ def test_conversations_are_about_what_is_there(folder):
 def test_every_variant_is_trained_on_what_was_encoded_before(folder, source, integration, width):
     out = f"{source}-{integration}"
     kind = ("--spatial-source", source, "--integration", integration)
-    few = ("--steps", "3", "--batch", "4", "--test-rooms", "1", "--threads", "1")
+    few = ("--align-steps", "3", "--steps", "3", "--batch", "2", "--test-rooms", "1", "--threads", "1")
     run(folder, "train_spa3_vlm.py", "data", "run", out, *kind, *few)
     model = Spa3VLM.from_pretrained(folder / out)
     processor = Spa3VLMProcessor.from_pretrained(folder / out)

@@ -1,8 +1,7 @@
 """Step 7 of the rooms recipe: what a VLM is asked about rooms, as instruction data that `spa3r finetune` reads.
 
 Every room gives conversations of VSI-Bench's question types with their computed answers, and one that says what each
-picture of its walk shows and where every object stands, seen from the first picture. The rows are a JSONL file beside
-the rendered pictures.
+picture of its walk shows. The rows are a JSONL file beside the rendered pictures.
 """
 
 import argparse
@@ -17,24 +16,30 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spa3r.data.room_questions import RoomQuestions
-from spa3r.data.vsi_format import make_prompt
-from spa3r.rooms import FURNITURE, generate_room, room_questions
+from spa3r.data.vsi_format import NUMBER_WORDS, make_prompt
+from spa3r.rooms import COLOURS, FURNITURE, generate_room, room_questions
 from spa3r.video import uniform_indices
 
 FILE = "conversations.jsonl"
 FRAMES = 8
-CONVERSATIONS = 4
+CONVERSATIONS = 8
 """So many about the questions of a room, each with one of every task: two directions would tell of each other, and
-then nobody needs to look."""
+then nobody needs to look. In every second one, questions with options are asked without them: an answer's letter tells
+little of why it is right."""
 
 CLEAR = 0.004
 """Share of a picture that an object covers to be named in its description: 50 pixels."""
 
+WORDS = (*FURNITURE, *(f"{colour} " for colour in COLOURS))
+"""What objects are called; a colour stands before a kind of furniture."""
+
 DESCRIBE = "Which objects does each picture show?"
-LOCATE = "Seen from the first picture, how many meters to the right and ahead is the middle of each object?"
+
+SPATIAL = re.compile("the distance between|is the closest to|standing by|You are a robot")
+"""In questions that are answered by where objects stand."""
 
 Turn = tuple[str, str]
 
@@ -55,10 +60,14 @@ def seen_from(camera: np.ndarray, points: np.ndarray) -> np.ndarray:
     return (points[:, :2] + (rotation.T @ camera[:3, 3])[:2]) @ np.stack(axes, axis=1)
 
 
-def locate(names: list[str | None], middles: np.ndarray, first_camera: np.ndarray) -> str:
-    """Where objects stand: (O, 3) in the room's frame."""
-    placed = sorted((name, *place) for name, place in zip(names, seen_from(first_camera, middles)) if name)
-    return ", ".join(f"{name} {right:.1f} {ahead:.1f}" for name, right, ahead in placed) + "."
+def asked_openly(turn: Turn) -> Turn:
+    """A question without its options, and the right one for an answer."""
+    question, answer = turn
+    question, _, options = question.partition("\nOptions:\n")
+    if not options:
+        return turn
+    (told,) = (option[3:] for option in options.splitlines() if option.startswith(f"{answer}. "))
+    return f"{question}\n{NUMBER_WORDS}", told
 
 
 def rows_of(seed: int, data: Path) -> list[dict]:
@@ -73,15 +82,10 @@ def rows_of(seed: int, data: Path) -> list[dict]:
     dealt = [[turns[i] for i in rng.permutation(len(turns))[:CONVERSATIONS]] for turns in tasks.values()]
     conversations = [[turns[deal] for turns in dealt if deal < len(turns)] for deal in range(CONVERSATIONS)]
     conversations = [[turns[i] for i in rng.permutation(len(turns))] for turns in conversations]
-    cameras = list(json.loads((folder / "cameras.json").read_text()).items())
-    names = [name if number in walk.asked else None for number, name in enumerate(walk.names)]
-    middles = np.array([item.center for item in walk.room.objects])
-    both = [
-        (DESCRIBE, describe(walk.names, walk.shares)),
-        (LOCATE, locate(names, middles, np.array(cameras[0][1]["extrinsics"]))),
-    ]
-    conversations.append([both[i] for i in rng.permutation(2)])
-    pictures = [f"{folder.name}/{cameras[view][0]}" for view in uniform_indices(len(cameras), FRAMES)]
+    conversations[1::2] = [[asked_openly(turn) for turn in turns] for turns in conversations[1::2]]
+    conversations.append([(DESCRIBE, describe(walk.names, walk.shares))])
+    cameras = list(json.loads((folder / "cameras.json").read_text()))
+    pictures = [f"{folder.name}/{cameras[view]}" for view in uniform_indices(len(cameras), FRAMES)]
     return [
         {"id": f"{folder.name}/{number}", "images": pictures, "messages": list(messages(turns))}
         for number, turns in enumerate(conversations)
@@ -97,7 +101,7 @@ def messages(turns: list[Turn]) -> Iterator[dict[str, str]]:
 
 
 class Conversations:
-    """The rows in memory; batches of them, in which pictures have places and are not read.
+    """The rows in memory; batches of their questions, in which pictures have places and are not read.
 
     Args:
         data: Folder of `render.py` with the rows.
@@ -105,30 +109,51 @@ class Conversations:
 
     def __init__(self, data: Path):
         self.data = data
-        self.rows = [json.loads(line) for line in (data / FILE).open()]
-        self.walks = {row["id"].partition("/")[0]: row["images"] for row in self.rows}
-        self.numbers = {room: number for number, room in enumerate(self.walks)}
+        self.walks: dict[str, list[str]] = {}
+        self.turns: list[list[Turn]] = []
+        for line in (data / FILE).open():
+            row = json.loads(line)
+            if (room := row["id"].partition("/")[0]) not in self.walks:
+                self.walks[room] = row["images"]
+                self.turns.append([])
+            said = [message["content"].replace("<image>", "") for message in row["messages"]]
+            self.turns[-1] += zip(said[::2], said[1::2])
 
     def texts(self, rooms: int) -> list[str]:
         """All that is said about the first so many rooms."""
-        first = set(list(self.walks)[:rooms])
-        rows = [row for row in self.rows if row["id"].partition("/")[0] in first]
-        return [message["content"].replace("<image>", "") for row in rows for message in row["messages"]]
+        return [text for turns in self.turns[:rooms] for turn in turns for text in turn]
 
     def pictures(self) -> Iterator[np.ndarray]:
         """(FRAMES, H, W, 3) uint8 of every room."""
         for names in self.walks.values():
             yield np.stack([np.asarray(PIL.Image.open(self.data / name)) for name in names])
 
+    def objects(self) -> dict[str, Tensor]:
+        """All rooms' objects, padded.
+
+        Returns:
+            ``words`` (rooms, objects, 2), numbers of kind and colour among `WORDS`, -1 for padding; ``middles`` (rooms,
+            objects, 2), metres to the right and ahead, seen from the first picture.
+        """
+        words, middles = [], []
+        for room, names in self.walks.items():
+            objects = generate_room(int(room), 0).objects
+            camera = json.loads((self.data / room / "cameras.json").read_text())[Path(names[0]).name]["extrinsics"]
+            words.append(torch.tensor([[WORDS.index(item.name), WORDS.index(f"{item.colour} ")] for item in objects]))
+            seen = seen_from(np.array(camera), np.array([item.center for item in objects]))
+            middles.append(torch.from_numpy(seen).float())
+        pad = nn.utils.rnn.pad_sequence
+        return {"words": pad(words, batch_first=True, padding_value=-1), "middles": pad(middles, batch_first=True)}
+
     def cells(self, number: int) -> dict[str, Tensor]:
         """What each of so many cells of a walk's pictures shows, cells in the order of the VLM's image tokens.
 
         Returns:
-            ``kinds`` (rooms, cells, kinds of furniture): which ones take a seventh of the cell; ``places`` (rooms,
-            cells, 2): where the object stands that takes most of it, metres to the right and ahead, seen from the first
-            picture; ``is_clear`` (rooms, cells): whether that is a fifth.
+            ``names`` (rooms, cells, words): which kinds of furniture and which of its colours take a seventh of the
+            cell; ``places`` (rooms, cells, 2): where the object stands that takes most of it, metres to the right and
+            ahead, seen from the first picture; ``is_clear`` (rooms, cells): whether that is a fifth.
         """
-        kinds, places, is_clear = [], [], []
+        named, places, is_clear = [], [], []
         for room, names in self.walks.items():
             folder, views = self.data / room, [int(Path(name).stem) for name in names]
             with np.load(folder / "truth.npz") as truth:
@@ -137,53 +162,153 @@ class Conversations:
             ids = ids.reshape(FRAMES, side, ids.shape[1] // side, side, -1).swapaxes(2, 3).reshape(number, -1)
             objects = generate_room(int(room), 0).objects
             shares = (ids[:, :, None] == np.arange(1, len(objects) + 1)).mean(1)  # (cells, objects)
-            kind = np.array([[item.name == name for name in FURNITURE] for item in objects])
-            kinds.append(shares @ kind > 0.15)
+            words = np.array([[word in (item.name, f"{item.colour} ") for word in WORDS] for item in objects])
+            named.append(shares @ words > 0.15)
             camera = json.loads((folder / "cameras.json").read_text())[Path(names[0]).name]["extrinsics"]
             places.append(seen_from(np.array(camera), np.array([item.center for item in objects]))[shares.argmax(1)])
             is_clear.append(shares.max(1) > 0.2)
-        named = {"kinds": kinds, "places": np.array(places, np.float32), "is_clear": is_clear}
-        return {name: torch.from_numpy(np.array(value)) for name, value in named.items()}
+        found = {"names": named, "places": np.array(places, np.float32), "is_clear": is_clear}
+        return {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
 
-    def draw(
-        self, rng: np.random.Generator, size: int, tokenizer: PreTrainedTokenizerBase, cells: int, appended: int = 0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rows at random.
 
-        Args:
-            rng: Draws them.
-            size: How many.
-            tokenizer: With a chat template that marks the assistant's words.
-            cells: Places of each picture.
-            appended: Places for spatial tokens after the last picture.
+class Questions:
+    """Batches for a VLM: all questions about a room share its pictures, and none sees another.
+
+    To the VLM each is as if it were asked alone, at a fraction of the cost.
+
+    Args:
+        conversations: What is asked.
+        vlm: Counts places.
+        tokenizer: Of the VLM.
+        cells: Image tokens of each picture.
+        appended: Places for spatial tokens after the last picture.
+        frames: Pictures; 0: questions alone, and only those that are answered by where objects stand.
+    """
+
+    def __init__(
+        self,
+        conversations: Conversations,
+        vlm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cells: int,
+        appended: int = 0,
+        frames: int = FRAMES,
+    ):
+        self.tokenizer = tokenizer
+        self.turns = [
+            [[turn for turn in turns if bool(SPATIAL.search(turn[0])) is spatial] for spatial in (True, False)]
+            for turns in conversations.turns
+        ]
+        user = {"role": "user", "content": "<image>"}
+        prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        before, self.after = prompt.split("<image>")
+        picture = f"<|vision_start|>{tokenizer.image_token * cells}<|vision_end|>"
+        shared = torch.tensor(tokenizer.encode(before + picture * frames + tokenizer.pad_token * appended))
+        self.is_picture = shared == tokenizer.image_token_id
+        side = 2 * round(cells**0.5)  # patches; the VLM merges 2 by 2
+        grid = torch.tensor([[1, side, side]] * frames) if frames else None
+        self.shared_places = vlm.base_model.get_rope_index(
+            shared[None], mm_token_type_ids=self.is_picture[None].int(), image_grid_thw=grid
+        )[0][:, 0]
+        self.shared = shared
+        self.word_of = torch.full((len(tokenizer),), -1)
+        for number, word in enumerate(WORDS):
+            self.word_of[tokenizer.encode(word)[-1]] = number
+
+    def draw(self, rng: np.random.Generator, rooms: int, questions: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rooms and questions about each at random, three of four where objects stand: others are learnt sooner.
 
         Returns:
-            Numbers of the rows' rooms (size,), and the VLM's inputs about text: ``input_ids``, ``attention_mask``,
-            ``labels``, ``mm_token_type_ids``, each (size, sequence).
+            Numbers of the rooms (rooms,), and the VLM's inputs about text: ``input_ids``, ``labels``,
+            ``mm_token_type_ids`` (rooms, sequence), ``position_ids`` (3, rooms, sequence) and ``attention_mask``
+            (rooms, 1, sequence, sequence), added to attention's logits.
         """
-        chosen = [self.rows[index] for index in rng.integers(len(self.rows), size=size)]
-        place, last = f"<|vision_start|>{tokenizer.image_token * cells}<|vision_end|>", tokenizer.pad_token * appended
-        written = [
-            tokenizer.apply_chat_template(
-                [
-                    message | {"content": message["content"].replace("<image>" * FRAMES, place * FRAMES + last)}
-                    for message in row["messages"]
-                ],
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-            for row in chosen
-        ]
-        ids, masks, is_text = (
-            nn.utils.rnn.pad_sequence([torch.tensor(one[key]) for one in written], batch_first=True)
-            for key in ("input_ids", "assistant_masks", "attention_mask")
+        drawn = rng.integers(len(self.turns), size=rooms)
+        parts = {"ids": [], "labels": [], "places": [], "numbers": []}
+        for room in drawn:
+            spatial, others = self.turns[room]
+            number = 3 * questions // 4 if self.is_picture.any() else questions
+            some = [spatial[i] for i in rng.permutation(len(spatial))[:number]]
+            turns = some + [others[i] for i in rng.permutation(len(others))[: questions - len(some)]]
+            asked = self.tokenizer([question + self.after for question, _ in turns]).input_ids
+            answered = self.tokenizer([f"{answer}{self.tokenizer.eos_token}" for _, answer in turns]).input_ids
+            row = {
+                "ids": [self.shared],
+                "labels": [torch.full_like(self.shared, -100)],
+                "places": [self.shared_places.T],
+                "numbers": [torch.zeros_like(self.shared)],
+            }
+            for number, (question, answer) in enumerate(zip(asked, answered), start=1):
+                row["ids"].append(torch.tensor(question + answer))
+                row["labels"].append(torch.tensor([-100] * len(question) + answer))
+                places = self.shared_places.max() + 1 + torch.arange(len(question + answer))
+                row["places"].append(places[:, None].expand(-1, 3))
+                row["numbers"].append(torch.full_like(places, number))
+            for name, pieces in row.items():
+                parts[name].append(torch.cat(pieces))
+        fill = {"ids": self.tokenizer.pad_token_id, "labels": -100, "places": 0, "numbers": -1}
+        ids, labels, places, numbers = (
+            nn.utils.rnn.pad_sequence(parts[name], batch_first=True, padding_value=value)
+            for name, value in fill.items()
         )
-        return torch.tensor([self.numbers[row["id"].partition("/")[0]] for row in chosen]), {
-            "input_ids": ids.masked_fill(is_text == 0, tokenizer.pad_token_id),
-            "attention_mask": is_text,
-            "labels": ids.masked_fill(masks == 0, -100),
-            "mm_token_type_ids": (ids == tokenizer.image_token_id).int(),
+        sees = (numbers[:, None, :] == 0) | (numbers[:, None, :] == numbers[:, :, None])
+        mask = torch.zeros(sees.shape, dtype=torch.bfloat16)
+        mask.masked_fill_(~(sees & (numbers[:, None, :] >= 0)).tril(), torch.finfo(mask.dtype).min)
+        return torch.from_numpy(drawn), {
+            "input_ids": ids,
+            "labels": labels,
+            "mm_token_type_ids": (ids == self.tokenizer.image_token_id).int(),
+            "position_ids": places.permute(2, 0, 1),
+            "attention_mask": mask[:, None],
         }
+
+    def named(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Kinds and colours (rooms, sequence), numbers among `WORDS`, that tokens of questions name; -1 for none."""
+        words, is_kind = self.word_of[ids], self.word_of[ids] < len(FURNITURE)
+        before = nn.functional.pad(words, (1, -1), value=-1)  # a colour stands before a kind
+        is_kind &= torch.arange(ids.shape[1]) >= len(self.shared)
+        kinds = words.where(is_kind, torch.tensor(-1))
+        return kinds, before.where((kinds >= 0) & (before >= len(FURNITURE)), torch.tensor(-1))
+
+    def shows(self, ids: Tensor, names: Tensor) -> Tensor:
+        """(rooms, sequence, cells): which cells of the pictures show the object that a question's token names.
+
+        Args:
+            ids: (rooms, sequence).
+            names: (rooms, cells, words), which cell shows what.
+        """
+        kinds, colours = self.named(ids)
+        of_word, room = names.transpose(1, 2), torch.arange(len(ids))[:, None]
+        shows = of_word[room, kinds] & (kinds >= 0)[..., None]
+        return shows & (of_word[room, colours] | (colours < 0)[..., None])
+
+    def meant(self, ids: Tensor, words: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
+        """Where that stands which tokens of questions name.
+
+        Args:
+            ids: (rooms, sequence).
+            words: (rooms, objects, 2), kind and colour.
+            middles: (rooms, objects, 2).
+
+        Returns:
+            Places (rooms, sequence, 2), and where there is one: (rooms, sequence), exactly one object has the name.
+        """
+        kinds, colours = (part[..., None] for part in self.named(ids))
+        fits = (kinds == words[:, None, :, 0]) & (kinds >= 0) & ((colours == words[:, None, :, 1]) | (colours < 0))
+        return fits.float() @ middles, fits.sum(-1) == 1
+
+    def looking(self, attentions: tuple[Tensor, ...], shows: Tensor) -> Tensor:
+        """-log of the share of attention that goes from an object's name to what shows it, of two heads in two layers.
+
+        Without this, tens of thousands of conversations pass before words look at pictures.
+
+        Args:
+            attentions: Of every layer, (rooms, heads, sequence, sequence).
+            shows: (rooms, sequence, cells).
+        """
+        attention = torch.stack([layer[:, :2] for layer in attentions[:2]], 1)[..., : len(self.shared)]
+        shares = (attention[..., self.is_picture].float() * shows[:, None, None]).sum(-1)
+        return -(shares + 1e-3).log().mean((1, 2))[shows.any(-1)].mean()
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import FIRST_HELD_OUT, pack, train
-from conversations import FRAMES, Conversations
+from conversations import FRAMES, Conversations, Questions
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from train_vlm import answer_loss, place_code
 from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -67,39 +68,38 @@ def forget(model: Spa3VLMForConditionalGeneration) -> None:
 def align(
     model: Spa3VLMForConditionalGeneration,
     seen: Tensor,
-    encoded: Tensor | None,
+    encoded: Tensor,
     places: Tensor,
     is_clear: Tensor,
     args: argparse.Namespace,
 ) -> None:
-    """The adapter alone, with a linear readout that is thrown away: a fused token tells where that stands which it
-    shows. Without an adapter the readout learns what image tokens tell of it. The last rooms, a fiftieth, are held out.
+    """The adapter alone: it adds to an image token the code of the place where that stands which the token shows.
+
+    The last rooms, a fiftieth, are held out.
     """
-    readout = nn.Sequential(nn.LayerNorm(seen.shape[-1]), nn.Linear(seen.shape[-1], 2))
-    module = nn.ModuleDict({"readout": readout} | ({} if model.adapter is None else {"adapter": model.adapter}))
     known = len(seen) - max(1, len(seen) // 50)
 
-    def read(rooms: np.ndarray | slice) -> tuple[Tensor, Tensor, Tensor]:
+    def added(rooms: np.ndarray | slice) -> Tensor:
         tokens = seen[rooms].float()
-        if model.adapter is not None:
-            fused = model.adapter(tokens.flatten(0, 1), encoded[rooms].float(), [tokens.shape[1]] * len(tokens))
-            tokens = fused.unflatten(0, tokens.shape[:2])
-        return tokens, readout(tokens)[is_clear[rooms]], places[rooms][is_clear[rooms]]
+        fused = model.adapter(tokens.flatten(0, 1), encoded[rooms].float(), [tokens.shape[1]] * len(tokens))
+        return fused.unflatten(0, tokens.shape[:2]).float() - tokens
 
     def step(rng: np.random.Generator) -> dict[str, Tensor]:
+        rooms = rng.integers(known, size=32)
         with torch.autocast("cpu", torch.bfloat16):
-            tokens, told, truth = read(rng.integers(known, size=2 * args.batch))
-        losses = {"places": nn.functional.smooth_l1_loss(told.float(), truth, beta=0.3)}
-        if model.adapter is not None:  # long tokens would drown what they show
-            losses["length"] = 0.002 * tokens.float().square().sum(-1).mean()
-        return losses
+            told = added(rooms)
+        wanted = is_clear[rooms][..., None] * place_code(places[rooms])
+        wrong, clear = (told - wanted).square().sum(-1), is_clear[rooms]
+        return {"places": wrong[clear].mean(), "others": 0.1 * wrong[~clear].mean()}
 
     def measure() -> dict[str, float]:
-        _, told, truth = read(slice(known, None))
-        return {"held_out_median_error": (told - truth).norm(dim=-1).median().item()}
+        """Metres, read off the code's linear part."""
+        told, scale = added(slice(known, None))[..., :2], place_code(torch.ones(2))[0]
+        errors = (told / scale - places[known:])[is_clear[known:]].norm(dim=-1)
+        return {"held_out_median_error": errors.median().item()}
 
-    rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
-    train("align", module, step, measure, args.output, args.align_steps, *rates)
+    rates = args.learning_rate, args.seed, args.every, 0.02
+    train("align", model.adapter, step, measure, args.output, args.align_steps, *rates)
 
 
 def main() -> None:
@@ -109,11 +109,12 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for the Spa3-VLM, its log and its state")
     parser.add_argument("--spatial-source", choices=("none", "vggt", "spa3r"), default="spa3r")
     parser.add_argument("--integration", choices=("cross_attention", "append"), default="cross_attention")
-    parser.add_argument("--align-steps", type=int, default=1000, help="steps of a cross-attention adapter alone")
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--batch", type=int, default=16, help="conversations a step")
+    parser.add_argument("--align-steps", type=int, default=2000, help="steps of a cross-attention adapter alone")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8, help="walks a step")
+    parser.add_argument("--questions", type=int, default=16, help="questions about each")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--muon-learning-rate", type=float, default=0.02)
+    parser.add_argument("--muon-learning-rate", type=float, default=0.01)
     parser.add_argument("--test-rooms", type=int, default=40)
     parser.add_argument("--every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
@@ -140,31 +141,37 @@ def main() -> None:
     held_out = RoomQuestions(FIRST_HELD_OUT + 10_000, args.test_rooms, frames=FRAMES)
     held_out = [held_out[index] for index in range(len(held_out))]
     patches, cells = VIEW_SIZE // 14, seen.shape[1] // FRAMES
+    shown = load_file(args.vlm / "cells.safetensors")
+    questions = Questions(conversations, model.vlm, processor.tokenizer, cells, processor.spatial_tokens or 0)
+    grids = torch.tensor([[1, patches, patches]]).repeat(FRAMES * args.batch, 1)
 
     def talk(rng: np.random.Generator) -> dict[str, Tensor]:
-        rooms, inputs = conversations.draw(rng, args.batch, processor.tokenizer, cells, processor.spatial_tokens or 0)
-        grids = torch.tensor([[1, patches, patches]]).repeat(FRAMES * args.batch, 1)
+        rooms, inputs = questions.draw(rng, args.batch, args.questions)
+        labels = inputs.pop("labels")[:, 1:]
         views = {"view_pixel_values": rooms, "view_grid_hw": grids[:, 1:], "views_per_scene": [FRAMES] * args.batch}
         remember(model, seen, encoded)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**inputs, pixel_values=rooms, image_grid_thw=grids, **views).loss
+            output = model(**inputs, pixel_values=rooms, image_grid_thw=grids, **views, output_attentions=True)
         forget(model)
-        return {"loss": loss}
+        shows = questions.shows(inputs["input_ids"], shown["names"][rooms])
+        return {
+            "loss": answer_loss(output.logits, labels),
+            "looking": 0.3 * questions.looking(output.attentions, shows),
+        }
 
     def measure() -> dict[str, float]:
         report = evaluate_answers(model, processor, held_out, batch_size=20, max_new_tokens=6)
         print(score_table({args.output.name: report}), flush=True)
         return report.scores
 
-    if args.integration == "cross_attention":
-        found = load_file(args.vlm / "cells.safetensors")
-        align(model, seen, encoded, found["places"], found["is_clear"], args)
-        if model.adapter is not None:
-            # Muon's steps are as long for a faint gradient as for a clear one: they would undo what was aligned before
-            # the language model has begun to read it.
-            model.adapter.requires_grad_(False)
+    if args.integration == "cross_attention" and model.adapter is not None:
+        align(model, seen, encoded, shown["places"], shown["is_clear"], args)
+        # Muon's steps are as long for a faint gradient as for a clear one: they would undo what was aligned.
+        model.adapter.requires_grad_(False)
+    model.vlm.set_attn_implementation("eager")  # which tells where it looks
     rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
     train("log", model, talk, measure, args.output, args.steps, *rates)
+    model.vlm.set_attn_implementation("sdpa")
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import FIRST_HELD_OUT, RenderedRooms, train
-from conversations import FRAMES, Conversations
-from safetensors.torch import save_file
+from conversations import FRAMES, WORDS, Conversations, Questions
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -34,8 +34,8 @@ VIEW_SIZE = 112
 CELL = 28
 """Pixels a side of what a token of the vision tower shows."""
 
-WORDS = (*FURNITURE, *(f"{colour} " for colour in COLOURS))
-"""What objects are called; a colour stands before a kind of furniture."""
+LOOKING = 2
+"""After so many layers of the language model, names of objects know what the pictures tell about them."""
 
 SPECIAL_TOKENS = {
     "pad_token": "<|endoftext|>",
@@ -98,6 +98,7 @@ def make_processor(texts: list[str]) -> Spa3VLMProcessor:
     )
     bpe.decoder, bpe.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = texts + ["user", "assistant"] * len(texts)
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1536, initial_alphabet=alphabet, show_progress=False))
     standard = {name: token for name, token in SPECIAL_TOKENS.items() if name in ("pad_token", "eos_token")}
     tokenizer = PreTrainedTokenizerFast(
@@ -130,7 +131,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "vocab_size": len(tokenizer),
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 8192,
@@ -157,6 +158,32 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
     )
+
+
+CODE_WIDTH = 18
+
+
+def place_code(places: Tensor, width: int = 128) -> Tensor:
+    """What an adapter adds to image tokens so that they tell where that stands which they show.
+
+    Linear for what is near, and sines and cosines for all of a room, so that sums and differences are easy.
+
+    Args:
+        places: (..., 2), metres to the right and ahead, seen from the first picture.
+        width: Of the image tokens.
+
+    Returns:
+        (..., width), zeros after the first `CODE_WIDTH`.
+    """
+    turns = 2 * torch.pi * places[..., None] / torch.tensor([3.0, 6.0, 12.0, 24.0])
+    code = 2 * torch.cat([places / 3, turns.sin().flatten(-2), turns.cos().flatten(-2)], -1)
+    return nn.functional.pad(code, (0, width - code.shape[-1]))
+
+
+def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of logits (batch, sequence, vocabulary) and the labels (batch, sequence - 1) of what follows them."""
+    is_answer = labels >= 0
+    return nn.functional.cross_entropy(logits[:, :-1][is_answer].float(), labels[is_answer])
 
 
 class Eyes(nn.Module):
@@ -203,10 +230,13 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=1500, help="steps of the vision tower alone")
     parser.add_argument("--vision-rooms", type=int, default=1500, help="rooms that the vision tower learns from")
     parser.add_argument("--vision-batch", type=int, default=64, help="pictures a step")
-    parser.add_argument("--steps", type=int, default=1600, help="steps of conversations about walks")
-    parser.add_argument("--batch", type=int, default=16, help="conversations a step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--muon-learning-rate", type=float, default=0.02)
+    parser.add_argument("--place-steps", type=int, default=1500, help="steps of questions without pictures")
+    parser.add_argument("--place-batch", type=int, default=24, help="rooms a step, with 8 questions about each")
+    parser.add_argument("--steps", type=int, default=700, help="steps of questions about walks")
+    parser.add_argument("--batch", type=int, default=8, help="walks a step")
+    parser.add_argument("--questions", type=int, default=16, help="questions about each")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the language model, for AdamW")
+    parser.add_argument("--muon-learning-rate", type=float, default=0.015, help="for its matrices")
     parser.add_argument("--test-rooms", type=int, default=40)
     parser.add_argument("--every", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -248,57 +278,84 @@ def main() -> None:
                 "held_out_names_right": (truth > 0)[found].float().mean().nan_to_num().item(),
             }
 
-        rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
-        train("vlm_vision", eyes, look, measure, args.output, args.vision_steps, *rates)
+        train("vlm_vision", eyes, look, measure, args.output, args.vision_steps, 2e-3, args.seed, args.every, 0.02)
+
+    objects = conversations.objects()
+    rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
+    cells, patches = (VIEW_SIZE // CELL) ** 2, VIEW_SIZE // 14
+
+    def learn_places() -> None:
+        """Questions without pictures, in which names carry where that stands which they mean."""
+        questions = Questions(conversations, model, processor.tokenizer, cells, frames=0)
+        told: list[Tensor] = []
+
+        def tell(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden = inputs[0].float()
+            return (hidden + told[-1] * hidden.square().mean(-1, keepdim=True).sqrt()).to(inputs[0]), *inputs[1:]
+
+        def talk(rng: np.random.Generator) -> dict[str, Tensor]:
+            rooms, inputs = questions.draw(rng, args.place_batch, 8)
+            labels = inputs.pop("labels")[:, 1:]
+            places, is_meant = questions.meant(inputs["input_ids"], objects["words"][rooms], objects["middles"][rooms])
+            told[:] = [place_code(places) * is_meant[..., None]]
+            with torch.autocast("cpu", torch.bfloat16):
+                return {"loss": answer_loss(model(**inputs).logits, labels)}
+
+        told_to = model.model.language_model.layers[LOOKING].register_forward_pre_hook(tell)
+        train("vlm_places", model, talk, dict, args.output, args.place_steps, *rates)
+        told_to.remove()
 
     def learn_conversations() -> None:
-        with torch.no_grad():  # the tower is held fast, so it looks once
-            seen = torch.stack([eyes.tokens(pictures) for pictures in conversations.pictures()])
-            save_file({"seen": seen.half()}, args.output / "seen.safetensors")
-        model.model.visual.requires_grad_(False)
-        cells, patches = (VIEW_SIZE // CELL) ** 2, VIEW_SIZE // 14
-        shown = conversations.cells(FRAMES * cells)
-        save_file(shown, args.output / "cells.safetensors")
-        kind_of = torch.full((len(processor.tokenizer),), -1)
-        for kind, name in enumerate(FURNITURE):
-            kind_of[processor.tokenizer.encode(name)[-1]] = kind
-        grid = torch.tensor([[1, patches, patches]])
+        seen_file, shown_file = args.output / "seen.safetensors", args.output / "cells.safetensors"
+        if not shown_file.exists():
+            save_file(conversations.cells(FRAMES * cells), shown_file)
+        if not seen_file.exists():
+            with torch.no_grad():  # the tower is held fast, so it looks once
+                seen = torch.stack([eyes.tokens(pictures) for pictures in conversations.pictures()])
+            save_file({"seen": seen.half()}, seen_file)
+        seen, shown = load_file(seen_file)["seen"], load_file(shown_file)
+        questions = Questions(conversations, model, processor.tokenizer, cells)
+        grids = torch.tensor([[1, patches, patches]]).repeat(FRAMES * args.batch, 1)
         model.set_attn_implementation("eager")  # which tells where it looks
 
         def talk(rng: np.random.Generator) -> dict[str, Tensor]:
-            rooms, inputs = conversations.draw(rng, args.batch, processor.tokenizer, cells)
-            looked = BaseModelOutputWithPooling(pooler_output=seen[rooms].flatten(0, 1).split(cells))
-            grids = grid.repeat(FRAMES * args.batch, 1)
+            """Image tokens of three in four rooms tell where that stands which they show."""
+            rooms, inputs = questions.draw(rng, args.batch, args.questions)
+            ids, labels, tokens = inputs["input_ids"], inputs.pop("labels")[:, 1:], seen[rooms]
+            noisy = shown["places"][rooms] + torch.from_numpy(rng.normal(scale=0.3, size=(*tokens.shape[:2], 2)))
+            is_told = shown["is_clear"][rooms] & (torch.arange(args.batch) % 4 > 0)[:, None]
+            tokens = tokens + is_told[..., None] * place_code(noisy.float())
+            looked = BaseModelOutputWithPooling(pooler_output=tokens.flatten(0, 1).split(cells))
             with torch.autocast("cpu", torch.bfloat16):
                 output = model(
                     **inputs,
                     image_grid_thw=grids,
                     mm_encoder_outputs={"image": looked},
                     output_attentions=True,
+                    output_hidden_states=True,
                 )
-            return {"loss": output.loss, "looking": 0.3 * looking(output.attentions, inputs, shown["kinds"][rooms])}
-
-        def looking(attentions: tuple[Tensor, ...], inputs: dict[str, Tensor], kinds: Tensor) -> Tensor:
-            """-log of the share of attention that goes from a name to what shows it, of two heads in two layers.
-
-            Without this, tens of thousands of conversations pass before words look at pictures.
-            """
-            pictures = inputs["mm_token_type_ids"][0].nonzero()[:, 0]  # the same of every row
-            named = kind_of[inputs["input_ids"]]
-            shows = kinds.transpose(1, 2)[torch.arange(len(kinds))[:, None], named] & (named >= 0)[..., None]
-            attention = torch.stack([layer[:, :2] for layer in attentions[:2]], 1)[..., pictures].float()
-            shares = (attention * shows[:, None, None]).sum(-1)  # (batch, layers, heads, sequence)
-            return -(shares + 1e-3).log().mean((1, 2))[shows.any(-1)].mean()
+            shows = questions.shows(ids, shown["names"][rooms])
+            places, is_meant = questions.meant(ids, objects["words"][rooms], objects["middles"][rooms])
+            is_meant &= (shows & is_told[:, None]).any(-1)
+            hidden = output.hidden_states[LOOKING][is_meant].float()
+            known = nn.functional.rms_norm(hidden, hidden.shape[-1:])[:, :CODE_WIDTH]
+            wrong = (known - place_code(places[is_meant])[:, :CODE_WIDTH]).square()
+            return {
+                "loss": answer_loss(output.logits, labels),
+                "looking": 0.3 * questions.looking(output.attentions, shows),
+                "places": 0.05 * wrong.sum() / max(1, len(wrong)),
+            }
 
         def measure() -> dict[str, float]:
             report = evaluate_answers(model, processor.vlm_processor, held_out, batch_size=20, max_new_tokens=6)
             print(score_table({"VLM": report}), flush=True)
             return report.scores
 
-        rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
         train("vlm", model, talk, measure, args.output, args.steps, *rates)
 
     learn_names()
+    model.model.visual.requires_grad_(False)
+    learn_places()
     learn_conversations()
     model.set_attn_implementation("sdpa")
     model.save_pretrained(args.output / "vlm")
