@@ -16,7 +16,6 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spa3r.data.room_questions import RoomQuestions
 from spa3r.data.vsi_format import NUMBER_WORDS, make_prompt
@@ -37,9 +36,6 @@ WORDS = (*FURNITURE, *(f"{colour} " for colour in COLOURS))
 """What objects are called; a colour stands before a kind of furniture."""
 
 DESCRIBE = "Which objects does each picture show?"
-
-SPATIAL = re.compile("the distance between|is the closest to|standing by|You are a robot")
-"""In questions that are answered by where objects stand."""
 
 Turn = tuple[str, str]
 
@@ -169,146 +165,6 @@ class Conversations:
             is_clear.append(shares.max(1) > 0.2)
         found = {"names": named, "places": np.array(places, np.float32), "is_clear": is_clear}
         return {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
-
-
-class Questions:
-    """Batches for a VLM: all questions about a room share its pictures, and none sees another.
-
-    To the VLM each is as if it were asked alone, at a fraction of the cost.
-
-    Args:
-        conversations: What is asked.
-        vlm: Counts places.
-        tokenizer: Of the VLM.
-        cells: Image tokens of each picture.
-        appended: Places for spatial tokens after the last picture.
-        frames: Pictures; 0: questions alone, and only those that are answered by where objects stand.
-    """
-
-    def __init__(
-        self,
-        conversations: Conversations,
-        vlm: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        cells: int,
-        appended: int = 0,
-        frames: int = FRAMES,
-    ):
-        self.tokenizer = tokenizer
-        self.turns = [
-            [[turn for turn in turns if bool(SPATIAL.search(turn[0])) is spatial] for spatial in (True, False)]
-            for turns in conversations.turns
-        ]
-        user = {"role": "user", "content": "<image>"}
-        prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-        before, self.after = prompt.split("<image>")
-        picture = f"<|vision_start|>{tokenizer.image_token * cells}<|vision_end|>"
-        shared = torch.tensor(tokenizer.encode(before + picture * frames + tokenizer.pad_token * appended))
-        self.is_picture = shared == tokenizer.image_token_id
-        side = 2 * round(cells**0.5)  # patches; the VLM merges 2 by 2
-        grid = torch.tensor([[1, side, side]] * frames) if frames else None
-        self.shared_places = vlm.base_model.get_rope_index(
-            shared[None], mm_token_type_ids=self.is_picture[None].int(), image_grid_thw=grid
-        )[0][:, 0]
-        self.shared = shared
-        self.word_of = torch.full((len(tokenizer),), -1)
-        for number, word in enumerate(WORDS):
-            self.word_of[tokenizer.encode(word)[-1]] = number
-
-    def draw(self, rng: np.random.Generator, rooms: int, questions: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rooms and questions about each at random, three of four where objects stand: others are learnt sooner.
-
-        Returns:
-            Numbers of the rooms (rooms,), and the VLM's inputs about text: ``input_ids``, ``labels``,
-            ``mm_token_type_ids`` (rooms, sequence), ``position_ids`` (3, rooms, sequence) and ``attention_mask``
-            (rooms, 1, sequence, sequence), added to attention's logits.
-        """
-        drawn = rng.integers(len(self.turns), size=rooms)
-        parts = {"ids": [], "labels": [], "places": [], "numbers": []}
-        for room in drawn:
-            spatial, others = self.turns[room]
-            number = 3 * questions // 4 if self.is_picture.any() else questions
-            some = [spatial[i] for i in rng.permutation(len(spatial))[:number]]
-            turns = some + [others[i] for i in rng.permutation(len(others))[: questions - len(some)]]
-            asked = self.tokenizer([question + self.after for question, _ in turns]).input_ids
-            answered = self.tokenizer([f"{answer}{self.tokenizer.eos_token}" for _, answer in turns]).input_ids
-            row = {
-                "ids": [self.shared],
-                "labels": [torch.full_like(self.shared, -100)],
-                "places": [self.shared_places.T],
-                "numbers": [torch.zeros_like(self.shared)],
-            }
-            for number, (question, answer) in enumerate(zip(asked, answered), start=1):
-                row["ids"].append(torch.tensor(question + answer))
-                row["labels"].append(torch.tensor([-100] * len(question) + answer))
-                places = self.shared_places.max() + 1 + torch.arange(len(question + answer))
-                row["places"].append(places[:, None].expand(-1, 3))
-                row["numbers"].append(torch.full_like(places, number))
-            for name, pieces in row.items():
-                parts[name].append(torch.cat(pieces))
-        fill = {"ids": self.tokenizer.pad_token_id, "labels": -100, "places": 0, "numbers": -1}
-        ids, labels, places, numbers = (
-            nn.utils.rnn.pad_sequence(parts[name], batch_first=True, padding_value=value)
-            for name, value in fill.items()
-        )
-        sees = (numbers[:, None, :] == 0) | (numbers[:, None, :] == numbers[:, :, None])
-        mask = torch.zeros(sees.shape, dtype=torch.bfloat16)
-        mask.masked_fill_(~(sees & (numbers[:, None, :] >= 0)).tril(), torch.finfo(mask.dtype).min)
-        return torch.from_numpy(drawn), {
-            "input_ids": ids,
-            "labels": labels,
-            "mm_token_type_ids": (ids == self.tokenizer.image_token_id).int(),
-            "position_ids": places.permute(2, 0, 1),
-            "attention_mask": mask[:, None],
-        }
-
-    def named(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Kinds and colours (rooms, sequence), numbers among `WORDS`, that tokens of questions name; -1 for none."""
-        words, is_kind = self.word_of[ids], self.word_of[ids] < len(FURNITURE)
-        before = nn.functional.pad(words, (1, -1), value=-1)  # a colour stands before a kind
-        is_kind &= torch.arange(ids.shape[1]) >= len(self.shared)
-        kinds = words.where(is_kind, torch.tensor(-1))
-        return kinds, before.where((kinds >= 0) & (before >= len(FURNITURE)), torch.tensor(-1))
-
-    def shows(self, ids: Tensor, names: Tensor) -> Tensor:
-        """(rooms, sequence, cells): which cells of the pictures show the object that a question's token names.
-
-        Args:
-            ids: (rooms, sequence).
-            names: (rooms, cells, words), which cell shows what.
-        """
-        kinds, colours = self.named(ids)
-        of_word, room = names.transpose(1, 2), torch.arange(len(ids))[:, None]
-        shows = of_word[room, kinds] & (kinds >= 0)[..., None]
-        return shows & (of_word[room, colours] | (colours < 0)[..., None])
-
-    def meant(self, ids: Tensor, words: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
-        """Where that stands which tokens of questions name.
-
-        Args:
-            ids: (rooms, sequence).
-            words: (rooms, objects, 2), kind and colour.
-            middles: (rooms, objects, 2).
-
-        Returns:
-            Places (rooms, sequence, 2), and where there is one: (rooms, sequence), exactly one object has the name.
-        """
-        kinds, colours = (part[..., None] for part in self.named(ids))
-        fits = (kinds == words[:, None, :, 0]) & (kinds >= 0) & ((colours == words[:, None, :, 1]) | (colours < 0))
-        return fits.float() @ middles, fits.sum(-1) == 1
-
-    def looking(self, attentions: tuple[Tensor, ...], shows: Tensor) -> Tensor:
-        """-log of the share of attention that goes from an object's name to what shows it, of two heads in two layers.
-
-        Without this, tens of thousands of conversations pass before words look at pictures.
-
-        Args:
-            attentions: Of every layer, (rooms, heads, sequence, sequence).
-            shows: (rooms, sequence, cells).
-        """
-        attention = torch.stack([layer[:, :2] for layer in attentions[:2]], 1)[..., : len(self.shared)]
-        shares = (attention[..., self.is_picture].float() * shows[:, None, None]).sum(-1)
-        return -(shares + 1e-3).log().mean((1, 2))[shows.any(-1)].mean()
 
 
 def main() -> None:

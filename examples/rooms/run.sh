@@ -44,9 +44,9 @@ done
 
 "$python" -m spa3r eval rooms --rooms 500 -o rooms_run/answers/embedded
 cp rooms_run/answers/embedded/table.md "$here/results/eval_rooms.md"
-cp rooms_run/{vggt,teacher,vlm_vision,vlm}.jsonl rooms_run/{metrics,answers}.txt "$here/results/"
+cp rooms_run/{vggt,teacher,vlm_vision,vlm_looking,vlm_places,vlm}.jsonl rooms_run/{metrics,answers}.txt "$here/results/"
 for seed in $seeds; do
   cat "rooms_run/spa3r-$seed"{-single,-few,}/log.jsonl > "$here/results/spa3r-$seed.jsonl"
   for name in vlm vggt append spa3_vlm; do cp "rooms_run/$name-$seed/log.jsonl" "$here/results/$name-$seed.jsonl"; done
-  for name in vlm vggt spa3_vlm; do cp "rooms_run/$name-$seed/align.jsonl" "$here/results/align-$name-$seed.jsonl"; done
+  for name in vggt spa3_vlm; do cp "rooms_run/$name-$seed/align.jsonl" "$here/results/align-$name-$seed.jsonl"; done
 done

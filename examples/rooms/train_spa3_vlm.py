@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import FIRST_HELD_OUT, pack, train
-from conversations import FRAMES, Conversations, Questions
+from conversations import FRAMES, Conversations
+from questions import Questions, answer_loss, calculating, place_code
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from train_vlm import answer_loss, place_code
 from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -98,8 +98,7 @@ def align(
         errors = (told / scale - places[known:])[is_clear[known:]].norm(dim=-1)
         return {"held_out_median_error": errors.median().item()}
 
-    rates = args.learning_rate, args.seed, args.every, 0.02
-    train("align", model.adapter, step, measure, args.output, args.align_steps, *rates)
+    train("align", model.adapter, step, measure, args.output, args.align_steps, 1e-3, args.seed, args.every, 0.02)
 
 
 def main() -> None:
@@ -109,12 +108,12 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for the Spa3-VLM, its log and its state")
     parser.add_argument("--spatial-source", choices=("none", "vggt", "spa3r"), default="spa3r")
     parser.add_argument("--integration", choices=("cross_attention", "append"), default="cross_attention")
-    parser.add_argument("--align-steps", type=int, default=2000, help="steps of a cross-attention adapter alone")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--align-steps", type=int, default=1500, help="steps of a cross-attention adapter alone")
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8, help="walks a step")
     parser.add_argument("--questions", type=int, default=16, help="questions about each")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--muon-learning-rate", type=float, default=0.01)
+    parser.add_argument("--learning-rate", type=float, default=2.5e-4)
+    parser.add_argument("--muon-learning-rate", type=float, default=0.004)
     parser.add_argument("--test-rooms", type=int, default=40)
     parser.add_argument("--every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
@@ -151,13 +150,9 @@ def main() -> None:
         views = {"view_pixel_values": rooms, "view_grid_hw": grids[:, 1:], "views_per_scene": [FRAMES] * args.batch}
         remember(model, seen, encoded)
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(**inputs, pixel_values=rooms, image_grid_thw=grids, **views, output_attentions=True)
+            loss = answer_loss(model(**inputs, pixel_values=rooms, image_grid_thw=grids, **views).logits, labels)
         forget(model)
-        shows = questions.shows(inputs["input_ids"], shown["names"][rooms])
-        return {
-            "loss": answer_loss(output.logits, labels),
-            "looking": 0.3 * questions.looking(output.attentions, shows),
-        }
+        return {"loss": loss}
 
     def measure() -> dict[str, float]:
         report = evaluate_answers(model, processor, held_out, batch_size=20, max_new_tokens=6)
@@ -168,10 +163,10 @@ def main() -> None:
         align(model, seen, encoded, shown["places"], shown["is_clear"], args)
         # Muon's steps are as long for a faint gradient as for a clear one: they would undo what was aligned.
         model.adapter.requires_grad_(False)
-    model.vlm.set_attn_implementation("eager")  # which tells where it looks
+    model.vlm.requires_grad_(False)
+    calculating(model.get_decoder()).requires_grad_(True)
     rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
     train("log", model, talk, measure, args.output, args.steps, *rates)
-    model.vlm.set_attn_implementation("sdpa")
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
 

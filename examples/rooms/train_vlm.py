@@ -6,12 +6,14 @@ and the language model learns from conversations about the pictures of walks.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import FIRST_HELD_OUT, RenderedRooms, train
-from conversations import FRAMES, WORDS, Conversations, Questions
+from conversations import FRAMES, WORDS, Conversations
+from questions import CODE_WIDTH, LOOKING, Questions, answer_loss, calculating, place_code
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -33,9 +35,6 @@ from spa3r.rooms import COLOURS, FURNITURE, generate_room
 VIEW_SIZE = 112
 CELL = 28
 """Pixels a side of what a token of the vision tower shows."""
-
-LOOKING = 2
-"""After so many layers of the language model, names of objects know what the pictures tell about them."""
 
 SPECIAL_TOKENS = {
     "pad_token": "<|endoftext|>",
@@ -160,32 +159,6 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
-CODE_WIDTH = 18
-
-
-def place_code(places: Tensor, width: int = 128) -> Tensor:
-    """What an adapter adds to image tokens so that they tell where that stands which they show.
-
-    Linear for what is near, and sines and cosines for all of a room, so that sums and differences are easy.
-
-    Args:
-        places: (..., 2), metres to the right and ahead, seen from the first picture.
-        width: Of the image tokens.
-
-    Returns:
-        (..., width), zeros after the first `CODE_WIDTH`.
-    """
-    turns = 2 * torch.pi * places[..., None] / torch.tensor([3.0, 6.0, 12.0, 24.0])
-    code = 2 * torch.cat([places / 3, turns.sin().flatten(-2), turns.cos().flatten(-2)], -1)
-    return nn.functional.pad(code, (0, width - code.shape[-1]))
-
-
-def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of logits (batch, sequence, vocabulary) and the labels (batch, sequence - 1) of what follows them."""
-    is_answer = labels >= 0
-    return nn.functional.cross_entropy(logits[:, :-1][is_answer].float(), labels[is_answer])
-
-
 class Eyes(nn.Module):
     """The vision tower; what a token shows is read off its likeness to the words' embeddings."""
 
@@ -230,9 +203,10 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=1500, help="steps of the vision tower alone")
     parser.add_argument("--vision-rooms", type=int, default=1500, help="rooms that the vision tower learns from")
     parser.add_argument("--vision-batch", type=int, default=64, help="pictures a step")
-    parser.add_argument("--place-steps", type=int, default=1500, help="steps of questions without pictures")
+    parser.add_argument("--place-steps", type=int, default=2200, help="steps of questions without pictures")
     parser.add_argument("--place-batch", type=int, default=24, help="rooms a step, with 8 questions about each")
-    parser.add_argument("--steps", type=int, default=700, help="steps of questions about walks")
+    parser.add_argument("--looking-steps", type=int, default=600, help="steps of questions about walks, to look")
+    parser.add_argument("--steps", type=int, default=420, help="steps of questions about walks, to calculate")
     parser.add_argument("--batch", type=int, default=8, help="walks a step")
     parser.add_argument("--questions", type=int, default=16, help="questions about each")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the language model, for AdamW")
@@ -281,50 +255,32 @@ def main() -> None:
         train("vlm_vision", eyes, look, measure, args.output, args.vision_steps, 2e-3, args.seed, args.every, 0.02)
 
     objects = conversations.objects()
-    rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
     cells, patches = (VIEW_SIZE // CELL) ** 2, VIEW_SIZE // 14
 
-    def learn_places() -> None:
-        """Questions without pictures, in which names carry where that stands which they mean."""
-        questions = Questions(conversations, model, processor.tokenizer, cells, frames=0)
-        told: list[Tensor] = []
+    seen_file, shown_file = args.output / "seen.safetensors", args.output / "cells.safetensors"
+    told: list[tuple[Tensor, Tensor]] = []
 
-        def tell(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = inputs[0].float()
-            return (hidden + told[-1] * hidden.square().mean(-1, keepdim=True).sqrt()).to(inputs[0]), *inputs[1:]
+    def tell(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Some tokens know places from here on."""
+        hidden, (code, is_told) = inputs[0].float(), told[-1]
+        known, length = nn.functional.rms_norm(hidden, hidden.shape[-1:]), hidden.square().mean(-1, keepdim=True).sqrt()
+        missing = (code - known)[..., :CODE_WIDTH] * length * is_told[..., None]
+        return (hidden + nn.functional.pad(missing, (0, hidden.shape[-1] - CODE_WIDTH))).to(inputs[0]), *inputs[1:]
 
-        def talk(rng: np.random.Generator) -> dict[str, Tensor]:
-            rooms, inputs = questions.draw(rng, args.place_batch, 8)
-            labels = inputs.pop("labels")[:, 1:]
-            places, is_meant = questions.meant(inputs["input_ids"], objects["words"][rooms], objects["middles"][rooms])
-            told[:] = [place_code(places) * is_meant[..., None]]
-            with torch.autocast("cpu", torch.bfloat16):
-                return {"loss": answer_loss(model(**inputs).logits, labels)}
-
-        told_to = model.model.language_model.layers[LOOKING].register_forward_pre_hook(tell)
-        train("vlm_places", model, talk, dict, args.output, args.place_steps, *rates)
-        told_to.remove()
-
-    def learn_conversations() -> None:
-        seen_file, shown_file = args.output / "seen.safetensors", args.output / "cells.safetensors"
-        if not shown_file.exists():
-            save_file(conversations.cells(FRAMES * cells), shown_file)
-        if not seen_file.exists():
-            with torch.no_grad():  # the tower is held fast, so it looks once
-                seen = torch.stack([eyes.tokens(pictures) for pictures in conversations.pictures()])
-            save_file({"seen": seen.half()}, seen_file)
-        seen, shown = load_file(seen_file)["seen"], load_file(shown_file)
+    def talk_about_pictures(seen: Tensor, shown: dict[str, Tensor]) -> Callable[..., dict[str, Tensor]]:
         questions = Questions(conversations, model, processor.tokenizer, cells)
         grids = torch.tensor([[1, patches, patches]]).repeat(FRAMES * args.batch, 1)
-        model.set_attn_implementation("eager")  # which tells where it looks
 
         def talk(rng: np.random.Generator) -> dict[str, Tensor]:
-            """Image tokens of three in four rooms tell where that stands which they show."""
+            """In half of the rooms image tokens tell where that stands which they show, in a quarter names do."""
             rooms, inputs = questions.draw(rng, args.batch, args.questions)
             ids, labels, tokens = inputs["input_ids"], inputs.pop("labels")[:, 1:], seen[rooms]
             noisy = shown["places"][rooms] + torch.from_numpy(rng.normal(scale=0.3, size=(*tokens.shape[:2], 2)))
-            is_told = shown["is_clear"][rooms] & (torch.arange(args.batch) % 4 > 0)[:, None]
+            turn = torch.arange(args.batch) % 4
+            is_told = shown["is_clear"][rooms] & ((turn == 1) | (turn == 2))[:, None]
             tokens = tokens + is_told[..., None] * place_code(noisy.float())
+            places, is_meant = questions.meant(ids, objects["words"][rooms], objects["middles"][rooms])
+            told[:] = [(place_code(places), is_meant & (turn == 3)[:, None])]
             looked = BaseModelOutputWithPooling(pooler_output=tokens.flatten(0, 1).split(cells))
             with torch.autocast("cpu", torch.bfloat16):
                 output = model(
@@ -335,28 +291,61 @@ def main() -> None:
                     output_hidden_states=True,
                 )
             shows = questions.shows(ids, shown["names"][rooms])
-            places, is_meant = questions.meant(ids, objects["words"][rooms], objects["middles"][rooms])
-            is_meant &= (shows & is_told[:, None]).any(-1)
-            hidden = output.hidden_states[LOOKING][is_meant].float()
+            is_found = is_meant & (shows & is_told[:, None]).any(-1)
+            hidden = output.hidden_states[LOOKING][is_found].float()
             known = nn.functional.rms_norm(hidden, hidden.shape[-1:])[:, :CODE_WIDTH]
-            wrong = (known - place_code(places[is_meant])[:, :CODE_WIDTH]).square()
+            wrong = (known - place_code(places[is_found])[:, :CODE_WIDTH]).square()
             return {
                 "loss": answer_loss(output.logits, labels),
                 "looking": 0.3 * questions.looking(output.attentions, shows),
                 "places": 0.05 * wrong.sum() / max(1, len(wrong)),
             }
 
-        def measure() -> dict[str, float]:
-            report = evaluate_answers(model, processor.vlm_processor, held_out, batch_size=20, max_new_tokens=6)
-            print(score_table({"VLM": report}), flush=True)
-            return report.scores
+        return talk
 
-        train("vlm", model, talk, measure, args.output, args.steps, *rates)
+    def talk_alone() -> Callable[..., dict[str, Tensor]]:
+        """Questions without pictures, in which names carry where that stands which they mean."""
+        questions = Questions(conversations, model, processor.tokenizer, cells, frames=0)
+
+        def talk(rng: np.random.Generator) -> dict[str, Tensor]:
+            rooms, inputs = questions.draw(rng, args.place_batch, 8)
+            labels = inputs.pop("labels")[:, 1:]
+            places, is_meant = questions.meant(inputs["input_ids"], objects["words"][rooms], objects["middles"][rooms])
+            told[:] = [(place_code(places), is_meant)]
+            with torch.autocast("cpu", torch.bfloat16):
+                return {"loss": answer_loss(model(**inputs).logits, labels)}
+
+        return talk
+
+    def measure() -> dict[str, float]:
+        told[:] = [(torch.zeros(1), torch.zeros(1))]
+        report = evaluate_answers(model, processor.vlm_processor, held_out, batch_size=20, max_new_tokens=6)
+        print(score_table({"VLM": report}), flush=True)
+        return report.scores
 
     learn_names()
+    if not shown_file.exists():
+        save_file(conversations.cells(FRAMES * cells), shown_file)
+    if not seen_file.exists():
+        with torch.no_grad():  # the tower is held fast, so it looks once
+            seen = torch.stack([eyes.tokens(pictures) for pictures in conversations.pictures()])
+        save_file({"seen": seen.half()}, seen_file)
+    about_pictures = talk_about_pictures(load_file(seen_file)["seen"], load_file(shown_file))
+    model.set_attn_implementation("eager")  # which tells where it looks
+    language = model.get_decoder()
+    told_to = language.layers[LOOKING].register_forward_pre_hook(tell)
+    rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
+    gentle = args.learning_rate / 4, args.seed, args.every, args.muon_learning_rate / 4
+
     model.model.visual.requires_grad_(False)
-    learn_places()
-    learn_conversations()
+    train("vlm_looking", model, about_pictures, dict, args.output, args.looking_steps, *rates)
+    # The layers that look would forget it while the others learn to calculate, and the other way round.
+    model.requires_grad_(False)
+    calculating(language).requires_grad_(True)
+    train("vlm_places", model, talk_alone(), dict, args.output, args.place_steps, *rates)
+    train("vlm", model, about_pictures, measure, args.output, args.steps, *gentle)
+
+    told_to.remove()
     model.set_attn_implementation("sdpa")
     model.save_pretrained(args.output / "vlm")
     processor.vlm_processor.save_pretrained(args.output / "vlm")
