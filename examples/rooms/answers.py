@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from spa3r.data import RoomQuestions
-from spa3r.evaluation import EvaluationRun
+from spa3r.evaluation import EvaluationRun, compare_runs
 from spa3r.evaluation.blind import blind_scores
 
 VARIANTS = {
@@ -45,6 +45,14 @@ def main() -> None:
     for task in tasks:
         cells = [told([one[task] for one in column]) for column in scores.values()]
         print(f"| {task.removesuffix('_accuracy').removesuffix('_MRA:.5:.95:.05')} | {' | '.join(cells)} |")
+
+    print("\noverall, more than the VLM alone of the same seed (95 % interval over rooms):\n")
+    print("| seed | variant | difference | interval |\n|---|---|---|---|")
+    for name in ("vggt", "append", "spa3_vlm"):
+        for run, alone in zip(runs.get(name, []), runs["vlm"]):
+            compared = compare_runs(alone, run)
+            (before, after), (low, high) = compared.scores["overall"], compared.intervals["overall"]
+            print(f"| {run.folder.name[-1]} | {VARIANTS[name]} | {after - before:+.1f} | {low:+.1f} to {high:+.1f} |")
 
 
 def told(values: list[float]) -> str:
