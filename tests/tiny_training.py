@@ -1,6 +1,8 @@
 """Tiny pretrainings: parts on disk, scenes as small pictures of mixed sizes, configurations."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -99,14 +101,21 @@ def environment(cache: Path, **variables: str) -> dict[str, str]:
 
 
 def run(*arguments, cache: Path, processes: int = 1, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
-    """Run `spa3r` as a user would."""
-    done = subprocess.run(
+    """Run `spa3r` as a user would; what it has started ends with it, whatever happens."""
+    started = subprocess.Popen(
         command(*arguments, processes=processes),
         env=environment(cache, **variables),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
+        start_new_session=True,
     )
+    try:
+        stdout, stderr = started.communicate(timeout=300)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    done = subprocess.CompletedProcess(started.args, started.returncode, stdout, stderr)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

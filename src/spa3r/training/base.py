@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import signal
 import time
 from collections import Counter
@@ -200,10 +201,17 @@ class ResumableTrainer(Trainer):
             options |= {
                 "num_workers": args.dataloader_num_workers,
                 "prefetch_factor": args.dataloader_prefetch_factor,
-                "multiprocessing_context": args.dataloader_multiprocessing_context,
+                "multiprocessing_context": args.dataloader_multiprocessing_context or self._start_method(),
                 "worker_init_fn": _leave_signals_to_the_main_process,
             }
         return options
+
+    @staticmethod
+    def _start_method() -> str | None:
+        """How workers start. Among several processes not by a plain fork: threads wait for the others' messages, and a
+        worker that is forked while one of them holds a lock waits for it for ever."""
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        return "forkserver" if several and "forkserver" in multiprocessing.get_all_start_methods() else None
 
     def _sum_over_hosts(self, numbers: Sequence[float]) -> list[float]:
         if self._host_group is None:
