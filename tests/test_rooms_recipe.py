@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from spa3r import Spa3VLM, Spa3VLMProcessor
 from spa3r.data import RoomQuestions
 from spa3r.embedded import embedded_spa3r
 from spa3r.evaluation import answer
+from spa3r.rooms import generate_room
 
 RECIPE = Path(__file__).parents[1] / "examples" / "rooms"
 ROOMS = 6
@@ -64,6 +66,29 @@ def test_conversations_are_about_what_is_there(folder):
     assert opened and all(len(answer) > 2 for answer in opened), "the option itself"
 
 
+def test_conversations_in_own_words_tell_what_is_seen(folder):
+    rows = [json.loads(line) for line in (folder / "data" / "conversations.jsonl").open()]
+    rows = [row for row in rows if any("What" in m["content"] and "\n" not in m["content"] for m in row["messages"])]
+    assert len(rows) == ROOMS
+    for row in rows:
+        room = generate_room(int(row["id"].partition("/")[0]), 0)
+        kinds = [item.name for item in room.objects]
+        said = [message["content"].replace("<image>", "") for message in row["messages"]]
+        (seen,) = (told.split(", ") for question, told in zip(said[::2], said[1::2]) if question.startswith("What"))
+        assert set(seen) <= set(kinds)
+        for question, told in zip(said[::2], said[1::2]):
+            if found := re.fullmatch("Is there a (.+)[?]", question):
+                assert (found[1] in seen) is (told == "yes")
+            elif found := re.fullmatch("How many (.+?)s are (there|in the room)[?]", question):
+                kind = {"bookshelve": "bookshelf"}.get(found[1], found[1])
+                assert kind in seen and 1 <= int(told) <= kinds.count(kind)
+            elif found := re.fullmatch("How far is the (.+) from the (.+)[?]", question):
+                assert found[1] != found[2] and {found[1], found[2]} <= set(seen)
+                assert re.fullmatch(r"\d+[.]\d metres", told) and float(told.split()[0]) < np.hypot(*room.size[:2])
+            else:
+                assert question.startswith("What")
+
+
 def test_questions_share_pictures_and_do_not_see_each_other(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPE))
     from conversations import FRAMES, Conversations
@@ -71,7 +96,7 @@ def test_questions_share_pictures_and_do_not_see_each_other(folder, monkeypatch)
 
     vlm = AutoModelForImageTextToText.from_pretrained(folder / "run" / "vlm", attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "vlm")
-    conversations, seen = Conversations(folder / "data"), load_file(folder / "run" / "seen.safetensors")["seen"]
+    conversations, seen = Conversations(folder / "data"), load_file(folder / "run" / "seen.safetensors")["made"]
     grids = torch.tensor([[1, 8, 8]] * FRAMES)
 
     def logits(rooms: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -131,7 +156,7 @@ def test_every_variant_is_trained_on_what_was_encoded_before(folder, source, int
     frozen = embedded_spa3r()[0].spa3r.state_dict()
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in model.spa3r.state_dict().items())
     # What was encoded before is what the processor's views give.
-    encoded = load_file(folder / "run" / f"encoded_by_{source}.safetensors")["encoded"]
+    encoded = load_file(folder / "run" / f"encoded_by_{source}.safetensors")["made"]
     assert encoded.shape == (ROOMS, 64 if source == "spa3r" else 8 * 64, width)
     views = processor.view_image_processor.pack([questions.pictures(0)])
     layout = views["view_pixel_values"], views["view_grid_hw"], views["views_per_scene"]

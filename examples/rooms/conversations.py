@@ -1,7 +1,7 @@
 """Step 7 of the rooms recipe: what a VLM is asked about rooms, as instruction data that `spa3r finetune` reads.
 
-Every room gives conversations of VSI-Bench's question types with their computed answers, and one that says what each
-picture of its walk shows. The rows are a JSONL file beside the rendered pictures.
+Every room gives conversations of VSI-Bench's question types with their computed answers, one that says what each
+picture of its walk shows, and one in people's own words. The rows are a JSONL file beside the rendered pictures.
 """
 
 import argparse
@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from render import VIEWS
 from torch import Tensor, nn
 
 from spa3r.data.room_questions import RoomQuestions
-from spa3r.data.vsi_format import NUMBER_WORDS, make_prompt
-from spa3r.rooms import COLOURS, FURNITURE, generate_room, room_questions
+from spa3r.data.vsi_format import FIRST_WORDS, NUMBER_WORDS, make_prompt
+from spa3r.rooms import COLOURS, FURNITURE, RoomWalk, generate_room, room_questions
 from spa3r.video import uniform_indices
 
 FILE = "conversations.jsonl"
@@ -28,6 +29,10 @@ CONVERSATIONS = 8
 """So many about the questions of a room, each with one of every task: two directions would tell of each other, and
 then nobody needs to look. In every second one, questions with options are asked without them: an answer's letter tells
 little of why it is right."""
+
+BACK = "_back"
+WALKS = ("", BACK)
+"""What follows the names of files about a walk: the one that the rows are about, and the one on the way back."""
 
 CLEAR = 0.004
 """Share of a picture that an object covers to be named in its description: 50 pixels."""
@@ -66,6 +71,28 @@ def asked_openly(turn: Turn) -> Turn:
     return f"{question}\n{NUMBER_WORDS}", told
 
 
+def in_own_words(walk: RoomWalk, rng: np.random.Generator) -> list[Turn]:
+    """What people ask who have no benchmark in mind."""
+    seen = np.flatnonzero(walk.shares.max(0) > CLEAR)
+    kinds = [walk.room.objects[k].name for k in seen]
+    present, absent = ([kind for kind in FURNITURE if (kind in kinds) is there] for there in (True, False))
+    turns = [
+        (str(rng.choice(["What do you see?", "What is in this room?"])), ", ".join(present) or "nothing"),
+        (f"Is there a {rng.choice(absent)}?", "no"),
+    ]
+    for kind in rng.permutation(present)[:2]:
+        turns.append((f"Is there a {kind}?", "yes"))
+    for kind in rng.permutation(present)[:2]:
+        many = "bookshelves" if kind == "bookshelf" else f"{kind}s"
+        turns.append((f"How many {many} are {rng.choice(['there', 'in the room'])}?", str(kinds.count(kind))))
+    single = [k for k, kind in zip(seen, kinds) if kinds.count(kind) == 1]
+    if len(single) > 1:
+        pair = rng.permutation(single)[:2]
+        one, other = (walk.room.objects[k].name for k in pair)
+        turns.append((f"How far is the {one} from the {other}?", f"{walk.distances[tuple(pair)]:.1f} metres"))
+    return turns
+
+
 def rows_of(seed: int, data: Path) -> list[dict]:
     """The rows about one room."""
     questions = RoomQuestions(seed, 1, frames=FRAMES, rendered=data)
@@ -80,6 +107,7 @@ def rows_of(seed: int, data: Path) -> list[dict]:
     conversations = [[turns[i] for i in rng.permutation(len(turns))] for turns in conversations]
     conversations[1::2] = [[asked_openly(turn) for turn in turns] for turns in conversations[1::2]]
     conversations.append([(DESCRIBE, describe(walk.names, walk.shares))])
+    conversations.append(in_own_words(walk, rng))
     cameras = list(json.loads((folder / "cameras.json").read_text()))
     pictures = [f"{folder.name}/{cameras[view]}" for view in uniform_indices(len(cameras), FRAMES)]
     return [
@@ -101,23 +129,33 @@ class Conversations:
 
     Args:
         data: Folder of `render.py` with the rows.
+        back: Not the pictures that the rows are about, but those between, from the last to the first: another walk in
+            the same room.
     """
 
-    def __init__(self, data: Path):
+    def __init__(self, data: Path, back: bool = False):
         self.data = data
         self.walks: dict[str, list[str]] = {}
         self.turns: list[list[Turn]] = []
         for line in (data / FILE).open():
             row = json.loads(line)
             if (room := row["id"].partition("/")[0]) not in self.walks:
-                self.walks[room] = row["images"]
+                others = [
+                    name for name in (f"{room}/{view:03d}.png" for view in range(VIEWS)) if name not in row["images"]
+                ]
+                self.walks[room] = others[::-1] if back else row["images"]
                 self.turns.append([])
             said = [message["content"].replace("<image>", "") for message in row["messages"]]
             self.turns[-1] += zip(said[::2], said[1::2])
 
     def texts(self, rooms: int) -> list[str]:
-        """All that is said about the first so many rooms."""
-        return [text for turns in self.turns[:rooms] for turn in turns for text in turn]
+        """All that is said about the first so many rooms in the benchmark's words.
+
+        A tokenizer that learns from it spells other words in small pieces, those that it has heard and those that it
+        has not.
+        """
+        turns = (turn for turns in self.turns[:rooms] for turn in turns)
+        return [text for turn in turns if turn[0].startswith((FIRST_WORDS, DESCRIBE)) for text in turn]
 
     def pictures(self) -> Iterator[np.ndarray]:
         """(FRAMES, H, W, 3) uint8 of every room."""

@@ -7,14 +7,15 @@ training.
 """
 
 import argparse
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import FIRST_HELD_OUT, pack, train
-from conversations import FRAMES, Conversations
-from questions import Questions, answer_loss, calculating, place_code
+from conversations import BACK, FRAMES, WALKS, Conversations
+from questions import CODE_WIDTH, Questions, answer_loss, calculating, place_code
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoProcessor
@@ -28,10 +29,10 @@ from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
 
 
 @torch.no_grad()
-def encode_rooms(spa3r: Spa3RModel, source: str, conversations: Conversations) -> Tensor:
+def encode_rooms(spa3r: Spa3RModel, source: str, pictures: Iterator[np.ndarray]) -> Tensor:
     """(rooms, tokens, width) float16: what Spa3R, or its VGGT, makes of every room's pictures."""
     encode = spa3r.encode if source == "spa3r" else spa3r.backbone_features
-    encoded, pictures = [], conversations.pictures()
+    encoded = []
     while rooms := list(islice(pictures, 10)):
         with torch.autocast("cpu", torch.bfloat16):
             tokens = encode(*pack(np.stack(rooms)).values())
@@ -66,37 +67,46 @@ def forget(model: Spa3VLMForConditionalGeneration) -> None:
         del model.spa3r.encode, model.spa3r.backbone_features
 
 
-def align(
-    model: Spa3VLMForConditionalGeneration,
-    seen: Tensor,
-    encoded: Tensor,
-    places: Tensor,
-    is_clear: Tensor,
-    args: argparse.Namespace,
-) -> None:
+def align(model: Spa3VLMForConditionalGeneration, folder: Path, args: argparse.Namespace) -> None:
     """The adapter alone: it adds to an image token the code of the place where that stands which the token shows.
 
-    The last rooms, a fiftieth, are held out.
+    It learns from two walks in each room. The last rooms, a fiftieth, are held out.
+
+    Args:
+        model: Its adapter is trained.
+        folder: What the frozen parts made of the walks.
+        args: The program's.
     """
-    known = len(seen) - max(1, len(seen) // 50)
+    names = {"seen": "seen", "encoded": f"encoded_by_{args.spatial_source}"}
+    walks = [{key: load_file(folder / f"{name}{walk}.safetensors")["made"] for key, name in names.items()}
+             | load_file(folder / f"cells{walk}.safetensors") for walk in WALKS]  # fmt: skip
+    rooms = len(walks[0]["seen"])
+    known = rooms - max(1, rooms // 50)
+    made = {key: torch.cat([walk[key] for walk in walks]) for key in ("seen", "encoded", "places", "is_clear")}
+    del walks
+    # Waves of 3 m are too short for what most latents know; right and ahead themselves are what counts.
+    weights = torch.tensor([3.0] * 2 + [0.1, 0.5, 1.0, 1.0] * 4 + [1.0] * (made["seen"].shape[-1] - CODE_WIDTH))
 
     def added(rooms: np.ndarray | slice) -> Tensor:
-        tokens = seen[rooms].float()
-        fused = model.adapter(tokens.flatten(0, 1), encoded[rooms].float(), [tokens.shape[1]] * len(tokens))
+        tokens = made["seen"][rooms].float()
+        fused = model.adapter(tokens.flatten(0, 1), made["encoded"][rooms].float(), [tokens.shape[1]] * len(tokens))
         return fused.unflatten(0, tokens.shape[:2]).float() - tokens
 
     def step(rng: np.random.Generator) -> dict[str, Tensor]:
-        rooms = rng.integers(known, size=32)
+        drawn = rng.integers(known, size=32) + rooms * rng.integers(len(WALKS), size=32)
         with torch.autocast("cpu", torch.bfloat16):
-            told = added(rooms)
-        wanted = is_clear[rooms][..., None] * place_code(places[rooms])
-        wrong, clear = (told - wanted).square().sum(-1), is_clear[rooms]
-        return {"places": wrong[clear].mean(), "others": 0.1 * wrong[~clear].mean()}
+            told = added(drawn)
+        clear = made["is_clear"][drawn]
+        wrong = told - clear[..., None] * place_code(made["places"][drawn])
+        # A token may show two things alike, of which the code can be but one's: no squares.
+        places = 4 * ((wrong[clear].square() * weights).sum(-1) + 1).sqrt().mean()
+        return {"places": places, "others": 0.1 * wrong[~clear].square().sum(-1).mean()}
 
     def measure() -> dict[str, float]:
         """Metres, read off the code's linear part."""
-        told, scale = added(slice(known, None))[..., :2], place_code(torch.ones(2))[0]
-        errors = (told / scale - places[known:])[is_clear[known:]].norm(dim=-1)
+        held_out = np.s_[known:rooms]
+        told, scale = added(held_out)[..., :2], place_code(torch.ones(2))[0]
+        errors = (told / scale - made["places"][held_out])[made["is_clear"][held_out]].norm(dim=-1)
         return {"held_out_median_error": errors.median().item()}
 
     train("align", model.adapter, step, measure, args.output, args.align_steps, 1e-3, args.seed, args.every, 0.02)
@@ -109,7 +119,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for the Spa3-VLM, its log and its state")
     parser.add_argument("--spatial-source", choices=("none", "vggt", "spa3r"), default="spa3r")
     parser.add_argument("--integration", choices=("cross_attention", "append"), default="cross_attention")
-    parser.add_argument("--align-steps", type=int, default=1500, help="steps of a cross-attention adapter alone")
+    parser.add_argument("--align-steps", type=int, default=3000, help="steps of a cross-attention adapter alone")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8, help="walks a step")
     parser.add_argument("--questions", type=int, default=16, help="questions about each")
@@ -123,12 +133,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     conversations, spa3r = Conversations(args.data), embedded_spa3r()[0].spa3r
-    seen, encoded = load_file(args.vlm / "seen.safetensors")["seen"], None
+    aligns = args.spatial_source != "none" and args.integration == "cross_attention"
+    seen, encoded = load_file(args.vlm / "seen.safetensors")["made"], None
     if args.spatial_source != "none":
-        file = args.vlm / f"encoded_by_{args.spatial_source}.safetensors"
-        if not file.exists():
-            save_file({"encoded": encode_rooms(spa3r, args.spatial_source, conversations)}, file)
-        encoded = load_file(file)["encoded"]
+        for walk in WALKS if aligns else WALKS[:1]:
+            file = args.vlm / f"encoded_by_{args.spatial_source}{walk}.safetensors"
+            if not file.exists():
+                pictures = Conversations(args.data, back=walk == BACK).pictures()
+                save_file({"made": encode_rooms(spa3r, args.spatial_source, pictures)}, file)
+        encoded = load_file(args.vlm / f"encoded_by_{args.spatial_source}.safetensors")["made"]
     model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(
         args.vlm / "vlm", spa3r, spatial_source=args.spatial_source, integration=args.integration
     )
@@ -141,7 +154,6 @@ def main() -> None:
     held_out = RoomQuestions(FIRST_HELD_OUT + 10_000, args.test_rooms, frames=FRAMES)
     held_out = [held_out[index] for index in range(len(held_out))]
     patches, cells = VIEW_SIZE // 14, seen.shape[1] // FRAMES
-    shown = load_file(args.vlm / "cells.safetensors")
     questions = Questions(conversations, model.vlm, processor.tokenizer, cells, processor.spatial_tokens or 0)
     grids = torch.tensor([[1, patches, patches]]).repeat(FRAMES * args.batch, 1)
 
@@ -160,8 +172,8 @@ def main() -> None:
         print(score_table({args.output.name: report}), flush=True)
         return report.scores
 
-    if args.integration == "cross_attention" and model.adapter is not None:
-        align(model, seen, encoded, shown["places"], shown["is_clear"], args)
+    if aligns:
+        align(model, args.vlm, args)
         # Muon's steps are as long for a faint gradient as for a clear one: they would undo what was aligned.
         model.adapter.requires_grad_(False)
     model.vlm.requires_grad_(False)

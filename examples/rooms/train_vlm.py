@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import FIRST_HELD_OUT, RenderedRooms, train
-from conversations import FRAMES, WORDS, Conversations
+from conversations import BACK, FRAMES, WALKS, WORDS, Conversations
 from questions import CODE_WIDTH, LOOKING, Questions, answer_loss, calculating, place_code
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--place-steps", type=int, default=2200, help="steps of questions without pictures")
     parser.add_argument("--place-batch", type=int, default=24, help="rooms a step, with 8 questions about each")
     parser.add_argument("--looking-steps", type=int, default=600, help="steps of questions about walks, to look")
-    parser.add_argument("--steps", type=int, default=420, help="steps of questions about walks, to calculate")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of questions about walks, to calculate")
     parser.add_argument("--batch", type=int, default=8, help="walks a step")
     parser.add_argument("--questions", type=int, default=16, help="questions about each")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the language model, for AdamW")
@@ -258,7 +258,6 @@ def main() -> None:
     objects = conversations.objects()
     cells, patches = (VIEW_SIZE // CELL) ** 2, VIEW_SIZE // 14
 
-    seen_file, shown_file = args.output / "seen.safetensors", args.output / "cells.safetensors"
     told: list[tuple[Tensor, Tensor]] = []
 
     def tell(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -304,12 +303,12 @@ def main() -> None:
 
         return talk
 
-    def talk_alone() -> Callable[..., dict[str, Tensor]]:
+    def talk_alone(batch: int) -> Callable[..., dict[str, Tensor]]:
         """Questions without pictures, in which names carry where that stands which they mean."""
         questions = Questions(conversations, model, processor.tokenizer, cells, frames=0)
 
         def talk(rng: np.random.Generator) -> dict[str, Tensor]:
-            rooms, inputs = questions.draw(rng, args.place_batch, 8)
+            rooms, inputs = questions.draw(rng, batch, 8)
             labels = inputs.pop("labels")[:, 1:]
             places, is_meant = questions.meant(inputs["input_ids"], objects["words"][rooms], objects["middles"][rooms])
             told[:] = [(place_code(places), is_meant)]
@@ -325,13 +324,17 @@ def main() -> None:
         return report.scores
 
     learn_names()
-    if not shown_file.exists():
-        save_file(conversations.cells(FRAMES * cells), shown_file)
-    if not seen_file.exists():
-        with torch.no_grad():  # the tower is held fast, so it looks once
-            seen = torch.stack([eyes.tokens(pictures) for pictures in conversations.pictures()])
-        save_file({"seen": seen.half()}, seen_file)
-    about_pictures = talk_about_pictures(load_file(seen_file)["seen"], load_file(shown_file))
+    for walk in WALKS:
+        walks = Conversations(args.data, back=walk == BACK)
+        seen_file, shown_file = (args.output / f"{name}{walk}.safetensors" for name in ("seen", "cells"))
+        if not shown_file.exists():
+            save_file(walks.cells(FRAMES * cells), shown_file)
+        if not seen_file.exists():
+            with torch.no_grad():  # the tower is held fast, so it looks once
+                seen = torch.stack([eyes.tokens(pictures) for pictures in walks.pictures()])
+            save_file({"made": seen.half()}, seen_file)
+    seen, shown = load_file(args.output / "seen.safetensors")["made"], load_file(args.output / "cells.safetensors")
+    about_pictures = talk_about_pictures(seen, shown)
     model.set_attn_implementation("eager")  # which tells where it looks
     language = model.get_decoder()
     told_to = language.layers[LOOKING].register_forward_pre_hook(tell)
@@ -343,8 +346,16 @@ def main() -> None:
     # The layers that look would forget it while the others learn to calculate, and the other way round.
     model.requires_grad_(False)
     calculating(language).requires_grad_(True)
-    train("vlm_places", model, talk_alone(), dict, args.output, args.place_steps, *rates)
-    train("vlm", model, about_pictures, measure, args.output, args.steps, *gentle)
+    train("vlm_places", model, talk_alone(args.place_batch), dict, args.output, args.place_steps, *rates)
+
+    rehearse = talk_alone(args.place_batch // 3)
+
+    def use_both(rng: np.random.Generator) -> dict[str, Tensor]:
+        losses = about_pictures(rng)
+        return losses | {"told": rehearse(rng)["loss"]}
+
+    language.layers.requires_grad_(True)
+    train("vlm", model, use_both, measure, args.output, args.steps, *gentle)
 
     told_to.remove()
     model.set_attn_implementation("sdpa")
