@@ -8,8 +8,10 @@ import torch
 import transformers
 
 from spa3r.data import RoomQuestions
-from spa3r.evaluation import EvaluationRun, compare_runs
+from spa3r.evaluation import EvaluationRun
 from spa3r.evaluation.blind import blind_scores
+from spa3r.evaluation.bootstrap import difference_intervals
+from spa3r.evaluation.vsi_bench import aggregate
 
 VARIANTS = {
     "vlm": "the VLM alone",
@@ -49,10 +51,19 @@ def main() -> None:
     print("\noverall, more than the VLM alone of the same seed (95 % interval over rooms):\n")
     print("| seed | variant | difference | interval |\n|---|---|---|---|")
     for name in ("vggt", "append", "spa3_vlm"):
-        for run, alone in zip(runs.get(name, []), runs["vlm"]):
-            compared = compare_runs(alone, run)
-            (before, after), (low, high) = compared.scores["overall"], compared.intervals["overall"]
-            print(f"| {run.folder.name[-1]} | {VARIANTS[name]} | {after - before:+.1f} | {low:+.1f} to {high:+.1f} |")
+        pairs = list(zip(runs["vlm"], runs.get(name, [])))
+        for alone, run in pairs:
+            print(compared(run.folder.name[-1], name, alone.answers, run.answers))
+        if len(pairs) > 1:  # a draw of rooms is one for all seeds
+            before, after = ([line for run in column for line in run.answers] for column in zip(*pairs))
+            print(compared("all", name, before, after))
+
+
+def compared(seed: str, name: str, before: list[dict], after: list[dict]) -> str:
+    """A row of the last table, of the same questions answered by the VLM alone and by a variant."""
+    difference = aggregate(after)["overall"] - aggregate(before)["overall"]
+    low, high = difference_intervals(before, [line["score"] for line in after])["overall"]
+    return f"| {seed} | {VARIANTS[name]} | {difference:+.1f} | {low:+.1f} to {high:+.1f} |"
 
 
 def told(values: list[float]) -> str:
