@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--spatial-source", choices=("none", "vggt", "spa3r"), default="spa3r")
     parser.add_argument("--integration", choices=("cross_attention", "append"), default="cross_attention")
     parser.add_argument("--align-steps", type=int, default=3000, help="steps of a cross-attention adapter alone")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=8, help="walks a step")
     parser.add_argument("--questions", type=int, default=16, help="questions about each")
     parser.add_argument("--learning-rate", type=float, default=2.5e-4)
