@@ -348,7 +348,7 @@ def main() -> None:
     calculating(language).requires_grad_(True)
     train("vlm_places", model, talk_alone(args.place_batch), dict, args.output, args.place_steps, *rates)
 
-    rehearse = talk_alone(args.place_batch // 3)
+    rehearse = talk_alone(max(1, args.place_batch // 3))
 
     def use_both(rng: np.random.Generator) -> dict[str, Tensor]:
         losses = about_pictures(rng)

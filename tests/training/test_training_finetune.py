@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -123,11 +124,12 @@ def test_policies_that_the_model_or_the_machine_does_not_allow(tmp_path):
         trainer(tmp_path, policy="end_to_end", psfm_weight=0.5)
 
 
-def test_qlora_says_what_is_missing(tmp_path):
+def test_qlora_says_what_is_missing(tmp_path, monkeypatch):
     from spa3r.training.policies import quantization
 
-    with pytest.raises(ValueError, match=r"'qlora' needs a CUDA device.*Use 'lora'"):
-        quantization(arguments(tmp_path, policy="qlora"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"'qlora' needs bitsandbytes.*spa3r\[qlora\].*use 'lora'"):
+        quantization(arguments(tmp_path, policy="qlora"), "a/vlm")
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------

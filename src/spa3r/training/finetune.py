@@ -151,14 +151,12 @@ def make_model(
     """
     section = config.model
     loading = {"dtype": section.dtype, "attn_implementation": section.attn_implementation}
-    quantized = None if args is None else quantization(args)
     guards = args is not None and args.psfm_weight > 0
     psfm = None
     if section.init_from is not None:
-        if quantized is not None or (guards and section.init_from != EMBEDDED):
-            what = (
-                "`policy` 'qlora' quantises a VLM" if quantized is not None else "`psfm_weight` takes Spa3R's teacher"
-            )
+        quantizes = args is not None and args.policy == "qlora"
+        if quantizes or (guards and section.init_from != EMBEDDED):
+            what = "`policy` 'qlora' quantises a VLM" if quantizes else "`psfm_weight` takes Spa3R's teacher"
             raise ValueError(f"{what} where a couple is married: give `model.vlm` and `model.spa3r`, not `init_from`.")
         model = Spa3VLMForConditionalGeneration.from_pretrained(section.init_from, **loading)
         processor = Spa3VLMProcessor.from_pretrained(section.init_from)
@@ -167,8 +165,12 @@ def make_model(
             psfm.spa3r = model.spa3r
     else:
         vlm: Any = section.vlm
-        if quantized is not None:
+        if args is not None and (quantized := quantization(args, section.vlm)) is not None:
             vlm = AutoModelForImageTextToText.from_pretrained(section.vlm, quantization_config=quantized, **loading)
+            for module in vlm.modules():
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    # Else the first evaluation repacks the weights on such CPUs, and no gradient passes from then on.
+                    module.support_avx512bf16_for_cpu = False
         spa3r: Any = None if section.spa3r is None else resolve(section.spa3r)
         if guards:
             psfm = Spa3RForPreTraining.from_pretrained(spa3r, **loading)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.training.arguments import FinetuningArguments
@@ -92,34 +92,46 @@ def linear_layers(model: Spa3VLMForConditionalGeneration) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in language]
 
 
-def quantization(args: FinetuningArguments) -> BitsAndBytesConfig | None:
-    """How the VLM is loaded: in 4 bits for ``"qlora"``, else as it is.
+def quantization(args: FinetuningArguments, vlm: str) -> BitsAndBytesConfig | None:
+    """How the VLM is loaded: with a language model of 4 bits (arXiv 2305.14314) for ``"qlora"``, else as it is.
+
+    Args:
+        args: Of the training.
+        vlm: Folder or name on the Hub of the VLM.
 
     Raises:
-        ValueError: There is no CUDA device for it.
         ImportError: bitsandbytes is missing.
     """
     if args.policy != "qlora":
         return None
-    if args.use_cpu or not torch.cuda.is_available():
-        raise ValueError(
-            "`policy` 'qlora' needs a CUDA device, on which bitsandbytes holds the language model in 4 bits, and there "
-            "is none. Use 'lora'."
-        )
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "`policy` 'qlora' needs bitsandbytes, which is not installed or doesn't run here. pip install "
-            "bitsandbytes, or use 'lora'."
+            "'spa3r[qlora]', or use 'lora'."
         ) from error
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(vlm))
+    on_cuda = torch.cuda.is_available() and not args.use_cpu
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16,
-        llm_int8_skip_modules=["visual", "vision_tower", "vision_model", "multi_modal_projector", "lm_head"],
+        bnb_4bit_compute_dtype=torch.float16 if on_cuda and not torch.cuda.is_bf16_supported() else torch.bfloat16,
+        llm_int8_skip_modules=beside(model, model.get_decoder()),
     )
+
+
+def beside(model: nn.Module, part: nn.Module) -> list[str]:
+    """Names of the modules that hold all of a model but one part of it, as few as do."""
+    (path,) = (name.split(".") for name, module in model.named_modules() if module is part)
+    names = []
+    for depth, step in enumerate(path):
+        above = path[:depth]
+        children = model.get_submodule(".".join(above)).named_children()
+        names += [".".join((*above, name)) for name, _ in children if name != step]
+    return names
 
 
 @dataclass(frozen=True)
