@@ -77,19 +77,22 @@ def test_missing_videos_stop_before_the_model_is_loaded_or_are_named(tmp_path):
 
 
 def test_compare_names_what_differs_and_what_flipped(finished, tmp_path):
-    folder, _ = finished
-    other = tmp_path / "other"
-    other.mkdir()
-    about = json.loads((folder / "run.json").read_text())
-    about["settings"]["num_frames"] = 3
-    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    lines[0] |= {"prediction": "A\x1b[31m", "score": 1.0}
-    (other / "run.json").write_text(json.dumps(about))
-    (other / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = run_json("eval", "compare", folder, other)
+    before, after = tmp_path / "before", tmp_path / "after"
+    about = json.loads((finished[0] / "run.json").read_text())
+    lines = [json.loads(line) for line in (finished[0] / "answers.jsonl").read_text().splitlines()]
+    for folder, frames, said in (
+        (before, about["settings"]["num_frames"], {"prediction": "B", "score": 0.0}),
+        (after, 3, {"prediction": "A\x1b[31m", "score": 1.0}),
+    ):
+        folder.mkdir()
+        changed = about | {"settings": about["settings"] | {"num_frames": frames}}
+        (folder / "run.json").write_text(json.dumps(changed))
+        answers = [lines[0] | said, *lines[1:]]
+        (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+    told = run_json("eval", "compare", before, after)
     assert told["changed"] == ["settings.num_frames was 2 and is 3"]
     assert [flip["id"] for flip in told["flips"]] == [100] and told["flips"][0]["score_b"] == 1.0
-    text = run("eval", "compare", folder, other).stdout
+    text = run("eval", "compare", before, after).stdout
     assert "1 question flipped: 1 to right, 0 to wrong" in text and "settings.num_frames was 2 and is 3" in text
     assert "+ 100 scannet/scene0 object_rel_direction_easy: What of thing 0?" in text and "\x1b" not in text
 
