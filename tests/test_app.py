@@ -35,7 +35,7 @@ from spa3r.embedded import ROOMS_NOTE, embedded_model
 from spa3r.page import TYPE_TITLES
 from spa3r.rooms import room_questions
 
-QUESTION = "How many chairs are there?"
+QUESTION = "What do you see?"
 SIZE_QUESTION = "What is the size of this room?"
 
 

@@ -136,7 +136,9 @@ def quiet(wanted: bool) -> Iterator[None]:
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "spa3r.attention")]
+    loggers = [
+        logging.getLogger(name) for name in ("transformers", "huggingface_hub", "bitsandbytes", "spa3r.attention")
+    ]
     levels, bars = [logger.level for logger in loggers], is_progress_bar_enabled()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
