@@ -3,7 +3,7 @@
 It starts from random numbers and learns without Spa3R, in four stages. First its vision tower learns which objects
 every token of a picture shows: the token gets near the embeddings of the words that name them. Then the tower is held
 fast, and the language model learns to look from names to pictures; its upper layers learn to calculate with places,
-from questions without pictures; and last they learn from questions about walks.
+from questions without pictures; and last all of its layers learn from questions about walks.
 """
 
 import argparse
