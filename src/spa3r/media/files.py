@@ -1,0 +1,80 @@
+"""What pictures and videos share: which files are read, and how messages name a source."""
+
+from __future__ import annotations
+
+import re
+import stat
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import PIL.Image
+
+LONGEST_NAME = 200
+"""Characters of a source that a message repeats at most; a source can be the picture itself, as text."""
+
+_FILE_URL = re.compile(r"file:(?://(?:localhost(?=/))?)?(?=.)", re.IGNORECASE)
+
+
+def shortened(text: str, length: int = LONGEST_NAME) -> str:
+    """A user's text for a message: its beginning, if it is long."""
+    return text if len(text) <= length else f"{text[:40]}..."
+
+
+def describe(source: Any) -> str:
+    """How messages name a picture or video, in at most a line: never by its content."""
+    if isinstance(source, str | Path):
+        return shortened(str(source))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"{memoryview(source).nbytes} bytes"
+    if hasattr(source, "shape"):
+        return f"an array of shape {tuple(source.shape)}"
+    name = getattr(source, "filename", "") or getattr(source, "name", "")
+    if isinstance(name, str) and name:
+        return shortened(name)
+    return "a PIL image" if isinstance(source, PIL.Image.Image) else f"a {type(source).__name__}"
+
+
+def local_path(source: str | Path) -> Path:
+    """The path that a source names: a path, or a ``file:`` URL, percent-encoded or not."""
+    match = _FILE_URL.match(source) if isinstance(source, str) else None
+    if match is None:
+        return Path(source)
+    raw = source[match.end() :]
+    decoded = Path(unquote(raw))
+    return decoded if exists(decoded) else Path(raw)  # Qwen's programs write the path as it is
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is such a file or folder; no error for a text that can't be a path."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def regular_file(source: str | Path, kind: str = "picture") -> Path:
+    """The path of a regular file; nothing else is opened, since pipes and devices can block for ever.
+
+    Args:
+        source: A path or a ``file:`` URL.
+        kind: What messages call it.
+
+    Raises:
+        ValueError: It doesn't exist, can't be looked at, or is a folder, pipe, socket or device.
+    """
+    path, name = local_path(source), describe(source)
+    try:
+        mode = path.stat().st_mode
+    except PermissionError as error:
+        raise ValueError(f"The {kind} {name} can't be opened: {error.strerror}. Give a file.") from error
+    except (OSError, ValueError) as error:  # too long, or with a null character
+        raise ValueError(f"The {kind} {name} doesn't exist. Check the path.") from error
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"The {kind} {name} can't be opened: Is a directory. Give a file.")
+    if not stat.S_ISREG(mode):
+        raise ValueError(
+            f"The {kind} {name} can't be opened: it is a pipe, socket or device. Give a regular file; of a pipe, read "
+            "the bytes first and pass these."
+        )
+    return path
