@@ -1,4 +1,4 @@
-"""What the steps of the rooms recipe share: rendered rooms in memory, batches of them, the loop around a step."""
+"""What the steps of the rooms recipe share: rendered rooms in memory, batches of them, the training loop."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from render import VIEWS, look_around
+from render import ARRAYS, VIEWS, look_around, object_classes
 from torch import Tensor, nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from spa3r.rooms import relative_to_first
+from spa3r.rooms import generate_room, relative_to_first
 from spa3r.training.checkpoints import load_state, save_state
 from spa3r.training.optimizers import MuonAndAdamW, layer_matrices
 
@@ -32,10 +32,13 @@ class RenderedRooms:
     Attributes:
         seeds: Of every room.
         images: (R, 16, H, W, 3) uint8.
-        depth: (R, 16, H, W) float16, metres.
+        depth: (R, 16, H, W) float16, meters.
         instance_ids: (R, 16, H, W) uint8.
         extrinsics: (R, 16, 4, 4) float32, camera-from-room.
         intrinsics: (R, 16, 3, 3) float32, pixels.
+        facts: `object_classes` (R, 256) uint8, the class of every instance id, and `heights` (R,) float32, meters; None
+            until they are needed.
+        ready: (R,) uint8, which rooms are complete while others are being rendered; None: all.
     """
 
     seeds: np.ndarray
@@ -44,10 +47,15 @@ class RenderedRooms:
     instance_ids: np.ndarray
     extrinsics: np.ndarray
     intrinsics: np.ndarray
+    facts: tuple[np.ndarray, np.ndarray] | None = None
+    ready: np.ndarray | None = None
 
     @classmethod
     def read(cls, root: Path, limit: int | None = None) -> RenderedRooms:
-        """All scene folders that `render.py` wrote."""
+        """All that `render.py` wrote: the scene folders, or the arrays, which stay on the disk."""
+        if (root / "ready.npy").exists():
+            arrays = {name: np.load(root / f"{name}.npy", mmap_mode="r")[:limit] for name in ARRAYS}
+            return cls(facts=(arrays.pop("object_classes"), arrays.pop("heights")), **arrays)
         folders = sorted(path for path in root.glob("[0-9]*") if path.is_dir())[:limit]
 
         def read_one(folder: Path) -> tuple[np.ndarray, ...]:
@@ -76,23 +84,41 @@ class RenderedRooms:
         names = ("images", "depth", "instance_ids", "extrinsics", "intrinsics")
         return cls(seeds, *(np.stack([getattr(view, name) for view in views]) for name in names))
 
+    @property
+    def num_ready(self) -> int:
+        """How many rooms are complete, counted from the first."""
+        return len(self.seeds) if self.ready is None else int(np.logical_and.accumulate(self.ready).sum())
+
+    def wait_for(self, rooms: int) -> None:
+        """Return once so many rooms are complete, or all."""
+        while self.num_ready < min(rooms, len(self.seeds)):
+            time.sleep(0.1)
+
+    def room_facts(self) -> tuple[np.ndarray, np.ndarray]:
+        """`facts`, from the rooms' seeds if they are not known."""
+        if self.facts is None:
+            rooms = [generate_room(int(seed), 0) for seed in self.seeds]
+            heights = np.array([room.size[2] for room in rooms], np.float32)
+            self.facts = np.stack([object_classes(room) for room in rooms]), heights
+        return self.facts
+
     def draw(self, rng: np.random.Generator, scenes: int, views: int) -> tuple[np.ndarray, np.ndarray]:
         """Rooms (scenes,) and frames (scenes, views): a stretch of each walk in equal steps, either way round."""
-        rooms = rng.choice(len(self.seeds), scenes, replace=False)
+        rooms = rng.choice(self.num_ready, scenes, replace=False)
         frames = []
         for _ in range(scenes):
-            stride = rng.integers(1, max(1, (VIEWS - 1) // (views - 1)) + 1)
+            stride = rng.integers(1, max(1, (VIEWS - 1) // max(1, views - 1)) + 1)
             first = rng.integers(0, VIEWS - stride * (views - 1))
             walk = first + stride * np.arange(views)
             frames.append(walk[::-1] if rng.random() < 0.5 else walk)
         return rooms, np.array(frames)
 
 
-def pack(images: np.ndarray, patch: int = 14) -> dict:
-    """Pictures (scenes, views, H, W, 3) uint8 -> what the image processor gives for them, without its detours."""
+def pack(images: np.ndarray, patch: int = 14, device: torch.device | str = "cpu") -> dict:
+    """Pictures (scenes, views, H, W, 3) uint8 -> the image processor's output for them."""
     scenes, views, height, width, _ = images.shape
-    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
-    pixels = (torch.from_numpy(np.ascontiguousarray(images)).float() / 255 - mean) / std
+    mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    pixels = (torch.from_numpy(np.ascontiguousarray(images)).to(device).float() / 255 - mean) / std
     grid = (height // patch, width // patch)
     pixels = pixels.view(scenes * views, grid[0], patch, grid[1], patch, 3).permute(0, 1, 3, 5, 2, 4)
     return {
@@ -118,10 +144,25 @@ def train(
     seed: int = 0,
     every: int = 500,
     muon_learning_rate: float | None = None,
+    minutes: float = math.inf,
 ) -> None:
-    """AdamW, with Muon for the layers' matrices if it has a learning rate; warm-up and a cosine to zero.
+    """Train with AdamW, and with Muon for the layers' matrices if it has a learning rate.
 
-    It writes a line of JSON every `every` steps, and goes on where it was stopped.
+    The learning rate warms up and then follows a cosine to zero. The loop writes a line of JSON every `every` steps,
+    saves its state with it, and resumes from there.
+
+    Args:
+        name: Of the log and of the state.
+        model: What is trained: its parameters that require gradients.
+        step: Losses of one step, from its random generator.
+        evaluate: What else is measured every `every` steps.
+        output: Folder of log and state.
+        steps: How many steps.
+        learning_rate: AdamW's.
+        seed: Of the random generators.
+        every: Steps between two lines of the log.
+        muon_learning_rate: Muon's; None: AdamW trains all.
+        minutes: Time limit. Where fewer than `steps` steps fit, the schedule follows the clock and ends in time.
     """
     output.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -131,45 +172,47 @@ def train(
         if muon_learning_rate is None
         else MuonAndAdamW(groups, layer_matrices(model), muon_lr=muon_learning_rate, **options)
     )
+    rates = [group["lr"] for group in optimizer.param_groups]
     warm_up = min(500, max(1, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: min(1, (done + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * done / steps))
-    )
     state_file, start, seconds = output / f"{name}.state.safetensors", 0, 0.0
     if state_file.exists():
         state = load_state(state_file)
         start, seconds = state["step"], state["seconds"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
     model.train()
-    sums: dict[str, float] = {}
-    begun, last = time.perf_counter() - seconds, start
-    for done in range(start, steps):
+    sums: dict[str, Tensor] = {}
+    begun, last, done, share = time.perf_counter() - seconds, start, start, start / steps
+    while share < 1:
+        factor = min(1, (done + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * share))
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * factor
         losses = step(np.random.default_rng([seed, done]))
         loss = sum(losses.values())
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not norm.isfinite():
+        if norm.device.type == "cpu" and not norm.isfinite():
             raise FloatingPointError(f"The loss of step {done} is not finite: {losses}.")
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
-        for key, value in losses.items():
-            sums[key] = sums.get(key, 0.0) + value.item()
-        if (done + 1) % every == 0 or done + 1 == steps:
+        for key, value in (losses | {"gradient_norm": norm}).items():  # summed where they are: reading them would wait
+            sums[key] = sums.get(key, 0.0) + value.detach()
+        done += 1
+        share = max(done / steps, (time.perf_counter() - begun) / 60 / minutes)
+        if done % every == 0 or share >= 1:
+            measured = {key: value.item() / (done - last) for key, value in sums.items()}
+            if not math.isfinite(measured["gradient_norm"]):
+                raise FloatingPointError(f"A loss of steps {last + 1} to {done} is not finite: {measured}.")
             model.eval()
             with torch.no_grad():
-                measured = evaluate()
+                row = {"step": done, "minutes": (time.perf_counter() - begun) / 60} | measured | evaluate()
             model.train()
-            row = {"step": done + 1, "minutes": (time.perf_counter() - begun) / 60}
-            row |= {key: value / (done + 1 - last) for key, value in sums.items()} | measured
             line = json.dumps({key: round(value, 4) for key, value in row.items()})
             print(line, flush=True)
             with (output / f"{name}.jsonl").open("a") as log:
                 log.write(line + "\n")
-            sums, last = {}, done + 1
-            state = {"step": done + 1, "seconds": time.perf_counter() - begun, "model": dict(model.state_dict())}
-            state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            sums, last = {}, done
+            state = {"step": done, "seconds": time.perf_counter() - begun, "model": dict(model.state_dict())}
+            state |= {"optimizer": optimizer.state_dict()}
             save_state(state, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)

@@ -1,8 +1,11 @@
-"""Step 1 of the rooms recipe: render rooms to a folder per scene, with their cameras and their truth.
+"""Step 1 of the rooms recipe: render rooms with their cameras and their truth.
 
-Every scene is a folder that `spa3r pretrain` reads (pictures and a `cameras.json`), and holds beside them what only the
-backbone and the teacher are trained on: `truth.npz` with `depth` (V, H, W) float16, metres, and `instance_ids`
-(V, H, W) uint8. A scene that is there already is left alone, so the program can be stopped and started again.
+Without `--arrays`, every scene is a folder that `spa3r pretrain` reads (pictures and a `cameras.json`). It also holds
+`truth.npz`, on which only the backbone and the teacher are trained: `depth` (V, H, W) float16, meters, and
+`instance_ids` (V, H, W) uint8. The program skips scenes that exist, so it can be stopped and started again.
+
+With `--arrays`, all scenes share a few `.npy` files, which a GPU's training reads while they are being written.
+`common.RenderedRooms` describes both forms.
 """
 
 import argparse
@@ -15,14 +18,33 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from spa3r.rooms import RoomViews, camera_walk, generate_room, render
+from spa3r.rooms import FURNITURE, Room, RoomViews, camera_walk, generate_room, render
 
 VIEWS = 16
 STRIDE = 3
 """Every third frame of a walk: so many show nearly all of a room."""
 
+SIZE = 112
+"""Height and width of a view, pixels."""
 
-def look_around(seed: int, level: int, views: int = VIEWS, stride: int = STRIDE, size: int = 112) -> RoomViews:
+CLASSES = (*FURNITURE, "wall", "floor", "ceiling")
+"""What a pixel can show."""
+
+ARRAYS = {
+    "images": ("uint8", (VIEWS, SIZE, SIZE, 3)),
+    "depth": ("float16", (VIEWS, SIZE, SIZE)),
+    "instance_ids": ("uint8", (VIEWS, SIZE, SIZE)),
+    "extrinsics": ("float32", (VIEWS, 4, 4)),
+    "intrinsics": ("float32", (VIEWS, 3, 3)),
+    "object_classes": ("uint8", (256,)),
+    "heights": ("float32", ()),
+    "seeds": ("int64", ()),
+    "ready": ("uint8", ()),
+}
+"""Type and shape of a room's entry in every file of `--arrays`; `ready` is 1 for a room that is complete."""
+
+
+def look_around(seed: int, level: int, views: int = VIEWS, stride: int = STRIDE, size: int = SIZE) -> RoomViews:
     """Every `stride`-th frame of a walk through a room."""
     room = generate_room(seed, level)
     return render(room, camera_walk(room, stride * views, size=(size, size))[::stride])
@@ -53,6 +75,41 @@ def write_scene(seed: int, level: int, output: Path) -> None:
     unfinished.rename(folder)
 
 
+def object_classes(room: Room) -> np.ndarray:  # -> (256,) uint8
+    """The class of every instance id of a room, as an index into `CLASSES`. Id 0, the shell, has none and is 0."""
+    classes = np.zeros(256, np.uint8)
+    classes[1 : 1 + len(room.objects)] = [CLASSES.index(item.name) for item in room.objects]
+    return classes
+
+
+def create_arrays(output: Path, rooms: int) -> None:
+    """Empty files for so many rooms. Files that exist with the same shape are kept."""
+    for name, (dtype, shape) in ARRAYS.items():
+        file, shape = output / f"{name}.npy", (rooms, *shape)
+        if not file.exists():
+            np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
+        elif (found := np.load(file, mmap_mode="r").shape) != shape:
+            raise ValueError(f"{file} holds an array of shape {found}, wanted {shape}: give another folder.")
+
+
+def write_row(row: int, first: int, level: int, output: Path) -> None:
+    """The entry of one room in the files of `create_arrays`; `ready` is set last."""
+    arrays = {name: np.load(output / f"{name}.npy", mmap_mode="r+") for name in ARRAYS}
+    if arrays["ready"][row]:
+        return
+    seed = first + row
+    views = look_around(seed, level)
+    room = generate_room(seed, level)
+    for name in ("images", "depth", "instance_ids", "extrinsics", "intrinsics"):
+        arrays[name][row] = getattr(views, name)
+    arrays["object_classes"][row], arrays["heights"][row], arrays["seeds"][row] = (
+        object_classes(room),
+        room.size[2],
+        seed,
+    )
+    arrays["ready"][row] = 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="folder to write")
@@ -60,11 +117,16 @@ def main() -> None:
     parser.add_argument("--rooms", type=int, default=4000)
     parser.add_argument("--level", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--arrays", action="store_true", help="write a few large files instead of folders")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    seeds = range(args.first, args.first + args.rooms)
+    if args.arrays:
+        create_arrays(args.output, args.rooms)
+        write, rooms = partial(write_row, first=args.first), range(args.rooms)
+    else:
+        write, rooms = write_scene, range(args.first, args.first + args.rooms)
     with ProcessPoolExecutor(args.processes) as pool:
-        done = pool.map(partial(write_scene, level=args.level, output=args.output), seeds, chunksize=20)
+        done = pool.map(partial(write, level=args.level, output=args.output), rooms, chunksize=20)
         for count, _ in enumerate(done, start=1):
             if count % 500 == 0 or count == args.rooms:
                 print(f"{count} of {args.rooms} rooms in {args.output}", flush=True)

@@ -5,21 +5,21 @@ the two readouts are thrown away afterwards.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import RenderedRooms, pack, train
 from einops import rearrange
+from render import CLASSES
 from torch import Tensor, nn
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from spa3r.geometry import unproject
 from spa3r.models.spa3r.modeling_spa3r import SEMANTIC_IMAGE_SIZE
-from spa3r.rooms import FURNITURE, generate_room
+from spa3r.rooms import FURNITURE
 
-PICTURES = 24  # a step
-CLASSES = (*FURNITURE, "wall", "floor", "ceiling")
 GRID = 14
 
 CONFIG = DINOv3ViTConfig(
@@ -45,25 +45,24 @@ class Readouts(nn.Module):
         self.colour = nn.Linear(teacher.config.hidden_size, 3)
 
 
-def class_shares(data: RenderedRooms, room: int, frame: int) -> Tensor:  # -> (GRID * GRID, classes)
-    """Of every patch, how much of it each class fills."""
-    facts = generate_room(int(data.seeds[room]), 0)
-    names = [CLASSES.index(item.name) for item in facts.objects]
-    depth = torch.from_numpy(data.depth[room, frame].astype(np.float32))[None]
-    cameras = (torch.from_numpy(cameras[room, frame])[None] for cameras in (data.extrinsics, data.intrinsics))
-    z = unproject(depth, *cameras)[0, ..., 2]
-    shell = torch.full(z.shape, CLASSES.index("wall"))
-    shell[z < 0.03] = CLASSES.index("floor")
-    shell[z > facts.size[2] - 0.03] = CLASSES.index("ceiling")
-    ids = torch.from_numpy(data.instance_ids[room, frame].astype(np.int64))
-    labels = torch.where(ids > 0, torch.tensor([0, *names])[ids], shell)
-    hot = nn.functional.one_hot(labels, len(CLASSES)).float()
-    return hot.unflatten(0, (GRID, -1)).unflatten(2, (GRID, -1)).mean((1, 3)).flatten(0, 1)
+def class_shares(data: RenderedRooms, rooms: np.ndarray, frames: np.ndarray, device: str) -> Tensor:
+    """How much of every patch each class fills, in one view of each room: (V, GRID * GRID, classes)."""
+    classes, heights = (torch.from_numpy(facts[rooms]).to(device) for facts in data.room_facts())
+    depth = torch.from_numpy(data.depth[rooms, frames]).to(device).float()
+    cameras = (torch.from_numpy(camera[rooms, frames]).to(device) for camera in (data.extrinsics, data.intrinsics))
+    z = unproject(depth, *cameras)[..., 2]
+    labels = torch.full(z.shape, CLASSES.index("wall"), device=device)
+    labels[z < 0.03] = CLASSES.index("floor")
+    labels[z > heights[:, None, None] - 0.03] = CLASSES.index("ceiling")
+    ids = torch.from_numpy(data.instance_ids[rooms, frames]).to(device).long()
+    objects = classes.long().gather(1, ids.flatten(1)).view(ids.shape)
+    hot = nn.functional.one_hot(torch.where(ids > 0, objects, labels), len(CLASSES)).float()
+    return hot.unflatten(1, (GRID, -1)).unflatten(3, (GRID, -1)).mean((2, 4)).flatten(1, 2)
 
 
-def teacher_pixels(images: np.ndarray) -> Tensor:  # (V, H, W, 3) uint8 -> (V, 3, 224, 224)
-    """As pretraining shows them to its teacher: the normalised view, resized bilinearly."""
-    packed = pack(images[:, None])
+def teacher_pixels(images: np.ndarray, device: str) -> Tensor:  # (V, H, W, 3) uint8 -> (V, 3, 224, 224)
+    """The teacher's input in pretraining: the normalized view, resized bilinearly."""
+    packed = pack(images[:, None], device=device)
     pixels = rearrange(packed["view_pixel_values"], "(v h w) (c p q) -> v c (h p) (w q)",
                        v=len(images), h=images.shape[1] // 14, p=14, q=14)  # fmt: skip
     return nn.functional.interpolate(pixels, size=(SEMANTIC_IMAGE_SIZE,) * 2, mode="bilinear")
@@ -75,25 +74,34 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--muon", type=float, help="learning rate of Muon; without it AdamW trains all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=int, default=1500, help="rooms at most")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pictures", type=int, default=24, help="a step")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time limit")
+    parser.add_argument("--every", type=int, default=500, help="steps between two lines of the log")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.manual_seed(0)
-    model = Readouts(DINOv3ViTModel(CONFIG))
+    model = Readouts(DINOv3ViTModel(CONFIG)).to(args.device)
     print(f"{sum(p.numel() for p in model.teacher.parameters()) / 1e6:.2f} M parameters", flush=True)
     data, held_out = RenderedRooms.read(args.data, args.limit), RenderedRooms.held_out(12)
+    data.wait_for(2 * args.pictures)
 
     def look(scenes: RenderedRooms, rooms: np.ndarray, frames: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         images = scenes.images[rooms, frames]
-        tokens = model.teacher(pixel_values=teacher_pixels(images)).last_hidden_state[:, -(GRID**2) :]
-        shares = torch.stack([class_shares(scenes, room, frame) for room, frame in zip(rooms, frames)])
-        colour = torch.from_numpy(images.reshape(len(images), GRID, 8, GRID, 8, 3).mean((2, 4), np.float32) / 255)
+        tokens = model.teacher(pixel_values=teacher_pixels(images, args.device)).last_hidden_state[:, -(GRID**2) :]
+        shares = class_shares(scenes, rooms, frames, args.device)
+        tiles = torch.from_numpy(images.reshape(len(images), GRID, 8, GRID, 8, 3)).to(args.device)
+        colour = tiles.float().mean((2, 4)) / 255
         return model.classes(tokens), model.colour(tokens), shares, colour.flatten(1, 2)
 
     def step(rng: np.random.Generator) -> dict[str, Tensor]:
-        rooms = rng.choice(len(data.seeds), PICTURES, replace=False)
-        classes, colour, shares, true_colour = look(data, rooms, rng.integers(0, data.images.shape[1], PICTURES))
+        rooms = rng.choice(data.num_ready, args.pictures, replace=False)
+        frames = rng.integers(0, data.images.shape[1], args.pictures)
+        classes, colour, shares, true_colour = look(data, rooms, frames)
         return {
             "classes": -(shares * classes.log_softmax(-1)).sum(-1).mean(),
             "colour": 5 * nn.functional.smooth_l1_loss(colour, true_colour, beta=0.1),
@@ -110,7 +118,8 @@ def main() -> None:
             "held_out_colour_error": (colour - true_colour).abs().mean().item(),
         }
 
-    train("teacher", model, step, evaluate, args.output, args.steps, args.learning_rate)
+    train("teacher", model, step, evaluate, args.output, args.steps, args.learning_rate, 0, args.every, args.muon,
+          args.minutes)  # fmt: skip
     model.teacher.save_pretrained(args.output / "teacher")
 
 

@@ -5,6 +5,7 @@ room, give the features a dense signal; both readouts are thrown away afterwards
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,9 @@ from torch import Tensor, nn
 
 from spa3r import VggtConfig, VggtModel
 from spa3r.geometry import pose_encoding_to_cameras, unproject
-from spa3r.views import ViewLayout, split_prefix
+from spa3r.views import ViewLayout, select_rows, split_prefix
 
-PICTURES = 24  # a step
-DENSE_VIEWS = 3  # of which the dense heads are trained: they cost most
+DENSE_SHARE = 8  # the dense heads, which cost most, are trained on one view in so many
 VIEW_COUNTS = (4, 6, 8, 12)
 
 CONFIG = VggtConfig(
@@ -102,15 +102,15 @@ def confident(error: Tensor, confidence: Tensor) -> Tensor:
 class Batch:
     """Some views of some rooms: what the model sees and what is true."""
 
-    def __init__(self, data: RenderedRooms, rooms: np.ndarray, frames: np.ndarray):
+    def __init__(self, data: RenderedRooms, rooms: np.ndarray, frames: np.ndarray, device: str):
         at = (rooms[:, None], frames)
-        self.inputs = pack(data.images[at])
+        self.inputs = pack(data.images[at], device=device)
         self.layout = ViewLayout.from_inputs(self.inputs["view_grid_hw"], self.inputs["views_per_scene"])
         room_extrinsics = data.extrinsics[at]
         self.extrinsics = first_camera_world(room_extrinsics)
         self.intrinsics = torch.from_numpy(data.intrinsics[at].reshape(-1, 3, 3))
         height, width = data.depth.shape[-2:]
-        self.depth = torch.from_numpy(data.depth[at].astype(np.float32).reshape(-1, height, width))
+        self.depth = torch.from_numpy(data.depth[at]).to(device).float().view(-1, height, width)
         fov = 2 * torch.atan(torch.tensor([height, width]) / 2 / self.intrinsics[:, [1, 0], [1, 0]])
         quaternion = rotation_to_quaternion(self.extrinsics[:, :3, :3])
         self.pose = torch.cat([self.extrinsics[:, :3, 3], quaternion, fov], dim=-1)
@@ -118,6 +118,8 @@ class Batch:
         centre = -np.einsum("svij,svi->svj", room_extrinsics[..., :3, :3], room_extrinsics[..., :3, 3])
         self.place = torch.from_numpy(np.concatenate([forward / np.linalg.norm(forward, axis=1, keepdims=True),
                                                       centre[..., :2].reshape(-1, 2)], axis=1))  # fmt: skip
+        for name in ("extrinsics", "intrinsics", "pose", "place"):
+            setattr(self, name, getattr(self, name).to(device))
 
 
 def main() -> None:
@@ -126,15 +128,23 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
+    parser.add_argument("--muon", type=float, help="learning rate of Muon; without it AdamW trains all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=int, default=4500, help="rooms at most")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pictures", type=int, default=24, help="a step")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time limit")
+    parser.add_argument("--every", type=int, default=500, help="steps between two lines of the log")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.manual_seed(0)
-    model = Readouts(VggtModel(CONFIG))
+    model = Readouts(VggtModel(CONFIG)).to(args.device)
     model.vggt.set_attn_implementation("sdpa")
     print(f"{sum(p.numel() for p in model.vggt.parameters()) / 1e6:.2f} M parameters", flush=True)
     data, held_out = RenderedRooms.read(args.data, args.limit), RenderedRooms.held_out(24)
+    data.wait_for(2 * args.pictures)
+    dense_views = max(1, args.pictures // DENSE_SHARE)
     vggt = model.vggt
     last = CONFIG.num_hidden_layers - 1
 
@@ -149,7 +159,7 @@ def main() -> None:
 
     def step(rng: np.random.Generator) -> dict[str, Tensor]:
         views = int(rng.choice(VIEW_COUNTS))
-        batch = Batch(data, *data.draw(rng, PICTURES // views, views))
+        batch = Batch(data, *data.draw(rng, args.pictures // views, views), args.device)
         kept, camera_tokens, patches, poses = look(batch)
         points = unproject(batch.depth, batch.extrinsics, batch.intrinsics)
         wanted = patch_centres(batch, torch.cat([batch.depth.log()[..., None], points], dim=-1))
@@ -160,12 +170,10 @@ def main() -> None:
             "place": nn.functional.smooth_l1_loss(model.place(camera_tokens), batch.place, beta=0.3),
             "pose": sum(0.6 ** (len(poses) - 1 - i) * pose_loss(pose, batch.pose) for i, pose in enumerate(poses)),
         }
-        chosen = rng.choice(PICTURES, DENSE_VIEWS, replace=False).tolist()
-        layout = batch.layout.select(chosen, [DENSE_VIEWS])
+        chosen = rng.choice(batch.layout.num_views, dense_views, replace=False).tolist()
+        layout = batch.layout.select(chosen, [dense_views])
         layers = [
-            torch.cat(
-                [vggt.patch_tokens(kept[i], batch.layout).split(list(batch.layout.patches_per_view))[v] for v in chosen]
-            )
+            select_rows(vggt.patch_tokens(kept[i], batch.layout), batch.layout.patches_per_view, chosen)
             for i in CONFIG.dpt_layers
         ]
         depth = torch.stack(vggt.depth_head(layers, layout))
@@ -180,10 +188,10 @@ def main() -> None:
         rows = []
         for start in range(0, len(held_out.seeds), 3):
             rooms, frames = np.arange(start, start + 3), np.tile(np.arange(0, 16, 2), (3, 1))
-            batch = Batch(held_out, rooms, frames)
+            batch = Batch(held_out, rooms, frames, args.device)
             kept, _, patches, poses = look(batch)
             extrinsics, _ = pose_encoding_to_cameras(poses[-1], batch.layout.image_hw(14))
-            others = torch.arange(24) % 8 != 0
+            others = torch.arange(24, device=args.device) % 8 != 0
             turn = extrinsics[:, :3, :3] @ batch.extrinsics[:, :3, :3].transpose(1, 2)
             angle = torch.rad2deg(((turn.diagonal(dim1=1, dim2=2).sum(-1) - 1) / 2).clamp(-1, 1).acos())[others]
             shift = (extrinsics[:, :3, 3] - batch.extrinsics[:, :3, 3]).norm(dim=-1)[others]
@@ -201,7 +209,8 @@ def main() -> None:
             )
         return {f"held_out_{key}": float(np.mean([float(row[key]) for row in rows])) for key in rows[0]}
 
-    train("vggt", model, step, evaluate, args.output, args.steps, args.learning_rate)
+    train("vggt", model, step, evaluate, args.output, args.steps, args.learning_rate, 0, args.every, args.muon,
+          args.minutes)  # fmt: skip
     vggt.save_pretrained(args.output / "vggt")
 
 

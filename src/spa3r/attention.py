@@ -247,9 +247,12 @@ def _xformers_fault() -> str | None:
     if not torch.cuda.is_available():
         return None  # on other devices its path is PyTorch's own
     try:
+        from xformers import _cpp_lib
         from xformers.ops import fmha
     except (ImportError, OSError) as error:
         return str(error).strip().partition("\n")[0]
+    if torch.version.hip is None and not _cpp_lib._built_with_cuda:  # then it refuses PyTorch's own kernels, too
+        return "its compiled part was built for other versions of PyTorch or CUDA and can't be loaded"
     has_kernel = any(kernel.is_available() for kernel in (fmha.cutlass.FwOp, fmha.flash.FwOp))
     return None if has_kernel else "the installed build brings no attention kernel"
 

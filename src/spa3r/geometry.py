@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -75,8 +76,10 @@ def relative_to_first_view(extrinsics: Tensor, views_per_scene: Sequence[int]) -
     """Re-express cameras that share any world frame in the library's: the camera of each scene's first view."""
     with maybe_autocast(extrinsics.device.type, enabled=False):
         extrinsics = extrinsics.float()
-        scenes = extrinsics.split(list(views_per_scene))
-        return torch.cat([cameras @ invert_extrinsics(cameras[:1]) for cameras in scenes])
+        first_views = accumulate(views_per_scene[:-1], initial=0)
+        inverses = invert_extrinsics(torch.stack([extrinsics[view] for view in first_views]))  # one for each scene
+        inverses = [inverse for inverse, count in zip(inverses.unbind(), views_per_scene) for _ in range(count)]
+        return extrinsics @ torch.stack(inverses)
 
 
 def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:  # (V, H, W) -> (V, H, W, 3)

@@ -34,6 +34,13 @@ class Mlp(nn.Module):
         return self.fc2(nn.functional.gelu(self.fc1(tokens)))
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, with the weight in the input's type: under autocast they differ, and no fused kernel takes that."""
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (..., C) -> the same
+        return nn.functional.rms_norm(tokens, self.normalized_shape, self.weight.to(tokens.dtype), self.eps)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention inside segments, with an optional norm of each head's queries and keys."""
 
@@ -55,7 +62,7 @@ class SelfAttention(nn.Module):
             if qk_norm is None
             else nn.LayerNorm(self.head_dim, eps=1e-5)
             if qk_norm == "layer_norm"
-            else nn.RMSNorm(self.head_dim, eps=FLOAT32_EPS)
+            else RMSNorm(self.head_dim, eps=FLOAT32_EPS)
             for _ in range(2)
         )
         self.proj = nn.Linear(hidden_size, hidden_size)

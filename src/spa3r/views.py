@@ -198,11 +198,17 @@ def prepend_tokens(prefix: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Te
     Returns:
         (segments * n + sum of lengths, C).
     """
+    if len(set(lengths)) == 1:  # in few operations, however many segments there are
+        return torch.cat([prefix, tokens.unflatten(0, (len(lengths), -1))], dim=1).flatten(0, 1)
     parts = tokens.split(list(lengths))
     return torch.cat([part for pair in zip(prefix.unbind(0), parts) for part in pair])
 
 
 def split_prefix(tokens: Tensor, lengths: Sequence[int], prefix: int) -> tuple[Tensor, Tensor]:
     """Take :func:`prepend_tokens` apart again: (segments, prefix, C) and (sum of lengths, C)."""
-    parts = tokens.split([prefix + length for length in lengths])
-    return torch.stack([part[:prefix] for part in parts]), torch.cat([part[prefix:] for part in parts])
+    if len(set(lengths)) == 1:
+        segments = tokens.unflatten(0, (len(lengths), -1))
+        return segments[:, :prefix], segments[:, prefix:].flatten(0, 1)
+    # One split, whose gradient is one concatenation: slices of slices would have a gradient each.
+    parts = tokens.split([count for length in lengths for count in (prefix, length)])
+    return torch.stack(parts[::2]), torch.cat(parts[1::2])

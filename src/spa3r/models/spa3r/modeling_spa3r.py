@@ -164,11 +164,12 @@ class Spa3RDecoder(nn.Module):
             for view, view_rays in zip(views, grid_rays):
                 rays[view] = view_rays
         ray_tokens = self.ray_projection(torch.cat(rays).to(self.norm.weight.dtype))
-        scene_of_view = [scene for scene, count in enumerate(layout.views_per_scene) for _ in range(count)]
+        scenes = zip(latents.split(1), layout.views_per_scene)
         prefix = torch.cat(
             [
                 self.register_tokens.to(ray_tokens.dtype).expand(layout.num_views, -1, -1),
-                torch.stack([latents[scene] for scene in scene_of_view]).to(ray_tokens.dtype),
+                # Copies of whole scenes: the gradient of one selection for each view would fill a tensor of zeros each.
+                torch.cat([own.expand(count, -1, -1) for own, count in scenes]).to(ray_tokens.dtype),
             ],
             dim=1,
         )
@@ -199,13 +200,14 @@ class Spa3RDecoder(nn.Module):
     ) -> ProjectiveEncoding:
         """PRoPE of the ray tokens; registers and latents have no camera: identity and position 0."""
         device, lengths = extrinsics.device, layout.patches_per_view
+        counts = [count for length in lengths for count in (num_prefix, length)]
+        repeats = to_device(counts, torch.long, device)
         image_hw = to_device(layout.image_hw(self.config.patch_size), torch.float32, device)
 
         def per_token(matrices: Tensor) -> Tensor:  # (views, 4, 4) -> (S, 4, 4)
-            identity = torch.eye(4, device=device).expand(num_prefix, 4, 4)
-            return torch.cat(
-                [part for matrix, count in zip(matrices, lengths) for part in (identity, matrix.expand(count, 4, 4))]
-            )
+            identity = torch.eye(4, device=device).expand_as(matrices)
+            pairs = torch.stack([identity, matrices], dim=1).flatten(0, 1)
+            return pairs.repeat_interleave(repeats, dim=0, output_size=sum(counts))
 
         projection, inverse = projection_matrices(extrinsics, intrinsics, image_hw)
         positions = prepend_tokens(
@@ -696,17 +698,18 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             tokens = self.semantic_teacher(pixel_values=images.to(self.semantic_teacher.dtype)).last_hidden_state
             tokens = tokens[:, -(teacher_grid**2) :].float().transpose(1, 2).unflatten(-1, (teacher_grid,) * 2)
             tokens = nn.functional.interpolate(tokens, size=(height, width), mode="bilinear")
-            for view, grid in zip(views, tokens.flatten(2).transpose(1, 2)):
+            for view, grid in zip(views, tokens.flatten(2).transpose(1, 2).contiguous()):
                 targets[view] = grid
         return torch.cat(targets)
 
 
 def _depth_at_patches(depth: Sequence[Tensor], layout: ViewLayout) -> Tensor:  # of every view (H, W) -> (sum of N,)
-    resized = (
-        nn.functional.interpolate(view_depth[None, None], size=grid, mode="nearest").flatten()
-        for view_depth, grid in zip(depth, layout.grid_hw)
-    )
-    return torch.cat(list(resized))
+    resized = list(depth)
+    for grid, views in layout.same_grid().items():
+        maps = torch.stack([depth[view] for view in views])[:, None]
+        for view, patches in zip(views, nn.functional.interpolate(maps, size=grid, mode="nearest").flatten(1)):
+            resized[view] = patches
+    return torch.cat(resized)
 
 
 def field_errors(
@@ -732,22 +735,23 @@ def field_errors(
 def _reduce(
     errors: dict[str, Tensor], layout: ViewLayout, counted: Sequence[bool]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Means over the patches of the counted views: of the whole batch, and of every scene."""
+    """Means over the patches of the counted views: of the whole batch, and of every scene (NaN where none counts)."""
     counts = [patches * use for patches, use in zip(layout.patches_per_view, counted)]
-    scene_counts = layout.per_scene(counts)
-    losses, per_scene = {}, {}
-    for name, error in errors.items():
-        parts = error.split(list(layout.patches_per_view))
-        sums = [part.sum() if use else part.new_zeros(()) for part, use in zip(parts, counted)]
-        scene_sums = [
-            torch.stack(sums[first : first + count]).sum()
-            for first, count in zip(layout.first_views, layout.views_per_scene)
-        ]
-        losses[name] = torch.stack(scene_sums).sum() / sum(counts)
-        per_scene[name] = torch.stack(
-            [total / count if count else total * float("nan") for total, count in zip(scene_sums, scene_counts)]
-        ).detach()
-    return losses, per_scene
+    terms = torch.stack(list(errors.values()))  # (terms, patches)
+    of_views = _segment_sums(terms, layout.patches_per_view)
+    of_views = of_views.where(to_device(counted, torch.bool, terms.device), 0)
+    of_scenes = _segment_sums(of_views, layout.views_per_scene)
+    per_scene = of_scenes / to_device(layout.per_scene(counts), terms.dtype, terms.device)
+    return (
+        dict(zip(errors, (of_scenes.sum(1) / sum(counts)).unbind())),
+        dict(zip(errors, per_scene.detach().unbind())),
+    )
+
+
+def _segment_sums(values: Tensor, lengths: Sequence[int]) -> Tensor:  # (n, sum of lengths) -> (n, segments)
+    if len(set(lengths)) == 1:
+        return values.unflatten(1, (len(lengths), -1)).sum(2)
+    return torch.stack([part.sum(1) for part in values.split(list(lengths), dim=1)], dim=1)
 
 
 __all__ = ["Spa3RForPreTraining", "Spa3RForPreTrainingOutput", "Spa3RField", "Spa3RModel", "Spa3RModelOutput"]

@@ -21,12 +21,12 @@ from spa3r.layers import Mlp, TransformerLayer
 from spa3r.models.modeling_base import PackedPreTrainedModel
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 from spa3r.rope import RotaryEncoding
-from spa3r.views import ViewLayout, prepend_tokens, split_prefix
+from spa3r.views import ViewLayout, prepend_tokens, split_prefix, to_device
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
-DPT_VIEWS_AT_ONCE = 8
-"""Views that a dense head works on together: bounds its memory."""
+DPT_PATCHES_AT_ONCE = 8 * 37 * 28
+"""Patches that a dense head works on together, those of eight views of 518 x 392: bounds its memory."""
 
 
 @dataclass
@@ -214,8 +214,9 @@ class VggtDenseHead(nn.Module):
         parts = [patches.split(list(layout.patches_per_view)) for patches in layer_patches]
         outputs: list[Tensor] = [parts[0][0]] * layout.num_views
         for grid_hw, views in layout.same_grid().items():
-            for start in range(0, len(views), DPT_VIEWS_AT_ONCE):
-                chunk = views[start : start + DPT_VIEWS_AT_ONCE]
+            at_once = max(1, DPT_PATCHES_AT_ONCE // (grid_hw[0] * grid_hw[1]))
+            for start in range(0, len(views), at_once):
+                chunk = views[start : start + at_once]
                 maps = self._forward_grid([torch.stack([part[view] for view in chunk]) for part in parts], grid_hw)
                 for view, view_map in zip(chunk, maps.float()):
                     outputs[view] = view_map
@@ -408,8 +409,9 @@ class VggtModel(PackedPreTrainedModel):
         """The tokens of the layers asked for; no other layer's are kept."""
         patches = self.patch_embedding(view_pixel_values, layout)
         special = torch.cat([self.camera_token, self.register_token], dim=2)[0]  # (first view | others, 5, C)
-        first, other = special.unbind(0)
-        prefix = torch.stack([first if view in layout.first_views else other for view in range(layout.num_views)])
+        first_views = set(layout.first_views)
+        is_first = to_device([view in first_views for view in range(layout.num_views)], torch.bool, patches.device)
+        prefix = torch.where(is_first[:, None, None], *special)
         tokens = prepend_tokens(prefix.to(patches.dtype), patches, layout.patches_per_view)
 
         lengths = [self.num_special_tokens + count for count in layout.patches_per_view]
