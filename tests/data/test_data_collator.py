@@ -227,8 +227,11 @@ def test_plain_chat_data_with_files(tmp_path):
     assert batch["views_per_scene"].tolist() == [1, 4]
     assert [learnt(processor, labels) for labels in batch["labels"]] == [["A room<|im_end|>"]] * 2
     picture["image"] = str(tmp_path / "missing.png")
-    with pytest.raises(ValueError, match=r"missing\.png"):
-        Spa3VLMCollator(processor)(rows)
+    batch = Spa3VLMCollator(processor)(rows)
+    assert batch["views_per_scene"].tolist() == [4]
+    assert [entry["reason"] for entry in batch["skipped"]] == [
+        f"The picture {tmp_path / 'missing.png'} doesn't exist. Check the path."
+    ]
 
 
 def test_skipped_rows_of_the_data_are_passed_on():
@@ -236,6 +239,72 @@ def test_skipped_rows_of_the_data_are_passed_on():
     batch = Spa3VLMCollator(make())([ROWS[0] | {"skipped": [broken]}, ROWS[1]])
     assert (batch["skipped"], batch["num_rows"]) == ([broken], 3)
     assert batch["input_ids"].shape[0] == 2
+
+
+BAD = {
+    "a picture below one patch": ([say("user", noise(13, 50), "What?"), say("assistant", "A")], "14 x 14 pixels"),
+    "a very narrow picture": ([say("user", noise(3000, 14), "What?"), say("assistant", "A")], "aspect ratio"),
+    "a placeholder in the question": (
+        [say("user", noise(60, 40), "What is <|image_pad|>?"), say("assistant", "A")],
+        r"message 0 \('user'\) must not contain '<\|image_pad\|>'",
+    ),
+    "a placeholder of videos": ([say("user", "A <|video_pad|>"), say("assistant", "A")], r"'<\|video_pad\|>'"),
+    "a placeholder in the answer": (
+        [say("user", "Hi"), say("assistant", "<|image_pad|>")],
+        r"\('assistant'\) must not",
+    ),
+    "the end token in the answer": ([say("user", "Hi"), say("assistant", "A<|im_end|>\nB")], r"'<\|im_end\|>'"),
+    "a token in two parts": ([say("user", "<|image", noise(60, 40), "_pad|>"), say("assistant", "A")], "image_pad"),
+    "no list": ("How many?", "must be a list of messages"),
+    "no dictionaries": (["How many?", "Two"], "Message 0 must be"),
+    "no role": ([{"content": "Hi"}, say("assistant", "A")], "must have a role"),
+    "no content": ([{"role": "user"}, say("assistant", "A")], "must be a text or a list of items, got None"),
+    "a dictionary": (
+        [{"role": "user", "content": {"type": "text"}}, say("assistant", "A")],
+        "into a list",
+    ),
+    "a text in a list": ([{"role": "user", "content": ["Hi"]}, say("assistant", "A")], "got the text 'Hi'"),
+    "an item without a picture": (
+        [{"role": "user", "content": [{"type": "image"}]}, say("assistant", "A")],
+        "must hold",
+    ),
+    "an unknown item": ([{"role": "user", "content": [{"type": "audio"}]}, say("assistant", "A")], "got 'audio'"),
+}
+
+
+@pytest.mark.parametrize("others", [0, 2])
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_row_is_left_out_and_named(kind, others):
+    processor, (messages, words) = make(), BAD[kind]
+    processor.images = "native" if "narrow" in kind else "aligned"  # what Qwen's own processor refuses
+    bad = {"messages": messages, "source": "vsi", "row": "vsi:9"}
+    batch = Spa3VLMCollator(processor)([*ROWS[:others], bad])
+    (entry,) = batch["skipped"]
+    assert (entry["source"], entry["scene"], batch["num_rows"]) == ("vsi", "vsi:9", others + 1)
+    assert re.search(words, entry["reason"]), entry["reason"]
+    if others:
+        clean = Spa3VLMCollator(processor)(ROWS[:others])
+        assert_same(batch | {"skipped": [], "num_rows": others}, clean)
+    else:
+        assert (batch["labels"] == IGNORED).all()
+
+
+def test_what_a_chat_template_refuses_is_left_out():
+    """Templates raise errors of Jinja's, which aren't ValueErrors."""
+    alternate = "{%- for m in messages -%}{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    alternate += "{{ raise_exception('Roles must alternate') }}{%- endif -%}{%- endfor -%}"
+    processor = make(template=alternate + OPEN + WORDS + CLOSE)
+    batch = Spa3VLMCollator(processor)([{"messages": [*TEXT[:1], *TEXT]}, {"messages": TEXT}])
+    assert [entry["reason"] for entry in batch["skipped"]] == ["TemplateError: Roles must alternate"]
+    assert learnt(processor, batch["labels"][0]) == ["Four<|im_end|>"]
+
+
+def test_examples_whose_columns_were_removed_are_refused(couple, tmp_path):
+    model, processor = couple
+    arguments = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(model, arguments, train_dataset=ROWS, data_collator=Spa3VLMCollator(processor))
+    with pytest.raises(ValueError, match=r"must have `messages`, got the keys \[\].* `remove_unused_columns=False`"):
+        trainer.train()
 
 
 # Length ---------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 
+import PIL.Image
 import pytest
 import torch
 from media import noise
@@ -200,3 +201,22 @@ def test_what_can_not_be_asked_or_scored_is_refused(couple):
         evaluate_answers(*couple, [])
     with pytest.raises(ValueError, match=r"`batch_size` must be at least 1, got 0"):
         answer(*couple, EXAMPLES, batch_size=0)
+
+
+def test_what_can_not_be_asked_is_left_out_and_named(couple):
+    """Wherever it stands in a batch, and whatever is wrong: the others are answered as without it."""
+    (question, truth), tiny = EXAMPLES[0]["messages"], PIL.Image.new("RGB", (5, 5))
+    bad = {
+        "a token": [{"role": "user", "content": "What is <|image_pad|>?"}, truth],
+        "a picture": [{"role": "user", "content": [{"type": "image", "image": tiny}]}, truth],
+        "no truth": [question],
+        "no question": [truth],
+    }
+    rows = [*EXAMPLES[:1], *({"messages": messages, "row": row} for row, messages in bad.items()), *EXAMPLES[1:2]]
+    report = evaluate_answers(*couple, rows, batch_size=3, skip=True)
+    assert {entry["row"] for entry in report.skipped} == set(bad)
+    assert all(entry["reason"] for entry in report.skipped)
+    assert report.answers == evaluate_answers(*couple, EXAMPLES[:2], batch_size=1).answers
+    for row in rows[1:-1]:
+        with pytest.raises(ValueError):
+            evaluate_answers(*couple, [row])

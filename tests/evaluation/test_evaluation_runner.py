@@ -165,6 +165,15 @@ def test_settings_that_a_model_does_not_have(benchmark, tmp_path):
         run_benchmark(vlm, processor, benchmark, tmp_path, dataclasses.replace(SETTINGS, min_pixels=9))
 
 
+def test_a_question_with_a_token_is_named_before_any_is_asked(tmp_path):
+    folder = write_vsi_bench(tmp_path / "data", (2,))
+    file = folder / "test.jsonl"
+    file.write_text(file.read_text().replace("thing 1", "<|image_pad|>"))
+    with pytest.raises(ValueError, match=r"^Question 101 can't be asked. .* must not contain '<\|image_pad\|>'"):
+        run_benchmark(*build_couple(), VsiBench(folder), tmp_path / "run", SETTINGS)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("family", "images"), [("paligemma", None), ("qwen2_5_vl", "aligned")])
 def test_a_plain_vlm_of_any_family_is_asked(family, images, tmp_path):
     """PaliGemma's pictures look at the question: it is asked in whole prompts. Any VLM may see what a couple's sees."""

@@ -11,7 +11,7 @@ from media import counting_frames, counting_video, data_url, encoded, noise, rea
 from PIL import Image
 from tiny import spa3r_config, vggt_config
 from transformers import AutoProcessor, AutoTokenizer
-from vlm_families import build, build_processor
+from vlm_families import FAMILIES, build, build_processor
 
 from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
 
@@ -490,3 +490,58 @@ def test_lists_have_their_tokens_counted_too(processor):
     lists = processor(text=prompts, images=[[PICTURE], []], return_tensors=None)
     tensors = processor(text=prompts, images=[[PICTURE], []], padding=True)
     assert lists["image_tokens_per_scene"] == tensors["image_tokens_per_scene"].tolist()
+
+
+# Words that are tokens ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_token_of_a_family_is_taken_as_words(name):
+    """Every special token of the tokenizer and every placeholder that the processor replaces, in every place."""
+    processor = make(name)
+    family = FAMILIES[name]
+    named = {*family.tokens.values(), *family.more_tokens}
+    named |= {getattr(processor.vlm_processor, f"{kind}_token", None) for kind in ("image", "video", "audio")} - {None}
+    assert named <= processor.reserved_tokens
+    for token in named:
+        for role, content in (
+            ("user", f"What is {token}?"),
+            ("assistant", [{"type": "text", "text": token}]),
+            ("system", [{"type": "text", "text": token[:2]}, {"type": "text", "text": token[2:]}]),
+            ("user", [{"type": "text", "text": f"{token[:2]} "}, {"type": "text", "text": f" {token[2:]}"}]),
+            (f"user{token}", "Hi"),
+        ):
+            messages = [{"role": "user", "content": "Hi"}, {"role": role, "content": content}]
+            for conversation in (messages, [messages[:1], messages]):
+                with pytest.raises(
+                    ValueError, match=r"The text of message 1 .* must not contain '.*Write it otherwise"
+                ):
+                    processor.apply_chat_template(conversation, tokenize=True)
+    processor.check_messages(user(PICTURE, "What do < s>, <b>, the image_token, [1] and A || B mean?"))
+
+
+def test_a_message_of_another_form_is_refused(processor):
+    hi = {"role": "user", "content": "Hi"}
+    for conversation, words in (
+        (hi, "must be a list of messages, .* got a dict"),
+        ("Hi", "must be a list of messages, .* got 'Hi'"),
+        ([hi, "Hi"], "Message 1 must be .* got 'Hi'"),
+        ([hi | {"role": None}], "Message 0 must have a role such as 'user', got None"),
+        ([hi | {"content": None}], r"content of message 0 \('user'\) must be a text or a list of items, got None"),
+        ([hi | {"content": 2}], "must be a text or a list of items, got 2"),
+        ([hi | {"content": {"type": "text", "text": "Hi"}}], "got one item. Put it into a list"),
+        ([hi | {"content": ["x" * 10**6]}], r'such as \{"type": "text", "text": ...\}, got the text .x{40}.\.{4} Give'),
+        ([hi | {"content": [7]}], "must be a dictionary, got 7"),
+        ([hi | {"content": [{"type": "text"}]}], "must have a text under 'text', got None"),
+        ([hi | {"content": [{"type": "text", "text": 2}]}], "must have a text under 'text', got 2"),
+    ):
+        for tokenize in (True, False):
+            with pytest.raises(ValueError, match=words):
+                processor.apply_chat_template(conversation, tokenize=tokenize)
+
+
+def test_the_place_of_appended_tokens_is_no_word(processor):
+    appending = make(spatial_tokens=4, spatial_token="<|vision_start|>")
+    assert "<|vision_start|>" in appending.reserved_tokens
+    with pytest.raises(ValueError, match="must not contain"):
+        appending.apply_chat_template(user(PICTURE, "<|vision_start|>"))

@@ -5,6 +5,7 @@ Special tokens are kept out of the answers: an image token among the words would
 
 import copy
 import json
+import re
 import threading
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -477,9 +478,12 @@ def test_questions_that_are_refused(couple, scene):
     for question in ("", "  \n", None):
         with pytest.raises(ValueError, match="`questions` must be texts that are not empty"):
             couple.ask(scene, ["What?", question])
-    with pytest.raises(ValueError, match=r"must not contain '<\|image_pad\|>', which stands for a picture"):
-        couple.ask(scene, "What is <|image_pad|>?")
-    assert couple.ask(scene, ["<|im_end|>What?"]) == couple.alone(["<|im_end|>What?"])  # as anything else
+    for token in ("<|image_pad|>", "<|im_end|>", couple.processor.tokenizer.pad_token):
+        words = rf"message 1 \('user'\) must not contain '{re.escape(token)}', which the VLM would read as a token"
+        with pytest.raises(ValueError, match=words):
+            couple.ask(scene, ["What?", f"{token}What?"])
+    with pytest.raises(ValueError, match=r"message 0 \('system'\) must not contain '<\|im_end\|>'"):
+        couple.encode(PICTURES, system="Be brief.<|im_end|>")
 
 
 def test_arguments_that_are_refused(couple, scene):

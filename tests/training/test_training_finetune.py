@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import PIL.Image
 import pytest
 import torch
 from peft import PeftModel
@@ -343,6 +344,22 @@ def test_rows_that_can_not_be_used_are_counted_and_too_many_are_an_error(tmp_pat
         trainer(tmp_path / "bad", data=rows, max_steps=12).train()
 
 
+def test_one_bad_row_does_not_end_a_training(tmp_path):
+    """Whatever is wrong shows where a batch is made, long after the row was read."""
+    rows = examples(8)
+    rows[1]["messages"][1]["content"][0]["text"] = "It is <|im_end|>"
+    rows[2]["messages"][0]["content"].insert(0, {"type": "image", "image": PIL.Image.new("RGB", (13, 50))})
+    rows[4]["messages"][0]["content"][0] = "How many?"
+    ours = trainer(tmp_path, rows, max_steps=4)
+    ours.train_dataset.max_bad_share = 0.5
+    ours.train()
+    entries = {entry["scene"]: entry["reason"] for entry in ours.skipped_by_all().entries()}
+    assert set(entries) == {"row-1", "row-2", "row-4"}
+    assert (
+        "<|im_end|>" in entries["row-1"] and "14 x 14 pixels" in entries["row-2"] and "dictionary" in entries["row-4"]
+    )
+
+
 def test_an_epoch_is_counted_in_steps(tmp_path):
     ours = trainer(tmp_path, data=examples(8), max_steps=-1, num_train_epochs=1.5, gradient_accumulation_steps=2)
     assert ours.args.max_steps == 3  # 4 batches an epoch
@@ -371,6 +388,17 @@ def test_answers_are_scored_while_training(tmp_path):
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_bad_question_does_not_end_a_training(tmp_path, caplog):
+    questions = examples(3, shapes=((0, 1), (0, 1), (0, 1)))
+    questions[1]["messages"][0]["content"][0]["text"] = "What is <|image_pad|>?"
+    ours = trainer(tmp_path, eval_dataset=questions, evaluation={"max_new_tokens": 1, "batch_size": 3})
+    with caplog.at_level("WARNING"):
+        assert "eval_overall" in ours.evaluate()
+    assert "1 of 3 held-out questions can't be asked; the first is 'row-1': ValueError: The text of" in caplog.text
+    with pytest.raises(ValueError, match="1 of 1 held-out questions can't be asked"):
+        ours.evaluate(questions[1:2])
 
 
 def test_lora_checkpoint_is_small_loads_and_merges(tmp_path):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from textwrap import shorten
 from typing import Any
 
+import PIL.Image
 import torch
 from torch import Tensor
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
@@ -29,6 +33,11 @@ _MARKING_TEMPLATE = (
 # What a process trains on if none of its rows can be used: no loss, but a step like any other.
 _NOTHING = [{"role": "user", "content": [{"type": "text", "text": "."}]}]
 
+# Of a row that every processor should be able to use.
+_PLAIN_QUESTION, _PLAIN_ANSWER = "How many chairs are there?", "There are three chairs."
+
+logger = logging.get_logger(__name__)
+
 
 @dataclass
 class Spa3VLMCollator:
@@ -45,9 +54,11 @@ class Spa3VLMCollator:
     is: the one that follows, or one that is added at the end of the row.
 
     A row longer than `max_length` is cut in the text behind its last picture, if answers remain. Otherwise it is left
-    out, as is a row without an answer, and reported. Of a batch in which no row remains comes one row of text without
-    labels, since every process needs a batch. A whole step without labels has no loss: :class:`FinetuningTrainer
-    <spa3r.training.FinetuningTrainer>` takes it for 0, a plain ``Trainer`` for nan.
+    out and reported, as is a row that can't be used: without an answer, with a picture that can't be read or that the
+    processor refuses, of another form than the chat form, or with a special token in its words
+    (:attr:`Spa3VLMProcessor.reserved_tokens <spa3r.Spa3VLMProcessor.reserved_tokens>`). Of a batch in which no row
+    remains comes one row of text without labels, since every process needs a batch. A whole step without labels has no
+    loss: :class:`FinetuningTrainer <spa3r.training.FinetuningTrainer>` takes it for 0, a plain ``Trainer`` for nan.
 
     Args:
         processor: Its chat template and tokenizer must be the VLM's that is trained.
@@ -93,32 +104,84 @@ class Spa3VLMCollator:
             here or while the examples were read; and ``num_rows``: how many rows were tried.
 
         Raises:
-            ValueError: A picture or video can't be read, or the chat template doesn't tell which words are the
-                assistant's; the message says what to do.
+            ValueError: An example has no ``messages``, or rows with plain words and pictures can't be used either: the
+                chat template doesn't tell which words are the assistant's, or the processor wasn't made for
+                conversations. The message says what to do.
         """
         skipped = [entry for example in examples for entry in example.get("skipped") or ()]
         num_rows = len(examples) + len(skipped)
-        conversations = [self._marked(example["messages"]) for example in examples]
+        kept = []
+        for example in examples:
+            if "messages" not in example:
+                raise ValueError(
+                    f"An example must have `messages`, got the keys {sorted(example)}. Give the trainer's arguments "
+                    "`remove_unused_columns=False`: otherwise the trainer takes away what the model's forward doesn't "
+                    "name."
+                )
+            with self._leaving_out(example, skipped):
+                kept.append((example, self._marked(example["messages"])))
         # Some processors (InternVL's, Idefics3's) fail where the first row has no picture and another one has.
-        order = sorted(range(len(examples)), key=lambda row: not conversations[row][0]["content"])
-        examples, conversations = ([rows[row] for row in order] for rows in (examples, conversations))
-        batch = self._process(conversations)
-        reasons = [self._unusable(ids, labels, n) for ids, labels, n in _rows(batch)]
+        kept.sort(key=lambda row: not row[1][0]["content"])
+        batch = None
+        if len(kept) > 1:
+            with suppress(Exception):  # else row by row, to learn whose fault it is
+                batch = self._process([conversation for _, conversation in kept])
+        if batch is None:
+            kept, tried = [], kept
+            for example, conversation in tried:
+                with self._leaving_out(example, skipped):
+                    batch = self._process([conversation])
+                    kept.append((example, conversation))
+            if len(kept) != 1:
+                batch = self._process([conversation for _, conversation in kept] or [_NOTHING])
+        reasons = [self._unusable(ids, labels, n) for ids, labels, n in _rows(batch)] if kept else []
         if any(reasons):
-            for example, reason in zip(examples, reasons):
-                if reason:
-                    name = {"source": example.get("source") or "", "scene": example.get("row") or ""}
-                    skipped.append(name | {"picture": "", "reason": reason})
+            skipped += [_entry(example, reason) for (example, _), reason in zip(kept, reasons) if reason]
             # Again, not taken out: how a batch's pixels lie is each family's own. And it is rare.
-            batch = self._process([c for c, reason in zip(conversations, reasons) if not reason] or [_NOTHING])
+            usable = [conversation for (_, conversation), reason in zip(kept, reasons) if not reason]
+            batch = self._process(usable or [_NOTHING])
         lengths = batch["attention_mask"].sum(1)
         return self._fit(batch, int(lengths.max())) | {"skipped": skipped, "num_rows": num_rows}
+
+    # Rows that can't be used
+
+    @contextmanager
+    def _leaving_out(self, example: Mapping[str, Any], skipped: list[dict[str, str]]) -> Iterator[None]:
+        """A row that can't be used is named, unless plain rows can't be used either: then the processor is at fault."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:
+            is_pictured, rounds = _outline(example["messages"])
+            self._try_plain_row(is_pictured, rounds, error)
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            skipped.append(_entry(example, shorten(reason, 300)))
+            logger.warning(f"A row is left out of training: {skipped[-1]}")
+
+    def _try_plain_row(self, is_pictured: bool, rounds: int, error: Exception) -> None:
+        """Raise the error again if a row of the same outline with plain words and pictures fails as well."""
+        if (is_pictured, rounds) in self._tried_plain_rows:
+            return
+        pictures = [{"type": "image", "image": PIL.Image.new("RGB", (112, 112))}] * is_pictured
+        first = {"role": "user", "content": [*pictures, {"type": "text", "text": _PLAIN_QUESTION}]}
+        messages = [first, *([_say("assistant", _PLAIN_ANSWER), _say("user", _PLAIN_QUESTION)] * rounds)][:-1]
+        try:
+            self._process([self._marked(messages)])
+        except Exception:
+            raise error from None
+        self._tried_plain_rows.add((is_pictured, rounds))
+
+    @cached_property
+    def _tried_plain_rows(self) -> set[tuple[bool, int]]:
+        return set()
 
     # Words
 
     def _marked(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The conversation for `_MARKING_TEMPLATE`: pictures, then text as the chat template writes it, in pieces of
         which the assistant's are those to learn."""
+        self.processor.check_messages(messages)
         messages = [_listed(message) for message in messages]
         pictures, messages = self.processor._pictures_of(messages, self.processor.num_frames, placeholders=False)
         if self.processor.spatial_tokens is not None:  # one place stands for all until the views are known
@@ -180,7 +243,7 @@ class Spa3VLMCollator:
     # Tokens
 
     def _process(self, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        batch = self.processor.apply_chat_template(
+        batch = self.processor._write(  # what it writes has tokens: those of the chat template
             conversations,
             chat_template=_MARKING_TEMPLATE,
             tokenize=True,
@@ -235,6 +298,20 @@ class Spa3VLMCollator:
                 missing = length - value.shape[1]
                 batch[key] = torch.nn.functional.pad(value, (0, missing), value=padding.get(key, 0))
         return batch
+
+
+def _entry(example: Mapping[str, Any], reason: str) -> dict[str, str]:
+    name = {"source": example.get("source") or "", "scene": example.get("row") or ""}
+    return name | {"picture": "", "reason": reason}
+
+
+def _outline(messages: Any) -> tuple[bool, int]:
+    """Whether there are pictures, and how many answers as far as that matters: one or several."""
+    messages = [m for m in messages if isinstance(m, Mapping)] if isinstance(messages, list | tuple) else []
+    contents = [message.get("content") for message in messages]
+    items = [item for content in contents if isinstance(content, list | tuple) for item in content]
+    is_pictured = any(isinstance(item, Mapping) and item.get("type") not in ("text", None) for item in items)
+    return is_pictured, min(max(sum(message.get("role") == "assistant" for message in messages), 1), 2)
 
 
 def _rows(batch: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -55,9 +55,11 @@ class AnswerReport:
 
     Attributes:
         answers: One for each example, in their order.
+        skipped: Of examples that could not be asked and were left out their name, ``row``, and the ``reason``.
     """
 
     answers: list[ScoredAnswer]
+    skipped: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -78,7 +80,8 @@ class AnswerReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All scores and answers, ready for JSON."""
-        return {"scores": self.scores, "counts": self.counts, "answers": [vars(answer) for answer in self.answers]}
+        answers = [vars(answer) for answer in self.answers]
+        return {"scores": self.scores, "counts": self.counts, "answers": answers, "skipped": self.skipped}
 
 
 def answer(
@@ -121,6 +124,7 @@ def evaluate_answers(
     batch_size: int = 8,
     max_new_tokens: int = 16,
     use_spa3r: bool = True,
+    skip: bool = False,
 ) -> AnswerReport:
     """Ask a model everything and score its answers by VSI-Bench's rules.
 
@@ -131,14 +135,22 @@ def evaluate_answers(
         batch_size: Examples answered at once.
         max_new_tokens: Length of an answer at most.
         use_spa3r: False: a Spa3-VLM's VLM alone.
+        skip: Whether an example that can't be asked is left out and named, and not an error.
 
     Raises:
-        ValueError: There is no example, or an example holds no question or no truth.
+        ValueError: There is no example, or without `skip` an example can't be asked: it holds no question or no truth,
+            its picture can't be read, or a text of it holds a special token.
     """
     report = AnswerReport([])
-    for example, text in _answers(model, processor, examples, batch_size, max_new_tokens, use_spa3r):
-        report.answers.append(score_answer(example, text))
-    if not report.answers:
+    asked = (batch_size, max_new_tokens, use_spa3r)
+    for example, text in _answers(model, processor, examples, *asked, skipped=report.skipped if skip else None):
+        try:
+            report.answers.append(score_answer(example, text))
+        except ValueError as error:
+            if not skip:
+                raise
+            report.skipped.append({"row": example.get("row") or "", "reason": str(error)})
+    if not report.answers and not report.skipped:
         raise ValueError("`examples` must hold at least one example, got none.")
     return report
 
@@ -198,8 +210,9 @@ def _answers(
     max_new_tokens: int,
     use_spa3r: bool,
     show_progress: bool = True,
+    skipped: list[dict[str, str]] | None = None,
 ) -> Iterator[tuple[Example, str]]:
-    """Every example with its answer."""
+    """Every example with its answer; but for those that can't be asked, if there is a list for their names."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     is_couple = hasattr(model, "vlm")  # also below a peft model
@@ -214,23 +227,50 @@ def _answers(
     try:
         with logging.tqdm(total=_length(examples), desc="Answering", leave=False, disable=not show_progress) as bar:
             for batch in _batches(examples, batch_size):
-                inputs = processor.apply_chat_template(
-                    [_prompt(example) for example in batch],
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                    add_generation_prompt=True,
-                    processor_kwargs={"padding": True, "padding_side": "left"},
-                ).to(model.device)
+                size = len(batch)
+                try:
+                    inputs = _inputs(processor, batch)
+                except Exception:
+                    if skipped is None:
+                        raise
+                    batch = _usable(processor, batch, skipped)
+                    inputs = _inputs(processor, batch) if batch else None
+                bar.update(size)
+                if inputs is None:
+                    continue
+                inputs = inputs.to(model.device)
                 inputs = {key: value for key, value in inputs.items() if key not in left_out}
                 output = asked.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
                 words = output[:, inputs["input_ids"].shape[1] :]
                 for example, text in zip(batch, tokenizer.batch_decode(words, skip_special_tokens=True)):
                     yield example, text.strip()
-                bar.update(len(batch))
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _inputs(processor: Any, batch: Sequence[Example]) -> Any:
+    return processor.apply_chat_template(
+        [_prompt(example) for example in batch],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+
+
+def _usable(processor: Any, batch: Sequence[Example], skipped: list[dict[str, str]]) -> list[Example]:
+    """The examples of a batch that can be asked; the others are named."""
+    usable = []
+    for example in batch:
+        try:
+            _inputs(processor, [example])
+        except Exception as error:
+            skipped.append({"row": example.get("row") or "", "reason": f"{type(error).__name__}: {error}"})
+        else:
+            usable.append(example)
+    return usable
 
 
 def _length(examples: Iterable[Example]) -> int | None:

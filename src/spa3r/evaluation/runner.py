@@ -119,11 +119,16 @@ def run_benchmark(
 
     Raises:
         ValueError: Another run is in the folder; frames can't be read and ``settings.missing`` is ``"fail"``; the
-            processor knows no minimum or maximum of pixels.
+            processor knows no minimum or maximum of pixels; a question holds a special token of the VLM.
     """
     start, folder = time.perf_counter(), RunFolder(output)
     check_missing(benchmark, settings)
     state, asker = processes(), _Asker(model, _as_set(model, processor, settings), settings)
+    for row in benchmark.rows:
+        try:
+            asker.processor.check_messages([{"role": "user", "content": make_prompt(row)}])
+        except ValueError as error:
+            raise ValueError(f"Question {row['id']} can't be asked. {error}") from error
     if state.is_main_process:
         asked = {"questions": len(benchmark.rows), "scenes": len(benchmark.scenes)}
         about = {

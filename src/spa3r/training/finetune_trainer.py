@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from spa3r.data.collator import Spa3VLMCollator
 from spa3r.evaluation.room_answers import AnswerReport, evaluate_answers
@@ -33,6 +35,8 @@ from spa3r.training.policies import ParameterGroup, apply_policy, parameter_grou
 NOT_FOR_MODEL = ("skipped", "num_rows", "rows", "num_tokens", "num_patches")
 LAYOUT = ("view_grid_hw", "views_per_scene", "image_tokens_per_scene", "spatial_tokens_per_scene")
 """Small, and read by the host: they stay there as Python numbers."""
+
+logger = logging.get_logger(__name__)
 
 PEFT_FILE = "adapter_model.safetensors"
 
@@ -231,8 +235,13 @@ class FinetuningTrainer(ResumableTrainer):
     ) -> dict[str, float]:
         """Let the model answer held-out questions, each process its share, and score the answers.
 
+        Questions that can't be asked are left out, and a warning names the first.
+
         Returns:
             In per cent, by name with the prefix: what :class:`~spa3r.evaluation.AnswerReport` has as ``scores``.
+
+        Raises:
+            ValueError: There are no questions, or none that can be asked.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -242,10 +251,18 @@ class FinetuningTrainer(ResumableTrainer):
         with self._window.pause():
             share = _Share(dataset, range(args.process_index, len(dataset), args.world_size))
             with self.accelerator.autocast():
-                answers = (
-                    evaluate_answers(self._unwrapped, processor, share, **self.evaluation).answers if share else []
-                )
-            report = AnswerReport([answer for part in self._gather_from_hosts(answers) for answer in part])
+                own = AnswerReport([])
+                if share:
+                    own = evaluate_answers(self._unwrapped, processor, share, **self.evaluation, skip=True)
+            parts = self._gather_from_hosts((own.answers, own.skipped))
+            answers, skipped = (list(chain.from_iterable(part)) for part in zip(*parts))
+            report = AnswerReport(answers, skipped)
+        if skipped:
+            first = f"{skipped[0]['row']!r}: {skipped[0]['reason']}"
+            told = f"{len(skipped)} of {len(dataset)} held-out questions can't be asked; the first is {first}"
+            if not answers:
+                raise ValueError(f"{told} Check the questions, and that the processor is the model's.")
+            logger.warning(told)
         return self._tell_evaluation(report.scores, metric_key_prefix)
 
     # Checkpoints

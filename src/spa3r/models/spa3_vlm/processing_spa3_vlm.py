@@ -15,6 +15,7 @@ from transformers.utils import TensorType
 
 from spa3r.checkpoints import resolve
 from spa3r.models.modeling_base import HUB_KWARGS
+from spa3r.models.spa3_vlm.messages import check_messages
 from spa3r.models.spa3r.image_processing_spa3r import Image, Spa3RImageProcessor, ViewBatch, to_rgb
 from spa3r.video import sample_frames, uniform_indices
 
@@ -308,6 +309,34 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     # Messages
 
+    @property
+    def reserved_tokens(self) -> frozenset[str]:
+        """What no text of a conversation may contain: the tokenizer's special tokens, the placeholders of pictures,
+        videos and audio, and :attr:`spatial_token`."""
+        tokenizer, vlm = self.tokenizer, self.vlm_processor
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        tokens = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+        tokens |= {getattr(vlm, f"{kind}_token", None) for kind in ("image", "video", "audio")}
+        if self.image_token_id is not None:
+            tokens.add(tokenizer.convert_ids_to_tokens(self.image_token_id))
+        if self.spatial_tokens is not None:
+            tokens.add(self.spatial_token)
+        return frozenset(token for token in tokens if isinstance(token, str) and token.strip())
+
+    def check_messages(self, conversation: list[dict[str, Any]] | list[list[dict[str, Any]]]) -> None:
+        """Refuse what :meth:`apply_chat_template` can't write: a form that is not the chat form, or texts with
+        :attr:`reserved_tokens`, which would act as tokens. Pictures and videos are not looked at.
+
+        Args:
+            conversation: A conversation or a list of them.
+
+        Raises:
+            ValueError: With the number and the role of the message that is at fault.
+        """
+        tokens = self.reserved_tokens
+        for messages in conversation if _is_batch(conversation) else [conversation]:
+            check_messages(messages, tokens)
+
     def apply_chat_template(
         self,
         conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
@@ -320,6 +349,8 @@ class Spa3VLMProcessor(ProcessorMixin):
         **kwargs,
     ) -> str | list[str] | ViewBatch | Any:
         """As the VLM processor's ``apply_chat_template``, with views.
+
+        A text is words only: one with a special token of the VLM (:attr:`reserved_tokens`) is refused.
 
         Args:
             conversation: A conversation or a list of them. A message's content is a text or a list of
@@ -340,9 +371,27 @@ class Spa3VLMProcessor(ProcessorMixin):
             `spatial_tokens` also ``spatial_tokens_per_scene`` (batch,).
 
         Raises:
-            ValueError: A picture or video can't be read, or a content item is unknown.
+            ValueError: A picture or video can't be read, a content item is unknown, or :meth:`check_messages` refuses
+                the conversation.
         """
-        is_batch = len(conversation) > 0 and isinstance(conversation[0], list | tuple)
+        self.check_messages(conversation)
+        return self._write(
+            conversation, chat_template, tokenize, return_dict, return_tensors, num_frames, processor_kwargs, **kwargs
+        )
+
+    def _write(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | TensorType | None = TensorType.PYTORCH,
+        num_frames: int | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> str | list[str] | ViewBatch | Any:
+        """`apply_chat_template` of conversations that are known to be right; their texts may hold tokens."""
+        is_batch = _is_batch(conversation)
         scenes, rewritten = [], []
         for messages in conversation if is_batch else [conversation]:
             pictures, messages = self._pictures_of(
@@ -380,6 +429,9 @@ class Spa3VLMProcessor(ProcessorMixin):
         **kwargs,
     ) -> ViewBatch:
         """Text that has the VLM's placeholders already, and its pictures.
+
+        Special tokens in the text act as tokens: give words of others to :meth:`apply_chat_template`, which refuses
+        those.
 
         Args:
             images: Of every text a list of its pictures (empty for none); for a single text, its pictures or one.
@@ -513,6 +565,10 @@ def _with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[Image]
         }
         for message in messages
     ]
+
+
+def _is_batch(conversation: Any) -> bool:
+    return isinstance(conversation, list | tuple) and bool(conversation) and isinstance(conversation[0], list | tuple)
 
 
 def _is_nested(images: Any) -> bool:

@@ -289,11 +289,11 @@ class SceneMixin:
             The answers as a list, in the questions' order; for a single text, its answer.
 
         Raises:
-            ValueError: The scene is another model's, a question is empty or holds a picture's token, or an argument is
+            ValueError: The scene is another model's, a question is empty or holds a special token, or an argument is
                 out of range.
         """
         many = [questions] if isinstance(questions, str) else list(questions)
-        _check_questions(many, scene.processor, _picture_ids(self, scene.processor))
+        _check_questions(many, scene.processor)
         if batch_size is None:
             batch_size = MAX_BATCH_SIZE
         elif batch_size < 1:
@@ -578,17 +578,11 @@ def _prefix_length(ids: Tensor, picture_ids: set[int], processor: Spa3VLMProcess
     return length
 
 
-def _check_questions(questions: Sequence[str], processor: Spa3VLMProcessor, picture_ids: set[int]) -> None:
-    names = {*processor.tokenizer.convert_ids_to_tokens(sorted(picture_ids))}
-    names |= {getattr(processor.vlm_processor, name, None) for name in ("image_token", "boi_token")} - {None}
+def _check_questions(questions: Sequence[str], processor: Spa3VLMProcessor) -> None:
     for question in questions:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"`questions` must be texts that are not empty, got {question!r}.")
-        if found := [name for name in names if name in question]:
-            raise ValueError(
-                f"A question must not contain {found[0]!r}, which stands for a picture, got {question!r}. All pictures "
-                "of a scene go to `encode_scene`."
-            )
+    processor.check_messages([{"role": "user", "content": question} for question in questions])
 
 
 def _ask_about_one_tiny_picture(

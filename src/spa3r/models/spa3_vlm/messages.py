@@ -1,0 +1,89 @@
+"""What a conversation must look like before a chat template writes it: its form, and no tokens in its words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+FORMS = '`{"role": "user", "content": ...}`, with a text or a list of items as content'
+_CONTEXT = 20  # characters beside a token that a message quotes
+
+
+def check_messages(messages: Any, tokens: Collection[str]) -> None:
+    """Refuse a conversation of another form than the chat form of Hugging Face, or with tokens in its texts.
+
+    Args:
+        messages: The conversation.
+        tokens: Texts that the VLM reads as tokens, such as its picture's placeholder.
+
+    Raises:
+        ValueError: With the number and the role of the message that is at fault.
+    """
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"A conversation must be a list of messages, {FORMS}, got {_told(messages)}.")
+    pattern = _any_of(frozenset(tokens))
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"Message {index} must be {FORMS}, got {_told(message)}. Give a dictionary.")
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"Message {index} must have a role such as 'user', got {_told(message.get('role'))}.")
+        name = f"message {index} ({_told(message.get('role'))})"
+        texts = [value for key, value in message.items() if isinstance(value, str) and key != "content"]
+        for text in (*texts, *_joined(_texts(message, name))):
+            if found := pattern.search(text):
+                around = text[max(found.start() - _CONTEXT, 0) : found.end() + _CONTEXT]
+                raise ValueError(
+                    f"The text of {name} must not contain {found[0]!r}, which the VLM would read as a token and not as "
+                    f"words, got {around!r}. Write it otherwise, for example with a space behind its first character; "
+                    "a picture or video is an item of its own in the content."
+                )
+
+
+def _texts(message: Mapping[str, Any], name: str) -> list[str]:
+    """The texts of a message's content, one after the other."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [content]
+    if content is None and message.get("tool_calls"):
+        return []
+    if isinstance(content, Mapping):
+        raise ValueError(f"The content of {name} must be a text or a list of items, got one item. Put it into a list.")
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"The content of {name} must be a text or a list of items, got {_told(content)}.")
+    texts = []
+    for item in content:
+        if isinstance(item, str):
+            raise ValueError(
+                f'An item of the content of {name} must be a dictionary such as {{"type": "text", "text": ...}}, got '
+                f"the text {_told(item)}. Give the text as such an item, or as the whole content."
+            )
+        if not isinstance(item, Mapping):
+            raise ValueError(f"An item of the content of {name} must be a dictionary, got {_told(item)}.")
+        if item.get("type") == "text":
+            if not isinstance(item.get("text"), str):
+                raise ValueError(f"A text item of {name} must have a text under 'text', got {_told(item.get('text'))}.")
+            texts.append(item["text"])
+    return texts
+
+
+def _joined(texts: Sequence[str]) -> list[str]:
+    """Texts as templates write them: side by side, some with and some without the white space around them."""
+    return [text for text in {"".join(texts), "".join(text.strip() for text in texts)} if text]
+
+
+@lru_cache(16)
+def _any_of(tokens: frozenset[str]) -> re.Pattern[str]:
+    # Of tokens that begin alike, the longest is named. Without tokens nothing is found.
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def _told(value: Any) -> str:
+    """A value for an error: short texts and numbers as they are, of everything else the type."""
+    if isinstance(value, str) and len(value) > 40:
+        return f"{value[:40]!r}..."
+    return repr(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
+
+
+__all__ = ["check_messages"]
