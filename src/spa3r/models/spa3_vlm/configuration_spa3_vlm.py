@@ -2,14 +2,14 @@
 
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from spa3r.models.configuration_base import check_foreign_sizes, checked, count, make_foreign, make_part, number
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 
 
-@strict
+@checked
 class Spa3VLMConfig(PreTrainedConfig):
     """Configuration of a :class:`~spa3r.Spa3VLMForConditionalGeneration`: a VLM's, a Spa3R's and the adapter's.
 
@@ -30,8 +30,8 @@ class Spa3VLMConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the truncated normal initialisation of the adapter.
 
     Raises:
-        ValueError: The VLM's fields don't name a family, the heads don't divide its width, or there is nothing to
-            append.
+        ValueError: A value has the wrong type or is out of range, the VLM's fields don't name a family, the heads don't
+            divide its width, or there is nothing to append.
     """
 
     model_type = "spa3_vlm"
@@ -41,22 +41,17 @@ class Spa3VLMConfig(PreTrainedConfig):
     spa3r_config: dict[str, Any] | PreTrainedConfig | None = None
     integration: Literal["cross_attention", "append"] = "cross_attention"
     spatial_source: Literal["spa3r", "vggt", "none"] = "spa3r"
-    adapter_num_attention_heads: int | None = None
-    spatial_token_id: int | None = None
-    initializer_range: float = 0.02
+    adapter_num_attention_heads: int | None = count(None)
+    spatial_token_id: int | None = count(None, lowest=0, highest=2**31 - 1)
+    initializer_range: float | int = number(0.02, 0, 1)
 
     def __post_init__(self, **kwargs):
         if self.vlm_config is None:
             self.vlm_config = {"model_type": "qwen2_5_vl"}
         if isinstance(self.vlm_config, dict):
-            fields = dict(self.vlm_config)
-            if "model_type" not in fields:
-                raise ValueError("`vlm_config` must name its family, as in {'model_type': 'qwen2_5_vl', ...}.")
-            self.vlm_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        if self.spa3r_config is None:
-            self.spa3r_config = Spa3RConfig()
-        elif isinstance(self.spa3r_config, dict):
-            self.spa3r_config = Spa3RConfig(**self.spa3r_config)
+            self.vlm_config = make_foreign("vlm_config", self.vlm_config)
+        check_foreign_sizes("vlm_config", self.vlm_config)
+        self.spa3r_config = make_part("spa3r_config", self.spa3r_config, Spa3RConfig)
         text = self.vlm_config.get_text_config()
         if self.adapter_num_attention_heads is None:
             self.adapter_num_attention_heads = text.num_attention_heads
@@ -65,6 +60,11 @@ class Spa3VLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`adapter_num_attention_heads` must divide the language model's width {text.hidden_size}, got "
                 f"{self.adapter_num_attention_heads}."
+            )
+        if self.spatial_token_id is not None and self.spatial_token_id >= text.vocab_size:
+            raise ValueError(
+                f"`spatial_token_id` must be below the VLM's vocabulary of {text.vocab_size}, got "
+                f"{self.spatial_token_id}. Take `processor.spatial_token_id`."
             )
         if self.integration == "append" and self.spatial_source == "none":
             raise ValueError(

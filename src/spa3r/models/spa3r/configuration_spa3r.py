@@ -2,16 +2,25 @@
 
 from typing import Any, Literal, get_args
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from spa3r.models.configuration_base import (
+    MAX_LAYERS,
+    check_foreign_sizes,
+    check_parameters,
+    checked,
+    count,
+    make_foreign,
+    make_part,
+    number,
+)
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 
 Target = Literal["geometry", "semantic"]
 
 
-@strict
+@checked
 class Spa3RConfig(PreTrainedConfig):
     """Sizes and choices of a :class:`~spa3r.Spa3RModel`. The defaults are the released model's sizes.
 
@@ -48,7 +57,7 @@ class Spa3RConfig(PreTrainedConfig):
             encoding alone.
 
     Raises:
-        ValueError: The values contradict one another.
+        ValueError: A value has the wrong type or is out of range, or the values contradict one another.
     """
 
     model_type = "spa3r"
@@ -58,17 +67,17 @@ class Spa3RConfig(PreTrainedConfig):
     backbone_name_or_path: str | None = None
     semantic_teacher_config: dict[str, Any] | PreTrainedConfig | None = None
     semantic_teacher_name_or_path: str | None = None
-    semantic_hidden_size: int = 1024
-    hidden_size: int = 768
-    num_attention_heads: int = 12
-    num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
-    mlp_ratio: float | int = 4
-    num_latents: int = 256
-    num_register_tokens: int = 4
-    layer_norm_eps: float = 1e-6
-    rope_theta: float | int = 100.0
-    initializer_range: float = 0.02
+    semantic_hidden_size: int = count(1024)
+    hidden_size: int = count(768)
+    num_attention_heads: int = count(12)
+    num_encoder_layers: int = count(6, highest=MAX_LAYERS)
+    num_decoder_layers: int = count(6, highest=MAX_LAYERS)
+    mlp_ratio: float | int = number(4, 0, 64, above=True)
+    num_latents: int = count(256, highest=65536)
+    num_register_tokens: int = count(4, lowest=0, highest=1024)
+    layer_norm_eps: float | int = number(1e-6, 0, 1, above=True)
+    rope_theta: float | int = number(100.0, 0, 1e12, above=True)
+    initializer_range: float | int = number(0.02, 0, 1)
     mask_ratio: float | int = 0.5
     view_masking: Literal["asymmetric", "separate"] = "asymmetric"
     loss_views: Literal["all", "target"] = "all"
@@ -76,14 +85,13 @@ class Spa3RConfig(PreTrainedConfig):
     camera_embedding: Literal["prope", "pluecker"] = "prope"
 
     def __post_init__(self, **kwargs):
-        if self.backbone_config is None:
-            self.backbone_config = VggtConfig()
-        elif isinstance(self.backbone_config, dict):
-            self.backbone_config = VggtConfig(**self.backbone_config)
+        self.backbone_config = make_part("backbone_config", self.backbone_config, VggtConfig)
         if isinstance(self.semantic_teacher_config, dict):
-            fields = dict(self.semantic_teacher_config)
-            self.semantic_teacher_config = AutoConfig.for_model(fields.pop("model_type", "dinov3_vit"), **fields)
+            self.semantic_teacher_config = make_foreign(
+                "semantic_teacher_config", self.semantic_teacher_config, default_type="dinov3_vit"
+            )
         if self.semantic_teacher_config is not None:
+            check_foreign_sizes("semantic_teacher_config", self.semantic_teacher_config)
             self.semantic_hidden_size = self.semantic_teacher_config.hidden_size
         for choice in ("attn_implementation", "experts_implementation"):
             kwargs.setdefault(choice, {})  # None would undo the choice of sub-configurations that a live model uses
@@ -98,6 +106,8 @@ class Spa3RConfig(PreTrainedConfig):
         if not self.targets:
             raise ValueError("`targets` must name at least one of 'geometry' and 'semantic', got none.")
         self.targets = tuple(target for target in get_args(Target) if target in self.targets)
+        layer = (4 + 2 * self.mlp_ratio) * self.hidden_size**2
+        check_parameters(self, (self.num_encoder_layers + self.num_decoder_layers) * layer)
 
     @property
     def geometry_hidden_size(self) -> int:

@@ -22,6 +22,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import TensorType
 
 from spa3r.checkpoints import resolve
+from spa3r.checks import check_channels, check_count, is_count, shorten
 
 Image = PIL.Image.Image | str | Path | np.ndarray | Tensor
 """A PIL image, a path or URL, or an array or tensor: (H, W), (H, W, 1|3|4) or (1|3|4, H, W); uint8 in [0, 255], or
@@ -29,6 +30,9 @@ floating point in [0, 1], or 16-bit in [0, 65535]."""
 
 Mode = Literal["crop", "pad", "pretraining"]
 """How a picture becomes a view, see :class:`Spa3RImageProcessor`."""
+
+MAX_SIZE = 16384
+"""Of a view's side in pixels."""
 
 LAYOUT_KEYS = ("view_grid_hw", "views_per_scene", "image_tokens_per_scene", "spatial_tokens_per_scene")
 
@@ -56,7 +60,10 @@ class Spa3RImageProcessor(BaseImageProcessor):
             `size`, height in exact proportion, the middle of it that is a multiple of the patch, without a limit; how
             Spa3R was pretrained.
         image_mean: Mean of the normalisation, by channel.
-        image_std: Standard deviation of the normalisation, by channel.
+        image_std: Standard deviation of the normalisation, by channel; above 0.
+
+    Raises:
+        ValueError: A value has the wrong type or is out of range.
     """
 
     model_input_names = ["view_pixel_values", "view_grid_hw", "views_per_scene"]
@@ -71,11 +78,16 @@ class Spa3RImageProcessor(BaseImageProcessor):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(size, int) or size < patch_size or size % patch_size:
-            raise ValueError(f"`size` must be a positive multiple of `patch_size` = {patch_size}, got {size}.")
+        patch_size = check_count("patch_size", patch_size, highest=256)
+        if not is_count(size, patch_size, MAX_SIZE) or size % patch_size:
+            raise ValueError(
+                f"`size` must be a positive multiple of `patch_size` = {patch_size}, got {shorten(size)}"
+                f"{f', above the limit of {MAX_SIZE} pixels' if is_count(size, MAX_SIZE) else ''}."
+            )
         _check_mode(mode)
-        self.size, self.patch_size, self.mode = size, patch_size, mode
-        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.size, self.patch_size, self.mode = int(size), patch_size, mode
+        self.image_mean = check_channels("image_mean", image_mean)
+        self.image_std = check_channels("image_std", image_std, 0, above=True, cure="Pixels are divided by it.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Spa3RImageProcessor:
@@ -319,8 +331,8 @@ def _check_finite(values: np.ndarray, image: Image) -> None:
 
 
 def _check_mode(mode: str) -> None:
-    if mode not in get_args(Mode):
-        raise ValueError(f"`mode` must be 'crop', 'pad' or 'pretraining', got {mode!r}.")
+    if not isinstance(mode, str) or mode not in get_args(Mode):
+        raise ValueError(f"`mode` must be 'crop', 'pad' or 'pretraining', got {shorten(mode)}.")
 
 
 def _describe(image: Image) -> str:

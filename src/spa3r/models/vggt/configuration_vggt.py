@@ -2,11 +2,13 @@
 
 from typing import Literal
 
-from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from spa3r.checks import is_count, shorten
+from spa3r.models.configuration_base import MAX_LAYERS, MAX_WIDTH, check_parameters, checked, count, number
 
-@strict
+
+@checked
 class VggtConfig(PreTrainedConfig):
     """Sizes and choices of a :class:`~spa3r.VggtModel`. The defaults are VGGT-1B's.
 
@@ -34,37 +36,41 @@ class VggtConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the truncated normal initialisation.
 
     Raises:
-        ValueError: The sizes contradict one another.
+        ValueError: A value has the wrong type or is out of range, or the sizes contradict one another.
     """
 
     model_type = "vggt"
 
-    patch_size: int = 14
-    image_size: int = 518
-    hidden_size: int = 1024
-    num_attention_heads: int = 16
-    num_hidden_layers: int = 24
-    mlp_ratio: float | int = 4
-    num_register_tokens: int = 4
-    patch_embedding_num_layers: int = 24
-    patch_embedding_num_heads: int = 16
-    rope_theta: float | int = 100.0
+    patch_size: int = count(14, highest=256)
+    image_size: int = count(518)
+    hidden_size: int = count(1024)
+    num_attention_heads: int = count(16)
+    num_hidden_layers: int = count(24, highest=MAX_LAYERS)
+    mlp_ratio: float | int = number(4, 0, 64, above=True)
+    num_register_tokens: int = count(4, lowest=0, highest=1024)
+    patch_embedding_num_layers: int = count(24, highest=MAX_LAYERS)
+    patch_embedding_num_heads: int = count(16)
+    rope_theta: float | int = number(100.0, 0, 1e12, above=True)
     global_qk_norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
-    layer_scale_init: float = 0.01
+    layer_scale_init: float | int = number(0.01, 0, 100)
     heads: list[str] | tuple[str, ...] = ("camera", "depth", "point")
-    camera_num_layers: int = 4
-    camera_num_heads: int = 16
-    camera_num_iterations: int = 4
+    camera_num_layers: int = count(4, highest=MAX_LAYERS)
+    camera_num_heads: int = count(16)
+    camera_num_iterations: int = count(4, highest=64)
     dpt_layers: list[int] | tuple[int, ...] = (4, 11, 17, 23)
     dpt_channels: list[int] | tuple[int, ...] = (256, 512, 1024, 1024)
-    dpt_features: int = 256
-    initializer_range: float = 0.02
+    dpt_features: int = count(256, lowest=8)
+    initializer_range: float | int = number(0.02, 0, 1)
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         unknown = sorted(set(self.heads) - {"camera", "depth", "point"})
         if unknown:
-            raise ValueError(f"`heads` may hold 'camera', 'depth' and 'point', got {unknown}.")
+            raise ValueError(f"`heads` may hold 'camera', 'depth' and 'point', got {shorten(unknown)}.")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"`image_size` must be a multiple of `patch_size` = {self.patch_size}, got {self.image_size}."
+            )
         if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
                 "`hidden_size` must be a multiple of 4 x `num_attention_heads` = "
@@ -82,11 +88,29 @@ class VggtConfig(PreTrainedConfig):
                     "`dpt_layers` and `dpt_channels` must have four entries each, got "
                     f"{list(self.dpt_layers)} and {list(self.dpt_channels)}."
                 )
-            if max(self.dpt_layers) >= self.num_hidden_layers:
+            if not all(0 <= layer < self.num_hidden_layers for layer in self.dpt_layers):
                 raise ValueError(
                     f"`dpt_layers` must be below `num_hidden_layers` = {self.num_hidden_layers}, got "
                     f"{list(self.dpt_layers)}."
                 )
+            if not all(is_count(width, 4, MAX_WIDTH) and width % 4 == 0 for width in self.dpt_channels):
+                raise ValueError(
+                    f"`dpt_channels` must be multiples of 4 from 4 to {MAX_WIDTH} (sines and cosines of two "
+                    f"coordinates), got {list(self.dpt_channels)}."
+                )
+            if self.dpt_features % 8:
+                raise ValueError(
+                    "`dpt_features` must be a multiple of 8 (half of them hold sines and cosines of two coordinates), "
+                    f"got {self.dpt_features}."
+                )
+        layers = self.patch_embedding_num_layers + 2 * self.num_hidden_layers
+        layers += 4 * self.camera_num_layers * ("camera" in self.heads)  # twice as wide
+        dense = 60 * max(*self.dpt_channels, self.dpt_features) ** 2 if {"depth", "point"} & set(self.heads) else 0
+        grid = (self.image_size // self.patch_size) ** 2
+        width = self.hidden_size
+        check_parameters(
+            self, layers * (4 + 2 * self.mlp_ratio) * width**2 + (grid + 3 * self.patch_size**2) * width + dense
+        )
 
 
 __all__ = ["VggtConfig"]

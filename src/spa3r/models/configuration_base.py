@@ -1,0 +1,217 @@
+"""What our configurations share: fields with ranges, and errors that name the field. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from spa3r.checks import is_count, is_number, range_words, shorten
+
+MAX_WIDTH = 16384
+"""Of the widths of layers. As all limits here: far above every model of the kind, far below what never ends."""
+
+MAX_LAYERS = 512
+"""Of one stack."""
+
+MAX_PARAMETERS = 20_000_000_000
+"""Of one model of ours, estimated from its sizes."""
+
+FOREIGN_LIMITS = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim"), 2**20),
+    **dict.fromkeys(("num_hidden_layers", "depth"), 4096),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "patch_size"), 2**16),
+    "vocab_size": 2**26,
+}
+"""Sizes in the configurations of transformers' models, each at least 1, and their limits."""
+
+
+def count(default: int | None, lowest: int = 1, highest: int = MAX_WIDTH) -> Any:
+    """A field of a configuration: a whole number in a range; None too where that is the default."""
+    return _field(default, lambda value: is_count(value, lowest, highest), range_words(lowest, highest))
+
+
+def number(default: float, lowest: float, highest: float, above: bool = False) -> Any:
+    """A field of a configuration: a finite number in a range; the lowest itself is excluded with `above`."""
+    words = range_words(lowest, highest, "a number", above)
+    return _field(default, lambda value: is_number(value, lowest, highest, above), words)
+
+
+def _field(default: Any, is_right: Callable[[Any], bool], wanted: str) -> Any:
+    if default is None:
+        wanted = f"{wanted}, or None"
+
+    def check(value: Any) -> None:
+        if not is_right(value) and not (value is None and default is None):
+            raise ValueError(wanted)  # `checked` adds the field's name and the value
+
+    return validated_field(check, default=default, metadata={"wanted": wanted})
+
+
+def checked(cls: type) -> type:
+    """As huggingface_hub's ``strict``, with a ValueError that says the field's name, what was wanted and what was got.
+
+    Args:
+        cls: A configuration.
+    """
+    cls = strict(cls)
+    assign, construct = cls.__setattr__, cls.__init__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in INHERITED and not INHERITED[name][0](value):
+            raise ValueError(f"`{name}` of {cls.__name__} must be {INHERITED[name][1]}, got {shorten(value)}.")
+        try:
+            assign(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            field = cls.__dataclass_fields__[name]
+            wanted = field.metadata.get("wanted") or _words(field.type)
+            raise ValueError(f"`{name}` of {cls.__name__} must be {wanted}, got {shorten(value)}.") from error
+
+    @wraps(construct)
+    def __init__(self, *args, **kwargs) -> None:
+        try:
+            construct(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"The fields of {cls.__name__} contradict one another: {_one_line(error)}") from error
+
+    cls.__setattr__, cls.__init__ = __setattr__, __init__
+    return cls
+
+
+DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+
+INHERITED = {
+    "dtype": (
+        lambda value: value is None or type(value).__name__ == "dtype" or (isinstance(value, str) and value in DTYPES),
+        f"a torch.dtype, {', '.join(map(repr, DTYPES))} or None",
+    ),
+    **dict.fromkeys(
+        ("id2label", "label2id"), (lambda value: value is None or isinstance(value, dict), "a dictionary or None")
+    ),
+    **dict.fromkeys(
+        ("output_hidden_states", "return_dict", "is_encoder_decoder"),
+        (lambda value: value is None or isinstance(value, bool), "True, False or None"),
+    ),
+    **dict.fromkeys(
+        ("problem_type", "transformers_version"),
+        (lambda value: value is None or isinstance(value, str), "a text or None"),
+    ),
+    "chunk_size_feed_forward": (lambda value: is_count(value, 0), "a whole number of at least 0"),
+    "architectures": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+        "a list of texts or None",
+    ),
+}
+"""Fields of all configurations whose types transformers doesn't look at: what they may be, and its words."""
+
+
+def make_part(name: str, given: dict[str, Any] | PreTrainedConfig | None, part: type) -> PreTrainedConfig:
+    """The configuration of a part that is a model of ours; None: its defaults.
+
+    Args:
+        name: The field of ours that holds it, for errors.
+        given: Its fields, or the configuration.
+        part: Its class.
+
+    Raises:
+        ValueError: It is another model's, or a field of it is wrong.
+    """
+    if isinstance(given, part):
+        return given
+    if isinstance(given, PreTrainedConfig) or (given or {}).get("model_type", part.model_type) != part.model_type:
+        kind = given.model_type if isinstance(given, PreTrainedConfig) else given["model_type"]
+        raise ValueError(
+            f"`{name}` must be a {part.__name__} or its fields, got those of a model of type {shorten(kind)}."
+        )
+    try:
+        return part(**(given or {}))
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from error
+
+
+def make_foreign(name: str, fields: dict[str, Any], default_type: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model of transformers from its fields.
+
+    Args:
+        name: The field of ours that holds it, for errors.
+        fields: With ``model_type``.
+        default_type: What it is without ``model_type``.
+
+    Raises:
+        ValueError: The family is missing or unknown, or a field of it is wrong.
+    """
+    fields = dict(fields)
+    family = fields.pop("model_type", default_type)
+    if family is None:
+        raise ValueError(f"`{name}` must name its family, as in {{'model_type': 'qwen2_5_vl', ...}}.")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`{name}` must name a family that this version of transformers knows in `model_type`, got "
+            f"{shorten(family)}. Correct the name, or install a newer transformers."
+        )
+    try:
+        return AutoConfig.for_model(family, **fields)
+    except (StrictDataclassError, AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` has a field that the family {family!r} can't take: {_one_line(error)}") from error
+
+
+def check_foreign_sizes(name: str, config: PreTrainedConfig) -> None:
+    """Refuse sizes of a model of transformers that can't be built: zero, negative, or beyond every machine.
+
+    Args:
+        name: The field of ours that holds it, for errors.
+        config: Its configuration; parts of it are looked at too.
+
+    Raises:
+        ValueError: With the field's name.
+    """
+    for field, highest in FOREIGN_LIMITS.items():
+        value = getattr(config, field, None)
+        if isinstance(value, int | float | str) and not is_count(value, 1, highest):
+            raise ValueError(f"`{name}.{field}` must be {range_words(1, highest)}, got {shorten(value)}.")
+    for part in config.sub_configs:
+        if isinstance(sub := getattr(config, part, None), PreTrainedConfig):
+            check_foreign_sizes(f"{name}.{part}", sub)
+
+
+def check_parameters(config: PreTrainedConfig, estimate: float) -> None:
+    """Refuse a configuration whose sizes, each in its range, make a model that can't be built.
+
+    Args:
+        config: Ours.
+        estimate: Its number of parameters, roughly.
+
+    Raises:
+        ValueError: It is above :data:`MAX_PARAMETERS`.
+    """
+    if estimate > MAX_PARAMETERS:
+        raise ValueError(
+            f"The sizes of {type(config).__name__} must make a model of at most {MAX_PARAMETERS / 1e9:.0f} billion "
+            f"parameters, got about {estimate / 1e9:.0f} billion. Lower its widths or its numbers of layers."
+        )
+
+
+def _words(annotation: Any) -> str:
+    """What a type wants, in words."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_words(argument) for argument in arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in (list, tuple):
+        return f"a list of which each entry is {_words(arguments[0])}"
+    if origin is dict:
+        return "a dictionary"
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", NoneType: "None"}
+    return names.get(annotation) or f"a {getattr(annotation, '__name__', annotation)}"
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
