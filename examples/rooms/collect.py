@@ -2,7 +2,8 @@
 
 `collect.py pack RUN OUT` writes `frozen.safetensors` (VGGT and teacher), one file for each large Spa3R, the files
 `arms-*.safetensors` and `logs.json`. Every file stays below 16 MiB. `collect.py unpack OUT RUN` restores the folders;
-every Spa3R in them holds its frozen parts.
+every Spa3R in them holds its frozen parts. `collect.py frozen MODEL RUN` writes the VGGT and the teacher of a trained
+Spa3R into a run's folder.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def unpack(packed: Path, run: Path) -> None:
     for path, text in json.loads((packed / "logs.json").read_text()).items():
         (run / path).parent.mkdir(parents=True, exist_ok=True)
         (run / path).write_text(text)
-    frozen = {}
+    parts = {}
     for file in sorted(packed.glob("*.safetensors"), key=lambda file: file.stem != "frozen"):
         with safe_open(file, framework="pt") as content:
             configs = json.loads(content.metadata()["configs"])
@@ -72,27 +73,34 @@ def unpack(packed: Path, run: Path) -> None:
         for name, config in configs.items():
             if name in FROZEN:
                 config_class, model_class = FROZEN[name]
-                model = frozen[name] = model_class(config_class(**config))
+                model = parts[name] = model_class(config_class(**config))
                 model.load_state_dict(states[name])
             else:
                 config |= {"backbone_name_or_path": None, "semantic_teacher_name_or_path": None}
                 model = Spa3RForPreTraining(Spa3RConfig(**config))
-                state = {f"spa3r.backbone.{key}": tensor for key, tensor in frozen["vggt"].state_dict().items()}
+                state = {f"spa3r.backbone.{key}": tensor for key, tensor in parts["vggt"].state_dict().items()}
                 if model.semantic_teacher is not None:
-                    teacher = frozen["teacher"].state_dict().items()
+                    teacher = parts["teacher"].state_dict().items()
                     state |= {f"semantic_teacher.{key}": tensor for key, tensor in teacher}
                 model.load_state_dict(states[name] | state)
             model.save_pretrained(run / name)
             print(f"{run / name}", flush=True)
 
 
+def frozen(model: Path, run: Path) -> None:
+    """Write the VGGT and the teacher of a Spa3RForPreTraining as `train_vggt.py` and `train_teacher.py` do."""
+    trained = Spa3RForPreTraining.from_pretrained(str(model))
+    trained.spa3r.backbone.save_pretrained(run / "vggt")
+    trained.semantic_teacher.save_pretrained(run / "teacher")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("direction", choices=("pack", "unpack"))
+    parser.add_argument("what", choices=("pack", "unpack", "frozen"))
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     args = parser.parse_args()
-    (pack if args.direction == "pack" else unpack)(args.source, args.target)
+    {"pack": pack, "unpack": unpack, "frozen": frozen}[args.what](args.source, args.target)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from render import ARRAYS, VIEWS, look_around, object_classes
 from torch import Tensor, nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from spa3r.rooms import generate_room, relative_to_first
+from spa3r.rooms import generate_room
 from spa3r.training.checkpoints import load_state, save_state
 from spa3r.training.optimizers import MuonAndAdamW, layer_matrices
 
@@ -130,7 +130,8 @@ def pack(images: np.ndarray, patch: int = 14, device: torch.device | str = "cpu"
 
 def first_camera_world(extrinsics: np.ndarray) -> Tensor:
     """Cameras (scenes, views, 4, 4) of any world -> (scenes * views, 4, 4), world = each scene's first camera."""
-    return torch.from_numpy(np.concatenate([relative_to_first(scene) for scene in extrinsics]))
+    extrinsics = extrinsics.astype(np.float64)
+    return torch.from_numpy(extrinsics @ np.linalg.inv(extrinsics[:, :1])).float().flatten(0, 1)
 
 
 def train(
@@ -184,7 +185,7 @@ def train(
     sums: dict[str, Tensor] = {}
     begun, last, done, share = time.perf_counter() - seconds, start, start, start / steps
     while share < 1:
-        factor = min(1, (done + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * share))
+        factor = min(1, max((done + 1) / warm_up, share / 0.1)) * 0.5 * (1 + math.cos(math.pi * share))
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * factor
         losses = step(np.random.default_rng([seed, done]))

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Renders rooms and trains VGGT, the teacher and Spa3R, in all variants, on one GPU; packs the results for transport.
 #
-#   examples/rooms/gpu.sh OUT              about 9 minutes on a GPU with 16 CPU cores
+#   examples/rooms/gpu.sh OUT                          about 9 minutes on a GPU with 16 CPU cores
 #   DEVICE=cpu REHEARSE=1 examples/rooms/gpu.sh OUT    the same steps on a CPU, a few of each
+#   FROZEN=embedded examples/rooms/gpu.sh OUT          VGGT and teacher from the package, all time for Spa3R
 #
 # The clock ends every step, so that the slowest machine finishes in time, with fewer steps. OUT receives files of at most
 # 16 MiB (`collect.py unpack` restores the models) and the log of every process. Run folders stay in $WORK.
@@ -12,7 +13,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 work=${WORK:-/tmp/rooms_gpu}
-cores=$(nproc)
+cores=$(nproc --all)
 mkdir -p "$out" "$work/run" "$work/logs"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -20,11 +21,11 @@ if [[ -n ${REHEARSE:-} ]]; then
   rooms=40 pictures=12 frozen_pictures=12 frozen_minutes=0.25 large_minutes=0.2 arms_minutes=0.2
   large_steps=6 arm_steps=6 seeds="0" arms="both geometry" at_once=2 every=2 renderers=2
 else
-  rooms=${ROOMS:-6000} pictures=${PICTURES:-192} frozen_pictures=${FROZEN_PICTURES:-96}
+  rooms=${ROOMS:-6000} pictures=${PICTURES:-96} frozen_pictures=${FROZEN_PICTURES:-96}
   frozen_minutes=${FROZEN_MINUTES:-2.2} large_minutes=${LARGE_MINUTES:-5} arms_minutes=${ARMS_MINUTES:-2}
   large_steps=${LARGE_STEPS:-100000} arm_steps=${ARM_STEPS:-1000} seeds=${SEEDS:-0 1 2}
   arms=${ARMS:-both geometry semantic mask25 mask75 pluecker} at_once=${AT_ONCE:-6} every=100
-  renderers=$((cores > 4 ? cores - 3 : cores))
+  renderers=${RENDERERS:-$((cores > 4 ? cores - 3 : cores))}
 fi
 
 start=$SECONDS
@@ -46,12 +47,17 @@ frozen() { # program minutes
     --pictures "$frozen_pictures" --steps 100000 --muon 0.01 --every $((every * 5)) > "$work/logs/$1.txt" 2>&1 ||
     say "$1 failed: $(tail -n 1 "$work/logs/$1.txt")"
 }
-frozen vggt "$frozen_minutes" &
-vggt=$!
-frozen teacher "$frozen_minutes" &
-wait $vggt $!
-say "VGGT: $(tail -n 1 "$work/run/vggt.jsonl")"
-say "teacher: $(tail -n 1 "$work/run/teacher.jsonl")"
+if [[ ${FROZEN:-} == embedded ]]; then
+  "$python" "$here/collect.py" frozen embedded "$work/run" > "$work/logs/frozen.txt" 2>&1
+  say "VGGT and teacher are those of the package"
+else
+  frozen vggt "$frozen_minutes" &
+  vggt=$!
+  frozen teacher "$frozen_minutes" &
+  wait $vggt $!
+  say "VGGT: $(tail -n 1 "$work/run/vggt.jsonl")"
+  say "teacher: $(tail -n 1 "$work/run/teacher.jsonl")"
+fi
 
 jobs=()
 for seed in $seeds; do

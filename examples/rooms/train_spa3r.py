@@ -31,7 +31,7 @@ SIZES = {
         "hidden_size": 96,
         "num_attention_heads": 3,
         "num_encoder_layers": 2,
-        "num_decoder_layers": 4,
+        "num_decoder_layers": 3,
         "num_latents": 64,
     },
 }
