@@ -43,6 +43,7 @@ from spa3r.console import (
     reporting,
     torch_device,
 )
+from spa3r.media.files import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -456,7 +457,7 @@ def convert(
 def _read_config(text: str) -> dict[str, Any]:
     """A JSON object, given as such or in a file."""
     try:
-        fields = json.loads(text if text.lstrip()[:1] in ("{", "[") else Path(text).read_text(encoding="utf-8"))
+        fields = json.loads(text if text.lstrip()[:1] in ("{", "[") else read_text(text))
     except (OSError, ValueError) as error:
         raise ValueError(f"`--config` must be a JSON object or a file of one, got {text}: {error}.") from error
     if not isinstance(fields, dict):

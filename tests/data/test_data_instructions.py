@@ -275,6 +275,97 @@ def test_broken_rows_are_replaced_and_named(tmp_path):
     assert len(data.lengths) == 16 and list(data.lengths[:2]) == [0, 0]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-8"])
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_no_row_is_lost_to_the_encoding(kind, encoding, tmp_path):
+    """As editors and shells of Windows write: with a byte-order mark, and two bytes for a character."""
+    rows = [{"id": f"é{n}", "conversations": conversation(f"Wie groß ist Stühle {n}?")} for n in range(3)]
+    text = json.dumps(rows, ensure_ascii=False)
+    if kind == "jsonl":
+        text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / f"rows.{kind}").write_bytes(text.encode(encoding))
+    for data in (InstructionDataset(tmp_path / f"rows.{kind}"), StreamedInstructions(tmp_path / f"rows.{kind}")):
+        examples = [data[i] for i in range(3)] if isinstance(data, InstructionDataset) else list(data)
+        assert [example["row"] for example in examples] == ["é0", "é1", "é2"]
+        assert shown(examples[2]) == ["Wie groß ist Stühle 2?", "4."] and not examples[0]["skipped"]
+
+
+def test_another_encoding_is_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(json.dumps({"conversations": conversation("groß?")}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"rows.jsonl must be text in UTF-8, .* got other bytes .* Save it as UTF-8"):
+        InstructionDataset(file)
+
+
+def test_numbers_are_answers(tmp_path):
+    item = [{"type": "text", "text": 3}]
+    write_lines(
+        tmp_path / "rows.jsonl",
+        [
+            {"conversations": conversation("How many?", 4)},
+            {"conversations": conversation("How far?", 2.5)},
+            {"conversations": conversation(7, 0)},
+            {"messages": [{"role": "user", "content": [3, "?"]}, {"role": "assistant", "content": 3}]},
+            {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": item}]},
+        ],
+    )
+    data = InstructionDataset(tmp_path / "rows.jsonl")
+    assert [data[i]["skipped"] for i in range(5)] == [[]] * 5
+    assert [shown(data[i])[-1] for i in range(5)] == ["4", "2.5", "0", "3", "3"]
+    assert shown(data[2]) == ["7", "0"] and shown(data[3]) == ["3", "?", "3"]
+
+
+def test_rows_of_any_form_end_nothing(tmp_path):
+    """What is no answer, and what no reader expects."""
+    good = {"conversations": conversation("How many?")}
+    bad = [
+        {"conversations": conversation("How many?", True)},
+        {"conversations": conversation("How many?", float("nan"))},
+        {"conversations": conversation("How many?", {"a": 1})},
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "4"}]},
+        {"messages": [{"role": ["user"], "content": "?"}, {"role": "assistant", "content": "4"}]},
+        {"messages": 7},
+        {"messages": {"role": "user"}},
+        good | {"image": {"path": 7}},
+        good | {"images": [[["a.png"]]]},
+        good | {"image": "a\0b.png"},
+        good | {"video": {"bytes": 3}},
+        [good],
+        "good",
+        7,
+        None,
+    ]
+    write_lines(tmp_path / "rows.jsonl", [*bad, good])
+    data = InstructionDataset(tmp_path / "rows.jsonl")
+    example = data[0]
+    assert example["row"] == str(len(bad))
+    assert [entry["scene"] for entry in example["skipped"]] == [str(n) for n in range(len(bad))]
+    assert all(entry["reason"] for entry in example["skipped"])
+    assert len(data.lengths) == len(bad) + 1 and len(list(StreamedInstructions(tmp_path / "rows.jsonl"))) == 1
+
+
+def test_paths_do_not_leave_the_folder_of_media(tmp_path):
+    write_picture(tmp_path / "media/a.png", 100)
+    write_picture(tmp_path / "media/sub/b.png", 50)
+    write_picture(tmp_path / "secret.png", 200)
+    for kind, path in (
+        ("image", "../secret.png"),
+        ("image", "sub/../../secret.png"),
+        ("image", str(tmp_path / "secret.png")),
+        ("video", ".."),
+        ("image", {"path": "../secret.png"}),
+    ):
+        inner = str(tmp_path / "media/sub/../a.png")
+        rows = [{"conversations": conversation("<image>What?"), kind: path}]
+        rows += [{"conversations": conversation("<image>What?"), "image": inner}]
+        write_lines(tmp_path / "rows.jsonl", rows)
+        example = InstructionDataset(tmp_path / "rows.jsonl", tmp_path / "media")[0]
+        assert "leads out of `media_root`" in example["skipped"][0]["reason"] and shades(example) == [100]
+    # Without `media_root` the annotations say where their media lie.
+    write_lines(tmp_path / "media/rows.jsonl", [{"conversations": conversation("What?"), "image": "../secret.png"}])
+    assert shades(InstructionDataset(tmp_path / "media/rows.jsonl")[0]) == [200]
+
+
 def test_streamed_rows_are_the_same(tmp_path):
     file = broken(tmp_path)
     data, streamed = InstructionDataset(file), list(StreamedInstructions(file))

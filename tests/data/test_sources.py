@@ -99,6 +99,23 @@ def test_chosen_scenes_in_the_given_order(tmp_path, given):
         FolderScenes(tmp_path / "data", scenes=["z"])
     with pytest.raises(ValueError, match=r"or a text file with one name a line, got nowhere\.txt"):
         FolderScenes(tmp_path / "data", scenes="nowhere.txt")
+    write_grey(tmp_path / "other", 2)
+    for name in ("../other", str(tmp_path / "other")):
+        with pytest.raises(ValueError, match=r"A name of `scenes` must be a name below .* got '.*other'"):
+            FolderScenes(tmp_path / "data", scenes=[name])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_and_cameras_may_have_a_byte_order_mark(encoding, rooms, tmp_path):
+    write, make = FOLDERS["folder"]
+    root = write(tmp_path / "data", rooms)
+    expected = make(root).load(0, [0]).extrinsics
+    for file in root.rglob("cameras.json"):
+        file.write_bytes(file.read_text().encode(encoding))
+    name = make(root).scene_name(0)
+    (tmp_path / "list.txt").write_bytes(f"{name}\r\n".encode(encoding))
+    source = FolderScenes(root, scenes=tmp_path / "list.txt")
+    assert source.scene_name(0) == name and np.array_equal(source.load(0, [0]).extrinsics, expected)
 
 
 def test_what_changed_on_disk_is_seen(tmp_path):
@@ -338,6 +355,8 @@ def test_videos_by_name(tmp_path):
     assert [source.scene_name(scene) for scene in range(len(source))] == ["c.mp4", "a.mp4"]
     with pytest.raises(ValueError, match=r"`scenes` names 'z\.mp4', and there is no file"):
         VideoScenes(tmp_path, scenes=["z.mp4"])
+    with pytest.raises(ValueError, match=r"A name of `scenes` must be a name below"):
+        VideoScenes(tmp_path, scenes=["../a.mp4"])
 
 
 # Data sets ------------------------------------------------------------------------------------------------------------

@@ -107,6 +107,20 @@ def without(key):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        *(
+            (
+                lambda rows, name=name: rows[1].update(scene_name=name),
+                r"Row 101 of .*: `scene_name` must be a name below",
+            )
+            for name in ("../..", "a/../../b", "/etc/passwd", "..", "C:\\a", "a\0b", "..\\a", "")
+        ),
+        (lambda rows: rows[1].update(dataset=".."), r"Row 101 of .*: `dataset` must be a name below"),
+        (
+            lambda rows: rows[0].update(options=[1, 2]),
+            r"Row 100 of .*: `options` of .* got \[1, 2\]",
+        ),
+        (lambda rows: rows[0].update(question=7), r"Row 100 of .*: `question` must be a text, got 7"),
+        (lambda rows: rows.insert(3, "row"), r"test.jsonl, line 4 must be a JSON object, got str"),
         (without("scene_name"), r"row 101 of .*VSI-Bench lacks \['scene_name'\]"),
         (lambda rows: rows[2].update(question_type="colour"), r"Row 102 of .*: `question_type` must be a type of"),
         (lambda rows: rows[0].update(options=None), r"Row 100 of .*: `options` of a question of type"),
@@ -120,6 +134,29 @@ def test_rows_that_can_not_be_asked_are_refused_at_once(spoil, words, released):
     spoil(rows)
     (released / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=words):
+        VsiBench(released)
+
+
+def test_a_scene_of_another_folder_is_not_read(released):
+    benchmark = VsiBench(released)
+    for scene in ("../secret", "scannet/../../secret", "/secret"):
+        with pytest.raises(ValueError, match="A scene must be a name below"):
+            benchmark.frames(scene, 2)
+
+
+def test_numbers_and_marked_files_are_read(released):
+    rows = make_rows()
+    for row in rows:
+        if row["options"] is None:
+            row["ground_truth"] = float(row["ground_truth"])
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    for encoding in ("utf-8-sig", "utf-16"):
+        (released / "test.jsonl").write_bytes(text.encode(encoding))
+        assert VsiBench(released).rows == rows
+        (released / "pruned_ids.txt").write_bytes("101\n102\n".encode(encoding))
+        assert ids(VsiBench(released, "pruned")) == [101, 102]
+    (released / "test.jsonl").write_text(text + "{")
+    with pytest.raises(ValueError, match=rf"test.jsonl, line {len(rows) + 1} is no JSON"):
         VsiBench(released)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from spa3r.data.index import Entry, SceneIndex, natural_key
 from spa3r.data.source import LoadedScene, SceneError, SceneSource, check_stride
+from spa3r.media.files import inside, read_text
 from spa3r.models.spa3r.image_processing_spa3r import to_rgb
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -140,7 +141,7 @@ class FolderScenes(_PictureFolders):
     def _entries(self, scenes: list[str] | None) -> list[Entry]:
         if scenes is None:
             return [(name, str(self.root / name)) for name in sorted(folders_in(self.root), key=natural_key)]
-        return [(name, str(existing_scene(self.root / name))) for name in scenes]
+        return [(name, str(existing_scene(inside(self.root, name, "A name of `scenes`")))) for name in scenes]
 
     def _why_empty(self) -> str:
         if self._scan(str(self.root))[1]:
@@ -206,7 +207,7 @@ def read_names(scenes: Sequence[str] | str | Path | None) -> list[str] | None:
     if scenes is None or not isinstance(scenes, str | Path):
         return None if scenes is None else list(scenes)
     try:
-        lines: Iterable[str] = Path(scenes).expanduser().read_text(encoding="utf-8").splitlines()
+        lines: Iterable[str] = read_text(Path(scenes).expanduser()).splitlines()
     except OSError as error:
         raise ValueError(
             f"`scenes` must be names, or a text file with one name a line, got {scenes} ({error.strerror})."
@@ -221,7 +222,7 @@ def read_json(file: Path) -> dict[str, Any]:
         SceneError: It can't be read.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except (OSError, ValueError) as error:
         raise SceneError(f"{file} can't be read as JSON ({error}). Repair or remove it.") from error
     if not isinstance(content, dict):

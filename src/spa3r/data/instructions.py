@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,6 +25,7 @@ from torch.utils.data import Dataset, IterableDataset
 from spa3r.data.dataset_scenes import decode_picture, open_dataset, require_datasets
 from spa3r.data.index import natural_key
 from spa3r.data.room_questions import RoomQuestions
+from spa3r.media.files import other_encoding, shortened, text_encoding
 from spa3r.models.spa3r.image_processing_spa3r import to_rgb
 from spa3r.video import default_num_frames, sample_frames, uniform_indices
 
@@ -59,8 +62,9 @@ class RowReader:
     """Makes examples of rows, whichever of the known formats they have.
 
     Args:
-        media_root: Folder to which the rows' paths are relative.
+        media_root: Folder to which the rows' paths are relative, and which they must not leave; None: `home`.
         name: What reports call the source.
+        home: The annotations' folder, to which the rows' paths are relative without `media_root`.
         frames: Fewest and most frames of a video, if its length decides.
         seconds_per_frame: Of a video, between two frames, if its length decides.
         num_frames: Frames of every video; None: ``clamp(round(seconds / seconds_per_frame), *frames)``. A folder of
@@ -71,6 +75,7 @@ class RowReader:
         self,
         media_root: str | Path | None,
         name: str,
+        home: Path | None = None,
         frames: Sequence[int] = (4, 8),
         seconds_per_frame: float = 2.0,
         num_frames: int | None = None,
@@ -83,6 +88,7 @@ class RowReader:
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"`num_frames` must be at least 1, got {num_frames}. Leave it out for a drawn number.")
         self.media_root = None if media_root is None else Path(media_root)
+        self.home = home
         self.name, self.frames, self.num_frames = name, (lowest, highest), num_frames
         self.seconds_per_frame = seconds_per_frame
 
@@ -92,6 +98,14 @@ class RowReader:
         Raises:
             RowError: The row is of no known format, or a medium is missing or broken.
         """
+        try:
+            return self._read(row, index)
+        except (RowError, MemoryError):
+            raise
+        except Exception as error:  # rows of the world have every form
+            raise RowError(f"it is of no known format ({type(error).__name__}: {error})") from error
+
+    def _read(self, row: Mapping[str, Any], index: int) -> Example:
         row = _as_written(row)
         turns = _turns_of(row)
         media = [
@@ -175,10 +189,16 @@ class RowReader:
     def _path(self, item: Any) -> Path:
         if not isinstance(item, str | Path):
             raise ValueError(f"A picture or video of a row must be a path, got {type(item).__name__}.")
-        path = item if self.media_root is None else self.media_root / item
-        if not Path(path).exists():
+        root = self.home if self.media_root is None else self.media_root
+        path = Path(item) if root is None else root / item
+        if self.media_root is not None and not _is_below(path, self.media_root):
+            raise ValueError(
+                f"The path {shortened(str(item))!r} of a row leads out of `media_root` {self.media_root}. "
+                "Correct the row, or give the folder that holds all media."
+            )
+        if not path.exists():
             raise FileNotFoundError(f"{path} doesn't exist. Check `media_root`.")
-        return Path(path)
+        return path
 
 
 class InstructionDataset(Dataset):
@@ -190,7 +210,8 @@ class InstructionDataset(Dataset):
     Args:
         annotations: A file (``.json``, ``.jsonl``, ``.parquet``); a folder with one JSON file beside its media; a
             folder in the hub's layout or a hub id, as ``datasets.load_dataset`` takes it; or a ``datasets.Dataset``.
-        media_root: Folder to which the rows' paths are relative; None: the folder of the annotations.
+        media_root: Folder to which the rows' paths are relative, and which they must not leave; None: the folder of the
+            annotations, or where their paths lead.
         name: What reports call the source; None: the name of the file or data set.
         split: Of a hub data set.
         frames: Fewest and most frames of a video, if its length decides.
@@ -217,9 +238,7 @@ class InstructionDataset(Dataset):
         num_frames: int | None = None,
     ):
         self.rows, home, own_name = _load(annotations, split)
-        self.reader = RowReader(
-            home if media_root is None else media_root, name or own_name, frames, seconds_per_frame, num_frames
-        )
+        self.reader = RowReader(media_root, name or own_name, home, frames, seconds_per_frame, num_frames)
         self._lengths: np.ndarray | None = None
         if not len(self.rows):
             raise _no_rows(own_name)
@@ -319,7 +338,8 @@ class StreamedInstructions(IterableDataset):
 
     Args:
         annotations: As for :class:`InstructionDataset`, or a ``datasets.IterableDataset``.
-        media_root: Folder to which the rows' paths are relative; None: the folder of the annotations.
+        media_root: Folder to which the rows' paths are relative, and which they must not leave; None: the folder of the
+            annotations, or where their paths lead.
         name: What reports call the source; None: the name of the file or data set.
         split: Of a hub data set.
         shuffle_buffer: Rows among which the next one is drawn, anew in every epoch; 0: the order of the rows.
@@ -346,9 +366,7 @@ class StreamedInstructions(IterableDataset):
         self.rows, home, own_name = _load(annotations, split, streaming=True)
         if shuffle_buffer:
             self.rows = self.rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        self.reader = RowReader(
-            home if media_root is None else media_root, name or own_name, frames, seconds_per_frame, num_frames
-        )
+        self.reader = RowReader(media_root, name or own_name, home, frames, seconds_per_frame, num_frames)
 
     def set_epoch(self, epoch: int) -> None:
         """Another order for every epoch, if rows are shuffled."""
@@ -437,7 +455,7 @@ def _as_written(row: Mapping[str, Any]) -> Mapping[str, Any]:
         return row
     try:
         written = json.loads(row[RAW])
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RowError(f"it is no JSON: {error}") from error
     if not isinstance(written, dict):
         raise RowError(f"a row must be a JSON object, got {type(written).__name__}")
@@ -466,24 +484,33 @@ def _turns_of(row: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
 
 
 def _pieces(said: Any) -> list[Any]:
+    if _is_number(said):
+        said = str(said)
     if isinstance(said, str):
         texts = PLACEHOLDER.split(said)
         pieces = list(chain.from_iterable((None, text) for text in texts))[1:]
         return [piece for piece in pieces if piece != ""]
     pieces = []
     for item in said if isinstance(said, list | tuple) else [said]:
-        if isinstance(item, str):
-            pieces.append(item)
+        if isinstance(item, str) or _is_number(item):
+            pieces.append(str(item))
             continue
         kind = item.get("type") if isinstance(item, Mapping) else type(item).__name__
         if kind == "text":
-            pieces.append(item["text"])
+            if not (isinstance(item.get("text"), str) or _is_number(item.get("text"))):
+                raise RowError(f"a text of a content must be a text or a number, got {str(item.get('text'))[:50]!r}")
+            pieces.append(str(item["text"]))
         elif kind in ("image", "video"):
             medium = next((item[key] for key in (kind, "url", "path") if item.get(key) is not None), None)
             pieces.append(None if medium is None else (kind, medium))
         else:
             raise RowError(f"an item of a content must have type text, image or video, got {kind!r}")
     return pieces
+
+
+def _is_number(value: Any) -> bool:
+    """Whether an answer was written as a number; as which text is then plain."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _groups(places: int, media: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
@@ -520,6 +547,11 @@ def _media_name(item: Any) -> str:
     return f"{_media_name(item[0])} and {len(item) - 1} more" if isinstance(item, list | tuple) else "a picture"
 
 
+def _is_below(path: Path, root: Path) -> bool:
+    """As the path is written: a link below the root may lead anywhere, as who made it wants."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
+
+
 def _natural(file: Path) -> str:
     return natural_key(file.name)
 
@@ -533,7 +565,7 @@ def _length(row: Mapping[str, Any], frames: int) -> int:
     try:
         row = _as_written(row)
         pieces = [piece for _, pieces in _turns_of(row) for piece in pieces]
-    except RowError:
+    except (RowError, TypeError, RecursionError):
         return 0
     words = sum(len(piece.split()) for piece in pieces if isinstance(piece, str))
     kinds = [piece[0] for piece in pieces if isinstance(piece, tuple)]
@@ -612,17 +644,20 @@ def _undecoded(rows: Any) -> Any:
 
 def _json_rows(path: str, stamp: int = 0) -> Iterator[dict[str, str]]:
     """The rows of a JSON array or of JSON lines, one by one, as they are written: rows may have different keys."""
-    with open(path, encoding="utf-8") as file:
-        first = file.read(1)
-        while first.isspace():
+    try:
+        with open(path, encoding=text_encoding(path)) as file:
             first = file.read(1)
-        if first == "[":
-            for value in _json_values(iter(partial(file.read, _CHUNK), ""), path):
-                yield {RAW: value}
-            return
-        for line in chain([first + file.readline()], file):
-            if line.strip():
-                yield {RAW: line.strip()}
+            while first.isspace():
+                first = file.read(1)
+            if first == "[":
+                for value in _json_values(iter(partial(file.read, _CHUNK), ""), path):
+                    yield {RAW: value}
+                return
+            for line in chain([first + file.readline()], file):
+                if line.strip():
+                    yield {RAW: line.strip()}
+    except UnicodeDecodeError as error:
+        raise other_encoding(path, error) from error
 
 
 def _json_values(chunks: Iterable[str], path: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from spa3r.data.folders import (
 )
 from spa3r.data.index import Entry, natural_key
 from spa3r.data.source import SceneError
+from spa3r.media.files import read_text
 
 _OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 
@@ -173,7 +174,7 @@ def present(wanted: list[str] | None, found: list[str], source: _PictureFolders)
 def read_matrix(file: Path) -> np.ndarray | None:
     """A (4, 4) matrix in a text file; None if it isn't there, or not a matrix of finite numbers with an inverse."""
     try:
-        matrix = np.array(file.read_text().split(), np.float64).reshape(4, 4)
+        matrix = np.array(read_text(file).split(), np.float64).reshape(4, 4)
     except (OSError, ValueError):
         return None
     return matrix if np.isfinite(matrix).all() and np.linalg.det(matrix) else None

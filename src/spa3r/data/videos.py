@@ -8,6 +8,7 @@ from pathlib import Path
 from spa3r.data.folders import existing_folder, listed, read_names
 from spa3r.data.index import SceneIndex, natural_key
 from spa3r.data.source import LoadedScene, SceneError, SceneSource, check_stride
+from spa3r.media.files import inside
 from spa3r.video import count_frames, read_frames
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -42,7 +43,7 @@ class VideoScenes(SceneSource):
         if names is None:
             names = sorted((file for file in listed(self.root) if file.lower().endswith(VIDEOS)), key=natural_key)
         for file in names:
-            if not (self.root / file).is_file():
+            if not inside(self.root, file, "A name of `scenes`").is_file():
                 raise ValueError(
                     f"`scenes` names {file!r}, and there is no file {self.root / file}. Take it out of the list, or "
                     "add it."

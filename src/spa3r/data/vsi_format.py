@@ -54,12 +54,15 @@ def make_prompt(row: Mapping[str, Any]) -> str:
         Lines: an opening, the question, the options if it is a choice, how to answer.
 
     Raises:
-        ValueError: The type is none of VSI-Bench's, or a choice has no options.
+        ValueError: The type is none of VSI-Bench's, the question is no text, or a choice has no options that are texts.
     """
+    if not isinstance(row["question"], str):
+        raise ValueError(f"`question` must be a text, got {row['question']!r}.")
     if not is_choice(row["question_type"]):
         return "\n".join((FIRST_WORDS, row["question"], NUMBER_WORDS))
     options = row.get("options")
-    if options is None or isinstance(options, str) or len(options) == 0:
+    are_texts = not isinstance(options, str | None) and all(isinstance(option, str) for option in options)
+    if not are_texts or len(options) == 0:
         raise ValueError(
             f'`options` of a question of type {row["question_type"]} must be a list of choices such as "A. left", '
             f"got {options!r}."

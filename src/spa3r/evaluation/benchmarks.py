@@ -23,6 +23,7 @@ import PIL.Image
 from spa3r.data.room_questions import FIRST_TEST_SEED, STRIDE_OF_WALK, WALK_VIEWS, RoomQuestions
 from spa3r.data.vsi_format import make_prompt
 from spa3r.evaluation.vsi_bench import score_prediction
+from spa3r.media.files import inside, read_text
 from spa3r.video import sample_numbered_frames, uniform_indices
 
 Row = dict[str, Any]
@@ -123,7 +124,8 @@ class VsiBench(Benchmark):
     @contextmanager
     def _video(self, scene: str, unpack: bool = True) -> Iterator[Path]:
         """The video's file; out of an archive for as long as it is read."""
-        video, archive = self.root / f"{scene}.mp4", self.root / f"{scene.partition('/')[0]}.zip"
+        video = inside(self.root, f"{scene}.mp4", "A scene")
+        archive = self.root / f"{scene.partition('/')[0]}.zip"
         if video.exists() or not archive.exists():
             if not video.exists():
                 raise ValueError(f"The video {video} doesn't exist, nor an archive {archive}. Fetch it.")
@@ -243,8 +245,11 @@ def _rows_of_folder(folder: Path, subset: Subset) -> list[Row]:
 
 def _read_rows(file: Path) -> list[Row]:
     if file.suffix == ".jsonl":
-        with open(file, encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
+        return [
+            _read_row(line, f"{file}, line {n}")
+            for n, line in enumerate(read_text(file).split("\n"), 1)
+            if line.strip()
+        ]
     if file.suffix != ".parquet":
         raise ValueError(f"`data` must be a .parquet or .jsonl file where it is a file, got {file}.")
     try:
@@ -256,13 +261,23 @@ def _read_rows(file: Path) -> list[Row]:
     return parquet.read_table(file).to_pylist()
 
 
+def _read_row(line: str, place: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is no JSON ({error}). Repair the file.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}. Repair the file.")
+    return row
+
+
 def _of_subset(rows: list[Row], subset: Subset, folder: Path) -> list[Row]:
     if subset == "full":
         return rows
     if all("pruned" in row for row in rows):
         pruned = {row["id"] for row in rows if row["pruned"]}
     elif (folder / "pruned_ids.txt").is_file():
-        pruned = {int(line) for line in (folder / "pruned_ids.txt").read_text(encoding="utf-8").split()}
+        pruned = {int(line) for line in read_text(folder / "pruned_ids.txt").split()}
     else:
         raise ValueError(
             f'`subset` can be "{subset}" where test_{subset}.parquet, pruned_ids.txt or the column `pruned` says which '
@@ -280,6 +295,8 @@ def _check_rows(rows: list[Row], source: str) -> None:
         if absent := [key for key in needed if row.get(key) is None]:
             raise ValueError(f"Every row must have {', '.join(needed)}; row {row['id']} of {source} lacks {absent}.")
         try:
+            for key in ("dataset", "scene_name"):
+                inside(".", str(row[key]), f"`{key}`")
             make_prompt(row)
             score_prediction(row, "")
         except ValueError as error:

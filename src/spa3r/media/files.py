@@ -1,10 +1,11 @@
-"""What pictures and videos share: which files are read, and how messages name a source."""
+"""What readers of files share: which files are read, in which encoding, and how messages name a source."""
 
 from __future__ import annotations
 
+import json
 import re
 import stat
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote
 
@@ -78,3 +79,47 @@ def regular_file(source: str | Path, kind: str = "picture") -> Path:
             "the bytes first and pass these."
         )
     return path
+
+
+def text_encoding(file: str | Path) -> str:
+    """The encoding of a text file: UTF-8, or UTF-16 or UTF-32 as its first bytes show; a byte-order mark is no text."""
+    with open(file, "rb") as content:
+        return json.detect_encoding(content.read(4))
+
+
+def read_text(file: str | Path) -> str:
+    """A text file, whatever its Unicode encoding.
+
+    Raises:
+        ValueError: It is in another encoding.
+        OSError: It can't be read.
+    """
+    try:
+        return Path(file).read_text(encoding=text_encoding(file))
+    except UnicodeDecodeError as error:
+        raise other_encoding(file, error) from error
+
+
+def other_encoding(file: str | Path, error: UnicodeDecodeError) -> ValueError:
+    """The error for a text file whose bytes are no Unicode."""
+    return ValueError(f"{file} must be text in UTF-8, UTF-16 or UTF-32, got other bytes ({error}). Save it as UTF-8.")
+
+
+def inside(root: str | Path, name: Any, what: str) -> Path:
+    """The path of a name below a folder.
+
+    Args:
+        root: The folder.
+        name: A relative path.
+        what: What messages call the name.
+
+    Raises:
+        ValueError: The name is no path, or leads out of the folder.
+    """
+    parts = re.split(r"[/\\]", name) if isinstance(name, str) else []
+    if not name or not parts or not parts[0] or ".." in parts or "\0" in name or PureWindowsPath(name).drive:
+        raise ValueError(
+            f"{what} must be a name below {root}, without '..' and not an absolute path, got {shortened(str(name))!r}. "
+            "Correct the name."
+        )
+    return Path(root) / name

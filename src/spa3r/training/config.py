@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from spa3r.media.files import read_text
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.training.arguments import PretrainingArguments
 
@@ -178,7 +179,7 @@ class RunConfig:
         """
         yaml = _yaml()
         try:
-            sections = yaml.load(Path(file).read_text(encoding="utf-8"), _loader(yaml)) or {}
+            sections = yaml.load(read_text(file), _loader(yaml)) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{file} can't be read as YAML: {error}") from error
         if not isinstance(sections, dict):
