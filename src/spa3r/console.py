@@ -12,7 +12,7 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from spa3r.checkpoints import EMBEDDED
 
@@ -56,6 +57,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.")]
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nothing, where rich ends the program: who reads no more progress may still want the result."""
+
+
 class Report:
     """The result of a command, told once at its end."""
 
@@ -64,7 +70,7 @@ class Report:
         self.result: dict[str, Any] = {}
         self.text = ""
         self.exit_code = 0
-        self.console = Console(stderr=True, highlight=False)
+        self.console = _Console(stderr=True, highlight=False)
 
     def finish(self, text: str, exit_code: int = 0, **result: Any) -> None:
         """Keep the result: its fields, the same as text, and the exit code."""
@@ -73,15 +79,19 @@ class Report:
 
     def note(self, text: str) -> None:
         """One line for the reader, not for the result."""
-        self.console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
+        self._tell(f"note: {text}", "yellow")
 
     def line(self, text: str) -> None:
         """One line of how far it is."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self._tell(text)
 
     def error(self, text: str) -> None:
         """One line of what went wrong."""
-        self.console.print(f"error: {text}", style="red", markup=False, soft_wrap=True)
+        self._tell(f"error: {text}", "red")
+
+    def _tell(self, text: str, style: str | None = None) -> None:
+        with suppress(OSError):  # a terminal that is gone must not end what goes on
+            self.console.print(text, style=style, markup=False, soft_wrap=True)
 
     def status(self, text: str):
         """A spinner while something takes long; nothing where nobody looks."""
@@ -116,7 +126,7 @@ def reporting(as_json: bool, verbose: bool) -> Iterator[Report]:
             yield report
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         if as_json:
             print(json.dumps({"error": one_line(error)}))
         else:

@@ -30,6 +30,7 @@ from spa3r.training import (
     PretrainingConfig,
     read_log,
 )
+from spa3r.training.base import STOP_SIGNALS
 from spa3r.training.checkpoints import checkpoints_in
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "pretrain.md"
@@ -410,7 +411,7 @@ def test_kill_during_a_write_loses_at_most_the_last_interval(function, call, con
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT), ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_signal_saves_a_checkpoint_and_tells_how_to_go_on(number, config, tmp_path):
     """Sent to the workers as well, as terminals and schedulers do."""
     fields = ("--training.max_steps=2000", "--training.save_steps=2000", "--data.num_workers=2")

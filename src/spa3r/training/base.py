@@ -8,7 +8,7 @@ import multiprocessing
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,28 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from spa3r.data import SkippedReport
+from spa3r.disk import alone_in, writing
 from spa3r.training.checkpoints import (
     LAST_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    checkpoints_in,
+    fault_of,
     load_state,
+    newest_whole,
     publish,
+    put_aside,
     random_state,
     remove_unfinished,
     save_state,
     set_random_state,
     unfinished_folder,
+    write_checksums,
     writing_into,
 )
 from spa3r.training.logs import JsonLinesCallback
@@ -41,9 +49,14 @@ from spa3r.training.optimizers import MuonAndAdamW, layer_matrices
 
 logger = logging.get_logger(__name__)
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "training_state.safetensors"
 ARGUMENTS_FILE = "training_args.json"
+
+STOP_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP")
+    if hasattr(signal, name)  # Windows has no SIGHUP
+)
+"""What ends a run after a checkpoint: a scheduler, Ctrl-C, a terminal that closes."""
 
 
 class BatchLoader:
@@ -89,8 +102,8 @@ class BatchLoader:
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
     # Ctrl-C and schedulers signal the whole group; the main process still needs its batches to end a step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers(iterator: Any) -> None:
@@ -267,6 +280,7 @@ class ResumableTrainer(Trainer):
                 f"The gradient of step {self.state.global_step + 1} is not finite ({norm}) because of {blame}, and "
                 "DeepSpeed has already used it. Take them out of the data and resume from the last checkpoint."
             )
+        self._check_finite()  # else it would go on to drop step after step
         self.nonfinite_steps += 1
         logger.warning(
             f"Step {self.state.global_step + 1} is dropped: its gradient is not finite ({norm}) because of {blame}."
@@ -281,6 +295,37 @@ class ResumableTrainer(Trainer):
         if self.accelerator.scaler is None:
             for parameter in model.parameters():
                 parameter.grad = None  # which optimisers leave alone, weight decay included
+
+    def _check_finite(self) -> None:
+        """Refuse trained weights that are not finite, in all processes alike.
+
+        Raises:
+            ValueError: Some are not. The message says which checkpoint has finite ones.
+        """
+        trained = ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+        names = nonfinite_tensors(trained)
+        (count,) = self._sum_over_hosts([len(names)])
+        if not count:
+            return
+        last = next(iter(reversed(checkpoints_in(self.args.output_dir))), None)
+        earlier = "there is no earlier checkpoint" if last is None else f"the last finite ones are in {last}"
+        raise ValueError(
+            f"After step {self.state.global_step} weights of the model are not finite ({_few(names)}): a step was too "
+            f"large. They are not saved; {earlier}. Lower `learning_rate`, and train anew, or on from those."
+        )
+
+    def check_learnt(self) -> None:
+        """Refuse the end of a run that has learnt nothing.
+
+        Raises:
+            ValueError: Every step of the run was dropped.
+        """
+        if 0 < self.state.global_step <= self.nonfinite_steps:
+            raise ValueError(
+                f"All {self.nonfinite_steps} steps were dropped because their gradient is not finite: nothing was "
+                f"learnt, and no model is saved. Look in {JsonLinesCallback.FILE} for the {self.UNIT} to blame, lower "
+                "`learning_rate`, or train in float32."
+            )
 
     def _nonfinite_parts(self) -> list[str]:
         """Who in this process's batches of the step is to blame for a gradient that is not finite."""
@@ -337,8 +382,11 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint that appears at once: written elsewhere, flushed to the disk, then moved."""
-        with self._window.pause():
-            output_dir = Path(self.args.output_dir)
+        self._check_finite()
+        output_dir = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        cure = "Free space; the same command goes on from the last checkpoint."
+        with self._window.pause(), writing(output_dir / name, cure):
             with writing_into(output_dir) if self.args.should_save else contextlib.nullcontext():
                 self._wait_for_everyone()
                 self._writing_dir = unfinished_folder(output_dir)
@@ -348,12 +396,12 @@ class ResumableTrainer(Trainer):
                     self._writing_dir = None
                 self._wait_for_everyone()
                 if self.args.should_save:
-                    name = f"checkpoint-{self.state.global_step}"
                     written = unfinished_folder(output_dir) / name
                     if self.state.best_global_step:  # named where it was written
                         best = output_dir / f"checkpoint-{self.state.best_global_step}"
                         self.state.best_model_checkpoint = str(best)
                         self.state.save_to_json(str(written / LAST_FILE))
+                    write_checksums(written)
                     publish(written, output_dir / name)
                     rotate_checkpoints(
                         str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
@@ -452,8 +500,11 @@ class ResumableTrainer(Trainer):
                 _count_again(self.skipped, state["skipped"])
 
     def restore(self, checkpoint: str | Path) -> None:
-        """Take the weights of a checkpoint, and what its run has counted, without training."""
-        self._load_from_checkpoint(str(checkpoint))
+        """Take the weights of a checkpoint and what its run has counted, without training; with
+        ``args.load_best_model_at_end`` the weights of the best one."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / LAST_FILE))
+        best = self.best_checkpoint(self.state) if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(str(best or checkpoint))
         self._restore_counts(load_state(Path(checkpoint) / STATE_FILE))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -464,23 +515,90 @@ class ResumableTrainer(Trainer):
             set_random_state(load_state(Path(checkpoint) / STATE_FILE)["random"][self.args.process_index])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """As transformers' ``train``. What a killed run left half-written is removed first."""
-        if self.args.should_save:
-            remove_unfinished(self.args.output_dir)
-        self._window = Window()
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            if self.loader is not None:
-                self.loader.close()
+        """As transformers' ``train``. What a killed run left half-written is removed first, and the folder is this
+        run's alone until it ends.
+
+        Args:
+            resume_from_checkpoint: A checkpoint; True: the newest whole one in ``args.output_dir``.
+            *args: As in transformers.
+            **kwargs: As in transformers.
+
+        Raises:
+            ValueError: The checkpoint is damaged, another run is going on in the folder, the model's weights are not
+                finite, or every step was dropped.
+        """
+        if names := nonfinite_tensors(self.model.named_parameters()):
+            raise ValueError(
+                f"The weights of the model must be finite before it is trained, and {_few(names)} are not. The files "
+                "that it was loaded from are damaged, or come from a training that failed: load others."
+            )
+        checkpoint = self._checked(resume_from_checkpoint) if resume_from_checkpoint else None
+        with alone_in(self.args.output_dir) if self.args.process_index == 0 else contextlib.nullcontext():
+            if self.args.should_save:
+                remove_unfinished(self.args.output_dir)
+            self._window = Window()
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+            finally:
+                if self.loader is not None:
+                    self.loader.close()
+        if not self._is_stopping:
+            self.check_learnt()
+        return output
+
+    def _checked(self, checkpoint: str | bool) -> str:
+        """A checkpoint that is whole."""
+        output_dir = self.args.output_dir
+        if checkpoint is True:
+            whole, damaged = newest_whole(output_dir)
+            if whole is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint` needs a checkpoint in {output_dir}, got none. Leave it out."
+                )
+            for folder, fault in damaged.items():
+                logger.warning(put_aside(folder, fault) if self.args.should_save else f"{folder} is damaged ({fault})")
+            return str(whole)
+        if (fault := fault_of(Path(checkpoint))) is not None:
+            raise ValueError(
+                f"The checkpoint {checkpoint} is damaged ({fault}). Resume from an older one; "
+                "resume_from_checkpoint=True takes the newest that is whole."
+            )
+        return checkpoint
+
+    def best_checkpoint(self, state: TrainerState) -> Path | None:
+        """The one that evaluation found best, if it is whole; None, and a warning, if it isn't."""
+        if state.best_model_checkpoint is None:
+            return None
+        best = Path(self.args.output_dir) / Path(state.best_model_checkpoint).name  # the folder may have been moved
+        fault = fault_of(best)
+        if fault is None:
+            return best
+        logger.warning(f"The best checkpoint {best} is damaged ({fault}): the last one takes its place.")
+        return None
+
+    def _load_best_model(self) -> None:
+        best = self.best_checkpoint(self.state)
+        self.state.best_model_checkpoint = None if best is None else str(best)
+        if best is not None and self.is_sharded:
+            super()._load_best_model()
+        elif best is not None:
+            self._load_from_checkpoint(str(best))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers' ``save_model``; every file appears whole."""
+        """As transformers' ``save_model``; every file appears whole.
+
+        Raises:
+            ValueError: Weights are not finite.
+            WriteError: It can't be written.
+        """
+        if not _internal_call:
+            self._check_finite()
         if _internal_call or self.is_sharded:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             place = Path(output_dir or self.args.output_dir)
-            with writing_into(place) as folder:
+            cure = "Free space; the same command saves the model from the last checkpoint."
+            with writing(place, cure), writing_into(place) as folder:
                 super().save_model(str(folder), _internal_call=True)
                 for file in sorted(folder.iterdir()):
                     publish(file, place / file.name)
@@ -500,6 +618,21 @@ class _StopAtTheEndOfTheStep(TrainerCallback):
         if self.trainer._is_stopping:
             control.should_save = control.should_training_stop = True
         return control
+
+
+def nonfinite_tensors(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the floating-point tensors that hold a NaN or an infinity; of sharded ones, in this process's part."""
+    named = [(name, value.detach()) for name, value in named if value.is_floating_point() and not value.is_meta]
+    parts = [value.to_local() if hasattr(value, "to_local") else value for _, value in named]
+    if not parts:
+        return []
+    device = parts[0].device
+    finite = torch.stack([part.isfinite().all().to(device) for part in parts]).tolist()  # read back once
+    return [name for (name, _), is_finite in zip(named, finite) if not is_finite]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,22 +15,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from spa3r.disk import read_json_object, write_whole, writing
 
 UNFINISHED = ".unfinished"
 """Subfolder of a run in which files are written before they are moved to their places. Left over after a kill, it is
 removed by the next run."""
 
 LAST_FILE = "trainer_state.json"
-"""What is written last into a checkpoint: a folder without it is none."""
+"""What transformers writes last into a checkpoint: a folder without it is none."""
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "training_state.safetensors"
+
+CHECKSUMS_FILE = "checksums.json"
+"""SHA-256 of every other file of a checkpoint, but for the state, which has a checksum of its own."""
+
+DAMAGED = "damaged-"
+"""Before the name of a checkpoint that a run can't go on from: nothing looks for it there, and nothing deletes it."""
 
 
 def save_state(state: Any, file: str | Path) -> None:
     """Write nested dicts, lists and tuples of tensors, numbers, strings and None to one safetensors file.
 
-    Tensors are stored as such; the rest is JSON in the file's metadata. Numbers and keys come back as they were.
+    Tensors are stored as such; the rest is JSON in the file's metadata, with its checksum. Numbers and keys come back
+    as they were.
+
+    Raises:
+        OSError: The file can't be written.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -46,12 +63,32 @@ def save_state(state: Any, file: str | Path) -> None:
         raise TypeError(f"A state may hold tensors, numbers, strings, None and containers of these, got {type(value)}.")
 
     text = json.dumps(plain(state))
-    save_file(tensors, file, metadata={"state": text})
+    with writing(file):
+        save_file(tensors, file, metadata={"state": text, "crc32": _crc32(text)})
+
+
+def _crc32(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def load_state(file: str | Path) -> Any:
-    """What :func:`save_state` wrote, on the CPU."""
+    """What :func:`save_state` wrote, on the CPU.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        return _load_state(file)
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}). Go on from another checkpoint.") from error
+
+
+def _load_state(file: str | Path) -> Any:
     with safe_open(file, framework="pt") as content:
+        metadata = content.metadata()
+        text = metadata["state"]
+        if metadata.get("crc32", checksum := _crc32(text)) != checksum:  # older files have none
+            raise ValueError("its checksum is another one")
 
         def restored(value: Any) -> Any:
             if not isinstance(value, dict):
@@ -63,7 +100,7 @@ def load_state(file: str | Path) -> Any:
                 return {restored(key): restored(entry) for key, entry in item}
             return (list if kind == "list" else tuple)(restored(entry) for entry in item)
 
-        return restored(json.loads(content.metadata()["state"]))
+        return restored(json.loads(text))
 
 
 def random_state() -> dict[str, Any]:
@@ -129,10 +166,89 @@ def _sync(path: Path) -> None:
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = (path for path in Path(output_dir).glob("checkpoint-*") if (path / LAST_FILE).is_file())
-    numbered = ((path.name.removeprefix("checkpoint-"), path) for path in found)
+    """The finished checkpoints of a run, oldest first; :func:`newest_whole` looks whether they are damaged."""
+    return [path for path in _folders_in(output_dir) if (path / LAST_FILE).is_file()]
+
+
+def _folders_in(output_dir: str | Path) -> list[Path]:
+    numbered = ((path.name.removeprefix("checkpoint-"), path) for path in Path(output_dir).glob("checkpoint-*"))
     return [path for _, path in sorted((int(step), path) for step, path in numbered if step.isdecimal())]
+
+
+def write_checksums(checkpoint: Path) -> None:
+    """Write down what the files of a checkpoint are, for :func:`fault_of`."""
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != STATE_FILE)
+    sums = {file.relative_to(checkpoint).as_posix(): _sha256(file) for file in files}
+    write_whole(checkpoint / CHECKSUMS_FILE, json.dumps(sums, indent=1))
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """Why a run can't go on from a checkpoint, such as ``model.safetensors is missing``; None: it is whole.
+
+    Checkpoints of older versions have no checksums: of them, what can be told from the files alone.
+
+    Raises:
+        PermissionError: A file may not be read, which is no damage.
+    """
+    try:
+        sums = checkpoint / CHECKSUMS_FILE
+        wanted = read_json_object(sums, "checksums", "") if sums.is_file() else {}
+        files = {file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file()}
+        is_sharded = any(path.is_dir() for path in checkpoint.iterdir())
+        needed = [LAST_FILE, STATE_FILE, *([] if is_sharded else [OPTIMIZER_FILE]), *wanted]
+        if missing := next((name for name in needed if name not in files), None):
+            return f"{missing} is missing"
+        if not is_sharded and not any(name.endswith("model.safetensors") or "model-" in name for name in files):
+            return "the weights are missing"
+        for name in sorted(files):
+            if name in wanted and wanted[name] != _sha256(checkpoint / name):
+                return f"{name} is cut or changed"
+            if name not in wanted and name.endswith(".safetensors"):
+                with safe_open(checkpoint / name, framework="pt") as content:
+                    content.keys()
+        read_json_object(checkpoint / LAST_FILE, "the state", "")["global_step"]
+        load_state(checkpoint / STATE_FILE)
+    except PermissionError:
+        raise
+    except (OSError, SafetensorError, ValueError, LookupError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def newest_whole(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is whole, and of the newer ones what they lack.
+
+    Raises:
+        ValueError: There are checkpoints, and none is whole.
+    """
+    damaged: dict[Path, str] = {}
+    for folder in reversed(_folders_in(output_dir)):
+        if (fault := fault_of(folder)) is None:
+            return folder, damaged
+        damaged[folder] = fault
+    if damaged:
+        told = "; ".join(f"{folder.name}: {fault}" for folder, fault in damaged.items())
+        raise ValueError(
+            f"No checkpoint in {output_dir} is whole ({told}). Put an undamaged copy back, or start over in another "
+            "folder or with --fresh, which deletes the run."
+        )
+    return None, {}
+
+
+def put_aside(checkpoint: Path, fault: str) -> str:
+    """Take a damaged checkpoint out of the way of those to come; what is to be said of it."""
+    place = checkpoint.with_name(DAMAGED + checkpoint.name)
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(checkpoint, place)
+    return (
+        f"{checkpoint.name} is damaged ({fault}) and is now called {place.name}; the run goes on from the newest whole "
+        "checkpoint before it"
+    )
 
 
 def remove_unfinished(output_dir: str | Path) -> bool:

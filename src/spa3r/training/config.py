@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from spa3r.media.files import read_text
+from spa3r.media.files import other_encoding, text_encoding
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.training.arguments import PretrainingArguments
 
@@ -177,13 +177,7 @@ class RunConfig:
         Raises:
             ValueError: The file is no YAML of sections, an override doesn't read so, or as :meth:`from_dict`.
         """
-        yaml = _yaml()
-        try:
-            sections = yaml.load(read_text(file), _loader(yaml)) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{file} can't be read as YAML: {error}") from error
-        if not isinstance(sections, dict):
-            raise ValueError(f"{file} must hold sections (model, data, evaluation, training), got {sections!r}.")
+        sections = read_yaml(file)
         for path, value in _parse_overrides(overrides).items():
             _set(sections, path, value)
         return cls.from_dict(sections)
@@ -196,6 +190,18 @@ class RunConfig:
         recipe = {key: defaults[key] for key in self.RECIPE}
         plain["training"] = {"output_dir": None} | recipe | plain["training"]
         return _as_lists(plain)
+
+    def lacking_in(self, earlier: Mapping[str, Any]) -> list[str]:
+        """What the resolved configuration of an earlier run must say about what is learnt, and doesn't say."""
+        sections = [one for one in dataclasses.fields(self) if one.name != "training"]
+        keys = {f"{section.name}.{one.name}" for section in sections for one in dataclasses.fields(section.type)}
+        keys |= {f"training.{name}" for name in self.RECIPE}
+        now, told = _flat(self.to_dict()), _flat(earlier)
+        return sorted(
+            key
+            for key in keys & now.keys() - told.keys()
+            if not (now[key] is None or _is_free(key, self.FREE_TO_CHANGE))
+        )
 
     def to_yaml(self) -> str:
         """As :meth:`to_dict`, as text."""
@@ -267,11 +273,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], free_to_change: S
     """What differs between two resolved configurations and must not when a run is resumed: ``key: before -> now``."""
     old, new = _flat(before), _flat(now)
     return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
+        f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in free_to_change)
+        if old.get(key) != new.get(key) and not _is_free(key, free_to_change)
     ]
+
+
+def _is_free(key: str, free_to_change: Sequence[str]) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in free_to_change)
 
 
 def _is_ours(name: str) -> bool:
@@ -298,7 +307,6 @@ def _check_keys(section: Mapping[str, Any], known: Sequence[str], prefix: str, k
 
 
 def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    yaml = _yaml()
     overrides, rest = {}, list(arguments)
     while rest:
         option = rest.pop(0)
@@ -311,7 +319,7 @@ def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not rest:
                 raise ValueError(f"`{option}` must be followed by a value, got nothing.")
             value = rest.pop(0)
-        overrides[name] = yaml.load(value, _loader(yaml))
+        overrides[name] = _parse_yaml(value, f"The value of `--{name}`")
     return overrides
 
 
@@ -348,6 +356,81 @@ def _as_lists(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: _as_lists(value) for key, value in tree.items()}
     return [_as_lists(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+# YAML
+
+MAX_CHARACTERS, MAX_VALUES = 1_000_000, 100_000
+"""Of a configuration file: what no sensible one has. Aliases count as often as they stand for something."""
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The sections of a configuration file.
+
+    Raises:
+        ValueError: It is no YAML, too large, or holds no sections.
+        OSError: It can't be opened.
+    """
+    try:
+        with open(file, encoding=text_encoding(file)) as content:
+            text = content.read(MAX_CHARACTERS + 1)
+    except UnicodeDecodeError as error:
+        raise other_encoding(file, error) from error
+    sections = _parse_yaml(text, str(file))
+    if not isinstance(sections, dict | None):
+        raise ValueError(
+            f"{file} must hold sections (model, data, evaluation, training), got a {type(sections).__name__}."
+        )
+    return sections or {}
+
+
+def _parse_yaml(text: str, what: str) -> Any:
+    """The value that YAML describes. Errors never show the text, which may hold a token."""
+    yaml = _yaml()
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{what} must have at most {MAX_CHARACTERS} characters, got more. Is it the right file?")
+    loader = None
+    try:
+        loader = _loader(yaml)(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(yaml, node, {}, set())
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise ValueError(f"{what} can't be read as YAML: {error.problem or error.context}{place}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{what} can't be read as YAML: it is nested too deeply.") from error
+    except yaml.reader.ReaderError as error:
+        raise ValueError(f"{what} can't be read as YAML: a character that is not allowed ({error.reason}).") from error
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:  # such as the 31st of June
+        raise ValueError(f"{what} can't be read as YAML: {error}.") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _count_values(yaml: Any, node: Any, counts: dict[int, int], above: set[int]) -> int:
+    """How many values a node stands for, aliases written out; refuses too many, loops and double keys."""
+    if id(node) in counts:
+        return counts[id(node)]
+    if id(node) in above:
+        raise ValueError("an alias stands for something that holds it")
+    above.add(id(node))
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        children = [one for pair in node.value for one in pair]
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the key {twice!r} stands twice in one section")
+    count = 1 + sum(_count_values(yaml, child, counts, above) for child in children)
+    if count > MAX_VALUES:
+        raise ValueError(f"it stands for more than {MAX_VALUES} values")
+    above.remove(id(node))
+    counts[id(node)] = count
+    return count
 
 
 def _yaml() -> Any:

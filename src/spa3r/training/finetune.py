@@ -22,7 +22,7 @@ from spa3r.training.finetune_batches import InstructionBatches
 from spa3r.training.finetune_config import FinetuningConfig
 from spa3r.training.finetune_trainer import FinetuningTrainer, _Share
 from spa3r.training.policies import group_table, quantization
-from spa3r.training.runs import CONFIG_FILE, RunResult, find_checkpoint, require_tensorboard, run
+from spa3r.training.runs import CONFIG_FILE, RunResult, find_checkpoint, own_folder, require_tensorboard, run
 from spa3r.video import uniform_indices
 
 
@@ -58,7 +58,8 @@ def finetune(
     """Train, or go on with a training: a run of the same configuration in ``training.output_dir`` is resumed from its
     last whole checkpoint.
 
-    SIGTERM and Ctrl-C end the step, save a checkpoint and return; a second Ctrl-C interrupts at once.
+    SIGTERM, SIGHUP (a terminal that closes) and Ctrl-C end the step, save a checkpoint and return; a second Ctrl-C
+    interrupts at once.
 
     Args:
         config: The configuration.
@@ -69,45 +70,47 @@ def finetune(
         progress: Called in the main process with a line for every entry of the log.
 
     Raises:
-        ValueError: The configuration doesn't fit, or another run than this one is in the folder.
+        ValueError: The configuration doesn't fit, another run than this one is in the folder or going on there, none of
+            its checkpoints is whole, or nothing finite was learnt.
         ImportError: A package of ``spa3r[train]`` is missing, or bitsandbytes for ``"qlora"``.
     """
     require_tensorboard(config)
     args = make_arguments(config)
     if args.process_index != 0:
         note = lambda text: None  # noqa: E731
-    section = config.model
-    checkpoint = find_checkpoint(config, args, fresh, note, (section.init_from, section.vlm, section.spa3r))
-    set_seed(args.seed)
-    model, processor, psfm = make_model(config, args)
-    data, evaluation = config.data, config.evaluation
-    collator = Spa3VLMCollator(processor, max_length=data.max_length)
-    batches = InstructionBatches(
-        make_instructions(data.train),
-        collator,
-        args.per_device_train_batch_size,
-        group_by_length=data.group_by_length,
-        accumulate=args.gradient_accumulation_steps,
-        seed=data.seed,
-        rank=args.process_index,
-        world_size=args.world_size,
-        max_bad_share=data.max_bad_share,
-    )
-    trainer = FinetuningTrainer(
-        model,
-        args,
-        batches,
-        make_questions(config),
-        processing_class=processor,
-        data_collator=collator,
-        psfm=psfm,
-        evaluation={"batch_size": evaluation.batch_size, "max_new_tokens": evaluation.max_new_tokens},
-        callbacks=list(callbacks),
-    )
-    groups = trainer.parameter_groups()
-    note(group_table(groups))
-    told = run(trainer, checkpoint, args.max_steps, note, progress)
-    return FinetuningResult(**told, parameters=[group.to_dict() for group in groups])
+    with own_folder(args):
+        section = config.model
+        checkpoint = find_checkpoint(config, args, fresh, note, (section.init_from, section.vlm, section.spa3r))
+        set_seed(args.seed)
+        model, processor, psfm = make_model(config, args)
+        data, evaluation = config.data, config.evaluation
+        collator = Spa3VLMCollator(processor, max_length=data.max_length)
+        batches = InstructionBatches(
+            make_instructions(data.train),
+            collator,
+            args.per_device_train_batch_size,
+            group_by_length=data.group_by_length,
+            accumulate=args.gradient_accumulation_steps,
+            seed=data.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            max_bad_share=data.max_bad_share,
+        )
+        trainer = FinetuningTrainer(
+            model,
+            args,
+            batches,
+            make_questions(config),
+            processing_class=processor,
+            data_collator=collator,
+            psfm=psfm,
+            evaluation={"batch_size": evaluation.batch_size, "max_new_tokens": evaluation.max_new_tokens},
+            callbacks=list(callbacks),
+        )
+        groups = trainer.parameter_groups()
+        note(group_table(groups))
+        told = run(trainer, checkpoint, args.max_steps, note, progress)
+        return FinetuningResult(**told, parameters=[group.to_dict() for group in groups])
 
 
 def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spa3r.training.checkpoints import publish, unfinished_folder
+from spa3r.disk import write_whole, writing
 
 
 class JsonLinesCallback(TrainerCallback):
@@ -29,10 +28,7 @@ class JsonLinesCallback(TrainerCallback):
         if not state.is_world_process_zero or not file.exists():
             return
         kept = [line for line in read_log(file) if line["step"] <= state.global_step]
-        folder = unfinished_folder(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.FILE).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        publish(folder / self.FILE, file)
+        write_whole(file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(
         self,
@@ -49,19 +45,34 @@ class JsonLinesCallback(TrainerCallback):
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in (logs or {}).items()
         }
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with open(os.path.join(args.output_dir, self.FILE), "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        place = Path(args.output_dir) / self.FILE
+        with writing(place, "Free space; the same command goes on from the last checkpoint."):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open(place, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def read_log(file: str | Path) -> list[dict[str, Any]]:
-    """The lines of a ``log.jsonl``. A last line that a kill cut short is left out."""
+    """The lines of a ``log.jsonl``. A last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: Another line is damaged.
+    """
+    texts = [text for text in Path(file).read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
     lines = []
-    for line in Path(file).read_text(encoding="utf-8").splitlines():
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError("it is no entry of a log")
+        except (ValueError, RecursionError) as error:
+            if number == len(texts):
+                break
+            raise ValueError(
+                f"{file} is damaged: its line {number} of {len(texts)} can't be read ({error}). Delete that line, or "
+                "move the file away: the run goes on without it."
+            ) from error
+        lines.append(line)
     return lines
 
 

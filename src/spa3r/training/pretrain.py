@@ -14,7 +14,7 @@ from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
 from spa3r.training.arguments import PretrainingArguments
 from spa3r.training.config import ModelSection, PretrainingConfig
-from spa3r.training.runs import RunResult, find_checkpoint, require_tensorboard, run
+from spa3r.training.runs import RunResult, find_checkpoint, own_folder, require_tensorboard, run
 from spa3r.training.trainer import PretrainingTrainer
 
 
@@ -49,7 +49,8 @@ def pretrain(
     """Train, or go on with a training: a run of the same configuration in ``training.output_dir`` is resumed from its
     last whole checkpoint.
 
-    SIGTERM and Ctrl-C end the step, save a checkpoint and return; a second Ctrl-C interrupts at once.
+    SIGTERM, SIGHUP (a terminal that closes) and Ctrl-C end the step, save a checkpoint and return; a second Ctrl-C
+    interrupts at once.
 
     Args:
         config: The configuration.
@@ -59,25 +60,27 @@ def pretrain(
         progress: Called in the main process with a line for every entry of the log.
 
     Raises:
-        ValueError: The configuration doesn't fit, or another run than this one is in the folder.
+        ValueError: The configuration doesn't fit, another run than this one is in the folder or going on there, none of
+            its checkpoints is whole, or nothing finite was learnt.
         ImportError: A package of ``spa3r[train]`` is missing.
     """
     require_tensorboard(config)
     args = make_arguments(config)
     if args.process_index != 0:
         note = lambda text: None  # noqa: E731
-    section = config.model
-    parts = (section.init_from, section.backbone, section.semantic_teacher)
-    checkpoint = find_checkpoint(config, args, fresh, note, parts)
-    set_seed(args.seed)
-    model, processor = make_model(config)
-    train_batches = make_batches(config, processor, model, args)
-    eval_batches = make_evaluation_batches(config, processor, model, args) if config.evaluation.sources else None
-    trainer = PretrainingTrainer(
-        model, args, train_batches, eval_batches, processing_class=processor, callbacks=list(callbacks)
-    )
-    told = run(trainer, checkpoint, args.max_steps, note, progress)
-    return PretrainingResult(**told, held_out_skipped=trainer.held_out_skipped)
+    with own_folder(args):
+        section = config.model
+        parts = (section.init_from, section.backbone, section.semantic_teacher)
+        checkpoint = find_checkpoint(config, args, fresh, note, parts)
+        set_seed(args.seed)
+        model, processor = make_model(config)
+        train_batches = make_batches(config, processor, model, args)
+        eval_batches = make_evaluation_batches(config, processor, model, args) if config.evaluation.sources else None
+        trainer = PretrainingTrainer(
+            model, args, train_batches, eval_batches, processing_class=processor, callbacks=list(callbacks)
+        )
+        told = run(trainer, checkpoint, args.max_steps, note, progress)
+        return PretrainingResult(**told, held_out_skipped=trainer.held_out_skipped)
 
 
 # What the configuration names

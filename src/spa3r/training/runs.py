@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import signal
 import threading
@@ -16,9 +17,17 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerState
 
 from spa3r.data import SkippedReport
-from spa3r.training.base import ResumableTrainer
-from spa3r.training.checkpoints import LAST_FILE, checkpoints_in, publish, remove_unfinished, writing_into
-from spa3r.training.config import RunConfig, _yaml, changes
+from spa3r.disk import alone_in, write_whole
+from spa3r.training.base import STOP_SIGNALS, ResumableTrainer
+from spa3r.training.checkpoints import (
+    DAMAGED,
+    LAST_FILE,
+    checkpoints_in,
+    newest_whole,
+    put_aside,
+    remove_unfinished,
+)
+from spa3r.training.config import RunConfig, changes, read_yaml
 from spa3r.training.logs import JsonLinesCallback, read_log
 
 CONFIG_FILE = "config.yaml"
@@ -77,7 +86,8 @@ def run(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         step = trainer.state.global_step
     elif not trainer.is_sharded:  # all steps are done, but perhaps a kill came before the model was saved
-        trainer.restore(best_of(checkpoint) if args.load_best_model_at_end else checkpoint)
+        trainer.restore(checkpoint)
+        trainer.check_learnt()
     if step >= max_steps:
         trainer.save_model()
     skipped = trainer.skipped_by_all()
@@ -93,6 +103,20 @@ def run(
         "nonfinite_steps": trainer.nonfinite_steps,
         "skipped": skipped,
     }
+
+
+@contextmanager
+def own_folder(args: Any) -> Iterator[None]:
+    """The run's folder is this run's alone, from its first look for checkpoints to the saved model.
+
+    Raises:
+        ValueError: Another run is going on there.
+    """
+    if args.process_index != 0:
+        yield
+        return
+    with alone_in(args.output_dir, "Wait for its end, or name another folder in `training.output_dir`."):
+        yield
 
 
 def find_checkpoint(
@@ -111,7 +135,7 @@ def find_checkpoint(
     with args.main_process_first(desc="looking for an earlier run"):
         if args.process_index == 0:
             prepare_folder(config, output_dir, fresh, note, parts)
-    checkpoint = next(iter(reversed(checkpoints_in(output_dir))), None)
+    checkpoint = next(iter(reversed(checkpoints_in(output_dir))), None)  # the newest, now that damaged ones are gone
     if checkpoint is not None:
         note(f"going on from {checkpoint}")
     return checkpoint
@@ -129,32 +153,55 @@ def prepare_folder(
     output_dir.mkdir(parents=True, exist_ok=True)
     file = output_dir / CONFIG_FILE
     if fresh:
-        for folder in [*output_dir.glob("checkpoint-*"), output_dir / TENSORBOARD]:
+        checkpoints = (output_dir.glob(f"{prefix}checkpoint-*") for prefix in ("", DAMAGED))
+        for folder in [*itertools.chain(*checkpoints), output_dir / TENSORBOARD]:
             shutil.rmtree(folder, ignore_errors=True)
         for name in (CONFIG_FILE, JsonLinesCallback.FILE, *WEIGHTS):
             for stale in output_dir.glob(name):
                 stale.unlink()
     if remove_unfinished(output_dir):
         note("an unfinished checkpoint of a killed run was removed")
-    if checkpoints_in(output_dir):
-        before = _yaml().safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if changed := changes(before, config.to_dict(), config.FREE_TO_CHANGE):
+    if (output_dir / JsonLinesCallback.FILE).exists():
+        read_log(output_dir / JsonLinesCallback.FILE)  # an error now, not after the model is loaded
+    checkpoint, damaged = newest_whole(output_dir)
+    if checkpoint is not None:
+        if changed := changes(earlier_configuration(file, config), config.to_dict(), config.FREE_TO_CHANGE):
             raise ValueError(
                 f"`training.output_dir` {output_dir} holds a run of another configuration ({'; '.join(changed)}). "
                 "Change it back to go on with that run, name another folder, or start over with --fresh, which deletes "
                 "its checkpoints and logs."
             )
-    with writing_into(output_dir) as folder:
-        (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-        publish(folder / CONFIG_FILE, file)
+    for folder, fault in damaged.items():
+        note(put_aside(folder, fault))
+    write_whole(file, config.to_yaml())
+
+
+def earlier_configuration(file: Path, config: RunConfig) -> dict[str, Any]:
+    """What a run that is gone on with was started with.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
+    cure = (
+        "Put an undamaged copy back (each start of a run prints it), name another folder, or start over with --fresh, "
+        "which deletes the checkpoints and logs."
+    )
+    if not file.is_file():
+        raise ValueError(f"{file} is missing, though {file.parent} holds checkpoints of a run. {cure}")
+    try:
+        before = read_yaml(file)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error} {cure}") from error
+    if lacks := config.lacking_in(before):
+        raise ValueError(
+            f"{file} is damaged, or was written by another version: it lacks {', '.join(lacks[:5])}"
+            f"{f' and {len(lacks) - 5} more' if len(lacks) > 5 else ''}. {cure}"
+        )
+    return before
 
 
 def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else TrainerState.load_from_json(str(checkpoint / LAST_FILE)).global_step
-
-
-def best_of(checkpoint: Path) -> Path:
-    return Path(TrainerState.load_from_json(str(checkpoint / LAST_FILE)).best_model_checkpoint or checkpoint)
 
 
 def require_tensorboard(config: RunConfig) -> None:
@@ -203,7 +250,7 @@ class ProgressLines(TrainerCallback):
 def stopping_on_signals(
     trainer: ResumableTrainer, received: list[str], note: Callable[[str], object]
 ) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C let the step end."""
+    """SIGTERM, SIGHUP and the first Ctrl-C let the step end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -216,7 +263,9 @@ def stopping_on_signals(
         trainer.stop_requested = True
         note(f"{name}: saving a checkpoint at the end of this step")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    # What is ignored stays so: nohup ignores SIGHUP.
+    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in wanted}
     try:
         yield
     finally:
