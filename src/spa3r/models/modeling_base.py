@@ -16,6 +16,7 @@ from transformers import initialization as init
 from spa3r.attention import check_attention_implementation
 from spa3r.checkpoints import resolve
 from spa3r.layers import TransformerLayer
+from spa3r.models.placement import execution_device
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 """Arguments of ``from_pretrained`` that also go to the parts which a checkpoint names instead of holding them."""
@@ -63,6 +64,11 @@ class PackedPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # transformers searches the class's own file for its interface; ours is called in attention.py
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, so where inputs go; also where its weights are offloaded."""
+        return execution_device(self)
 
     def get_input_embeddings(self) -> nn.Module | None:
         """None: patches are projected, there is no table of embeddings. transformers' own raises, and FSDP2 asks."""

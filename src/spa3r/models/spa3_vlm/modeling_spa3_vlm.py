@@ -33,13 +33,25 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from spa3r.attention import Segments, packed_attention
 from spa3r.layers import Mlp
 from spa3r.models.modeling_base import PackedPreTrainedModel, save_without, split_hub_kwargs
+from spa3r.models.placement import execution_device, is_offloaded, weights_at_hand
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
 from spa3r.models.spa3_vlm.scenes import SceneMixin
+from spa3r.models.spa3_vlm.state import (
+    OFFSETS,
+    cache_name,
+    keeps_offset,
+    place_positions,
+    position_offsets,
+    positions_behind,
+    remember_offset,
+    turn,
+)
 from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
 from spa3r.views import ViewLayout, as_list
 
@@ -285,9 +297,12 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             attn_implementation={"": own},
             **fields,
         )
-        model = cls(config, vlm=vlm, spa3r=None if spa3r is None else spa3r.to(vlm.device))
+        device = execution_device(vlm)  # an offloaded VLM's own tensors have none
+        if spa3r is not None and not is_offloaded(spa3r):
+            spa3r = spa3r.to(device)
+        model = cls(config, vlm=vlm, spa3r=spa3r)
         if model.adapter is not None:
-            model.adapter.to(device=vlm.device, dtype=vlm.dtype)
+            model.adapter.to(device=device, dtype=vlm.dtype)
         return model.eval()
 
     def save_pretrained(self, save_directory, include_backbone: bool = True, **kwargs) -> None:
@@ -440,9 +455,16 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             "image_tokens_per_scene": image_tokens_per_scene,
             "spatial_tokens_per_scene": spatial_tokens_per_scene,
         }
-        inputs, appended = self._fuse(input_ids, attention_mask, kwargs)
-        with self._entering(appended):
-            output = self.vlm(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
+        with turn(self):
+            inputs, appended = self._fuse(input_ids, attention_mask, kwargs)
+            positions, offsets = self._positions(input_ids, attention_mask, inputs, keep=labels is None)
+            with self._entering(appended):
+                output = self.vlm(
+                    input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs | positions
+                )
+        if offsets is not None:
+            outputs = output.values() if isinstance(output, dict) else output
+            remember_offset(next((part for part in outputs if isinstance(part, Cache)), None), offsets)
         is_idle = self.adapter is not None and "mm_encoder_outputs" not in inputs
         if labels is not None and is_idle and torch.is_grad_enabled():
             # Distributed training waits for a gradient of every parameter, also of a batch that has text only.
@@ -466,9 +488,58 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             **kwargs: What the processor made, and any argument of the VLM's ``generate``.
         """
         input_ids = kwargs.pop("input_ids", inputs)
-        kwargs, appended = self._fuse(input_ids, kwargs.get("attention_mask"), kwargs)
-        with self._entering(appended):
-            return self.vlm.generate(input_ids=input_ids, generation_config=generation_config, **kwargs)
+        mask = kwargs.get("attention_mask")
+        with turn(self):
+            kwargs, appended = self._fuse(input_ids, mask, kwargs)
+            kwargs |= self._positions_of_whole_prompt(input_ids, mask, kwargs)
+            with self._entering(appended):
+                output = self.vlm.generate(input_ids=input_ids, generation_config=generation_config, **kwargs)
+        cache = getattr(output, cache_name(self.vlm), None) if isinstance(output, ModelOutput) else _cache_in(kwargs)
+        if cache is not None and input_ids is not None and not hasattr(cache, OFFSETS):
+            remember_offset(cache, position_offsets(self.vlm, input_ids, mask, kwargs))
+        return output
+
+    def _positions(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs: dict[str, Any], keep: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What `forward` says about positions where the family would use what it kept of an earlier prompt; and the
+        offsets of this prompt, if it begins here and `keep` says that its cache may be used again."""
+        if not keeps_offset(self.vlm) or inputs.get("position_ids") is not None:
+            return {}, None
+        given, cache = inputs.get("inputs_embeds") if input_ids is None else input_ids, _cache_in(inputs)
+        rows, new = given.shape[:2]
+        seen = 0 if cache is None else cache.get_seq_length()
+        if seen:
+            if "mm_encoder_outputs" in inputs:
+                raise ValueError(
+                    f"Pictures must come with the first tokens of a prompt, got some behind the {seen} tokens of a "
+                    "cache. Pass the whole prompt without a cache, or `position_ids`."
+                )
+            positions = positions_behind(self.vlm, cache, None, attention_mask, (rows, seen + new))
+            return {"position_ids": positions[..., -new:].to(given.device)}, None
+        none = torch.zeros(1, 1, dtype=torch.long, device=given.device)
+        if input_ids is None:
+            places = torch.arange(new, device=given.device).expand(rows, new)
+            return {"position_ids": place_positions(self.vlm, places, none)}, none
+        if not keep or self.training or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+            return {}, None
+        return {}, position_offsets(self.vlm, input_ids, attention_mask, inputs)
+
+    def _positions_of_whole_prompt(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """What `generate` says about positions, likewise."""
+        cache = _cache_in(inputs)
+        seen = 0 if cache is None or not keeps_offset(self.vlm) else cache.get_seq_length()
+        if not seen or input_ids is None or inputs.get("position_ids") is not None:
+            return {}
+        types, offsets = inputs.get("mm_token_type_ids"), None
+        if types is not None and types.any():
+            if types[:, seen:].any():
+                return {}  # the family computes them all from the prompt
+            offsets = position_offsets(self.vlm, input_ids, attention_mask, inputs)
+        positions = positions_behind(self.vlm, cache, offsets, attention_mask, tuple(input_ids.shape))
+        return {"position_ids": positions.to(input_ids.device)}
 
     def _entering(self, appended: AppendedTokens | None) -> AbstractContextManager:
         return nullcontext() if appended is None else appended.entering(self.get_input_embeddings())
@@ -500,7 +571,8 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         encode = self.vlm.base_model.get_image_features
         arguments = {key: kwargs[key] for key in inspect.signature(encode).parameters if key in kwargs}
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_parameters())):
-            features = encode(**arguments, return_dict=True)
+            with weights_at_hand(self.vlm.base_model):
+                features = encode(**arguments, return_dict=True)
         kwargs.pop("pixel_values")
         tokens_per_row = self._tokens_per_row(input_ids, views["image_tokens_per_scene"])
         spatial = None if self.spa3r is None else self._encode_views(views, tokens_per_row)
@@ -614,6 +686,11 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             fused = self.adapter(tokens, spatial_tokens.to(tokens.device), *per_scene)
         # Row by row, since some families expand lists for beams picture by picture, which would mix rows up.
         return fused.reshape(shape) if shape is not None else list(fused.split(list(tokens_per_row)))
+
+
+def _cache_in(inputs: dict[str, Any]) -> Cache | None:
+    """The cache among a model's inputs, by its name of today or of earlier versions of transformers."""
+    return next((inputs[name] for name in ("cache", "past_key_values") if inputs.get(name) is not None), None)
 
 
 def _regroup(features: Sequence[Tensor], tokens_per_row: Sequence[int]) -> list[Tensor]:

@@ -11,14 +11,12 @@ merges with what follows; what follows comes from the processor, out of a whole 
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import json
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,11 +27,20 @@ import PIL.Image
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from spa3r.models.spa3_vlm.fingerprints import PROBE, model_fingerprint, processor_fingerprint
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+from spa3r.models.spa3_vlm.state import (
+    cache_name,
+    in_eval_mode,
+    longest_shared_length,
+    place_positions,
+    position_offsets,
+    turn,
+)
 from spa3r.models.spa3r.image_processing_spa3r import Image, Spa3RImageProcessor
 
 if TYPE_CHECKING:
@@ -56,7 +63,6 @@ CACHE_LAYERS = PADDABLE_LAYERS | {
 }
 """Layers of a cache that many rows can start from: all that they hold is tensors by row, and counters."""
 
-PROBE = "Where is it?"
 FORMAT = "spa3r scene 1"
 ROOM = 64
 """Tokens that a layer has room for before it is copied again."""
@@ -231,6 +237,7 @@ class SceneMixin:
         ids = inputs["input_ids"]
         length = _prefix_length(ids[0], _picture_ids(self, processor), processor)
         _check_probe(self, processor, ids[0], length, system)
+        _check_length(self.vlm, length)
         views = processor.view_image_processor.unpack(inputs["view_pixel_values"], inputs["view_grid_hw"])
         inputs = {
             key: value[:, :length] if isinstance(value, Tensor) and value.shape == ids.shape else value
@@ -239,16 +246,16 @@ class SceneMixin:
         }
         ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
         parameters = inspect.signature(self.vlm.forward).parameters
-        name = _cache_name(self.vlm)
+        name = cache_name(self.vlm)
         cache = _empty_cache(self.vlm)
         last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        with _in_eval_mode(self):
+        with turn(self), in_eval_mode(self):
             inputs, appended = self._fuse(ids, mask, inputs)
             with self._entering(appended):
                 self.vlm(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache}, **last, **inputs)
         features = inputs["mm_encoder_outputs"]["image"].pooler_output
         features = [features] if isinstance(features, Tensor) else features
-        delta = getattr(self.vlm.base_model, "rope_deltas", None)
+        delta = position_offsets(self.vlm, ids, mask, inputs)
         return EncodedScene(
             processor=processor,
             views=[PIL.Image.fromarray(view) for view in views],
@@ -307,9 +314,10 @@ class SceneMixin:
         if not many:
             return []
         tails = _tails(self, scene, many)
+        _check_length(self.vlm, len(scene) + max(map(len, tails)) + max_new_tokens)
         pads = all(type(layer).__name__ in PADDABLE_LAYERS for layer in scene.cache.layers)
         answers: dict[int, str] = {}
-        with _in_eval_mode(self):
+        with turn(self), in_eval_mode(self):
             for batch in _batches([len(tail) for tail in tails], batch_size, pads):
                 words = self._go_on(scene, [tails[i] for i in batch], max_new_tokens, generate_kwargs)
                 texts = scene.processor.batch_decode(words, skip_special_tokens=True)
@@ -332,14 +340,14 @@ class SceneMixin:
             mask[row, length : -len(tail)] = 0
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         if scene.rope_delta is not None:
-            positions = (positions + scene.rope_delta).expand(3, -1, -1)
+            positions = place_positions(self.vlm, positions, torch.tensor([[scene.rope_delta]]))
         arguments = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens} | generate_kwargs
         copies = len(tails) * arguments["num_beams"]
         output = self.vlm.generate(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             position_ids=positions.to(self.device),
-            **{_cache_name(self.vlm): _shared(scene.cache, copies)},
+            **{cache_name(self.vlm): _shared(scene.cache, copies)},
             **arguments,
         )
         return output[:, ids.shape[1] :]
@@ -461,11 +469,6 @@ def _append(store: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Te
 # Caches
 
 
-def _cache_name(vlm: PreTrainedModel) -> str:
-    """``cache``, which was ``past_key_values`` in earlier versions of transformers."""
-    return "cache" if "cache" in inspect.signature(vlm.forward).parameters else "past_key_values"
-
-
 def _empty_cache(vlm: PreTrainedModel) -> Cache:
     """As ``generate`` makes it."""
     cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))
@@ -495,6 +498,17 @@ def check_shares_prefix(vlm: PreTrainedModel) -> None:
         raise ValueError(
             f"A scene can't be encoded once for many questions with the VLM family {family!r}: {reason}. Ask with "
             "`model.generate` on whole prompts, or use a causal family such as qwen2_5_vl, qwen3_vl or internvl."
+        )
+
+
+def _check_length(vlm: PreTrainedModel, length: int) -> None:
+    """Keys of a prefix are only those of a whole prompt as long as RoPE's frequencies don't depend on its length."""
+    limit = longest_shared_length(vlm)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"A scene with its question and answer must have at most {limit} tokens with this VLM, whose RoPE changes "
+            f"its frequencies beyond, got {length}. Give fewer or smaller pictures, or ask with `model.generate` on "
+            "whole prompts."
         )
 
 
@@ -649,77 +663,10 @@ def _batches(lengths: Sequence[int], batch_size: int, pads: bool) -> Iterator[li
             yield group[start : start + batch_size]
 
 
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout while it lasts; then every module is in the mode in which it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 # Whose scene it is
 
 
-def model_fingerprint(model: Spa3VLMForConditionalGeneration) -> str:
-    """Tells a model's weights and configuration from others.
-
-    Names, shapes, types and some values of all weights go in, so that a step of training changes it; not the device,
-    and not the attention back end.
-
-    Args:
-        model: Anything with parameters.
-    """
-    digest = hashlib.sha256(_told(model.config.to_dict()))
-    samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if tensor.device.type != "meta" and tensor.numel():
-            values = tensor.detach().reshape(-1)[:: max(tensor.numel() // SAMPLES, 1)][:SAMPLES]
-            samples.setdefault((tensor.device, tensor.dtype), []).append(values)
-    values = [torch.cat(parts).cpu().double() for parts in samples.values()]  # an accelerator is waited for once
-    digest.update(torch.cat(values).sort().values.numpy().tobytes() if values else b"")
-    return digest.hexdigest()[:32]
-
-
-SAMPLES = 16
-"""Values of each tensor that a fingerprint looks at."""
-
-
-def processor_fingerprint(processor: Spa3VLMProcessor) -> str:
-    """Tells a processor's settings, chat template and tokenizer from others.
-
-    Args:
-        processor: The couple's.
-    """
-    tokenizer = processor.tokenizer
-    parts = (
-        processor.to_dict(),
-        processor.image_processor.to_dict(),
-        processor.chat_template,
-        sorted(tokenizer.get_added_vocab().items()),
-        len(tokenizer),
-        tokenizer(PROBE)["input_ids"],
-    )
-    return hashlib.sha256(b"\n".join(map(_told, parts))).hexdigest()[:32]
-
-
-PASSING = ("transformers_version", "_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype")
-"""Fields of configurations that say where a model comes from and not what it is."""
-
-
-def _told(value: Any) -> bytes:
-    """As JSON, without what changes from place to place."""
-
-    def lasting(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(k): lasting(v) for k, v in value.items() if k not in PASSING and "attn_impl" not in str(k)}
-        return [lasting(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return json.dumps(lasting(value), sort_keys=True, default=str).encode()
+OTHER = {"model": "other weights, other active adapters (LoRA), another dtype", "processor": "another tokenizer"}
 
 
 def _check_origin(
@@ -733,7 +680,7 @@ def _check_origin(
         if given != wanted:
             raise ValueError(
                 f"{name} must be a scene of this {part} (fingerprint {wanted}), got one of another {part} ({given}): "
-                f"{'other weights, another dtype' if part == 'model' else 'another tokenizer'} or other settings. "
+                f"{OTHER[part]} or other settings. "
                 f"Use the {part} that encoded it, or encode the scene again."
             )
 

@@ -19,6 +19,7 @@ from spa3r.attention import Segments
 from spa3r.geometry import pose_encoding_to_cameras
 from spa3r.layers import Mlp, TransformerLayer
 from spa3r.models.modeling_base import PackedPreTrainedModel
+from spa3r.models.placement import weights_at_hand
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 from spa3r.rope import RotaryEncoding
 from spa3r.views import ViewLayout, prepend_tokens, split_prefix, to_device
@@ -374,10 +375,9 @@ class VggtModel(PackedPreTrainedModel):
                     f"Load a checkpoint with one, or don't ask for its output."
                 )
         dense_layers = self.config.dpt_layers if output_depth or output_points else ()
-        kept = self._aggregate(
-            view_pixel_values, layout, {*output_layers, *dense_layers, *([count - 1] if output_cameras else [])},
-            context_views,
-        )  # fmt: skip
+        wanted = {*output_layers, *dense_layers, *([count - 1] if output_cameras else [])}
+        with weights_at_hand(self):  # this is not `forward`
+            kept = self._aggregate(view_pixel_values, layout, wanted, context_views)
         output = VggtModelOutput(tokens=tuple(kept[index] for index in output_layers))
         if output_cameras:
             camera_tokens = split_prefix(kept[count - 1], layout.patches_per_view, self.num_special_tokens)[0][:, 0]

@@ -1,0 +1,143 @@
+"""Which model and which processor made a scene: two of equal fingerprints go on from it to the same answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spa3r.models.placement import full_state_dict
+
+if TYPE_CHECKING:
+    from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+    from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+
+SAMPLES = 16
+"""Values of each tensor that a fingerprint looks at."""
+
+PASSING = (
+    *("transformers_version", "_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype"),
+    *("backbone_name_or_path", "semantic_teacher_name_or_path"),
+)
+"""Fields of configurations that say where a model comes from and not what it is."""
+
+PROBE = "Where is it?"
+
+
+def model_fingerprint(model: Spa3VLMForConditionalGeneration) -> str:
+    """Tells a model's weights, configuration and active adapters from others.
+
+    Names, shapes, types and some values of all weights go in, so that a step of training changes it; not the device,
+    not whether weights are offloaded, and not the attention back end. Of PEFT's adapters (LoRA and others) those count
+    that act: their names, weights and scales, and whether they are merged. A model whose adapters are all disabled has
+    the fingerprint of the model without adapters, and an adapter that is loaded and not active changes nothing.
+
+    Args:
+        model: Anything with parameters.
+    """
+    digest = hashlib.sha256(told(model.config.to_dict()))
+    names, adapters = _acting(model)
+    digest.update(told(adapters))
+    samples: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, tensor in full_state_dict(model).items():
+        if (name := names.get(name, name)) is None:
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.device.type != "meta" and tensor.numel():
+            values = tensor.detach().reshape(-1)[:: max(tensor.numel() // SAMPLES, 1)][:SAMPLES]
+            samples.setdefault((tensor.device, tensor.dtype), {})[name] = values
+    told_values: dict[str, Tensor] = {}
+    for parts in samples.values():
+        values = torch.cat(list(parts.values())).cpu().double()  # an accelerator is waited for once
+        told_values |= zip(parts, values.split([len(part) for part in parts.values()]))
+    for name in sorted(told_values):
+        digest.update(told_values[name].numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _acting(model: nn.Module) -> tuple[dict[str, str | None], list[Any]]:
+    """Names of weights as the model without adapters has them, None for weights that don't act; and which adapters act.
+
+    PEFT wraps a layer: its own weights are then below ``base_layer`` (or ``original_module``), and beside it each
+    adapter has its part of every kind of weight.
+    """
+    if "peft" not in sys.modules:
+        return {}, []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    wrappers = BaseTunerLayer | AuxiliaryTrainingWrapper
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, wrappers)}
+    if not layers:
+        return {}, []
+    adapters, names = [], {}
+    for path, layer in sorted(layers.items()):
+        active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in _held(layer)]
+        merged = list(layer.merged_adapters)
+        if active or merged:
+            values = {
+                kind: {name: value[name] for name in active if isinstance(value.get(name), int | float | str | bool)}
+                for kind in layer.other_param_names
+                if isinstance(value := getattr(layer, kind, None), dict)
+            }
+            adapters.append([_bare(path), active, merged, layer.disable_adapters, values])
+        for kind in _by_adapter(layer):
+            part = f"{path}.{kind}."
+            for name in _held(layer) - {*active, *merged}:
+                names |= dict.fromkeys((part + name, f"{part}{name}."))  # a parameter, or a module of them
+    skipped = tuple(names)
+    return {
+        key: None if key in names or key.startswith(tuple(n for n in skipped if n.endswith("."))) else _bare(key)
+        for key in model.state_dict()
+    }, adapters
+
+
+def _by_adapter(layer: Any) -> dict[str, Any]:
+    """The containers of a wrapped layer that hold something of each adapter."""
+    named = {*layer.adapter_layer_names, *layer.other_param_names}
+    named |= {name for name, part in layer.named_children() if isinstance(part, nn.ModuleDict | nn.ParameterDict)}
+    found = {name: getattr(layer, name, None) for name in named}
+    return {name: part for name, part in found.items() if hasattr(part, "keys")}
+
+
+def _held(layer: Any) -> set[str]:
+    """Adapters of which the layer has a part."""
+    return {name for part in _by_adapter(layer).values() for name in part.keys()}
+
+
+def _bare(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+
+
+def processor_fingerprint(processor: Spa3VLMProcessor) -> str:
+    """Tells a processor's settings, chat template and tokenizer from others.
+
+    Args:
+        processor: The couple's.
+    """
+    tokenizer = processor.tokenizer
+    parts = (
+        processor.to_dict(),
+        processor.image_processor.to_dict(),
+        processor.chat_template,
+        sorted(tokenizer.get_added_vocab().items()),
+        len(tokenizer),
+        tokenizer(PROBE)["input_ids"],
+    )
+    return hashlib.sha256(b"\n".join(map(told, parts))).hexdigest()[:32]
+
+
+def told(value: Any) -> bytes:
+    """As JSON, without what changes from place to place."""
+
+    def lasting(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): lasting(v) for k, v in value.items() if k not in PASSING and "attn_impl" not in str(k)}
+        return [lasting(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(lasting(value), sort_keys=True, default=str).encode()
