@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from spa3r.models.placement import full_state_dict
+from spa3r.models.spa3_vlm.processing_spa3_vlm import TOKENIZING, Spa3VLMProcessor
 
 if TYPE_CHECKING:
     from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
-    from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 
 SAMPLES = 16
 """Values of each tensor that a fingerprint looks at."""
@@ -24,6 +24,9 @@ PASSING = (
     *("backbone_name_or_path", "semantic_teacher_name_or_path"),
 )
 """Fields of configurations that say where a model comes from and not what it is."""
+
+WRAPPED = ("base_layer", "original_module", "token_adapter")
+"""What PEFT calls a layer inside what it wraps around it."""
 
 PROBE = "Where is it?"
 
@@ -42,28 +45,31 @@ def model_fingerprint(model: Spa3VLMForConditionalGeneration) -> str:
     digest = hashlib.sha256(told(model.config.to_dict()))
     names, adapters = _acting(model)
     digest.update(told(adapters))
-    samples: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    acting: dict[str, Tensor] = {}
     for name, tensor in full_state_dict(model).items():
-        if (name := names.get(name, name)) is None:
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if (name := names.get(name, name)) is not None:
+            acting.setdefault(name, tensor)
+    samples: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, tensor in acting.items():
         if tensor.device.type != "meta" and tensor.numel():
             values = tensor.detach().reshape(-1)[:: max(tensor.numel() // SAMPLES, 1)][:SAMPLES]
             samples.setdefault((tensor.device, tensor.dtype), {})[name] = values
-    told_values: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
     for parts in samples.values():
         values = torch.cat(list(parts.values())).cpu().double()  # an accelerator is waited for once
-        told_values |= zip(parts, values.split([len(part) for part in parts.values()]))
-    for name in sorted(told_values):
-        digest.update(told_values[name].numpy().tobytes())
+        read |= zip(parts, values.split([len(part) for part in parts.values()]))
+    for name, tensor in sorted(acting.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if name in read:
+            digest.update(read[name].numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
 def _acting(model: nn.Module) -> tuple[dict[str, str | None], list[Any]]:
     """Names of weights as the model without adapters has them, None for weights that don't act; and which adapters act.
 
-    PEFT wraps a layer: its own weights are then below ``base_layer`` (or ``original_module``), and beside it each
-    adapter has its part of every kind of weight.
+    PEFT wraps a layer: its own weights are then below :data:`WRAPPED`, perhaps twice, and beside them each adapter has
+    its part of every kind of weight.
     """
     if "peft" not in sys.modules:
         return {}, []
@@ -110,8 +116,7 @@ def _held(layer: Any) -> set[str]:
 
 
 def _bare(name: str) -> str:
-    parts = name.split(".")
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def processor_fingerprint(processor: Spa3VLMProcessor) -> str:
@@ -121,13 +126,15 @@ def processor_fingerprint(processor: Spa3VLMProcessor) -> str:
         processor: The couple's.
     """
     tokenizer = processor.tokenizer
+    with TOKENIZING:
+        probe = tokenizer(PROBE)["input_ids"]
     parts = (
         processor.to_dict(),
         processor.image_processor.to_dict(),
         processor.chat_template,
         sorted(tokenizer.get_added_vocab().items()),
         len(tokenizer),
-        tokenizer(PROBE)["input_ids"],
+        probe,
     )
     return hashlib.sha256(b"\n".join(map(told, parts))).hexdigest()[:32]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,9 @@ SPATIAL_COUNTS = "spatial_tokens_per_scene"
 
 PICTURE_KEYS = ("image", "url", "path", "base64")
 VIDEO_KEYS = ("video", "url", "path")
+
+TOKENIZING = threading.RLock()
+"""A fast tokenizer keeps the padding and truncation of its last call, so threads take turns."""
 
 
 class Spa3VLMProcessor(ProcessorMixin):
@@ -409,14 +413,15 @@ class Spa3VLMProcessor(ProcessorMixin):
             kwargs["return_tensors"] = return_tensors
             if is_batch:
                 processor_kwargs = {"padding": True, "padding_side": "left"} | processor_kwargs
-        output = self.vlm_processor.apply_chat_template(
-            rewritten if is_batch else rewritten[0],
-            chat_template=chat_template,
-            tokenize=tokenize,
-            return_dict=tokenize,
-            processor_kwargs=processor_kwargs,
-            **kwargs,
-        )
+        with TOKENIZING:
+            output = self.vlm_processor.apply_chat_template(
+                rewritten if is_batch else rewritten[0],
+                chat_template=chat_template,
+                tokenize=tokenize,
+                return_dict=tokenize,
+                processor_kwargs=processor_kwargs,
+                **kwargs,
+            )
         if not tokenize:
             return output
         return self._add_views(output, scenes, return_tensors) if return_dict else output["input_ids"]
@@ -453,9 +458,10 @@ class Spa3VLMProcessor(ProcessorMixin):
         if self.spatial_tokens is not None:
             wide = [self._widen_spatial_tokens(t, self._num_spatial_tokens(v)) for t, (v, _) in zip(texts, loaded)]
             text = wide[0] if isinstance(text, str) else wide
-        output = self.vlm_processor(
-            text=text, images=seen if any(seen) else None, return_tensors=return_tensors, **kwargs
-        )
+        with TOKENIZING:
+            output = self.vlm_processor(
+                text=text, images=seen if any(seen) else None, return_tensors=return_tensors, **kwargs
+            )
         return self._add_views(output, [views for views, _ in loaded], return_tensors)
 
     def _add_views(self, output: BatchFeature, scenes: list[list[PIL.Image.Image]], return_tensors) -> ViewBatch:
