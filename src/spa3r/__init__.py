@@ -82,7 +82,7 @@ def _register() -> None:
     AutoModelForPreTraining.register(Spa3RConfig, Spa3RForPreTraining, exist_ok=True)
     AutoModelForImageTextToText.register(Spa3VLMConfig, Spa3VLMForConditionalGeneration, exist_ok=True)
     for config in (VggtConfig, Spa3RConfig):
-        AutoImageProcessor.register(config, slow_image_processor_class=Spa3RImageProcessor, exist_ok=True)
+        AutoImageProcessor.register(config, image_processor_classes={"pil": Spa3RImageProcessor}, exist_ok=True)
     AutoProcessor.register(Spa3VLMConfig, Spa3VLMProcessor, exist_ok=True)
 
 

@@ -2,6 +2,9 @@
 
 import base64
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -11,14 +14,17 @@ import pytest
 import torch
 from media import data_url, encoded, noise, served, smooth
 from PIL import Image
+from PIL.Image import Resampling
 from safetensors import safe_open
 from tiny import GOLDEN, golden
 from transformers import AutoImageProcessor
 
 from spa3r import Spa3RConfig, Spa3RImageProcessor, Spa3VLMProcessor
-from spa3r.models.spa3r.image_processing_spa3r import to_rgb
+from spa3r.media import resampling
+from spa3r.media.images import to_rgb
 
 SIZE = 56
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @pytest.fixture
@@ -116,8 +122,13 @@ def test_unpack_inverts_pack_for_mixed_sizes_and_half_precision(processor):
         (torch.rand(4, 3, 30, 40), [4]),
         ([np.zeros((30, 40), np.uint8), noise(30, 30), torch.rand(3, 20, 20)], [3]),
         ([noise(30, 40)] * 64, [64]),
+        ([torch.rand(2, 3, 30, 40), torch.rand(1, 3, 28, 28)], [2, 1]),
+        ([[torch.rand(2, 3, 30, 40), noise(30, 40)], [noise(40, 30)]], [3, 1]),
+        (np.zeros((2, 3, 30, 40, 3), np.uint8), [3, 3]),
     ],
-    ids="one flat1 flat2 ragged tuples generator array4d tensor4d mixed_types sixty_four".split(),
+    ids=(
+        "one flat1 flat2 ragged tuples generator array4d tensor4d mixed_types sixty_four tensors4d nested4d array5d"
+    ).split(),
 )
 def test_scenes_from_every_nesting(processor, images, views_per_scene):
     batch = processor(images)
@@ -358,7 +369,7 @@ FINITE = r"A picture must hold finite values, got .* with NaN or infinite pixels
 RANGE = r"A floating point picture must hold values in \[0, 1\], got \[{}\]. Divide by 255, or pass uint8"
 INTEGERS = r"An integer picture must hold values in \[0, 65535\], got \[{}\]. Pass uint8"
 SMALL = r"Every picture must be at least one patch, 14 x 14 pixels, got .* of {} \(width x height\)"
-TYPE = "A picture must be a PIL image, a path, a URL, an array or a tensor, got {}."
+TYPE = "A picture must be a PIL image, a path, a URL, base64, bytes, an array or a tensor, got {}."
 
 
 def filled(value, dtype=np.float32, shape=(30, 30, 3)):
@@ -379,12 +390,15 @@ def filled(value, dtype=np.float32, shape=(30, 30, 3)):
         (None, "`images` must be pictures, or lists of pictures, got NoneType"),
         (3, "`images` must be pictures, or lists of pictures, got int"),
         ([None], TYPE.format("NoneType")),
-        ([b"png"], TYPE.format("bytes")),
+        ([{"path": "a.png"}], TYPE.format("dict")),
+        ([b"png"], r"can't be decoded: 3 bytes \(cannot identify image file\)"),
         ([[[GOOD]]], TYPE.format("list")),
         (np.zeros(30), SHAPE + r"\(30,\)"),
         (np.zeros((30, 30, 2)), SHAPE + r"\(30, 30, 2\)"),
         (np.zeros((30, 30, 5)), SHAPE + r"\(30, 30, 5\)"),
-        ([torch.zeros(1, 3, 30, 30)], SHAPE + r"\(1, 3, 30, 30\)"),
+        ([[torch.zeros(1, 2, 3, 30, 30)]], SHAPE + r"\(2, 3, 30, 30\)"),
+        ([torch.zeros(2, 3, 30, 30), GOOD], BOTH),
+        ([torch.zeros(0, 3, 30, 30)], ONE_VIEW.format(0)),
         (filled(np.nan), FINITE),
         (filled(np.inf), FINITE),
         (torch.from_numpy(filled(-np.inf)).half(), FINITE),
@@ -429,7 +443,7 @@ def test_files_that_are_no_pictures_are_named(processor, tmp_path):
     with pytest.raises(ValueError, match=r"The picture \S+ can't be opened: Is a directory\. Give a file"):
         processor(tmp_path)
     (tmp_path / "photo.heic").write_text("No decoder knows this.")
-    with pytest.raises(ValueError, match=r"photo\.heic \(.*Register the package pillow-heif with PIL, or export"):
+    with pytest.raises(ValueError, match=r"photo\.heic \(.*It is damaged or no picture"):
         processor(tmp_path / "photo.heic")
     with pytest.raises(ValueError, match=r"The picture \S+missing\.jpg doesn't exist\. Check the path\."):
         processor([[GOOD], [str(tmp_path / "missing.jpg")]])
@@ -454,6 +468,92 @@ def test_decompression_bombs_are_refused(processor, tmp_path, monkeypatch):
 def test_settings_are_checked(fields, words):
     with pytest.raises(ValueError, match=words):
         Spa3RImageProcessor(**fields)
+
+
+def test_tall_pictures_are_cropped_before_they_are_resized(processor, monkeypatch):
+    """As if all rows had been made, to the bit; also where the picture is wider than the view, which Pillow makes."""
+    pictures = [noise(14, 900), noise(20, 3000, 1), noise(31, 57, 2), noise(90, 400, 3), noise(15, 5000, 4)]
+    for resample in (Resampling.BICUBIC, Resampling.BILINEAR, Resampling.LANCZOS):
+        whole = [processor(picture, resample=resample)["view_pixel_values"] for picture in pictures]
+        monkeypatch.setattr(resampling, "PLAIN_PIXELS", 0)
+        rows = [processor(picture, resample=resample)["view_pixel_values"] for picture in pictures]
+        monkeypatch.undo()
+        assert all(torch.equal(ours, reference) for ours, reference in zip(rows, whole, strict=True))
+
+
+def test_a_tall_picture_takes_little_memory(tmp_path):
+    """Of 14 x 65 000 pixels, 2.4 million rows would be made. The environment may set the limit on pixels."""
+    Image.new("RGB", (14, 65_000), (10, 200, 30)).save(tmp_path / "tall.png")
+    program = (
+        "import resource, sys; from spa3r import Spa3RImageProcessor; from PIL import Image\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak(); view = Spa3RImageProcessor().process_view(sys.argv[1])\n"
+        "assert view.size == (518, 518) and view.getpixel((5, 5)) == (10, 200, 30)\n"
+        "from spa3r.media.images import MAX_PIXELS\n"
+        "print((peak() - before) // 1024, MAX_PIXELS)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "tall.png")]
+    environment = os.environ | {"SPA3R_MAX_IMAGE_PIXELS": "910000"}  # what it has
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    mebibytes, limit = map(int, told.split())
+    assert mebibytes < 200 and limit == 910_000
+
+
+def test_a_view_that_nobody_can_use_is_refused(processor):
+    with pytest.raises(ValueError, match=r"at most 16777216 pixels, got 56 x \d+ of .* of 14 x 200000 .*`mode` 'crop'"):
+        processor(Image.new("L", (14, 200_000)), mode="pretraining")
+
+
+def test_settings_of_a_call(processor):
+    picture = noise(80, 61)
+    pixels = processor(picture, do_normalize=False)["view_pixel_values"]
+    mean, std = (torch.tensor(values).repeat_interleave(14 * 14) for values in (MEAN, STD))
+    assert torch.allclose((pixels - mean) / std, processor(picture)["view_pixel_values"], atol=1e-6)
+    raw = processor(picture, do_normalize=False, do_rescale=False)["view_pixel_values"]
+    assert torch.allclose(raw / 255, pixels, atol=1e-7) and raw.max() > 200 and (raw == raw.round()).all()
+    own = processor(picture, image_mean=[0, 0, 0], image_std=[1, 1, 1])["view_pixel_values"]
+    assert torch.equal(own, pixels)
+
+    for size in (28, {"height": 28, "width": 28}):
+        assert processor(picture, size=size)["view_grid_hw"].tolist() == [[2, 2]]  # 61 / 80 x 28 = 21.4, 1.5 patches
+    assert processor(picture, size=112)["view_grid_hw"].tolist() == [[6, 8]]
+    assert processor.size == SIZE
+
+    exact = noise(42, 28)
+    assert np.array_equal(views_of(processor, exact, do_resize=False)[0], np.asarray(exact))
+    intrinsics = np.eye(3)
+    unchanged = Spa3RImageProcessor(do_resize=False).process_intrinsics(intrinsics, (28, 42))
+    assert np.array_equal(unchanged, intrinsics)
+
+    bilinear = processor(picture, resample=Resampling.BILINEAR, do_normalize=False, do_rescale=False)
+    reference = np.asarray(picture.resize((56, 42), Resampling.BILINEAR))
+    assert np.array_equal(
+        Spa3RImageProcessor(do_normalize=False, do_rescale=False).unpack(**strip(bilinear))[0], reference
+    )
+    assert torch.equal(processor(picture, resample=3)["view_pixel_values"], processor(picture)["view_pixel_values"])
+
+
+def strip(batch) -> dict:
+    return {key: batch[key] for key in ("view_pixel_values", "view_grid_hw")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": 30}, "`size` must be a positive multiple of `patch_size` = 14, got 30"),
+        ({"size": {"height": 28, "width": 42}}, r"`size` must be a number, or \{'height': n, 'width': n\} of one"),
+        ({"size": {"shortest_edge": 28}}, r"got \{'shortest_edge': 28\}.*`mode` says"),
+        ({"do_resize": False}, r"`do_resize=False` .* multiples of the patch, 14 pixels, got .* of 30 x 30"),
+        ({"do_rescale": False}, "`do_rescale=False` must come with `do_normalize=False`, got True"),
+        ({"do_normalize": "no"}, "`do_normalize` must be True or False, got 'no'"),
+        ({"resample": Resampling.NEAREST}, r"`resample` must be one of .*BILINEAR \(2\), BICUBIC \(3\), LANCZOS"),
+        ({"resample": "bicubic"}, "`resample` must be one of .*, got 'bicubic'"),
+        ({"image_std": [0, 1, 1]}, "`image_std` must hold three finite numbers above 0"),
+    ],
+)
+def test_settings_of_a_call_are_checked(processor, settings, words):
+    with pytest.raises(ValueError, match=words):
+        processor(GOOD, **settings)
 
 
 def test_mode_is_checked_in_every_call(processor):
@@ -505,6 +605,10 @@ def test_save_and_load(tmp_path):
         ours, reference = loaded([noise(90, 40)]), processor([noise(90, 40)])
         assert all(torch.equal(ours[key], reference[key]) for key in reference)
     assert Spa3RImageProcessor.from_pretrained(tmp_path, mode="crop").mode == "crop"
+    assert not {"do_resize", "resample"} & processor.to_dict().keys()  # files stay as they were
+    Spa3RImageProcessor(resample=Resampling.BILINEAR, do_normalize=False).save_pretrained(tmp_path)
+    loaded = Spa3RImageProcessor.from_pretrained(tmp_path)
+    assert (loaded.resample, loaded.do_normalize, loaded.do_resize) == (Resampling.BILINEAR, False, True)
     assert vars(Spa3RImageProcessor())["size"] == 518
 
 

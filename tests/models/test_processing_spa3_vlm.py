@@ -71,6 +71,15 @@ FORMS = {
     "path": lambda file: {"path": file},
     "base64": lambda file: {"base64": BARE},
     "base64_with_header": lambda file: {"base64": data_url(PICTURE)},
+    "base64_with_bytes": lambda file: {"base64": encoded(PICTURE)},
+    "base64_in_image": lambda file: {"image": BARE},
+    "bytes": lambda file: {"image": encoded(PICTURE)},
+    "file_url": lambda file: {"image": f"file://{file}"},
+    "data_url_of_qwen": lambda file: {"image": f"data:image;base64,{BARE}"},
+    "image_url": lambda file: {"type": "image_url", "image_url": {"url": f"file://{file}"}},
+    "image_url_in_url": lambda file: {"type": "image_url", "url": data_url(PICTURE)},
+    "array_of_one": lambda file: {"image": np.array(PICTURE)[None]},
+    "tensor_of_one": lambda file: {"image": torch.from_numpy(np.array(PICTURE)).permute(2, 0, 1)[None]},
     "data_url": lambda file: {"url": data_url(PICTURE)},
     "array": lambda file: {"image": np.array(PICTURE)},
     "tensor": lambda file: {"image": torch.from_numpy(np.array(PICTURE)).permute(2, 0, 1)},
@@ -334,6 +343,9 @@ def test_the_users_messages_are_left_alone(processor, tmp_path):
         ({"type": "video", "video": []}, "A video given as a list must hold at least one frame, got none"),
         ({"type": "video", "path": "missing.mp4"}, "The video missing.mp4 doesn't exist. Check the path"),
         ({"type": "image", "path": "missing.png"}, "The picture missing.png doesn't exist. Check the path"),
+        ({"type": "image_url"}, "A picture must be a PIL image, .* got NoneType"),
+        ({"type": "image", "image": PICTURE, "resized_height": 280}, "A picture's 'resized_height' can't be used"),
+        ({"type": "image", "image": PICTURE, "max_pixels": 9}, r"`processor.view_image_processor.size` for another"),
         ({"type": "image", "image": noise(5, 5)}, "Every picture must be at least one patch, 14 x 14 pixels"),
     ],
 )
@@ -370,6 +382,35 @@ def test_call_with_a_batch_of_texts(processor):
     )
     with pytest.raises(ValueError, match=words):
         processor(images=[[PICTURE, OTHER], [OTHER]], text=texts, **kwargs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_flat_list_is_dealt_out_by_placeholders(name):
+    processor = make(name)
+    conversations = [user(PICTURE, OTHER, "Which?"), user(OTHER, "What is this, and why?")]
+    texts = processor.apply_chat_template(conversations)
+    kwargs = {"padding": True, "padding_side": "left"}
+    reference = processor(images=[[PICTURE, OTHER], [OTHER]], text=texts, **kwargs)
+    assert_same(processor(images=[PICTURE, OTHER, OTHER], text=texts, **kwargs), reference)
+    assert reference["views_per_scene"].tolist() == [2, 1]
+    with pytest.raises(ValueError, match=r"as many pictures as the texts have placeholders \(2 \+ 1\), got 2 pictures"):
+        processor(images=[PICTURE, OTHER], text=texts, **kwargs)
+
+
+def test_call_with_arrays_of_several_pictures(processor):
+    pictures = [noise(60, 60, seed) for seed in range(3)]
+    texts = processor.apply_chat_template([user(*pictures[:2], "Which?"), user(pictures[2], "What is this?")])
+    kwargs = {"padding": True, "padding_side": "left"}
+    reference = processor(images=[pictures[:2], pictures[2:]], text=texts, **kwargs)
+    arrays = np.stack([np.array(picture) for picture in pictures])
+    for images in (arrays, [arrays[:2], arrays[2:]], [[arrays[:2]], [arrays[2]]], [arrays[:2], [pictures[2]]]):
+        assert_same(processor(images=images, text=texts, **kwargs), reference)
+    assert_same(processor(images=arrays[:2], text=texts[0]), processor(images=pictures[:2], text=texts[0]))
+    conversation = user(PICTURE, "Which?")
+    conversation[0]["content"][0] = {"type": "image", "image": arrays}
+    assert_same(inputs_of(processor, conversation), inputs_of(processor, user(*pictures, "Which?")))
+    with pytest.raises(ValueError, match="`images` must hold either pictures or lists of pictures, got both"):
+        processor(images=[arrays[:2], pictures[2]], text=texts, **kwargs)
 
 
 def test_call_with_text_only(processor):

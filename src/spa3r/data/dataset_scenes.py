@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,7 +13,8 @@ import PIL.Image
 from torch.utils.data import get_worker_info
 
 from spa3r.data.source import LoadedScene, SceneError, SceneSource, check_stride
-from spa3r.models.spa3r.image_processing_spa3r import to_rgb
+from spa3r.media.files import describe
+from spa3r.media.images import is_path, to_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -287,20 +287,27 @@ def _decode(frames: Sequence[int], cells: Iterable[Any]) -> LoadedScene:
             name = f"{name} ({PurePosixPath(cell['path']).name})"
         try:
             loaded.images.append(decode_picture(cell))
-        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            reason = re.sub(r" <.*>", "", str(error)) or type(error).__name__  # no addresses in memory
-            loaded.unread.append((name, reason))
+        except ValueError as error:
+            loaded.unread.append((name, str(error)))
         else:
             loaded.frames.append(int(frame))
     return loaded
 
 
 def decode_picture(cell: Any) -> PIL.Image.Image:
-    """A picture as rows hold it: bytes, a dictionary of `datasets`, a path, or a picture already."""
-    if cell is None:
-        raise ValueError("The row holds no picture.")
-    if isinstance(cell, bytes):
-        cell = {"bytes": cell, "path": None}
+    """A picture as rows hold it: bytes, a dictionary of `datasets`, a path, or a picture already.
+
+    Raises:
+        ValueError: There is none, or it can't be read.
+    """
+    path = None
     if isinstance(cell, Mapping):
-        cell = require_datasets().Image().decode_example({"bytes": cell.get("bytes"), "path": cell.get("path")})
-    return to_rgb(cell)
+        path, cell = cell.get("path"), cell.get("bytes")
+    if cell is None and path is None:
+        raise ValueError("The row holds no picture.")
+    if cell is None and "://" in str(path) and is_path(path):  # in an archive or a storage
+        try:
+            return to_rgb(require_datasets().Image().decode_example({"path": str(path), "bytes": None}))
+        except Exception as error:  # of any file system
+            raise ValueError(f"The picture {describe(path)} can't be read ({error}). Check the address.") from error
+    return to_rgb(path if cell is None else cell)

@@ -14,10 +14,7 @@ import numpy as np
 from spa3r.data.index import Entry, SceneIndex, natural_key
 from spa3r.data.source import LoadedScene, SceneError, SceneSource, check_stride
 from spa3r.media.files import inside, read_text
-from spa3r.models.spa3r.image_processing_spa3r import to_rgb
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-"""What names of pictures end in, whatever their case."""
+from spa3r.media.images import PICTURES, to_rgb
 
 Camera = tuple[np.ndarray, np.ndarray]
 """Extrinsics (4, 4) camera-from-world, and intrinsics (3, 3) in pixels of the original picture."""

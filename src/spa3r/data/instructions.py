@@ -25,8 +25,8 @@ from torch.utils.data import Dataset, IterableDataset
 from spa3r.data.dataset_scenes import decode_picture, open_dataset, require_datasets
 from spa3r.data.index import natural_key
 from spa3r.data.room_questions import RoomQuestions
-from spa3r.media.files import other_encoding, shortened, text_encoding
-from spa3r.models.spa3r.image_processing_spa3r import to_rgb
+from spa3r.media.files import describe, exists, local_path, other_encoding, shortened, text_encoding
+from spa3r.media.images import PICTURES, is_path, to_rgb
 from spa3r.video import default_num_frames, sample_frames, uniform_indices
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ MEDIA_KEYS = {"image": "image", "images": "image", "video": "video", "videos": "
 """Columns that hold media, and of which kind; in this order, where a row has several."""
 
 PLACEHOLDER = re.compile(r"\s*<(?:image|video)>\s*")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 RAW = "json"
 """The only column of annotations that were read from JSON: a row as it was written, whatever keys it has."""
 
@@ -164,8 +163,8 @@ class RowReader:
                     frames = [to_rgb(file) for file in self._some(files)]
                 else:
                     frames = sample_frames(path, self.num_frames or self._frames_for)
-        except (ValueError, OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            raise RowError(re.sub(r" <_io.*>", "", str(error)), name) from error  # no addresses in memory
+        except (ValueError, OSError) as error:
+            raise RowError(str(error), name) from error
         if not frames:
             raise RowError("the folder holds no pictures", name)
         return frames
@@ -184,20 +183,21 @@ class RowReader:
             if item.get("path") is None:
                 raise ValueError("A picture of the row has neither bytes nor a path.")
             item = item["path"]
-        return decode_picture(self._path(item) if isinstance(item, str | Path) else item)
+        holds_itself = isinstance(item, str) and not is_path(item) and not item[:4].lower() == "http"
+        return decode_picture(self._path(item) if isinstance(item, str | Path) and not holds_itself else item)
 
     def _path(self, item: Any) -> Path:
         if not isinstance(item, str | Path):
             raise ValueError(f"A picture or video of a row must be a path, got {type(item).__name__}.")
-        root = self.home if self.media_root is None else self.media_root
-        path = Path(item) if root is None else root / item
+        path, root = local_path(item), self.home if self.media_root is None else self.media_root
+        path = path if root is None else root / path
         if self.media_root is not None and not _is_below(path, self.media_root):
             raise ValueError(
                 f"The path {shortened(str(item))!r} of a row leads out of `media_root` {self.media_root}. "
                 "Correct the row, or give the folder that holds all media."
             )
-        if not path.exists():
-            raise FileNotFoundError(f"{path} doesn't exist. Check `media_root`.")
+        if not exists(path):
+            raise FileNotFoundError(f"{describe(path)} doesn't exist. Check `media_root`.")
         return path
 
 
@@ -536,14 +536,14 @@ def _as_items(value: Any, kind: str) -> list[Any]:
 
 
 def _is_picture(item: Any) -> bool:
-    return not isinstance(item, str) or item.lower().endswith(PICTURES)
+    return not isinstance(item, str) or item.lower().endswith(tuple(set(PICTURES) - {".gif"}))  # which may move
 
 
 def _media_name(item: Any) -> str:
     if isinstance(item, str | Path):
-        return str(item)
+        return describe(item)
     if isinstance(item, Mapping):
-        return str(item.get("path") or "a picture in the row")
+        return describe(item.get("path") or "a picture in the row")
     return f"{_media_name(item[0])} and {len(item) - 1} more" if isinstance(item, list | tuple) else "a picture"
 
 

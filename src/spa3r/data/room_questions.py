@@ -12,6 +12,7 @@ import PIL.Image
 from torch.utils.data import Dataset
 
 from spa3r.data.vsi_format import make_messages
+from spa3r.media.images import to_rgb
 from spa3r.rooms import Cameras, Room, camera_walk, generate_room, render
 from spa3r.rooms.levels import RoomLevel, resolve_level
 from spa3r.rooms.questions import MOST_QUESTIONS, QUESTION_TYPES, RoomWalk, room_questions
@@ -197,10 +198,7 @@ class RoomQuestions(Dataset):
                 room = generate_room(seed, self.level)
                 images = [PIL.Image.fromarray(image) for image in render(room, self._cameras(room)).images]
             else:
-                images = []
-                for view in self._views:
-                    with PIL.Image.open(folder / f"{view:03d}.png") as image:
-                        images.append(image.convert("RGB"))
+                images = [to_rgb(folder / f"{view:03d}.png") for view in self._views]
             self._rooms[seed] = images
             if len(self._rooms) > _ROOMS_KEPT:
                 self._rooms.popitem(last=False)

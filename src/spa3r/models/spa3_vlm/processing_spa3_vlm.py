@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,11 @@ from transformers import AutoConfig, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.utils import TensorType
 
 from spa3r.checkpoints import resolve
+from spa3r.checks import shorten
+from spa3r.media.images import Image, flattened, is_batch, to_rgb
 from spa3r.models.modeling_base import HUB_KWARGS
 from spa3r.models.spa3_vlm.messages import check_messages
-from spa3r.models.spa3r.image_processing_spa3r import Image, Spa3RImageProcessor, ViewBatch, to_rgb
+from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor, ViewBatch
 from spa3r.video import sample_frames, uniform_indices
 
 VLM_FOLDER = "vlm_processor"
@@ -32,6 +35,9 @@ TOKEN_COUNTS = "image_tokens_per_scene"
 SPATIAL_COUNTS = "spatial_tokens_per_scene"
 
 PICTURE_KEYS = ("image", "url", "path", "base64")
+SIZE_KEYS = ("resized_height", "resized_width", "min_pixels", "max_pixels")
+"""What a picture may say of its size in other libraries' messages."""
+
 VIDEO_KEYS = ("video", "url", "path")
 
 TOKENIZING = threading.RLock()
@@ -307,9 +313,12 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     def _load_views(self, pictures: Sequence[Image]) -> tuple[list[PIL.Image.Image], list[PIL.Image.Image]]:
         """Processed views, and what the VLM sees of them."""
-        originals = [to_rgb(picture) for picture in pictures]
-        views = [self.view_image_processor.process_view(original) for original in originals]
-        return views, [self.vlm_picture(view, original) for view, original in zip(views, originals)]
+        views, seen = [], []
+        for picture in pictures:  # one by one: an original may be large, and is often no longer needed
+            original = to_rgb(picture)
+            views.append(self.view_image_processor.process_view(original))
+            seen.append(self.vlm_picture(views[-1], original))
+        return views, seen
 
     # Messages
 
@@ -439,21 +448,15 @@ class Spa3VLMProcessor(ProcessorMixin):
         those.
 
         Args:
-            images: Of every text a list of its pictures (empty for none); for a single text, its pictures or one.
+            images: Of every text a list of its pictures (empty for none); for a single text, its pictures or one. Or a
+                flat list of the pictures of all texts, each of which takes as many as it has placeholders. A 4-D array
+                is a list of pictures.
             text: A text or a list of texts.
             return_tensors: ``"pt"`` or ``"np"``.
             **kwargs: For the VLM's processor.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        if images is None:
-            images = [[] for _ in texts]
-        nested = [list(pictures) for pictures in images] if _is_nested(images) else [_as_list(images)]
-        if len(nested) != len(texts):
-            raise ValueError(
-                f"`images` must have one list of pictures for each of the {len(texts)} texts, got {len(nested)}. "
-                "Give an empty list for a text without pictures."
-            )
-        loaded = [self._load_views(pictures) for pictures in nested]
+        loaded = [self._load_views(pictures) for pictures in self._pictures_by_text(images, texts)]
         seen = [pictures for _, pictures in loaded]
         if self.spatial_tokens is not None:
             wide = [self._widen_spatial_tokens(t, self._num_spatial_tokens(v)) for t, (v, _) in zip(texts, loaded)]
@@ -463,6 +466,40 @@ class Spa3VLMProcessor(ProcessorMixin):
                 text=text, images=seen if any(seen) else None, return_tensors=return_tensors, **kwargs
             )
         return self._add_views(output, [views for views, _ in loaded], return_tensors)
+
+    def _pictures_by_text(self, images: Any, texts: list[str]) -> list[list[Image]]:
+        """The pictures of each text."""
+        if images is None:
+            return [[] for _ in texts]
+        is_list = isinstance(images, list | tuple)
+        lists = [p is None or isinstance(p, list | tuple) or is_batch(p) for p in images] if is_list else []
+        if any(lists):
+            if not all(lists):
+                raise ValueError(
+                    "`images` must hold either pictures or lists of pictures, got both. Put every text's pictures in a "
+                    "list, a single one too."
+                )
+            nested = [flattened(pictures if pictures is not None else ()) for pictures in images]
+            if len(nested) != len(texts):
+                raise ValueError(
+                    f"`images` must have one list of pictures for each of the {len(texts)} texts, got {len(nested)}. "
+                    "Give an empty list for a text without pictures."
+                )
+            return nested
+        flat = flattened(images if is_list else [images])
+        if len(texts) == 1:
+            return [flat]
+        token = getattr(self.vlm_processor, "image_token", None)
+        counts = [text.count(token) if token else 0 for text in texts]
+        if not any(counts) and len(flat) == len(texts):  # of processors that write the placeholders themselves
+            counts = [1] * len(texts)
+        if sum(counts) != len(flat):
+            raise ValueError(
+                f"`images` must have one list of pictures for each of the {len(texts)} texts, or as many pictures as "
+                f"the texts have placeholders ({' + '.join(map(str, counts))}), got {len(flat)} pictures."
+            )
+        remaining = iter(flat)
+        return [list(islice(remaining, count)) for count in counts]
 
     def _add_views(self, output: BatchFeature, scenes: list[list[PIL.Image.Image]], return_tensors) -> ViewBatch:
         views = self.view_image_processor.pack(scenes, return_tensors)
@@ -530,24 +567,30 @@ def _pictures_of_item(item: dict[str, Any], num_frames: int | None) -> list[Imag
     kind = item.get("type")
     if kind == "text":
         return []
+    if kind in ("image", "image_url") and (unused := [key for key in SIZE_KEYS if item.get(key) is not None]):
+        raise ValueError(
+            f"A picture's {', '.join(map(repr, unused))} can't be used: views have the size of the processor's "
+            "`view_image_processor`. Leave it out, and set `processor.view_image_processor.size` for another."
+        )
     if kind == "image_url":  # OpenAI's form
-        url = item["image_url"]
-        return [url["url"] if isinstance(url, dict) else url]
+        url = item.get("image_url", item.get("url"))
+        return [url.get("url") if isinstance(url, Mapping) else url]
     if kind not in ("image", "video"):
         raise ValueError(
-            f"A content item must have type 'text', 'image' or 'video', got {kind!r}. Leave it out: a Spa3-VLM sees "
-            "pictures and videos."
+            f"A content item must have type 'text', 'image' or 'video', got {shorten(kind)}. Leave it out: a "
+            "Spa3-VLM sees pictures and videos."
         )
     keys = PICTURE_KEYS if kind == "image" else VIDEO_KEYS
     media = next((item[key] for key in keys if item.get(key) is not None), None)
     if media is None:
         raise ValueError(
             f"A content item of type {kind!r} must hold its {kind} under one of {', '.join(map(repr, keys))}, got the "
-            f"keys {sorted(item)}. Or make the text first (tokenize=False) and pass pictures to processor(images=...)."
+            f"keys {shorten(sorted(map(str, item)))}. Or make the text first (tokenize=False) and pass pictures to "
+            "processor(images=...)."
         )
     if kind == "image":
-        is_bare = media is item.get("base64") and not media.startswith("data:")
-        return [f"data:image/png;base64,{media}" if is_bare else media]
+        is_bare = isinstance(media, str) and media is item.get("base64") and media[:5].lower() != "data:"
+        return flattened([f"data:;base64,{media}" if is_bare else media])
     if isinstance(media, str | Path):
         return sample_frames(media, num_frames)
     frames = list(media)
@@ -575,14 +618,6 @@ def _with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[Image]
 
 def _is_batch(conversation: Any) -> bool:
     return isinstance(conversation, list | tuple) and bool(conversation) and isinstance(conversation[0], list | tuple)
-
-
-def _is_nested(images: Any) -> bool:
-    return isinstance(images, list | tuple) and len(images) > 0 and isinstance(images[0], list | tuple)
-
-
-def _as_list(images: Any) -> list[Image]:
-    return list(images) if isinstance(images, list | tuple) else [images]
 
 
 __all__ = ["Spa3VLMProcessor"]

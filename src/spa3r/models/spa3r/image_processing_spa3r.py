@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Sequence
-from http.client import HTTPException
-from io import BytesIO
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
-from urllib.request import Request, urlopen
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from einops import rearrange
+from PIL.Image import Resampling
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
@@ -23,16 +18,21 @@ from transformers.utils import TensorType
 
 from spa3r.checkpoints import resolve
 from spa3r.checks import check_channels, check_count, is_count, shorten
-
-Image = PIL.Image.Image | str | Path | np.ndarray | Tensor
-"""A PIL image, a path or URL, or an array or tensor: (H, W), (H, W, 1|3|4) or (1|3|4, H, W); uint8 in [0, 255], or
-floating point in [0, 1], or 16-bit in [0, 65535]."""
+from spa3r.media.files import describe
+from spa3r.media.images import Image, as_scenes, to_rgb
+from spa3r.media.resampling import FILTERS, resize_rows
 
 Mode = Literal["crop", "pad", "pretraining"]
 """How a picture becomes a view, see :class:`Spa3RImageProcessor`."""
 
 MAX_SIZE = 16384
 """Of a view's side in pixels."""
+
+MAX_VIEW_PIXELS = 2**24
+"""Of a view, where `size` is no larger; only a picture that is much higher than wide would have more."""
+
+DEFAULTS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": int(Resampling.BICUBIC)}
+"""Settings that are saved only where they are others."""
 
 LAYOUT_KEYS = ("view_grid_hw", "views_per_scene", "image_tokens_per_scene", "spatial_tokens_per_scene")
 
@@ -61,9 +61,15 @@ class Spa3RImageProcessor(BaseImageProcessor):
             Spa3R was pretrained.
         image_mean: Mean of the normalisation, by channel.
         image_std: Standard deviation of the normalisation, by channel; above 0.
+        do_resize: Whether to resize, crop and pad. False: pictures are taken as they are, their sides multiples of
+            `patch_size`.
+        do_rescale: Whether pixels become [0, 1]. False: they stay [0, 255], which goes with ``do_normalize=False``.
+        do_normalize: Whether to subtract `image_mean` and divide by `image_std`.
+        resample: Filter of resizing: bicubic, as the models were trained, bilinear or Lanczos, by
+            ``PIL.Image.Resampling`` or its number.
 
     Raises:
-        ValueError: A value has the wrong type or is out of range.
+        ValueError: A value has the wrong type or is out of range, or two contradict each other.
     """
 
     model_input_names = ["view_pixel_values", "view_grid_hw", "views_per_scene"]
@@ -75,6 +81,10 @@ class Spa3RImageProcessor(BaseImageProcessor):
         mode: Mode = "crop",
         image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        do_resize: bool = True,
+        do_rescale: bool = True,
+        do_normalize: bool = True,
+        resample: Resampling | int = Resampling.BICUBIC,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -88,49 +98,122 @@ class Spa3RImageProcessor(BaseImageProcessor):
         self.size, self.patch_size, self.mode = int(size), patch_size, mode
         self.image_mean = check_channels("image_mean", image_mean)
         self.image_std = check_channels("image_std", image_std, 0, above=True, cure="Pixels are divided by it.")
+        self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
+        for name in ("do_resize", "do_rescale", "do_normalize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {shorten(getattr(self, name))}.")
+        if do_normalize and not do_rescale:
+            raise ValueError(
+                "`do_rescale=False` must come with `do_normalize=False`, got True: `image_mean` and `image_std` are of "
+                "pixels in [0, 1]. Floating point pictures in [0, 1] need neither: they are never divided twice."
+            )
+        if not is_count(resample) or resample not in FILTERS:
+            names = ", ".join(f"{filter.name} ({int(filter)})" for filter in FILTERS)
+            raise ValueError(f"`resample` must be one of PIL.Image.Resampling's {names}, got {shorten(resample)}.")
+        self.resample = int(resample)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Spa3RImageProcessor:
         """As transformers' ``from_pretrained``; ``"embedded"`` names the checkpoint in the package."""
         return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings; those of :data:`DEFAULTS` only where they are others, as files of before have none."""
+        return {key: value for key, value in super().to_dict().items() if key not in DEFAULTS or DEFAULTS[key] != value}
+
     def preprocess(
         self,
         images: Image | Sequence[Image] | Sequence[Sequence[Image]],
         return_tensors: str | TensorType | None = TensorType.PYTORCH,
         mode: Mode | None = None,
+        *,
+        size: int | Mapping[str, int] | None = None,
+        do_resize: bool | None = None,
+        do_rescale: bool | None = None,
+        do_normalize: bool | None = None,
+        resample: Resampling | int | None = None,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> ViewBatch:
         """
         Args:
-            images: A list of scenes, each a list of pictures; or the pictures of one scene; or one picture.
+            images: A list of scenes, each a list of pictures; or the pictures of one scene; or one picture. A 4-D array
+                is a list of pictures.
             return_tensors: ``"pt"``, ``"np"``, or None for lists of arrays.
-            mode: Overrides the processor's.
+            mode: Overrides the processor's, as all that follow.
+            size: A number, or transformers' ``{"height": n, "width": n}``.
+            do_resize: As the processor's.
+            do_rescale: As the processor's.
+            do_normalize: As the processor's.
+            resample: As the processor's.
+            image_mean: As the processor's.
+            image_std: As the processor's.
 
         Returns:
             ``view_pixel_values`` (sum of N, 3 * p * p) float32, patches in (channel, row, column) order;
             ``view_grid_hw`` (views, 2); ``views_per_scene`` (scenes,).
 
         Raises:
-            ValueError: There are no views, a picture can't be decoded, is smaller than a patch, or holds NaN or values
-                outside its range. The message names the picture.
+            ValueError: There are no views, a picture can't be decoded, is smaller than a patch, holds NaN or values
+                outside its range, or doesn't fit the arguments. The message names the picture.
         """
-        scenes = [[self.process_view(image, mode) for image in scene] for scene in as_scenes(images)]
-        return self.pack(scenes, return_tensors)
+        processor = self._with(
+            mode=mode,
+            size=size,
+            do_resize=do_resize,
+            do_rescale=do_rescale,
+            do_normalize=do_normalize,
+            resample=resample,
+            image_mean=image_mean,
+            image_std=image_std,
+        )
+        scenes = [[processor.process_view(image) for image in scene] for scene in as_scenes(images)]
+        return processor.pack(scenes, return_tensors)
+
+    def _with(self, **settings) -> Spa3RImageProcessor:
+        """A processor with these settings, None for its own, checked as the constructor checks them."""
+        settings = {key: value for key, value in settings.items() if value is not None}
+        if not settings:
+            return self
+        if isinstance(size := settings.get("size"), Mapping):
+            sides = {size.get("height"), size.get("width")}
+            if len(sides) > 1 or set(size) != {"height", "width"}:
+                raise ValueError(
+                    f"`size` must be a number, or {{'height': n, 'width': n}} of one number, got {dict(size)}. What "
+                    "becomes of other shapes, `mode` says."
+                )
+            settings["size"] = sides.pop()
+        own = ("size", "patch_size", "mode", "image_mean", "image_std", *DEFAULTS)
+        return type(self)(**{name: getattr(self, name) for name in own} | settings)
 
     def process_view(self, image: Image, mode: Mode | None = None) -> PIL.Image.Image:
         """One picture, resized and cropped or padded: RGB, sides multiples of the patch. What a VLM sees as well."""
         picture = to_rgb(image)
+        told = f"{describe(picture)} of {picture.width} x {picture.height} (width x height)"
         if min(picture.size) < self.patch_size:
-            size = f"{picture.width} x {picture.height} (width x height)"
             raise ValueError(
-                f"Every picture must be at least one patch, {self.patch_size} x {self.patch_size} pixels, got "
-                f"{_describe(picture)} of {size}. Leave it out or enlarge it."
+                f"Every picture must be at least one patch, {self.patch_size} x {self.patch_size} pixels, got {told}. "
+                "Leave it out or enlarge it."
             )
-        new_size, (left, top), view_size = self._placement(*picture.size, mode)
-        picture = picture.resize(new_size, PIL.Image.Resampling.BICUBIC)
-        if view_size != new_size:  # what is cropped lies outside, what is padded stays white
+        if not self.do_resize:
+            if picture.width % self.patch_size or picture.height % self.patch_size:
+                raise ValueError(
+                    f"With `do_resize=False` every picture's sides must be multiples of the patch, {self.patch_size} "
+                    f"pixels, got {told}. Crop it, or leave `do_resize` out."
+                )
+            return picture
+        (width, height), (left, top), view_size = self._placement(*picture.size, mode)
+        most = max(MAX_VIEW_PIXELS, self.size**2)
+        if view_size[0] * view_size[1] > most:
+            raise ValueError(
+                f"A view must have at most {most} pixels, got {view_size[0]} x {view_size[1]} of {told}. "
+                "Cut the picture, or use `mode` 'crop', which takes its middle."
+            )
+        first, rows = max(-top, 0), min(height, view_size[1])  # what is cropped is not made
+        picture = resize_rows(picture, (width, height), first, rows, Resampling(self.resample))
+        if view_size != picture.size:  # what is padded is white
             view = PIL.Image.new("RGB", view_size, "white")
-            view.paste(picture, (left, top))
+            view.paste(picture, (left, top + first))
             picture = view
         return picture
 
@@ -150,6 +233,8 @@ class Spa3RImageProcessor(BaseImageProcessor):
         Returns:
             (..., 3, 3), pixels of the processed view, as every model here takes them.
         """
+        if not self.do_resize:
+            return intrinsics
         height, width = image_hw
         (new_width, new_height), (left, top), _ = self._placement(width, height, mode)
         x, y = new_width / width, new_height / height
@@ -185,9 +270,12 @@ class Spa3RImageProcessor(BaseImageProcessor):
         """The three inputs of the models from views that :meth:`process_view` made."""
         p = self.patch_size
         mean, std = (np.asarray(values, np.float32) for values in (self.image_mean, self.image_std))
+        if not self.do_normalize:
+            mean, std = np.float32(0), np.float32(1)
+        scale = np.float32(255 if self.do_rescale else 1)
         patches, grids = [], []
         for view in (view for scene in scenes for view in scene):
-            pixels = (np.asarray(view, np.float32) / np.float32(255) - mean) / std
+            pixels = (np.asarray(view, np.float32) / scale - mean) / std
             grid = (pixels.shape[0] // p, pixels.shape[1] // p)
             grids.append(grid)
             patches.append(rearrange(pixels, "(h p) (w q) c -> (h w) (c p q)", p=p, q=p))
@@ -204,143 +292,15 @@ class Spa3RImageProcessor(BaseImageProcessor):
         grids = [(int(height), int(width)) for height, width in view_grid_hw]
         for patches, (height, width) in zip(view_pixel_values.float().split([h * w for h, w in grids]), grids):
             pixels = rearrange(patches.cpu().numpy(), "(h w) (c p q) -> (h p) (w q) c", h=height, w=width, p=p, q=p)
-            pixels = pixels * np.asarray(self.image_std) + np.asarray(self.image_mean)
-            views.append((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+            if self.do_normalize:
+                pixels = pixels * np.asarray(self.image_std) + np.asarray(self.image_mean)
+            views.append((pixels * (255 if self.do_rescale else 1)).clip(0, 255).round().astype(np.uint8))
         return views
-
-
-def as_scenes(images: Any) -> list[list[Image]]:
-    """A picture, a list of pictures or a list of lists of pictures -> a list of scenes, none of them empty."""
-    if isinstance(images, Image) and not (isinstance(images, np.ndarray | Tensor) and images.ndim == 4):
-        images = [images]
-    if not isinstance(images, Iterable):
-        raise ValueError(f"`images` must be pictures, or lists of pictures, got {type(images).__name__}.")
-    images = list(images)
-    nested = {isinstance(image, list | tuple) for image in images}
-    if len(nested) == 2:
-        raise ValueError(
-            "`images` must hold either pictures or lists of pictures, got both. Put every scene's pictures in a list, "
-            "a single one too."
-        )
-    scenes = [list(scene) for scene in images] if nested == {True} else [images]
-    for index, scene in enumerate(scenes):
-        if not scene:
-            raise ValueError(
-                f"`images` must hold at least one view for every scene, got none for scene {index}. "
-                "Give at least one picture, or leave the scene out."
-            )
-    return scenes
-
-
-def to_rgb(image: Image) -> PIL.Image.Image:
-    """Any picture as 8-bit RGB: turned upright by its EXIF tag, transparency blended on white, 16 bits scaled to 8.
-
-    Raises:
-        ValueError: It can't be decoded, or its values are not a picture's.
-    """
-    name = _describe(image)
-    image = _from_array(image) if isinstance(image, np.ndarray | Tensor) else _decode(image)
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more a channel: PIL would clip, not scale
-        values = np.asarray(image, np.float32)
-        _check_finite(values, image)
-        limit = 65535 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 255
-        image = PIL.Image.fromarray((values.clip(0, limit) * (255 / limit)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    picture = image.convert("RGB")
-    picture.filename = name  # messages further on can name it
-    return picture
-
-
-def _decode(source: Any) -> PIL.Image.Image:
-    """The picture, read to its end."""
-    if not isinstance(source, PIL.Image.Image | str | Path):
-        raise ValueError(
-            f"A picture must be a PIL image, a path, a URL, an array or a tensor, got {type(source).__name__}."
-        )
-    file = _fetch(source) if str(source).startswith(("http://", "https://")) else source
-    try:
-        if isinstance(source, PIL.Image.Image):
-            source.load()  # it may come from a file that nobody has read yet
-            return source
-        if str(source).startswith("data:image/"):
-            file = BytesIO(base64.b64decode(str(source).partition(",")[2]))
-        with PIL.Image.open(file) as image:
-            image.load()
-            return image
-    except FileNotFoundError as error:
-        raise ValueError(f"The picture {_describe(source)} doesn't exist. Check the path.") from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise ValueError(f"The picture {_describe(source)} can't be opened: {error.strerror}. Give a file.") from error
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        cure = "It is damaged or no picture: leave it out or replace it."
-        if str(source).lower().endswith((".heic", ".heif")):
-            cure = "Register the package pillow-heif with PIL, or export the photo as JPEG."
-        raise ValueError(f"The picture can't be decoded: {_describe(source)} ({error}). {cure}") from error
-
-
-def _fetch(url: str) -> BytesIO:
-    try:
-        with urlopen(Request(url, headers={"User-Agent": "spa3r"}), timeout=60) as response:
-            return BytesIO(response.read())
-    except (OSError, ValueError, HTTPException) as error:
-        raise ValueError(f"The picture {url} can't be fetched ({error}). Check the address and the network.") from error
-
-
-def _from_array(array: np.ndarray | Tensor) -> PIL.Image.Image:
-    values = array.detach().cpu().float().numpy() if isinstance(array, Tensor) and array.is_floating_point() else array
-    values = np.asarray(values)
-    if values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (1, 3, 4):
-        values = values.transpose(1, 2, 0)
-    if values.ndim == 3 and values.shape[2] == 1:
-        values = values[..., 0]
-    if values.ndim != 2 and not (values.ndim == 3 and values.shape[2] in (3, 4)):
-        raise ValueError(
-            "A picture given as array or tensor must have shape (H, W), (H, W, 1|3|4) or (1|3|4, H, W), got "
-            f"{tuple(array.shape)}."
-        )
-    if values.dtype == bool:
-        values = values * np.uint8(255)
-    elif np.issubdtype(values.dtype, np.floating):
-        _check_finite(values, array)
-        if values.size and (values.min() < -1e-3 or values.max() > 1 + 1e-3):
-            raise ValueError(
-                f"A floating point picture must hold values in [0, 1], got [{values.min():.4g}, {values.max():.4g}]. "
-                "Divide by 255, or pass uint8."
-            )
-        values = (values.clip(0, 1) * 255).round()
-    elif not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"A picture given as array must hold integers or floats, got {values.dtype}.")
-    elif values.dtype != np.uint8 and values.size:
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"An integer picture must hold values in [0, 65535], got [{values.min()}, {values.max()}]. Pass uint8."
-            )
-        values = np.round(values * (255 / (65535 if values.dtype == np.uint16 or values.max() > 255 else 255)))
-    return PIL.Image.fromarray(values.astype(np.uint8))
-
-
-def _check_finite(values: np.ndarray, image: Image) -> None:
-    if not np.isfinite(values).all():
-        raise ValueError(
-            f"A picture must hold finite values, got {_describe(image)} with NaN or infinite pixels. "
-            "Find out where they come from; no picture file has them."
-        )
 
 
 def _check_mode(mode: str) -> None:
     if not isinstance(mode, str) or mode not in get_args(Mode):
         raise ValueError(f"`mode` must be 'crop', 'pad' or 'pretraining', got {shorten(mode)}.")
-
-
-def _describe(image: Image) -> str:
-    if isinstance(image, str | Path):
-        return str(image) if len(str(image)) <= 200 else f"{str(image)[:40]}..."
-    if isinstance(image, np.ndarray | Tensor):
-        return f"an array of shape {tuple(image.shape)}"
-    return getattr(image, "filename", "") or "a PIL image"
 
 
 __all__ = ["Spa3RImageProcessor"]
