@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--size", choices=SIZES, default="large")
     parser.add_argument("--arm", choices=ARMS, default="both")
+    parser.add_argument("--stages", nargs="+", choices=[stage[0] for stage in STAGES], help="all by default",
+                        default=[stage[0] for stage in STAGES])  # fmt: skip
+    parser.add_argument("--start-from", type=Path, help="a trained Spa3RForPreTraining to go on with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--pictures", type=int, default=24, help="a step")
@@ -71,15 +74,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.manual_seed(args.seed)
-    model = Spa3RForPreTraining.from_vggt_and_dinov3(
-        args.frozen / "vggt",
-        args.frozen / "teacher",
-        dtype="float32",
-        initializer_range=0.06,
-        **SIZES[args.size],
-        **ARMS[args.arm],
-    ).to(args.device)
-    model.set_attn_implementation("sdpa")
+    if args.start_from is not None:
+        model = Spa3RForPreTraining.from_pretrained(args.start_from, dtype="float32")
+    else:
+        model = Spa3RForPreTraining.from_vggt_and_dinov3(
+            args.frozen / "vggt",
+            args.frozen / "teacher",
+            dtype="float32",
+            initializer_range=0.06,
+            **SIZES[args.size],
+            **ARMS[args.arm],
+        )
+    model.to(args.device).set_attn_implementation("sdpa")
     print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f} M trained parameters", flush=True)
     data = RenderedRooms.read(args.data)
     data.wait_for(args.pictures)
@@ -92,18 +98,20 @@ def main() -> None:
             inputs = pack(data.images[at], device=args.device)
             extrinsics = first_camera_world(data.extrinsics[at]).to(args.device)
             intrinsics = torch.from_numpy(data.intrinsics[at].reshape(-1, 3, 3)).to(args.device)
-            with torch.autocast(args.device, torch.bfloat16):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
                 return model(**inputs, extrinsics=extrinsics, intrinsics=intrinsics).losses
 
         return step
 
-    for name, views, share, factor in STAGES:
+    stages = [stage for stage in STAGES if stage[0] in args.stages]
+    whole = sum(share for _, _, share, _ in stages)
+    for index, (name, views, share, factor) in enumerate(stages):
         left = args.minutes - (time.perf_counter() - begun) / 60
-        shares = [stage[2] for stage in STAGES[[stage[0] for stage in STAGES].index(name) :]]
-        steps, minutes = max(1, round(args.steps * share)), max(0.001, left * share / sum(shares))
+        rest = sum(share for _, _, share, _ in stages[index:])
+        steps, minutes = max(1, round(args.steps * share / whole)), max(0.001, left * share / rest)
         rates = (args.learning_rate * factor, args.seed, args.every, args.muon * factor)
         train(name, model, losses(views), dict, args.output, steps, *rates, minutes)
-    model.save_pretrained(args.output, include_backbone=False)
+    model.save_pretrained(args.output, include_backbone=args.start_from is not None)
 
 
 if __name__ == "__main__":
