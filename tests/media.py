@@ -60,16 +60,17 @@ def write_video(
     codec: str = "mpeg4",
     options: dict | None = None,
     gop_size: int | None = None,
+    codec_options: dict | None = None,
 ) -> Path:
     """Write frames as a video, a key frame at least every `gop_size`; the container follows from the name."""
     with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=fps)
+        stream = container.add_stream(codec, rate=fps, options=codec_options or {})
         stream.width, stream.height = frames[0].size
         stream.pix_fmt = "yuv420p"
         stream.bit_rate = 4_000_000
         if gop_size is not None:
             stream.gop_size = gop_size
-            stream.options = {"sc_threshold": "0"}  # a change of the picture makes no key frame
+            stream.options = stream.options | {"sc_threshold": "0"}  # a change of the picture makes no key frame
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode(None))

@@ -18,9 +18,10 @@ from typing import Any
 
 import PIL.Image
 
-from spa3r.console import PICTURES, VIDEOS, one_line, plural, printable, read_views
+from spa3r.console import PICTURES, one_line, plural, printable, read_views
 from spa3r.data.room_questions import FIRST_TEST_SEED, RoomQuestions
 from spa3r.data.vsi_format import make_prompt
+from spa3r.media.files import VIDEOS
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3_vlm.scenes import EncodedScene, SceneCache

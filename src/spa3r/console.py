@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 
 from spa3r.checkpoints import EMBEDDED
+from spa3r.media.files import VIDEOS
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
     from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 
-VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".heic", ".heif", ".avif"}
 
 

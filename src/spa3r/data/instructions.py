@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -152,10 +151,7 @@ class RowReader:
             if isinstance(item, list | tuple):  # frames, one by one
                 frames = [self._picture(frame) for frame in self._some(list(item))]
             elif isinstance(item, Mapping) and item.get("bytes") is not None:  # a video inside Parquet
-                with NamedTemporaryFile(suffix=Path(item.get("path") or ".mp4").suffix) as file:
-                    file.write(item["bytes"])
-                    file.flush()
-                    frames = sample_frames(file.name, self.num_frames or self._frames_for)
+                frames = sample_frames(item["bytes"], self.num_frames or self._frames_for)
             else:
                 path = self._path(item["path"] if isinstance(item, Mapping) else item)
                 if path.is_dir():

@@ -8,11 +8,8 @@ from pathlib import Path
 from spa3r.data.folders import existing_folder, listed, read_names
 from spa3r.data.index import SceneIndex, natural_key
 from spa3r.data.source import LoadedScene, SceneError, SceneSource, check_stride
-from spa3r.media.files import inside
+from spa3r.media.files import VIDEOS, inside
 from spa3r.video import count_frames, read_frames
-
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-"""What names of videos end in, whatever their case."""
 
 
 class VideoScenes(SceneSource):
@@ -41,7 +38,7 @@ class VideoScenes(SceneSource):
         self.name, self.stride = name or self.root.name, check_stride(stride)
         names = read_names(scenes)
         if names is None:
-            names = sorted((file for file in listed(self.root) if file.lower().endswith(VIDEOS)), key=natural_key)
+            names = sorted((file for file in listed(self.root) if Path(file).suffix.lower() in VIDEOS), key=natural_key)
         for file in names:
             if not inside(self.root, file, "A name of `scenes`").is_file():
                 raise ValueError(
@@ -49,7 +46,7 @@ class VideoScenes(SceneSource):
                     "add it."
                 )
         if not names:
-            raise ValueError(f"{self.root} holds no video ({', '.join(VIDEOS)}). Check the path.")
+            raise ValueError(f"{self.root} holds no video ({', '.join(sorted(VIDEOS))}). Check the path.")
         self.index = SceneIndex.build(
             [type(self).__name__, self.root.resolve(), *([] if scenes is None else [str(scenes)])],
             [(file, str(self.root / file)) for file in names],

@@ -14,6 +14,11 @@ import PIL.Image
 LONGEST_NAME = 200
 """Characters of a source that a message repeats at most; a source can be the picture itself, as text."""
 
+VIDEOS = frozenset(
+    f".{suffix}" for suffix in "mp4 m4v mov 3gp 3g2 mkv webm avi mpg mpeg ts mts m2ts flv wmv ogv".split()
+)
+"""What names of videos end in, in lower case."""
+
 _FILE_URL = re.compile(r"file:(?://(?:localhost(?=/))?)?(?=.)", re.IGNORECASE)
 
 
@@ -34,6 +39,11 @@ def describe(source: Any) -> str:
     if isinstance(name, str) and name:
         return shortened(name)
     return "a PIL image" if isinstance(source, PIL.Image.Image) else f"a {type(source).__name__}"
+
+
+def is_url(source: Any) -> bool:
+    """Whether a source is the address of a file on a web server."""
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
 def local_path(source: str | Path) -> Path:
