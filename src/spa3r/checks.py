@@ -28,7 +28,7 @@ def range_words(lowest: float, highest: float | None, kind: str = "a whole numbe
     return f"{kind} above {lowest}, at most {highest}" if above else f"{kind} from {lowest} to {highest}"
 
 
-def is_count(value: Any, lowest: int = 1, highest: int | None = None) -> bool:
+def is_count(value: Any, lowest: float = 1, highest: int | None = None) -> bool:
     """Whether a value is a whole number in a range: an int or NumPy's, never a truth value, a text or a fraction."""
     if isinstance(value, bool):
         return False

@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
+from spa3r.checks import shorten
 from spa3r.views import to_device
 
 MIN_FIELD_OF_VIEW = 0.01
 """Radians. VGGT's ReLU lets a field of view be 0, which would make the focal length infinite and the loss NaN."""
+
+RIGID_TOLERANCE = 0.02
+"""How far R R^T may be from the identity; rounded and half-precision cameras stay well below."""
 
 
 def quaternion_to_rotation(quaternion: Tensor) -> Tensor:  # (..., 4) -> (..., 3, 3)
@@ -80,6 +84,72 @@ def relative_to_first_view(extrinsics: Tensor, views_per_scene: Sequence[int]) -
         inverses = invert_extrinsics(torch.stack([extrinsics[view] for view in first_views]))  # one for each scene
         inverses = [inverse for inverse, count in zip(inverses.unbind(), views_per_scene) for _ in range(count)]
         return extrinsics @ torch.stack(inverses)
+
+
+def check_cameras(
+    extrinsics: Tensor, intrinsics: Tensor, num_views: int, device: torch.device
+) -> tuple[Tensor, Tensor]:  # (V, 4, 4), (V, 3, 3) -> the same, on the device
+    """Given cameras as tensors; NumPy arrays and nested lists are taken too.
+
+    Their values are looked at where they lie on the CPU; those of an accelerator's tensor would make the host wait.
+
+    Args:
+        extrinsics: (V, 4, 4) camera-from-world, rigid.
+        intrinsics: (V, 3, 3) in pixels, no skew, focal lengths above 0.
+        num_views: V.
+        device: Where they go.
+
+    Raises:
+        ValueError: A shape or type is wrong, or a camera is none: not finite, not rigid, singular.
+    """
+    tensors = []
+    for name, cameras, side in (("extrinsics", extrinsics, 4), ("intrinsics", intrinsics, 3)):
+        try:
+            if isinstance(cameras, str) or cameras is None:
+                raise TypeError("no numbers")
+            tensor = torch.as_tensor(cameras)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"`{name}` must be a tensor of shape (views, {side}, {side}), got {shorten(cameras)} ({error})."
+            ) from error
+        wanted = (num_views, side, side)
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"`{name}` must have shape (views, {side}, {side}) = {wanted}, got {tuple(tensor.shape)}. "
+                "Give one camera for each view of `view_grid_hw`, all scenes one after the other."
+            )
+        if tensor.dtype == torch.bool or tensor.is_complex():
+            raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}.")
+        if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_values(name, tensor.detach().double())
+        elif tensor.is_meta and device.type != "meta":
+            raise ValueError(f"`{name}` must have values, got a tensor on the meta device, which has none.")
+        tensors.append(tensor.to(device))
+    return tensors[0], tensors[1]
+
+
+def _check_values(name: str, cameras: Tensor) -> None:
+    """Refuse the first camera that is none."""
+    last_row = torch.eye(cameras.shape[-1], dtype=cameras.dtype)[-1]
+    fault = cameras.isfinite().flatten(1).all(1).logical_not(), "hold finite values"
+    if not fault[0].any():
+        affine = (cameras[:, -1] - last_row).abs().amax(-1) > 1e-4
+        fault = affine, f"have the last row {tuple(int(value) for value in last_row)}"
+    if not fault[0].any() and name == "extrinsics":
+        rotation = cameras[:, :3, :3]
+        skewed = (rotation @ rotation.mT - torch.eye(3, dtype=cameras.dtype)).abs().amax((1, 2)) > RIGID_TOLERANCE
+        fault = skewed | (torch.linalg.det(rotation) < 0), "be rigid: a rotation and a translation, without scale"
+    elif not fault[0].any():
+        focal = cameras[:, (0, 1), (0, 1)]
+        skewed = (cameras[:, 0, 1].abs() > 1e-3 * focal[:, 0]) | (cameras[:, 1, 0].abs() > 1e-3 * focal[:, 1])
+        fault = skewed | (focal <= 0).any(1), "have focal lengths above 0 and no skew"
+    if fault[0].any():
+        view = fault[0].nonzero()[0].item()
+        rows = [[round(value, 4) for value in row] for row in cameras[view].tolist()]
+        raise ValueError(
+            f"`{name}` must {fault[1]}, got {rows} for view {view}. Leave the view out, or give no cameras: the "
+            "backbone predicts them."
+        )
 
 
 def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:  # (V, H, W) -> (V, H, W, 3)

@@ -7,12 +7,19 @@ CPU, which :meth:`Spa3RImageProcessor <spa3r.Spa3RImageProcessor>`'s output does
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from spa3r.checks import is_count, shorten
+
+MAX_GRID = 4096
+"""Of a view's side in patches: beyond every picture, and below what fills any memory with positions."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +42,22 @@ class ViewLayout:
             views_per_scene: (scenes,), every entry at least 1.
 
         Raises:
-            ValueError: There are no views, or the inputs contradict one another.
+            ValueError: There are no views, an entry is no whole number or out of range, or the inputs contradict one
+                another.
         """
-        rows, scenes = as_list(view_grid_hw), as_list(views_per_scene)
-        if wrong := [row for row in rows if not isinstance(row, Sequence) or len(row) != 2 or min(row) < 1]:
+        rows, scenes = whole_numbers("view_grid_hw", view_grid_hw, 2), whole_numbers("views_per_scene", views_per_scene)
+        if wrong := [row for row in rows if len(row) != 2 or min(row) < 1]:
             raise ValueError(
                 "`view_grid_hw` must hold a (height, width) of at least (1, 1) patches for every view, got "
-                f"{wrong[0]}. Pass it as the processor returned it."
+                f"{shorten(wrong[0])}. Pass it as the processor returned it."
             )
-        grids = tuple((int(height), int(width)) for height, width in rows)
-        scenes = tuple(int(count) for count in scenes)
+        if wrong := [row for row in rows if max(row) > MAX_GRID]:
+            raise ValueError(
+                f"`view_grid_hw` must hold sides of at most {MAX_GRID} patches, got {wrong[0]}. Pass it as the "
+                "processor returned it."
+            )
+        grids = tuple((height, width) for height, width in rows)
+        scenes = tuple(scenes)
         if not grids or not scenes:
             raise ValueError(
                 "`view_grid_hw` and `views_per_scene` must hold at least one view of one scene, got "
@@ -52,13 +65,14 @@ class ViewLayout:
             )
         if min(scenes) < 1:
             raise ValueError(
-                f"`views_per_scene` must be at least 1 everywhere, got {list(scenes)}. "
+                f"`views_per_scene` must be at least 1 everywhere, got {shorten(list(scenes))}. "
                 "Leave scenes without views out of the batch."
             )
         if sum(scenes) != len(grids):
             raise ValueError(
                 f"`views_per_scene` must add up to the number of views, {len(grids)} (the rows of `view_grid_hw`), "
-                f"got {list(scenes)}, which adds up to {sum(scenes)}. Pass both as the processor returned them."
+                f"got {shorten(list(scenes))}, which adds up to {sum(scenes)}. Pass both as the processor returned "
+                "them."
             )
         return cls(grids, scenes)
 
@@ -80,6 +94,7 @@ class ViewLayout:
         """
         layout = cls.from_inputs(view_grid_hw, views_per_scene)
         wanted = (sum(layout.patches_per_view), 3 * patch_size**2)
+        check_tensor("view_pixel_values", view_pixel_values)
         if view_pixel_values.ndim != 2 or len(view_pixel_values) != wanted[0]:
             raise ValueError(
                 f"`view_pixel_values` must have {wanted[0]} rows, one for each patch of `view_grid_hw`, got shape "
@@ -173,6 +188,60 @@ class ContextSplit:
     sorted_layout: ViewLayout
     context_views: list[int]  # of the caller's, scene after scene
     context_layout: ViewLayout
+
+
+def check_tensor(name: str, value: Any, cure: str = "Pass it as the processor returned it.") -> None:
+    """Refuse what stands where a tensor belongs.
+
+    Args:
+        name: What the error calls it, without quotes.
+        value: What was given.
+        cure: The sentence that ends the error.
+
+    Raises:
+        ValueError: It is no tensor.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"`{name}` must be a tensor, got {shorten(value)}. {cure}")
+
+
+def whole_numbers(name: str, values: Tensor | Sequence, depth: int = 1) -> list:
+    """A small tensor, array or sequence of whole numbers as Python integers, none of them rounded.
+
+    Args:
+        name: What the error calls it, without quotes.
+        values: A tensor or array of integers, or a sequence of them; of depth 1 also a lone number.
+        depth: Dimensions: 1, or 2 for a list of rows.
+
+    Raises:
+        ValueError: It is something else: fractions, truth values, texts, other dimensions, a tensor without data.
+    """
+    dtype = getattr(values, "dtype", None)
+    if isinstance(values, Tensor):
+        is_right = not (values.is_floating_point() or values.is_complex() or dtype == torch.bool or values.is_meta)
+    else:
+        is_right = dtype is None or getattr(dtype, "kind", "") in "iu"
+    if dtype is not None and 0 in values.shape:
+        return []
+    if is_right:
+        rows = as_list(values)
+        if dtype is not None:  # all entries are integers, and lie in as many dimensions as there are
+            is_right = len(values.shape) == depth or (depth == 1 and not values.shape)
+        elif depth == 1:
+            is_right = all(is_count(entry, -math.inf) for entry in rows)
+        else:
+            rows = [as_list(row) if hasattr(row, "__len__") and not isinstance(row, str) else None for row in rows]
+            is_right = all(row is not None and all(is_count(entry, -math.inf) for entry in row) for row in rows)
+            is_right = is_right and isinstance(values, Sequence)
+    if not is_right:
+        what = "a row of whole numbers for every view" if depth == 2 else "whole numbers"
+        raise ValueError(
+            f"`{name}` must hold {what}, got {shorten(values)}"
+            f"{'' if dtype is None else f' and type {dtype}'}. Pass it as the processor returned it."
+        )
+    if dtype is not None:
+        return rows
+    return [int(entry) for entry in rows] if depth == 1 else [[int(entry) for entry in row] for row in rows]
 
 
 def as_list(values: Tensor | Sequence) -> list:

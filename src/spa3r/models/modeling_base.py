@@ -122,6 +122,26 @@ class PackedPreTrainedModel(PreTrainedModel):
         model._finish_loading({key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
         return (model, info) if output_loading_info else model
 
+    def check_device(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuse an input that lies where this model doesn't. Parts that accelerate's hooks place fetch theirs.
+
+        Args:
+            name: What the error calls it, without quotes.
+            tensor: The input.
+
+        Raises:
+            ValueError: With the cure.
+        """
+        here, there = self.device, tensor.device
+        # Weights on the CPU and inputs elsewhere can be right: sharded training offloads weights.
+        if here.type in ("meta", there.type) or there.type not in ("cpu", "meta"):
+            return
+        if tensor.is_meta or not any(hasattr(module, "_hf_hook") for module in self.modules()):
+            raise ValueError(
+                f"`{name}` must lie on the model's device, {here}, got {there}. Move it with "
+                "`inputs = inputs.to(model.device)`."
+            )
+
     def _finish_loading(self, hub_kwargs: dict) -> None:
         """What remains to be done once the checkpoint's tensors are in place."""
 

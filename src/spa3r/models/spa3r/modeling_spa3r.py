@@ -15,14 +15,15 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from spa3r.attention import Segments
-from spa3r.geometry import camera_rays, pluecker_rays, relative_to_first_view
+from spa3r.checks import is_count, shorten
+from spa3r.geometry import camera_rays, check_cameras, pluecker_rays, relative_to_first_view
 from spa3r.layers import Mlp, TransformerLayer
 from spa3r.models.modeling_base import HUB_KWARGS, PackedPreTrainedModel, save_without, split_hub_kwargs
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.vggt.modeling_vggt import VggtModel, VggtModelOutput
 from spa3r.prope import ProjectiveEncoding, projection_matrices
 from spa3r.rope import RotaryEncoding
-from spa3r.views import ViewLayout, as_list, prepend_tokens, select_rows, split_prefix, to_device
+from spa3r.views import ViewLayout, as_list, check_tensor, prepend_tokens, select_rows, split_prefix, to_device
 
 SEMANTIC_IMAGE_SIZE = 224
 """Side in pixels of the square to which views are resized for the semantic teacher."""
@@ -453,12 +454,16 @@ class Spa3RModel(Spa3RPreTrainedModel):
         """
         layout = ViewLayout.from_inputs(view_grid_hw, views_per_scene)
         wanted = (len(layout.views_per_scene), self.config.num_latents, self.config.hidden_size)
+        check_tensor("latents", latents, "Pass what `encode` of this model returned.")
         if tuple(latents.shape) != wanted:
             raise ValueError(
                 f"`latents` must have shape (scenes, num_latents, hidden_size) = {wanted}, got {tuple(latents.shape)}. "
                 "Pass what `encode` of this model returned."
             )
-        extrinsics, intrinsics = _check_cameras(extrinsics, intrinsics, layout, latents.device)
+        if not latents.is_floating_point():
+            raise ValueError(f"`latents` must be floating point, as `encode` returns them, got {latents.dtype}.")
+        self.check_device("latents", latents)
+        extrinsics, intrinsics = check_cameras(extrinsics, intrinsics, layout.num_views, latents.device)
         return self._decode(latents, extrinsics, intrinsics, layout)
 
     def _decode(self, latents: Tensor, extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout) -> Spa3RField:
@@ -481,7 +486,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
             )
         if extrinsics is None:
             return None
-        extrinsics, intrinsics = _check_cameras(extrinsics, intrinsics, layout, device)
+        extrinsics, intrinsics = check_cameras(extrinsics, intrinsics, layout.num_views, device)
         return relative_to_first_view(extrinsics, layout.views_per_scene), intrinsics.float()
 
     def _run_backbone(self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs) -> tuple[Tensor, VggtModelOutput]:
@@ -491,24 +496,10 @@ class Spa3RModel(Spa3RPreTrainedModel):
                 f"This {type(self).__name__} has no backbone: its configuration names "
                 f"{self.config.backbone_name_or_path!r}. Load it with from_pretrained, or set `model.backbone`."
             )
+        self.backbone.check_device("view_pixel_values", view_pixel_values)
         with torch.no_grad():
             output = self.backbone.forward_layout(view_pixel_values, layout, **kwargs)
             return self.backbone.patch_tokens(output.tokens[0], layout), output
-
-
-def _check_cameras(
-    extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cameras as tensors on the device; NumPy arrays, which the rooms give, are taken too."""
-    extrinsics, intrinsics = (torch.as_tensor(cameras).to(device) for cameras in (extrinsics, intrinsics))
-    for name, tensor, side in (("extrinsics", extrinsics, 4), ("intrinsics", intrinsics, 3)):
-        wanted = (layout.num_views, side, side)
-        if tuple(tensor.shape) != wanted:
-            raise ValueError(
-                f"`{name}` must have shape (views, {side}, {side}) = {wanted}, got {tuple(tensor.shape)}. "
-                "Give one camera for each view of `view_grid_hw`, all scenes one after the other."
-            )
-    return extrinsics, intrinsics
 
 
 class Spa3RForPreTraining(Spa3RPreTrainedModel):
@@ -661,7 +652,12 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
                 context = {0, *(1 + i for i in torch.randperm(count - 1)[: num_context - 1].tolist())}
                 targets += [view not in context for view in range(count)]
         else:
-            targets = [bool(target) for target in as_list(target_mask)]
+            targets = as_list(target_mask)
+            if wrong := [target for target in targets if not (is_count(target, 0, 1) or isinstance(target, bool))]:
+                raise ValueError(
+                    f"`target_mask` must hold True or False for every view, got {shorten(wrong[0])}. Pass bools."
+                )
+            targets = [bool(target) for target in targets]
             if len(targets) != layout.num_views:
                 raise ValueError(
                     f"`target_mask` must have one entry for each of the {layout.num_views} views, got {len(targets)}."

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import maybe_autocast
 
 from spa3r.attention import Segments
+from spa3r.checks import is_count, shorten
 from spa3r.geometry import pose_encoding_to_cameras
 from spa3r.layers import Mlp, TransformerLayer
 from spa3r.models.modeling_base import PackedPreTrainedModel
@@ -338,6 +339,7 @@ class VggtModel(PackedPreTrainedModel):
             ValueError: The inputs contradict one another, or a head is asked for that the model doesn't have.
         """
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
+        self.check_device("view_pixel_values", view_pixel_values)
         return self.forward_layout(
             view_pixel_values, layout, output_layers, output_cameras, output_depth, output_points
         )
@@ -365,10 +367,15 @@ class VggtModel(PackedPreTrainedModel):
                 another only, while the scene's other views see all of it. None: all views see all.
         """
         count = self.config.num_hidden_layers
+        if isinstance(output_layers, str) or not isinstance(output_layers, Sequence):
+            raise ValueError(f"`output_layers` must be a list of layers' indices, got {shorten(output_layers)}.")
         if not len(output_layers):
             raise ValueError(f"`output_layers` must name at least one of the {count} layers, got none.")
         output_layers = [_layer_index(index, count) for index in output_layers]
         for head, wanted in (("camera", output_cameras), ("depth", output_depth), ("point", output_points)):
+            if not isinstance(wanted, bool):
+                name = {"camera": "cameras", "point": "points"}.get(head, head)
+                raise ValueError(f"`output_{name}` must be True or False, got {shorten(wanted)}.")
             if wanted and head not in self.config.heads:
                 raise ValueError(
                     f"This VggtModel has no {head} head (`config.heads` = {list(self.config.heads)}). "
@@ -439,8 +446,10 @@ class VggtModel(PackedPreTrainedModel):
 
 
 def _layer_index(index: int, count: int) -> int:
-    if not -count <= index < count:
-        raise ValueError(f"`output_layers` must lie in [{-count}, {count - 1}] for {count} layers, got {index}.")
+    if not is_count(index, -count, count - 1):
+        raise ValueError(
+            f"`output_layers` must lie in [{-count}, {count - 1}] for {count} layers, got {shorten(index)}."
+        )
     return index % count
 
 
