@@ -116,11 +116,13 @@ def _load_spa3r(name: str, device: str, dtype: Dtype, attention: str | None) -> 
     from transformers import AutoConfig
 
     from spa3r import Spa3RImageProcessor, Spa3RModel
+    from spa3r.models.released import find_released
 
     arguments, place = loading_arguments(dtype, attention), torch_device(device)
     if name != EMBEDDED:
         check_model(name)
-        kind = AutoConfig.from_pretrained(name).model_type
+        released = find_released(name, ("spa3r", "spa3-vlm"), "`--model`")
+        kind = "spa3r" if released is not None else AutoConfig.from_pretrained(name).model_type
         if kind == "spa3r":
             model = Spa3RModel.from_pretrained(name, **arguments).to(place).eval()
             return model, Spa3RImageProcessor.from_pretrained(name)

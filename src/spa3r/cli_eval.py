@@ -214,9 +214,12 @@ def _load_any_vlm(name: str, device: str, dtype: Dtype, attention: str | None) -
     """A Spa3-VLM, or a VLM of transformers as it is."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+    from spa3r.models.released import find_released
+
     if name != EMBEDDED:
         check_model(name)
-        if AutoConfig.from_pretrained(name).model_type != "spa3_vlm":
+        released = find_released(name, ("spa3-vlm",), "`--model`")
+        if released is None and AutoConfig.from_pretrained(name).model_type != "spa3_vlm":
             place, arguments = torch_device(device), loading_arguments(dtype, attention)
             model = AutoModelForImageTextToText.from_pretrained(name, **arguments)
             return model.to(place).eval(), AutoProcessor.from_pretrained(name)

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".heic", ".heif", ".avif"}
 
 
+WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
+"""Suffixes of released checkpoints that are one file."""
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -184,10 +188,10 @@ def check_model(name: str) -> None:
     """A path that doesn't exist would be looked up on the hub, to a puzzling end."""
     path = Path(name)
     is_path = name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or path.exists()
-    if is_path and not path.is_dir():
+    if is_path and not path.is_dir() and not (path.is_file() and path.suffix in WEIGHTS):
         raise FileNotFoundError(
-            f"There is no model folder {name}. Give a folder, a hub id, or 'embedded'; a research checkpoint becomes a "
-            "folder by `spa3r convert`."
+            f"There is no model folder {name}. Give a folder, a hub id, or 'embedded'; a released research checkpoint "
+            "may be a file."
         )
 
 

@@ -17,9 +17,7 @@ from spa3r.attention import check_attention_implementation
 from spa3r.checkpoints import resolve
 from spa3r.layers import TransformerLayer
 from spa3r.models.placement import execution_device
-
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-"""Arguments of ``from_pretrained`` that also go to the parts which a checkpoint names instead of holding them."""
+from spa3r.models.released import HUB_KWARGS, WHERE, Kind, ReleasedCheckpoint, find_released, quote_keys
 
 
 def split_hub_kwargs(kwargs: dict[str, Any], config_class: type) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -39,13 +37,6 @@ def split_hub_kwargs(kwargs: dict[str, Any], config_class: type) -> tuple[dict[s
     return hub, fields
 
 
-def quote_keys(keys, limit: int = 8) -> str:
-    """A readable list of checkpoint keys for an error message."""
-    keys = sorted(keys)
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more
-
-
 class PackedPreTrainedModel(PreTrainedModel):
     """Base of the models whose attention is packed."""
 
@@ -53,6 +44,7 @@ class PackedPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _released_kinds: tuple[Kind, ...] = ()
     # Parts that one device has to hold: their positions travel in objects that accelerate's hooks don't look into.
     _no_split_modules = ["TransformerLayer", "VggtModel", "Spa3REncoder", "Spa3RDecoder"]
 
@@ -78,24 +70,31 @@ class PackedPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """As transformers' ``from_pretrained``, and strict; ``"embedded"`` names the checkpoint in the package.
 
+        Checkpoints in the layouts of the research code are translated while they are loaded: folders, files and hub
+        ids alike (:doc:`/guides/checkpoints`).
+
         Raises:
             ValueError: The checkpoint is another model's, lacks keys, has keys that the model doesn't know or tensors
                 of other shapes, or a file of it can't be read.
         """
-        pretrained_model_name_or_path = resolve(pretrained_model_name_or_path, cls.config_class.model_type)
-        if kwargs.get("config") is None and pretrained_model_name_or_path is not None:
-            where = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
-            kind = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)[0].get("model_type")
+        pretrained_model_name_or_path = source = resolve(pretrained_model_name_or_path, cls.config_class.model_type)
+        where = {key: kwargs[key] for key in WHERE if key in kwargs}
+        if source is not None and kwargs.get("state_dict") is None:
+            released = find_released(source, cls._released_kinds, cls.__name__, **where)
+            if released is not None:
+                source, kwargs = None, kwargs | cls._translate_released(released, kwargs)
+        if kwargs.get("config") is None and source is not None:
+            kind = PreTrainedConfig.get_config_dict(source, **where)[0].get("model_type")
             if kind != cls.config_class.model_type:  # before a model of default sizes is built
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} holds a model of type {kind!r}, and {cls.__name__} loads "
+                    f"{source} holds a model of type {kind!r}, and {cls.__name__} loads "
                     f"{cls.config_class.model_type!r}. Load it with its own class (AutoModel finds it); the Spa3R of a "
                     "couple is `Spa3VLM.from_pretrained(...).spa3r`."
                 )
         accepts_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
+                source,
                 *model_args,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # ours to judge, below
@@ -119,6 +118,8 @@ class PackedPreTrainedModel(PreTrainedModel):
                 f"The checkpoint {pretrained_model_name_or_path} has tensors of other shapes than {cls.__name__}: "
                 f"{quote_keys(wrong)}. Its configuration belongs to other weights."
             )
+        if source is None and pretrained_model_name_or_path is not None:
+            model.config.name_or_path = str(pretrained_model_name_or_path)  # of a released checkpoint
         model._finish_loading({key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
         return (model, info) if output_loading_info else model
 
@@ -141,6 +142,32 @@ class PackedPreTrainedModel(PreTrainedModel):
                 f"`{name}` must lie on the model's device, {here}, got {there}. Move it with "
                 "`inputs = inputs.to(model.device)`."
             )
+
+    @classmethod
+    def _translate_released(cls, released: ReleasedCheckpoint, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of transformers' ``from_pretrained`` that load a released checkpoint: the configuration and the
+        tensors in our names.
+
+        Args:
+            released: The checkpoint.
+            kwargs: What the caller gave; fields of the configuration are taken out.
+        """
+        given = kwargs.pop("config", None)
+        if given is not None and not isinstance(given, PreTrainedConfig):
+            given = cls.config_class.from_pretrained(given)
+        inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        names = {field.name for field in dataclasses.fields(cls.config_class)} - inherited
+        fields = given.to_diff_dict() if given is not None else {}
+        fields |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        weights, config = cls._from_released(released, fields)
+        return {"config": config, "state_dict": weights}
+
+    @classmethod
+    def _from_released(
+        cls, released: ReleasedCheckpoint, fields: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], PreTrainedConfig]:
+        """The tensors of a released checkpoint in our names, and its configuration with these fields set."""
+        raise NotImplementedError
 
     def _finish_loading(self, hub_kwargs: dict) -> None:
         """What remains to be done once the checkpoint's tensors are in place."""

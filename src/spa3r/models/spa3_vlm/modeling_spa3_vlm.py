@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,6 +42,7 @@ from spa3r.layers import Mlp
 from spa3r.models.modeling_base import PackedPreTrainedModel, save_without, split_hub_kwargs
 from spa3r.models.placement import execution_device, is_offloaded, weights_at_hand
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
+from spa3r.models.spa3_vlm.released_spa3_vlm import translate_spa3_vlm
 from spa3r.models.spa3_vlm.scenes import SceneMixin
 from spa3r.models.spa3_vlm.state import (
     OFFSETS,
@@ -210,6 +212,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
     base_model_prefix = ""
     main_input_name = "input_ids"
     _keep_in_fp32_modules_strict = ["camera_head"]
+    _released_kinds = ("spa3-vlm",)
     _no_split_modules = ["Spa3RModel", "Spa3VLMAdapter"]  # and what the VLM names
 
     def __init__(self, config: Spa3VLMConfig, vlm: PreTrainedModel | None = None, spa3r: Spa3RModel | None = None):
@@ -304,6 +307,18 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         if model.adapter is not None:
             model.adapter.to(device=device, dtype=vlm.dtype)
         return model.eval()
+
+    @classmethod
+    def _translate_released(cls, released, kwargs):
+        arguments = super()._translate_released(released, kwargs)
+        if kwargs.get("generation_config") is None and (file := released.file("generation_config.json")) is not None:
+            arguments["generation_config"] = GenerationConfig.from_pretrained(file.parent)
+        return arguments
+
+    @classmethod
+    def _from_released(cls, released, fields):
+        vlm_fields = json.loads(released.file("config.json").read_text(encoding="utf-8"))
+        return translate_spa3_vlm(released.tensors(), vlm_fields, fields)
 
     def save_pretrained(self, save_directory, include_backbone: bool = True, **kwargs) -> None:
         """As transformers' ``save_pretrained``; optionally without Spa3R's frozen backbone.

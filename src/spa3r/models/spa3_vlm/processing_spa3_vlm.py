@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import threading
@@ -18,15 +19,16 @@ from transformers.utils import TensorType
 from spa3r.checkpoints import resolve
 from spa3r.checks import shorten
 from spa3r.media.images import Image, flattened, is_batch, to_rgb
-from spa3r.models.modeling_base import HUB_KWARGS
+from spa3r.models.released import HUB_KWARGS, WHERE, ReleasedCheckpoint, find_released
 from spa3r.models.spa3_vlm.messages import check_messages
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor, ViewBatch
+from spa3r.models.vggt.released_vggt import view_size
 from spa3r.video import sample_frames, uniform_indices
 
 VLM_FOLDER = "vlm_processor"
 """Subfolder of a saved processor that holds the VLM's own files."""
 
-NOT_FOR_VLM = (*HUB_KWARGS, "revision", "trust_remote_code", "subfolder", "_from_auto")
+NOT_FOR_VLM = (*WHERE, "trust_remote_code", "_from_auto")
 """Keywords of ``from_pretrained`` that say where files lie; the VLM's own lie in a local folder by then."""
 
 CONFIG_FILE = "processor_config.json"
@@ -151,7 +153,12 @@ class Spa3VLMProcessor(ProcessorMixin):
         Raises:
             ValueError: The folder holds no processor of ours.
         """
-        folder = Path(resolve(pretrained_model_name_or_path, "spa3_vlm"))
+        source = resolve(pretrained_model_name_or_path, "spa3_vlm")
+        where = {key: kwargs[key] for key in WHERE if key in kwargs}
+        if (released := find_released(source, ("spa3-vlm",), cls.__name__, **where)) is not None:
+            folder = released.home.folder(["*.json", "*.txt", "*.jinja", "*.model"])
+            return cls._from_released(released, folder, kwargs)
+        folder = Path(source)
         if not folder.is_dir():
             hub = {key: kwargs[key] for key in (*HUB_KWARGS, "revision") if kwargs.get(key) is not None}
             hub.pop("proxies", None)
@@ -172,6 +179,24 @@ class Spa3VLMProcessor(ProcessorMixin):
         for_vlm = {key: value for key, value in kwargs.items() if key not in (*fields, *NOT_FOR_VLM)}
         fields |= {key: kwargs[key] for key in fields if key in kwargs}
         return cls(AutoProcessor.from_pretrained(folder / VLM_FOLDER, **for_vlm), **fields)
+
+    @classmethod
+    def _from_released(cls, released: ReleasedCheckpoint, folder: Path, kwargs: dict[str, Any]) -> Spa3VLMProcessor:
+        """The processor of the VLM beside the weights, and views of the size that the tensors tell."""
+        if not (folder / "tokenizer_config.json").is_file():
+            raise ValueError(
+                f"{released.name} holds a released Spa3-VLM without a tokenizer (tokenizer_config.json), from which no "
+                f"{cls.__name__} can be made. Make one with Spa3VLMProcessor.from_vlm_and_spa3r."
+            )
+        own = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "vlm_processor")]
+        for_vlm = {key: value for key, value in kwargs.items() if key not in (*own, *NOT_FOR_VLM)}
+        size, patch_size = view_size(released.tensors())
+        fields = {
+            "view_image_processor": Spa3RImageProcessor(size=size, patch_size=patch_size),
+            "image_token_id": AutoConfig.from_pretrained(folder).image_token_id,
+        }
+        fields |= {key: kwargs[key] for key in own if key in kwargs}
+        return cls(AutoProcessor.from_pretrained(folder, **for_vlm), **fields)
 
     @classmethod
     def get_attributes(cls) -> list[str]:

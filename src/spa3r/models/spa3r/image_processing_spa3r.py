@@ -21,6 +21,8 @@ from spa3r.checks import check_channels, check_count, is_count, shorten
 from spa3r.media.files import describe
 from spa3r.media.images import Image, as_scenes, to_rgb
 from spa3r.media.resampling import FILTERS, resize_rows
+from spa3r.models.released import WHERE, Kind, find_released
+from spa3r.models.vggt.released_vggt import view_size
 
 Mode = Literal["crop", "pad", "pretraining"]
 """How a picture becomes a view, see :class:`Spa3RImageProcessor`."""
@@ -114,8 +116,17 @@ class Spa3RImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Spa3RImageProcessor:
-        """As transformers' ``from_pretrained``; ``"embedded"`` names the checkpoint in the package."""
-        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
+        """As transformers' ``from_pretrained``; ``"embedded"`` names the checkpoint in the package.
+
+        A checkpoint in a layout of the research code has no file of settings: they are read off its tensors.
+        """
+        source = resolve(pretrained_model_name_or_path)
+        where = {key: kwargs[key] for key in WHERE if key in kwargs}
+        if (released := find_released(source, get_args(Kind), cls.__name__, **where)) is not None:
+            size, patch_size = view_size(released.tensors())
+            options = {key: value for key, value in kwargs.items() if key not in WHERE and not key.startswith("_from")}
+            return cls(**{"size": size, "patch_size": patch_size} | options)
+        return super().from_pretrained(source, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings; those of :data:`DEFAULTS` only where they are others, as files of before have none."""

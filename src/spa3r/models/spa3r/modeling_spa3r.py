@@ -18,8 +18,10 @@ from spa3r.attention import Segments
 from spa3r.checks import is_count, shorten
 from spa3r.geometry import camera_rays, check_cameras, pluecker_rays, relative_to_first_view
 from spa3r.layers import Mlp, TransformerLayer
-from spa3r.models.modeling_base import HUB_KWARGS, PackedPreTrainedModel, save_without, split_hub_kwargs
+from spa3r.models.modeling_base import PackedPreTrainedModel, save_without, split_hub_kwargs
+from spa3r.models.released import HUB_KWARGS, find_released
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
+from spa3r.models.spa3r.released_spa3r import for_pretraining, translate_spa3r
 from spa3r.models.vggt.modeling_vggt import VggtModel, VggtModelOutput
 from spa3r.prope import ProjectiveEncoding, projection_matrices
 from spa3r.rope import RotaryEncoding
@@ -229,6 +231,7 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
     base_model_prefix = "spa3r"
     main_input_name = "view_pixel_values"
     _keep_in_fp32_modules_strict = ["camera_head"]
+    _released_kinds = ("spa3r", "spa3-vlm")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -326,8 +329,14 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
 
 def _load_frozen_part(part: str, name: str, **kwargs) -> nn.Module:
     """A backbone or teacher from its own checkpoint, or from that of a whole Spa3R which contains it."""
+    hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+    released = find_released(name, ("vggt", *Spa3RPreTrainedModel._released_kinds), f"its {part}", **hub)
+    if released is not None:
+        if released.kind == "vggt":
+            return VggtModel.from_pretrained(name, **kwargs)
+        return _part_of_spa3r(part, name, **kwargs)
     try:
-        config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
+        config = AutoConfig.from_pretrained(name, **hub)
     except OSError as error:
         raise ValueError(
             f"The checkpoint names {name} as the home of its {part}, which can't be loaded ({error}). Say where it is "
@@ -340,6 +349,10 @@ def _load_frozen_part(part: str, name: str, **kwargs) -> nn.Module:
             f"The checkpoint {name} names itself as the home of its {part}, which it doesn't hold. Say where it is "
             f"with from_pretrained(..., {part}_name_or_path=...)."
         )
+    return _part_of_spa3r(part, name, **kwargs)
+
+
+def _part_of_spa3r(part: str, name: str, **kwargs) -> nn.Module:
     if part == "backbone":
         return Spa3RModel.from_pretrained(name, **kwargs).backbone
     return Spa3RForPreTraining.from_pretrained(name, **kwargs).semantic_teacher
@@ -353,6 +366,11 @@ class Spa3RModel(Spa3RPreTrainedModel):
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^semantic_teacher\."]
+
+    @classmethod
+    def _from_released(cls, released, fields):
+        weights, _, config = translate_spa3r(released.tensors(), fields)
+        return weights, config
 
     def __init__(self, config: Spa3RConfig):
         super().__init__(config)
@@ -524,6 +542,11 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
                 self.semantic_teacher = AutoModel.from_config(config.semantic_teacher_config)
         self.post_init()
         self._freeze()
+
+    @classmethod
+    def _from_released(cls, released, fields):
+        weights, teacher, config = translate_spa3r(released.tensors(), fields)
+        return for_pretraining(weights, teacher if "semantic" in config.targets else {}), config
 
     @classmethod
     def from_vggt_and_dinov3(

@@ -22,6 +22,7 @@ from spa3r.layers import Mlp, TransformerLayer
 from spa3r.models.modeling_base import PackedPreTrainedModel
 from spa3r.models.placement import weights_at_hand
 from spa3r.models.vggt.configuration_vggt import VggtConfig
+from spa3r.models.vggt.released_vggt import translate_vggt
 from spa3r.rope import RotaryEncoding
 from spa3r.views import ViewLayout, prepend_tokens, split_prefix, to_device
 
@@ -273,6 +274,7 @@ class VggtModel(PackedPreTrainedModel):
     base_model_prefix = "vggt"
     main_input_name = "view_pixel_values"
     _keep_in_fp32_modules_strict = ["camera_head"]
+    _released_kinds = ("vggt",)
 
     def __init__(self, config: VggtConfig):
         super().__init__(config)
@@ -300,6 +302,10 @@ class VggtModel(PackedPreTrainedModel):
         self.depth_head = VggtDenseHead(config, 2) if "depth" in config.heads else None
         self.point_head = VggtDenseHead(config, 4) if "point" in config.heads else None
         self.post_init()
+
+    @classmethod
+    def _from_released(cls, released, fields):
+        return translate_vggt(released.tensors(), fields)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

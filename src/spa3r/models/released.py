@@ -1,0 +1,393 @@
+"""Checkpoints in the layouts of the research code: finding them, reading them, renaming their tensors.
+
+A layout is recognized by its files and keys. Tensors are read as memory maps and renamed and cut as views of them, so
+that a checkpoint is translated while it is loaded, without a copy. Pickles are read with ``weights_only=True``: nothing
+but tensors and plain values is ever unpickled. Every key of a source is either translated, known to be unused, or
+refused by name. What becomes of which key stands in the tables of the models' own ``released_*.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
+
+Kind = Literal["vggt", "spa3r", "spa3-vlm"]
+
+OUR_TYPES = ("vggt", "spa3r", "spa3_vlm")
+"""``model_type`` of a checkpoint that is ours already."""
+
+DESCRIPTIONS: dict[Kind, str] = {"vggt": "a VGGT", "spa3r": "a Spa3R", "spa3-vlm": "a Spa3-VLM"}
+LOADERS: dict[Kind, str] = {"vggt": "VggtModel", "spa3r": "Spa3RModel", "spa3-vlm": "Spa3VLM"}
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+"""Arguments of ``from_pretrained`` that also go to the parts which a checkpoint names instead of holding them."""
+
+WHERE = (*HUB_KWARGS, "revision", "subfolder")
+"""Arguments of ``from_pretrained`` that say where the files of the checkpoint itself lie."""
+
+INDEX = "model.safetensors.index.json"
+CANDIDATES: dict[Kind, tuple[str, ...]] = {
+    "vggt": ("model.safetensors", INDEX, "model.pt"),
+    "spa3r": ("spa3r.ckpt", "spa3r.safetensors"),
+    "spa3-vlm": ("model.safetensors", INDEX),
+}
+"""Names of the files that hold the weights, as they were released."""
+
+VLM_SUBFOLDER = "spa3_vlm"
+VLM_TYPE = "qwen2_5_vl"
+SPA3R_PREFIX = "geometry_encoder.spa3r."
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError)
+"""What reading a pickle may raise: a file that is none makes the unpickler stumble over anything."""
+
+
+# Renaming
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table: keys that match `pattern` become `key`; None drops them.
+
+    Args:
+        pattern: A regular expression for whole keys.
+        key: The replacement, as in ``re.sub``, or a function of the match; or one of these for each of the tensors into
+            which `tensor` cuts.
+        tensor: What happens to the tensor.
+    """
+
+    pattern: str
+    key: str | Callable[[re.Match], str] | tuple[str | None, ...] | None
+    tensor: Callable[[Tensor], Any] = field(default=lambda tensor: tensor)
+
+    def apply(self, match: re.Match, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The new keys of one match, with their tensors."""
+        if self.key is None:
+            return
+        cut = isinstance(self.key, tuple)
+        keys, tensors = (self.key, self.tensor(tensor)) if cut else ((self.key,), (self.tensor(tensor),))
+        for key, part in zip(keys, tensors, strict=True):
+            if key is not None:
+                yield key(match) if callable(key) else match.expand(key), part
+
+
+def layer_rules(source: str, target: str) -> list[Rule]:
+    """The rules of a stack of transformer layers."""
+    return [
+        Rule(rf"{source}\.(\d+)\.norm(1|2)\.(weight|bias)", rf"{target}.\1.norm\2.\3"),
+        Rule(rf"{source}\.(\d+)\.attn\.(qkv|proj|q_norm|k_norm)\.(weight|bias)", rf"{target}.\1.attention.\2.\3"),
+        Rule(rf"{source}\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)", rf"{target}.\1.mlp.\2.\3"),
+        Rule(rf"{source}\.(\d+)\.ls(1|2)\.gamma", rf"{target}.\1.layer_scale\2"),
+    ]
+
+
+def translate(tensors: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, Tensor]:
+    """Rename (and reshape) every tensor by the first rule whose pattern its whole key matches.
+
+    Raises:
+        ValueError: Keys that no rule knows; all are named.
+    """
+    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
+    translated, unknown = {}, []
+    for key, tensor in tensors.items():
+        for pattern, rule in compiled:
+            if match := pattern.fullmatch(key):
+                translated.update(rule.apply(match, tensor))
+                break
+        else:
+            unknown.append(key)
+    if unknown:
+        raise ValueError(
+            f"The checkpoint has keys that the converter doesn't know: {quote_keys(unknown)}. It converts the released "
+            "VGGT-1B, spa3r.ckpt and spa3_vlm files; check that `kind` names the right one."
+        )
+    return translated
+
+
+def require(weights: Mapping[str, Tensor], *keys: str) -> None:
+    """Refuse weights that lack keys."""
+    if missing := [key for key in keys if key not in weights]:
+        raise ValueError(
+            f"The checkpoint lacks keys (in our names): {quote_keys(missing)}. It is incomplete, or `kind` is wrong."
+        )
+
+
+def count_layers(weights: Mapping[str, Tensor], stack: str) -> int:
+    """Number of layers of a stack."""
+    indices = [int(match[1]) for key in weights if (match := re.match(rf"{re.escape(stack)}\.(\d+)\.", key))]
+    return max(indices, default=-1) + 1
+
+
+def own_fields(fields: Mapping[str, Any] | PreTrainedConfig) -> dict[str, Any]:
+    """Fields of a configuration without the bookkeeping of its serialized form."""
+    fields = fields.to_diff_dict() if isinstance(fields, PreTrainedConfig) else fields
+    bookkeeping = ("model_type", "transformers_version", "architectures", "_name_or_path", "dtype")
+    return {key: value for key, value in fields.items() if key not in bookkeeping}
+
+
+def quote_keys(keys, limit: int = 8) -> str:
+    """A readable list of checkpoint keys for an error message."""
+    keys = sorted(keys)
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more
+
+
+# Reading
+
+
+def read_checkpoint(source: Path) -> dict[str, Tensor]:
+    """The tensors of a file or folder, from safetensors (sharded or not) or a pickle of tensors, as memory maps.
+
+    Raises:
+        FileNotFoundError: There is no such file, or the folder holds no weights.
+        ValueError: A file is truncated or damaged, or a pickle holds anything but tensors and plain values.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"`source` must be a checkpoint file or folder, and {source} doesn't exist.")
+    files = [source]
+    if source.is_dir():
+        files = sorted(source.glob("*.safetensors")) or sorted(p for p in source.iterdir() if p.suffix in PICKLES)
+        if not files:
+            raise FileNotFoundError(
+                f"`source` must hold weights (*.safetensors, *.pt, *.pth, *.ckpt or *.bin), and {source} holds none."
+            )
+    return read_files(files)
+
+
+def read_files(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The tensors of all files by name, as memory maps."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    return tensors
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as content:
+            return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118: no mapping
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} can't be read as safetensors ({error}). It is truncated or damaged: download it again."
+        ) from error
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{file} can't be read: only pickles of tensors and plain values are loaded, and whole ones "
+            f"({type(error).__name__}). If you trust it, save its state dict as safetensors and convert that."
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a dictionary of tensors by name, got {type(content).__name__}.")
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+# Finding
+
+
+@dataclass(frozen=True)
+class Home:
+    """A folder on this disk, or on the hub, of which single files are fetched."""
+
+    name: str
+    subfolder: str = ""
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+    def file(self, name: str) -> Path | None:
+        """A file of the folder, or None."""
+        found = cached_file(
+            self.name,
+            name,
+            subfolder=self.subfolder,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **self.hub,
+        )
+        return None if found is None else Path(found)
+
+    def shards(self, index: Path) -> list[Path]:
+        """The files that an index names."""
+        files, _ = get_checkpoint_shard_files(self.name, str(index), subfolder=self.subfolder, **self.hub)
+        if missing := sorted(Path(file).name for file in files if not Path(file).is_file()):
+            raise FileNotFoundError(
+                f"{index} names {len(files)} files of weights, and {quote_keys(missing)} are missing. Download the "
+                "checkpoint again."
+            )
+        return [Path(file) for file in files]
+
+    def folder(self, patterns: Sequence[str]) -> Path:
+        """The folder on this disk, with the files of these patterns."""
+        if Path(self.name).is_dir():
+            return Path(self.name) / self.subfolder
+        hub = {key: value for key, value in self.hub.items() if key != "proxies" and value is not None}
+        patterns = [f"{self.subfolder}/{pattern}" if self.subfolder else pattern for pattern in patterns]
+        return Path(snapshot_download(self.name, allow_patterns=patterns, **hub)) / self.subfolder
+
+    def below(self, subfolder: str) -> Home:
+        return replace(self, subfolder=f"{self.subfolder}/{subfolder}" if self.subfolder else subfolder)
+
+    def model_type(self) -> str | None:
+        """What ``config.json`` says; None: nothing, or there is none."""
+        file = self.file("config.json")
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+        except ValueError:  # its reader will say so
+            return None
+        return fields.get("model_type") if isinstance(fields, dict) else None
+
+
+@dataclass(frozen=True)
+class ReleasedCheckpoint:
+    """A checkpoint in a released layout.
+
+    Attributes:
+        name: Folder, file or hub id, as it was asked for.
+        kind: What it holds.
+        weights: The files of its weights, or the index of them.
+        home: The folder of its weights, on this disk or on the hub.
+    """
+
+    name: str
+    kind: Kind
+    weights: tuple[Path, ...]
+    home: Home
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors in the released names, as memory maps.
+
+        Raises:
+            FileNotFoundError: A shard is missing.
+            ValueError: A file is truncated or damaged.
+        """
+        (first, *_) = self.weights
+        return read_files(self.home.shards(first) if first.name == INDEX else self.weights)
+
+    def file(self, name: str) -> Path | None:
+        """A file beside the weights, if there is one."""
+        return self.home.file(name)
+
+
+def find_released(
+    name_or_path: str | Path | None,
+    wanted: Sequence[Kind],
+    wanted_by: str,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    **hub: Any,
+) -> ReleasedCheckpoint | None:
+    """The checkpoint in a released layout that a name stands for.
+
+    Args:
+        name_or_path: Folder, file or hub id.
+        wanted: What is looked for, the best first.
+        wanted_by: What looks, for error messages.
+        subfolder: Folder below, as in ``from_pretrained``.
+        revision: Branch, tag or commit on the hub; all files come from the same commit.
+        **hub: ``cache_dir``, ``token``, ``local_files_only``, ``force_download``, ``proxies``.
+
+    Returns:
+        None where the name stands for something else: a checkpoint of ours, another model, nothing at all.
+
+    Raises:
+        ValueError: It is a released checkpoint of another kind, a file of none, or damaged.
+    """
+    if name_or_path is None or not wanted:
+        return None
+    name, path = str(name_or_path), Path(name_or_path)
+    if path.is_file():
+        kind = kind_of(_keys([path]))
+        if kind is None:
+            raise ValueError(
+                f"{path} is a file in none of the released layouts (VGGT-1B, spa3r.ckpt, spa3_vlm): its keys are of "
+                "something else. A checkpoint of this library is loaded by its folder."
+            )
+        found = iter([ReleasedCheckpoint(name, kind, (path,), Home(str(path.parent)))])
+    else:
+        if not path.is_dir():
+            where = {key: hub[key] for key in ("token", "cache_dir") if key in hub}
+            offline = bool(hub.get("local_files_only"))
+            hub["revision"] = resolve_revision(name, revision, local_files_only=offline, **where)
+        home = Home(name, subfolder or "", hub)
+        model_type = home.model_type()
+        if model_type in OUR_TYPES:
+            return None
+        # Other kinds are looked for only where that downloads nothing.
+        others = [kind for kind in CANDIDATES if kind not in wanted and path.is_dir()]
+        found = _search(name, home, model_type, [*wanted, *others])
+    other = None
+    for checkpoint in found:
+        if checkpoint.kind in wanted:
+            return checkpoint
+        other = other or checkpoint
+    if other is not None:
+        raise ValueError(
+            f"{name} holds {DESCRIPTIONS[other.kind]} in its released layout, and {wanted_by} wants "
+            f"{' or '.join(DESCRIPTIONS[kind] for kind in wanted)}. Load it with {LOADERS[other.kind]}."
+        )
+    return None
+
+
+def _search(name: str, home: Home, model_type: str | None, kinds: Sequence[Kind]) -> Iterator[ReleasedCheckpoint]:
+    """What a folder holds under the file names of these kinds, one after the other."""
+    for kind in kinds:
+        if kind != "spa3-vlm":
+            if model_type is None:
+                yield from _look(name, kind, home)
+            continue
+        for place in (home, home.below(VLM_SUBFOLDER)):
+            if place.model_type() == VLM_TYPE:
+                yield from _look(name, kind, place)
+
+
+def _look(name: str, kind: Kind, home: Home) -> Iterator[ReleasedCheckpoint]:
+    """The checkpoint of any kind under the file names of one kind; in a folder on this disk under any name."""
+    files: list[list[Path]] = [[file] for candidate in CANDIDATES[kind] if (file := home.file(candidate)) is not None]
+    folder = Path(home.name) / home.subfolder
+    if not files and folder.is_dir():
+        shards = sorted(folder.glob("*.safetensors"))
+        pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
+        files = [shards] * bool(shards) + [[file] for file in pickles]
+    for group in files:
+        if (actual := kind_of(_keys(group))) is not None:
+            yield ReleasedCheckpoint(name, actual, tuple(group), home)
+            return
+
+
+def _keys(files: Sequence[Path]) -> list[str]:
+    """The keys of files, or of an index."""
+    if files[0].name != INDEX:
+        return list(read_files(files))
+    try:
+        return list(json.loads(files[0].read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{files[0]} can't be read as an index of weights. Download it again.") from error
+
+
+def kind_of(keys: Sequence[str]) -> Kind | None:
+    """What kind of released checkpoint has these keys; None: none."""
+    names = {key.removeprefix("model.") for key in keys}
+    if any(name.startswith(SPA3R_PREFIX) for name in names):
+        return "spa3-vlm"
+    if "query_embed.weight" in names or any(name.startswith("encoder.blocks.") for name in names):
+        return "spa3r"
+    if any(name.startswith("aggregator.") for name in names):
+        return "vggt"
+    return None
