@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from spa3r import Spa3VLM, Spa3VLMProcessor
+from spa3r import Spa3RForPreTraining, Spa3VLM, Spa3VLMProcessor
 from spa3r.data import RoomQuestions
 from spa3r.embedded import embedded_spa3r
 from spa3r.evaluation import answer
@@ -163,3 +163,29 @@ def test_every_variant_is_trained_on_what_was_encoded_before(folder, source, int
     with torch.no_grad():
         own = model.spa3r.encode(*layout)[0] if source == "spa3r" else model.spa3r.backbone_features(*layout)
     assert (encoded[0].float() - own).std() < 0.03 * own.std()  # it was encoded in bfloat16
+
+
+def test_the_script_for_a_gpu_is_rehearsed_on_the_cpu(tmp_path):
+    settings = {"DEVICE": "cpu", "REHEARSE": "1", "FROZEN": "embedded", "PYTHON": sys.executable}
+    done = subprocess.run(
+        [RECIPE / "gpu.sh", tmp_path / "out"],
+        env=os.environ | settings | {"WORK": str(tmp_path / "work")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+    packed = {file.name for file in (tmp_path / "out").iterdir()}
+    models = {"frozen", "spa3r-large-both-0", "arms-0"}
+    assert packed == {f"{name}.safetensors" for name in models} | {"logs.json", "log.txt"}
+    run(tmp_path, "collect.py", "unpack", "out", "again")
+    frozen = embedded_spa3r()[0].spa3r.backbone.state_dict()
+    for name, targets in (("spa3r-large-both-0", ("geometry", "semantic")), ("spa3r-small-geometry-0", ("geometry",))):
+        model = Spa3RForPreTraining.from_pretrained(tmp_path / "again" / name)
+        assert model.config.targets == targets
+        backbone = model.spa3r.backbone.state_dict()
+        assert all(torch.equal(backbone[key], tensor) for key, tensor in frozen.items())
+        trained = load_file(tmp_path / "work" / "run" / name / "model.safetensors")
+        state = model.state_dict()
+        assert all(torch.equal(state[key], tensor.half().float()) for key, tensor in trained.items())
+        rows = [json.loads(line) for line in (tmp_path / "again" / name / "many.jsonl").open()]
+        assert rows and all(np.isfinite(row["geometry_cosine"]) for row in rows)

@@ -2,8 +2,8 @@
 
 `collect.py pack RUN OUT` writes `frozen.safetensors` (VGGT and teacher), one file for each large Spa3R, the files
 `arms-*.safetensors` and `logs.json`. Every file stays below 16 MiB. `collect.py unpack OUT RUN` restores the folders;
-every Spa3R in them holds its frozen parts. `collect.py frozen MODEL RUN` writes the VGGT and the teacher of a trained
-Spa3R into a run's folder.
+every Spa3R in them holds its frozen parts, those of `frozen.safetensors` or, without it, those that RUN holds.
+`collect.py frozen MODEL RUN` writes the VGGT and the teacher of a trained Spa3R into a run's folder.
 """
 
 import argparse
@@ -59,10 +59,13 @@ def pack(run: Path, output: Path) -> None:
 
 def unpack(packed: Path, run: Path) -> None:
     """Write the folders of models again."""
-    for path, text in json.loads((packed / "logs.json").read_text()).items():
+    logs = packed / "logs.json"
+    for path, text in json.loads(logs.read_text()).items() if logs.exists() else ():
         (run / path).parent.mkdir(parents=True, exist_ok=True)
         (run / path).write_text(text)
     parts = {}
+    if not (packed / "frozen.safetensors").exists():
+        parts = {name: model_class.from_pretrained(run / name) for name, (_, model_class) in FROZEN.items()}
     for file in sorted(packed.glob("*.safetensors"), key=lambda file: file.stem != "frozen"):
         with safe_open(file, framework="pt") as content:
             configs = json.loads(content.metadata()["configs"])

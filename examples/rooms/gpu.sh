@@ -18,8 +18,8 @@ mkdir -p "$out" "$work/run" "$work/logs"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 if [[ -n ${REHEARSE:-} ]]; then
-  rooms=40 pictures=12 frozen_pictures=12 frozen_minutes=0.25 large_minutes=0.2 arms_minutes=0.2
-  large_steps=6 arm_steps=6 seeds="0" arms="both geometry" at_once=2 every=2 renderers=2
+  rooms=16 pictures=12 frozen_pictures=12 frozen_minutes=0.05 large_minutes=0.1 arms_minutes=0.1
+  large_steps=3 arm_steps=3 seeds="0" arms="geometry" at_once=2 every=2 renderers=2
 else
   rooms=${ROOMS:-6000} pictures=${PICTURES:-96} frozen_pictures=${FROZEN_PICTURES:-96}
   frozen_minutes=${FROZEN_MINUTES:-2.2} large_minutes=${LARGE_MINUTES:-5} arms_minutes=${ARMS_MINUTES:-2}

@@ -49,6 +49,8 @@ ARMS = {
 STAGES = (("single", (1,), 0.15, 1.0), ("few", (2, 3, 4), 0.4, 1.0), ("many", (4, 6, 8, 12), 0.45, 0.5))
 """Name, numbers of views, share of the steps and factor of the learning rates."""
 
+MOST_VIEWS = max(max(views) for _, views, _, _ in STAGES)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -70,6 +72,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if args.pictures < MOST_VIEWS:
+        parser.error(f"--pictures: wanted at least {MOST_VIEWS}, the most views of a scene, got {args.pictures}")
     begun = time.perf_counter()
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
