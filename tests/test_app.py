@@ -255,6 +255,23 @@ def test_what_can_not_be_read_is_told_and_the_place_before_stays(visitor, folder
     assert visitor.ask(QUESTION)[0] == before[0]
 
 
+def test_a_playlist_opens_no_file_of_the_server(visitor, folder, tmp_path):
+    """A visitor uploads lists, under the name of a video, of what lies beside them or anywhere."""
+    secret = counting_video(folder / "secret.mp4", 4)
+    lists = {
+        "concat": f"ffconcat version 1.0\nfile '{secret}'\n",
+        "nested": "ffconcat version 1.0\n" + "file nested.mp4\n" * 1000,
+        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{secret}\n#EXT-X-ENDLIST\n",
+    }
+    for name, content in lists.items():
+        (tmp_path / f"{name}.mp4").write_text(content)
+        told = error_of(lambda name=name: visitor.look([tmp_path / f"{name}.mp4"]))
+        assert f"The video {name}.mp4 can't be decoded (" in told and str(folder) not in told
+    assert "`num_frames` must be at most 1024, got 1000000000" in error_of(
+        lambda: visitor.look([secret], num_frames=10**9)
+    )
+
+
 def test_pictures_that_the_server_no_longer_keeps_are_asked_for(visitor, url, folder, tmp_path):
     noise(80, 60, 77).save(tmp_path / "old.png")
     visitor.look([tmp_path / "old.png"])

@@ -512,3 +512,22 @@ def test_made_of_a_configuration(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             make_instructions(spec)
+
+
+def test_what_a_row_says_of_its_video_is_not_left_out_silently(tmp_path):
+    write_video(tmp_path / "walk.mp4", 3)
+    rows = [
+        {"messages": [{"role": "user", "content": [video]}, {"role": "assistant", "content": "4"}]}
+        for video in (
+            {"type": "video", "video": "walk.mp4", "nframes": 2},
+            {"type": "video", "video": "walk.mp4", "video_start": 1.0, "fps": 2},
+            {"type": "video", "video": "walk.mp4", "fps": None},
+        )
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    example = InstructionDataset(tmp_path / "rows.jsonl")[0]
+    assert example["row"] == "2"
+    for entry, words in zip(example["skipped"], ("nframes", "fps, video_start"), strict=True):
+        assert sorted(words.split(", ")) == sorted(
+            entry["reason"].split("a video's ")[1].split(" can't")[0].split(", ")
+        )

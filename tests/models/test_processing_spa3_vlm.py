@@ -586,3 +586,167 @@ def test_the_place_of_appended_tokens_is_no_word(processor):
     assert "<|vision_start|>" in appending.reserved_tokens
     with pytest.raises(ValueError, match="must not contain"):
         appending.apply_chat_template(user(PICTURE, "<|vision_start|>"))
+
+
+# Videos in every form -------------------------------------------------------------------------------------------------
+
+VIDEO_PLACE = "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+def about(*parts) -> list[dict]:
+    """A conversation of one user's message: pictures, words, and videos as items."""
+    kinds = [part if isinstance(part, dict) else user(part)[0]["content"][0] for part in parts]
+    return [{"role": "user", "content": kinds}]
+
+
+def video_text(processor, *parts) -> str:
+    """The same as a text, with Qwen's place for a video."""
+    place = {"type": "text", "text": VIDEO_PLACE}
+    bare = {"image": {"type": "image"}, "video": place}
+    items = [bare.get(item["type"], item) for item in about(*parts)[0]["content"]]
+    return processor.vlm_processor.apply_chat_template([{"role": "user", "content": items}])
+
+
+FRAMES = counting_frames(6)
+VIDEO_FORMS = {
+    "frames": FRAMES,
+    "list": [FRAMES],
+    "nested": [[FRAMES]],
+    "array": np.stack([np.array(frame) for frame in FRAMES]),
+    "list_of_arrays": [np.stack([np.array(frame) for frame in FRAMES])],
+    "batch": np.stack([np.array(frame) for frame in FRAMES])[None],
+    "tensors": [torch.from_numpy(np.stack([np.array(frame) for frame in FRAMES])).permute(0, 3, 1, 2)],
+    "with_metadata": [(np.stack([np.array(frame) for frame in FRAMES]), {"fps": 2.0})],
+}
+
+
+@pytest.mark.parametrize("form", VIDEO_FORMS)
+def test_the_videos_keyword_is_the_message(processor, form):
+    text = video_text(processor, {"type": "video"}, "What?")
+    assert VIDEO_PLACE in text
+    reference = inputs_of(processor, about({"type": "video", "video": FRAMES}, "What?"))
+    assert reference["views_per_scene"].tolist() == [6]
+    assert_same(processor(text=[text], images=None, videos=VIDEO_FORMS[form], padding=True), reference)
+    assert_same(processor(None, text, VIDEO_FORMS[form]), reference)
+    written = processor.apply_chat_template(about({"type": "video", "video": FRAMES}, "What?"))
+    assert_same(processor(text=written, videos=VIDEO_FORMS[form]), reference)
+
+
+def test_pictures_beside_videos_keep_their_order(processor):
+    before, after, clip = {"type": "image", "image": PICTURE}, {"type": "image", "image": OTHER}, FRAMES[:2]
+    parts = (before, {"type": "video", "video": clip}, "Then", {"type": "video", "video": FRAMES[2:]}, after, "What?")
+    reference = inputs_of(processor, about(*parts))
+    text = video_text(processor, *parts)
+    assert_same(processor(images=[PICTURE, OTHER], text=text, videos=[clip, FRAMES[2:]]), reference)
+    texts = [text, video_text(processor, "Hi"), video_text(processor, {"type": "video"}, "And?")]
+    ours = processor(images=[[PICTURE, OTHER], [], []], text=texts, videos=[clip, FRAMES[2:], clip], padding=True)
+    assert ours["views_per_scene"].tolist() == [8, 0, 2]
+
+
+def test_options_of_a_call_with_videos(processor, tmp_path):
+    video = str(counting_video(tmp_path / "video.mp4", 20))
+    text = video_text(processor, {"type": "video"}, "What?")
+    for kwargs, count in (
+        ({}, 5),
+        ({"num_frames": 3}, 3),
+        ({"fps": 1}, 10),
+        ({"videos_kwargs": {"fps": 1.0}}, 10),
+        ({"videos_kwargs": {"num_frames": 2, "do_sample_frames": True}}, 2),
+    ):
+        assert processor(text=text, videos=[video], **kwargs)["views_per_scene"].tolist() == [count]
+        talk = about({"type": "video", "video": video}, "What?")
+        assert inputs_of(processor, talk, processor_kwargs=kwargs)["views_per_scene"].tolist() == [count]
+        if "videos_kwargs" not in kwargs:
+            assert inputs_of(processor, talk, **kwargs)["views_per_scene"].tolist() == [count]
+    sampled = make(num_frames=2)  # qwen-vl-utils has sampled them
+    ours = sampled(text=text, videos=[FRAMES], do_sample_frames=False, fps=[2.0])
+    assert ours["views_per_scene"].tolist() == [6]
+    assert sampled(text=text, videos=[FRAMES])["views_per_scene"].tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "words"),
+    [
+        ("?", {"videos": [FRAMES]}, "must have as many places for videos, .*, as there are `videos`, 1, got 0"),
+        (f"{VIDEO_PLACE}?", {}, "as there are `videos`, 0, got 1"),
+        (f"{VIDEO_PLACE * 2}?", {"videos": [FRAMES]}, "as there are `videos`, 1, got 2"),
+        ("<|video_pad|>?", {"videos": [FRAMES]}, "got 0 of them, 1 video tokens"),
+        (f"{IMAGE_TOKEN * 3}?", {"videos": [FRAMES]}, "got 0 of them, 0 video tokens and 3 picture tokens"),
+        (f"{VIDEO_PLACE}?", {"videos": [FRAMES], "images": [PICTURE]}, "a place for each of its pictures, 1, got 0"),
+        (
+            f"{VIDEO_PLACE}?",
+            {"videos": [FRAMES], "fps": 1},
+            "`fps` can't be used for a video given as a list of frames",
+        ),
+        (
+            f"{VIDEO_PLACE}?",
+            {"videos": [FRAMES], "fps": 1, "num_frames": 2},
+            "`fps` and `num_frames` must not be given",
+        ),
+        (
+            f"{VIDEO_PLACE}?",
+            {"videos": [FRAMES], "videos_kwargs": {"size": 3}},
+            "`videos_kwargs` must be of num_frames,",
+        ),
+        ("?", {"audio": [0.0]}, "`audio` must be None: a Spa3-VLM sees pictures and videos"),
+        ("?", {"pading": True}, "Neither Spa3VLMProcessor nor Qwen2_5_VLProcessor takes 'pading'. Leave it out, or"),
+        ("?", {"text_kwargs": {"paddin": True}}, r"takes \"text_kwargs\['paddin'\]\""),
+        ("?", {"images_kwargs": 3}, "`images_kwargs` must be a dictionary of keywords, got 3"),
+    ],
+)
+def test_calls_that_do_not_go_together_are_refused(processor, text, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        processor(text=text, **arguments)
+
+
+def test_typed_keywords_as_in_transformers(processor):
+    texts = [processor.apply_chat_template(user(PICTURE, words)) for words in ("What is this?", "And?")]
+    reference = processor(images=[PICTURE, PICTURE], text=texts, padding=True, padding_side="left")
+    nested = {"text_kwargs": {"padding": True, "padding_side": "left"}, "images_kwargs": {"do_resize": True}}
+    assert_same(processor([PICTURE, PICTURE], texts, **nested), reference)
+    with pytest.raises(ValueError, match="takes 'paddings'"):
+        inputs_of(processor, user(PICTURE, "?"), processor_kwargs={"paddings": True})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"nframes": 3}, [0, 9, 19]),
+        ({"num_frames": 2}, [0, 19]),
+        ({"fps": 1.0}, np.linspace(0, 19, 10).astype(int)),
+        ({"fps": 2.0, "max_frames": 4}, [0, 6, 12, 19]),
+        ({"video_start": 2.0, "video_end": 4.0, "nframes": 2}, [4, 8]),
+        ({"video_start": 2.0}, [4, 19]),  # how many, the call says
+        ({"nframes": None, "fps": None}, [0, 19]),
+    ],
+)
+def test_what_a_message_says_of_its_video_is_done(processor, tmp_path, options, expected):
+    """As qwen-vl-utils and transformers do."""
+    item = {"type": "video", "video": str(counting_video(tmp_path / "video.mp4", 20))} | options
+    inputs = inputs_of(processor, about(item, "?"), num_frames=2)
+    views = processor.view_image_processor.unpack(inputs["view_pixel_values"], inputs["view_grid_hw"])
+    assert [read_number(Image.fromarray(view)) for view in views] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ({"max_pixels": 360 * 420}, "A video's 'max_pixels' can't be used: frames are pictures of the size of the"),
+        ({"sample_fps": 2, "total_pixels": 3}, "A video's 'sample_fps', 'total_pixels' can't be used"),
+        ({"nframes": 2, "fps": 1}, "`num_frames` .* must be given without `fps`"),
+        ({"nframes": 2, "num_frames": 2}, "must have `nframes` or `num_frames`, got both"),
+        ({"nframes": 10**9}, "`num_frames` must be at most 1024, got 1000000000"),
+        ({"video_start": 5, "video_end": 1}, "`video_start` must be less than `video_end`"),
+        ({"video": FRAMES, "fps": 2}, "`fps` can't be used for a video given as a list of frames, which have no times"),
+        ({"video": FRAMES, "video_end": 2}, "`video_end` can't be used for a video given as a list of frames"),
+        (
+            {"video": np.zeros((60, 80, 3), np.uint8)},
+            "A video must be a file, .* got an array of shape .*single picture",
+        ),
+        ({"video": {"bytes": b""}}, "A video must be a file, a URL, bytes, a list of frames or an array"),
+    ],
+)
+def test_what_a_message_can_not_say_of_its_video_is_refused(processor, tmp_path, item, words):
+    item = {"type": "video", "video": str(counting_video(tmp_path / "video.mp4", 20))} | item
+    with pytest.raises(ValueError, match=words):
+        inputs_of(processor, about(item, "?"))

@@ -183,7 +183,9 @@ class Spa3VLMCollator:
         which the assistant's are those to learn."""
         self.processor.check_messages(messages)
         messages = [_listed(message) for message in messages]
-        pictures, messages = self.processor._pictures_of(messages, self.processor.num_frames, placeholders=False)
+        pictures, messages = self.processor._pictures_of(
+            messages, {"num_frames": self.processor.num_frames}, placeholders=False
+        )
         if self.processor.spatial_tokens is not None:  # one place stands for all until the views are known
             messages = self.processor._with_spatial_tokens(messages, 1)
         text, spans = self._spans(messages)

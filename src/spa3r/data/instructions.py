@@ -26,6 +26,7 @@ from spa3r.data.index import natural_key
 from spa3r.data.room_questions import RoomQuestions
 from spa3r.media.files import describe, exists, local_path, other_encoding, shortened, text_encoding
 from spa3r.media.images import PICTURES, is_path, to_rgb
+from spa3r.models.spa3_vlm.videos import VIDEO_OPTIONS
 from spa3r.video import default_num_frames, sample_frames, uniform_indices
 
 if TYPE_CHECKING:
@@ -498,6 +499,11 @@ def _pieces(said: Any) -> list[Any]:
             pieces.append(str(item["text"]))
         elif kind in ("image", "video"):
             medium = next((item[key] for key in (kind, "url", "path") if item.get(key) is not None), None)
+            if options := [key for key in VIDEO_OPTIONS if kind == "video" and item.get(key) is not None]:
+                raise RowError(
+                    f"a video's {', '.join(options)} can't be used: `num_frames`, or `frames` and `seconds_per_frame`, "
+                    "of the data set say which frames are taken"
+                )
             pieces.append(None if medium is None else (kind, medium))
         else:
             raise RowError(f"an item of a content must have type text, image or video, got {kind!r}")

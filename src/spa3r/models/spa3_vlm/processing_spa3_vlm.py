@@ -9,11 +9,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import PIL.Image
 from huggingface_hub import create_repo, snapshot_download
 from transformers import AutoConfig, AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import TensorType
 
 from spa3r.checkpoints import resolve
@@ -21,9 +22,17 @@ from spa3r.checks import shorten
 from spa3r.media.images import Image, flattened, is_batch, to_rgb
 from spa3r.models.released import HUB_KWARGS, WHERE, ReleasedCheckpoint, find_released
 from spa3r.models.spa3_vlm.messages import check_messages
+from spa3r.models.spa3_vlm.videos import (
+    CALL_OPTIONS,
+    VIDEO_KEYS,
+    call_options,
+    frames_of,
+    listed_videos,
+    options_of_item,
+    places_of,
+)
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor, ViewBatch
 from spa3r.models.vggt.released_vggt import view_size
-from spa3r.video import sample_frames, uniform_indices
 
 VLM_FOLDER = "vlm_processor"
 """Subfolder of a saved processor that holds the VLM's own files."""
@@ -39,8 +48,6 @@ SPATIAL_COUNTS = "spatial_tokens_per_scene"
 PICTURE_KEYS = ("image", "url", "path", "base64")
 SIZE_KEYS = ("resized_height", "resized_width", "min_pixels", "max_pixels")
 """What a picture may say of its size in other libraries' messages."""
-
-VIDEO_KEYS = ("video", "url", "path")
 
 TOKENIZING = threading.RLock()
 """A fast tokenizer keeps the padding and truncation of its last call, so threads take turns."""
@@ -399,9 +406,12 @@ class Spa3VLMProcessor(ProcessorMixin):
             tokenize: Whether to make inputs instead of text.
             return_dict: With `tokenize`: all inputs, not only the token ids.
             return_tensors: ``"pt"`` or ``"np"``.
-            num_frames: Overrides the processor's.
-            processor_kwargs: For the VLM's processor. A batch is padded on the left unless this says otherwise.
-            **kwargs: As in transformers (``add_generation_prompt`` and so on).
+            num_frames: Overrides the processor's, and is overridden by what an item of a video says: ``num_frames`` or
+                ``nframes``; ``fps``, ``min_frames``, ``max_frames``; ``video_start``, ``video_end`` in seconds (see
+                :class:`~spa3r.video.FrameSampling`).
+            processor_kwargs: For the VLM's processor, as :meth:`__call__` takes them. A batch is padded on the left
+                unless this says otherwise.
+            **kwargs: As in transformers (``add_generation_prompt`` and so on); ``fps``, in place of `num_frames`.
 
         Returns:
             Text; or token ids; or with `return_dict` the VLM's inputs and ``view_pixel_values`` (sum of N, 3 * p * p),
@@ -430,11 +440,18 @@ class Spa3VLMProcessor(ProcessorMixin):
     ) -> str | list[str] | ViewBatch | Any:
         """`apply_chat_template` of conversations that are known to be right; their texts may hold tokens."""
         is_batch = _is_batch(conversation)
+        processor_kwargs = dict(processor_kwargs or {})
+        self._check_keywords(processor_kwargs)
+        for_videos = {key: kwargs.pop(key) for key in CALL_OPTIONS if key in kwargs}
+        if num_frames is not None:
+            for_videos["num_frames"] = num_frames
+        for_videos |= {
+            key: processor_kwargs.pop(key) for key in (*CALL_OPTIONS, "videos_kwargs") if key in processor_kwargs
+        }
+        options = call_options(for_videos, self.num_frames)
         scenes, rewritten = [], []
         for messages in conversation if is_batch else [conversation]:
-            pictures, messages = self._pictures_of(
-                messages, self.num_frames if num_frames is None else num_frames, placeholders=not tokenize
-            )
+            pictures, messages = self._pictures_of(messages, options, placeholders=not tokenize)
             if tokenize:
                 views, seen = self._load_views(pictures)
                 scenes.append(views)
@@ -442,7 +459,6 @@ class Spa3VLMProcessor(ProcessorMixin):
             if self.spatial_tokens is not None:  # of a text alone, one stands for all until the views are known
                 messages = self._with_spatial_tokens(messages, self._num_spatial_tokens(views) if tokenize else 1)
             rewritten.append(messages)
-        processor_kwargs = dict(processor_kwargs or {})
         if tokenize:
             kwargs["return_tensors"] = return_tensors
             if is_batch:
@@ -464,10 +480,13 @@ class Spa3VLMProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: None = None,
+        *,
         return_tensors: str | TensorType | None = TensorType.PYTORCH,
-        **kwargs,
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> ViewBatch:
-        """Text that has the VLM's placeholders already, and its pictures.
+        """Text that has the VLM's placeholders already, and its pictures and videos.
 
         Special tokens in the text act as tokens: give words of others to :meth:`apply_chat_template`, which refuses
         those.
@@ -477,20 +496,126 @@ class Spa3VLMProcessor(ProcessorMixin):
                 flat list of the pictures of all texts, each of which takes as many as it has placeholders. A 4-D array
                 is a list of pictures.
             text: A text or a list of texts.
+            videos: A video or a list of the videos of all texts in order: files, URLs, lists of frames or 4-D arrays.
+                Where a text has the VLM's place for a video, as its chat template would write it, it gets places for
+                the video's frames, which are views like pictures. A text that has places for pictures only takes the
+                frames of its videos for these, if there are as many.
+            audio: Not supported.
             return_tensors: ``"pt"`` or ``"np"``.
-            **kwargs: For the VLM's processor.
+            **kwargs: For the VLM's processor, as in transformers: flat or as ``text_kwargs``, ``images_kwargs``,
+                ``common_kwargs``. Of videos, flat or in ``videos_kwargs``: ``num_frames`` or ``fps`` (see
+                :class:`~spa3r.video.FrameSampling`), and ``do_sample_frames=False`` to take lists of frames whole.
+
+        Raises:
+            ValueError: A picture or video can't be read, the texts' places and the media don't go together, or a
+                keyword is not known.
         """
+        if audio is not None:
+            raise ValueError("`audio` must be None: a Spa3-VLM sees pictures and videos. Leave it out.")
+        self._check_keywords(kwargs)
         texts = [text] if isinstance(text, str) else list(text or [])
-        loaded = [self._load_views(pictures) for pictures in self._pictures_by_text(images, texts)]
-        seen = [pictures for _, pictures in loaded]
+        options = call_options(kwargs, self.num_frames)
+        clips = [frames_of(video, options) for video in listed_videos(videos)]
+        texts, pictures = self._with_frames(texts, self._pictures_by_text(images, texts), clips)
+        loaded = [self._load_views(of_text) for of_text in pictures]
+        seen = [of_text for _, of_text in loaded]
         if self.spatial_tokens is not None:
-            wide = [self._widen_spatial_tokens(t, self._num_spatial_tokens(v)) for t, (v, _) in zip(texts, loaded)]
-            text = wide[0] if isinstance(text, str) else wide
+            texts = [self._widen_spatial_tokens(t, self._num_spatial_tokens(v)) for t, (v, _) in zip(texts, loaded)]
         with TOKENIZING:
             output = self.vlm_processor(
-                text=text, images=seen if any(seen) else None, return_tensors=return_tensors, **kwargs
+                text=texts[0] if isinstance(text, str) else texts if text is not None else None,
+                images=seen if any(seen) else None,
+                return_tensors=return_tensors,
+                **kwargs,
             )
         return self._add_views(output, [views for views, _ in loaded], return_tensors)
+
+    def _check_keywords(self, keywords: Mapping[str, Any]) -> None:
+        """Refuse keywords that neither we nor the VLM's processor know."""
+        vlm = self.vlm_processor
+        typed = getattr(vlm, "valid_processor_kwargs", ProcessingKwargs).__annotations__
+        parts = {"text_kwargs": "tokenizer", "images_kwargs": "image_processor", "videos_kwargs": "video_processor"}
+        known = {}
+        for part, attribute in parts.items():
+            of_part = getattr(getattr(getattr(vlm, attribute, None), "valid_kwargs", None), "__annotations__", {})
+            known[part] = {*getattr(typed.get(part), "__annotations__", {}), *of_part}
+            known[part] |= {*ProcessingKwargs.__annotations__[part].__annotations__}
+        flat = {*typed, "common_kwargs", "images", *CALL_OPTIONS}.union(known["text_kwargs"], known["images_kwargs"])
+        flat |= {*inspect.signature(type(vlm).__call__).parameters} - {"self", "text", "images", "args", "kwargs"}
+        flat -= {"audio_kwargs", "audio"}
+        unknown = [str(key) for key in keywords if key not in flat]
+        for part in parts.keys() & keywords.keys():
+            if not isinstance(keywords[part], Mapping | None):
+                raise ValueError(f"`{part}` must be a dictionary of keywords, got {shorten(keywords[part])}.")
+            unknown += [f"{part}[{str(key)!r}]" for key in keywords[part] or () if key not in known[part]]
+        if unknown:
+            raise ValueError(
+                f"Neither {type(self).__name__} nor {type(vlm).__name__} takes {', '.join(map(shorten, unknown[:5]))}. "
+                "Leave it out, or correct its name; the chat template's own words go to apply_chat_template(...)."
+            )
+
+    def _places(self) -> tuple[str | None, str | None]:
+        """What stands for a picture and for a video in a text of the chat template; None if it can't be told."""
+        picture, video = (getattr(self.vlm_processor, f"{kind}_token", None) for kind in ("image", "video"))
+        if not picture or not video or picture == video:
+            return None, None
+        place, words = picture, {"type": "text", "text": "Spa3R"}
+        try:
+            with TOKENIZING:
+                without, with_one, with_two = (
+                    self.vlm_processor.apply_chat_template([{"role": "user", "content": [*items, words]}])
+                    for items in ([], [{"type": "image"}], [{"type": "image"}] * 2)
+                )
+        except Exception:  # no template, or one of another form: the bare token is the place
+            return place, video
+        head, tail = without.split("Spa3R", 1)
+        if with_one.startswith(head) and with_one.endswith(f"Spa3R{tail}"):
+            between = with_one[len(head) : len(with_one) - len(tail) - len("Spa3R")]
+            if between.count(picture) == 1 and with_two == f"{head}{between * 2}Spa3R{tail}":
+                place = between
+        return place, place.replace(picture, video)
+
+    def _with_frames(
+        self, texts: list[str], pictures: list[list[Image]], clips: list[list[Image]]
+    ) -> tuple[list[str], list[list[Image]]]:
+        """The texts with places for pictures where they had them for videos, and their pictures, frames among them."""
+        video_token = getattr(self.vlm_processor, "video_token", None)
+        if not clips and not any(places_of(texts, video_token)):
+            return texts, pictures
+        picture_place, video_place = self._places()
+        counts, bare = places_of(texts, video_place), places_of(texts, video_token)
+        token = getattr(self.vlm_processor, "image_token", None)
+        if clips and not any(bare) and len(texts) == 1 and not pictures[0]:
+            frames = [frame for clip in clips for frame in clip]
+            if token and texts[0].count(token) == len(frames):  # of a text that was made of the messages
+                return texts, [frames]
+        if bare != counts or sum(counts) != len(clips):
+            raise ValueError(
+                f"The texts must have as many places for videos, {video_place!r} of this VLM, as there are `videos`, "
+                f"{len(clips)}, got {sum(counts)} of them, {sum(bare)} video tokens and "
+                f"{sum(places_of(texts, token))} picture tokens. Give the messages with their videos to "
+                "apply_chat_template(tokenize=True, return_dict=True), which makes all of it."
+            )
+        remaining, texts, pictures = iter(clips), list(texts), list(pictures)
+        for row, count in enumerate(counts):
+            if not count:
+                continue
+            of_text, mixed, text = iter(pictures[row]), [], ""
+            if texts[row].count(token) != len(pictures[row]):
+                raise ValueError(
+                    f"A text with videos must have a place for each of its pictures, {len(pictures[row])}, got "
+                    f"{texts[row].count(token)}. Put {picture_place!r} where a picture belongs."
+                )
+            for piece in re.split(f"({re.escape(video_place)}|{re.escape(token)})", texts[row]):
+                if piece == video_place:
+                    clip = next(remaining)
+                    mixed += clip
+                    text += picture_place * len(clip)
+                else:
+                    mixed += [next(of_text)] if piece == token else []
+                    text += piece
+            texts[row], pictures[row] = text, mixed
+        return texts, pictures
 
     def _pictures_by_text(self, images: Any, texts: list[str]) -> list[list[Image]]:
         """The pictures of each text."""
@@ -551,11 +676,12 @@ class Spa3VLMProcessor(ProcessorMixin):
         ]
 
     def _pictures_of(
-        self, messages: Sequence[dict[str, Any]], num_frames: int | None, placeholders: bool
+        self, messages: Sequence[dict[str, Any]], options: Mapping[str, Any], placeholders: bool
     ) -> tuple[list[Image], list[dict[str, Any]]]:
         """All pictures of a conversation in order, and the messages with an empty image item for each.
 
-        With `placeholders` an item ``{"type": "image"}`` may come without its picture, which only text is made of.
+        `options` say which frames are taken of a video that doesn't say it. With `placeholders` an item
+        ``{"type": "image"}`` may come without its picture, which only text is made of.
         """
         pictures: list[Image] = []
         rewritten = []
@@ -569,7 +695,7 @@ class Spa3VLMProcessor(ProcessorMixin):
                 if placeholders and dict(item) == {"type": "image"}:
                     items.append(item)
                     continue
-                new = _pictures_of_item(item, num_frames)
+                new = _pictures_of_item(item, options)
                 pictures += new
                 items += [{"type": "image"}] * len(new) if item.get("type") != "text" else [item]
             rewritten.append({**message, "content": items})
@@ -587,8 +713,8 @@ class Spa3VLMProcessor(ProcessorMixin):
         return self.vlm_processor.post_process_image_text_to_text(generated_outputs, **kwargs)
 
 
-def _pictures_of_item(item: dict[str, Any], num_frames: int | None) -> list[Image]:
-    """The pictures that one item of a message's content holds."""
+def _pictures_of_item(item: dict[str, Any], options: Mapping[str, Any]) -> list[Image]:
+    """The pictures that one item of a message's content holds; `options` are for its video, if it is one."""
     kind = item.get("type")
     if kind == "text":
         return []
@@ -616,12 +742,7 @@ def _pictures_of_item(item: dict[str, Any], num_frames: int | None) -> list[Imag
     if kind == "image":
         is_bare = isinstance(media, str) and media is item.get("base64") and media[:5].lower() != "data:"
         return flattened([f"data:;base64,{media}" if is_bare else media])
-    if isinstance(media, str | Path):
-        return sample_frames(media, num_frames)
-    frames = list(media)
-    if not frames:
-        raise ValueError("A video given as a list must hold at least one frame, got none. Leave the video out.")
-    return frames if num_frames is None else [frames[i] for i in uniform_indices(len(frames), num_frames)]
+    return frames_of(media, options_of_item(item, options))
 
 
 def _with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[Image]) -> list[dict[str, Any]]:

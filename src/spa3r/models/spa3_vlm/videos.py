@@ -1,0 +1,138 @@
+"""Videos as users of transformers and qwen-vl-utils give them -> their frames, which the VLM sees as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spa3r.checks import shorten
+from spa3r.media.files import describe
+from spa3r.media.images import Image, flattened, is_batch
+from spa3r.video import FrameSampling, sample_frames, uniform_indices
+
+VIDEO_KEYS = ("video", "url", "path")
+"""Where an item of a message holds its video."""
+
+NUMBER_OPTIONS = ("num_frames", "fps", "min_frames", "max_frames")
+VIDEO_OPTIONS = (*NUMBER_OPTIONS, "nframes", "video_start", "video_end")
+"""What an item of a message may say of its video: transformers' and qwen-vl-utils' names."""
+
+CALL_OPTIONS = ("num_frames", "fps", "do_sample_frames", "video_metadata")
+"""What a call of the processor may say of all its videos."""
+
+
+def frames_of(video: Any, options: Mapping[str, Any]) -> list[Image]:
+    """The frames of a video that are taken.
+
+    Args:
+        video: A file, a URL, a file's content, or its frames: a list of pictures or an array (frames, ...).
+        options: For :class:`~spa3r.video.FrameSampling`.
+
+    Raises:
+        ValueError: It is none of these, can't be read, or doesn't have what an option needs.
+    """
+    options = {key: value for key, value in options.items() if value is not None}
+    if isinstance(video, str | Path | bytes):
+        return sample_frames(video, **options)
+    if not isinstance(video, list | tuple) and not is_batch(video):
+        raise ValueError(
+            f"A video must be a file, a URL, bytes, a list of frames or an array of four dimensions, got "
+            f"{describe(video)}. Give a single picture as an image."
+        )
+    frames = flattened(video) if isinstance(video, list | tuple) else list(video)
+    if not frames:
+        raise ValueError("A video given as a list must hold at least one frame, got none. Leave the video out.")
+    sampling = FrameSampling(**options)
+    if others := [key for key in options if key != "num_frames"]:
+        raise ValueError(
+            f"{', '.join(f'`{key}`' for key in others)} can't be used for a video given as a list of frames, which "
+            "have no times. Give `num_frames` (`nframes`), the frames that you want, or the video's file."
+        )
+    if sampling.num_frames is None:
+        return frames
+    return [frames[index] for index in uniform_indices(len(frames), sampling.num_frames)]
+
+
+def options_of_item(item: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What an item of a message says of its video; how many frames it doesn't say, the call does.
+
+    Raises:
+        ValueError: It says what is not used, or one thing twice.
+    """
+    given = {key: value for key, value in item.items() if value is not None and key not in ("type", *VIDEO_KEYS)}
+    if unknown := sorted(map(str, given.keys() - {*VIDEO_OPTIONS})):
+        raise ValueError(
+            f"A video's {', '.join(map(shorten, unknown[:5]))} can't be used: frames are pictures of the size of the "
+            f"processor's `view_image_processor`. Leave it out; what is used: {', '.join(VIDEO_OPTIONS)}."
+        )
+    if "nframes" in given:
+        if "num_frames" in given:
+            raise ValueError("A video must have `nframes` or `num_frames`, got both. Leave one out.")
+        given["num_frames"] = given.pop("nframes")
+    return given if any(key in given for key in NUMBER_OPTIONS) else {**defaults, **given}
+
+
+def listed_videos(videos: Any) -> list[Any]:
+    """The videos of a call, as transformers takes them: one, a list of them, or a list of such lists for each text.
+
+    A list of pictures is one video; a pair of a video and its metadata, as qwen-vl-utils makes them, is the video.
+    """
+    if videos is None:
+        return []
+    if isinstance(videos, tuple) and len(videos) == 2 and isinstance(videos[1], Mapping):
+        return [videos[0]]
+    if isinstance(videos, list | tuple):
+        if videos and all(_is_picture(item) for item in videos):
+            return [list(videos)]
+        return [video for item in videos for video in listed_videos(item)]
+    if is_batch(videos) and videos.ndim == 5:
+        return list(videos)
+    return [videos]
+
+
+def call_options(keywords: dict[str, Any], num_frames: int | None) -> dict[str, Any]:
+    """Take what is said of videos out of a call's keywords, flat or under ``videos_kwargs``.
+
+    Args:
+        keywords: Of the call; loses what is taken.
+        num_frames: The processor's.
+
+    Returns:
+        Options for :func:`frames_of`.
+
+    Raises:
+        ValueError: Something is said that is not used, or twice differently.
+    """
+    said = {key: keywords.pop(key) for key in CALL_OPTIONS if key in keywords}
+    nested = dict(keywords.pop("videos_kwargs", None) or {})
+    if unknown := sorted(map(str, nested.keys() - {*CALL_OPTIONS, "return_tensors"})):
+        raise ValueError(
+            f"`videos_kwargs` must be of {', '.join(CALL_OPTIONS)}, got {', '.join(map(shorten, unknown[:5]))}. Leave "
+            "it out: videos become pictures, for which `images_kwargs` are used."
+        )
+    said = {key: value for key, value in {**nested, **said}.items() if value is not None}
+    is_sampled = said.get("do_sample_frames", True)
+    if not is_sampled:  # the frames were sampled before; `fps` says how, and pictures have no times
+        if "num_frames" in said:
+            raise ValueError("`num_frames` can't be used with `do_sample_frames=False`. Leave one of them out.")
+        return {}
+    fps = said.get("fps")
+    if isinstance(fps, list | tuple):  # qwen-vl-utils gives one for each video
+        if len(set(fps)) != 1:
+            raise ValueError(f"`fps` must be one number for all videos, got {shorten(fps)}. Give messages instead.")
+        fps = fps[0]
+    if fps is not None and said.get("num_frames") is not None:
+        raise ValueError("`fps` and `num_frames` must not be given together. Leave one of them out.")
+    return {"num_frames": said.get("num_frames", None if fps is not None else num_frames), "fps": fps}
+
+
+def _is_picture(item: Any) -> bool:
+    if isinstance(item, str | Path | bytes | list | tuple | Mapping):
+        return False
+    return not is_batch(item)
+
+
+def places_of(texts: Sequence[str], place: str | None) -> list[int]:
+    """How often the place of a video stands in each text."""
+    return [text.count(place) if place else 0 for text in texts]
