@@ -264,6 +264,40 @@ def test_streamers_are_heard(couple):
     assert "".join(texts) == couple.processor.tokenizer.decode(words)
 
 
+@torch.no_grad()
+def test_the_base_model_gives_what_the_head_reads(couple):
+    """Trainers that project hidden states themselves call it in place of the model."""
+    read = []
+    head = couple.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    couple.model(**couple.batch)
+    handle.remove()
+    states = couple.model.base_model(**couple.batch).last_hidden_state
+    assert relative_error(states, read[0]) < 1e-6
+    assert couple.model.base_model is not couple.model and not [*couple.model.base_model.parameters()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("integration", ["fuse", "append"])
+@torch.no_grad()
+def test_a_compiled_model_takes_scenes_of_any_shape(integration):
+    torch._dynamo.reset()
+    vlm, vlm_processor = build("qwen2_5_vl")
+    spa3r = alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(patch_size=14, image_size=70))))
+    model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r, integration=integration)
+    alive(model.adapter)
+    processor = Spa3VLMProcessor(
+        vlm_processor,
+        Spa3RImageProcessor(size=SIZE),
+        image_token_id=vlm.config.image_token_id,
+        spatial_tokens=model.config.spatial_tokens,
+    )
+    compiled = torch.compile(model, backend="eager")
+    for conversations in ([CONVERSATIONS[2]], [CONVERSATIONS[1]], [CONVERSATIONS[0]], CONVERSATIONS[:2]):
+        batch = processor.apply_chat_template(conversations, tokenize=True, return_dict=True)
+        assert relative_error(compiled(**batch).logits, model(**batch).logits) < 1e-5
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 

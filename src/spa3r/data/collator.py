@@ -16,10 +16,8 @@ from torch import Tensor
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from spa3r.models.spa3_vlm.modeling_spa3_vlm import IGNORED
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
-
-IGNORED = -100
-"""The label of a token whose loss is not taken."""
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

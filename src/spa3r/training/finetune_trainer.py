@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from spa3r.data.collator import Spa3VLMCollator
 from spa3r.evaluation.room_answers import AnswerReport, evaluate_answers
-from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+from spa3r.models.spa3_vlm.modeling_spa3_vlm import REPORT_KEYS, Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
 from spa3r.training.arguments import FinetuningArguments
@@ -32,7 +32,7 @@ from spa3r.training.base import (
 from spa3r.training.finetune_batches import InstructionBatches
 from spa3r.training.policies import ParameterGroup, apply_policy, parameter_groups
 
-NOT_FOR_MODEL = ("skipped", "num_rows", "rows", "num_tokens", "num_patches")
+NOT_FOR_MODEL = (*REPORT_KEYS, "rows", "num_tokens", "num_patches")
 LAYOUT = ("view_grid_hw", "views_per_scene", "image_tokens_per_scene", "spatial_tokens_per_scene")
 """Small, and read by the host: they stay there as Python numbers."""
 

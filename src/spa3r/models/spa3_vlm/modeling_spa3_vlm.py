@@ -66,6 +66,12 @@ VIEW_KEYS = (
 )
 """What :class:`~spa3r.Spa3VLMProcessor` adds to the VLM's own inputs."""
 
+REPORT_KEYS = ("skipped", "num_rows")
+"""What :class:`~spa3r.data.Spa3VLMCollator` tells beside the inputs; the model has no use for it."""
+
+IGNORED = -100
+"""The label of a token whose loss is not taken."""
+
 CLOSED_DOORS = {
     "blip-2": "its generate takes pixels only",
     "fuyu": "its forward reads raw patch embeddings",
@@ -194,6 +200,27 @@ class AppendedTokens:
             handle.remove()
 
 
+class Spa3VLMBackbone(nn.Module):
+    """All of a Spa3-VLM but its head, as ``model.base_model``: trainers that project hidden states themselves, such as
+    TRL's, call it in place of the model.
+
+    It owns no part: what it runs is the model's.
+    """
+
+    _tp_plan = _pp_plan = None  # transformers asks
+
+    def __init__(self, model: Spa3VLMForConditionalGeneration):
+        super().__init__()
+        self._model = (model,)  # a module would be a part, and its parameters counted twice
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs
+    ) -> ModelOutput | tuple:
+        """As the model's ``forward``, with ``last_hidden_state`` (batch, sequence, h) for ``logits``, and no loss."""
+        (model,) = self._model
+        return model._run(model.vlm.base_model, input_ids, attention_mask, kwargs)
+
+
 class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, GenerationMixin):
     """Any vision-language model of transformers whose image tokens are fused with the latents of a Spa3R.
 
@@ -233,6 +260,11 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             self.adapter = Spa3VLMAppendAdapter(config) if appends else Spa3VLMAdapter(config)
             if appends and config.spatial_token_id is None:
                 config.spatial_token_id = self._pad_token_id()
+                if config.spatial_token_id is None:
+                    raise ValueError(
+                        "`spatial_token_id` must be given with `integration='append'`, since the VLM's configuration "
+                        "names no padding token. Pass `processor.spatial_token_id` of its Spa3VLMProcessor."
+                    )
         self.post_init()
         self._freeze()
 
@@ -352,6 +384,11 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
     # Which part is what
 
     @property
+    def base_model(self) -> nn.Module:
+        """The model without its head: called with the model's arguments, it gives hidden states."""
+        return Spa3VLMBackbone(self)
+
+    @property
     def generation_config(self) -> GenerationConfig | None:
         """The VLM's."""
         return self.vlm.generation_config if "vlm" in self._modules else None
@@ -401,16 +438,10 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         language = {id(parameter) for part in self._language_modules() for parameter in part.parameters()}
         return [parameter for parameter in self.vlm.parameters() if id(parameter) not in language]
 
-    def _pad_token_id(self) -> int:
+    def _pad_token_id(self) -> int | None:
         configs = (self.config.get_text_config(), self.vlm.config, self.generation_config)
         ids = (getattr(config, "pad_token_id", None) for config in configs)
-        token_id = next((token_id for token_id in ids if token_id is not None and token_id >= 0), None)
-        if token_id is None:
-            raise ValueError(
-                "`spatial_token_id` must be given with `integration='append'`, since the VLM's configuration names no "
-                "padding token. Pass `processor.spatial_token_id` of its Spa3VLMProcessor."
-            )
-        return token_id
+        return next((token_id for token_id in ids if token_id is not None and token_id >= 0), None)
 
     def _freeze(self) -> None:
         if self.spa3r is not None:
@@ -470,25 +501,37 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             "image_tokens_per_scene": image_tokens_per_scene,
             "spatial_tokens_per_scene": spatial_tokens_per_scene,
         }
+        return self._run(
+            self.vlm, input_ids, attention_mask, kwargs | {"labels": labels}, is_training=labels is not None
+        )
+
+    # Only what it calls is compiled, not the lines themselves: they deal with Python numbers, locks and caches.
+    @torch.compiler.disable(recursive=False)
+    def _run(
+        self,
+        part: nn.Module,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        kwargs: dict[str, Any],
+        is_training: bool = True,
+    ) -> ModelOutput | tuple:
+        """The VLM, or its part without the head, on fused image tokens."""
         with turn(self):
             inputs, appended = self._fuse(input_ids, attention_mask, kwargs)
-            positions, offsets = self._positions(input_ids, attention_mask, inputs, keep=labels is None)
-            with self._entering(appended):
-                output = self.vlm(
-                    input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs | positions
-                )
+            positions, offsets = self._positions(input_ids, attention_mask, inputs, keep=not is_training)
+            inputs |= positions | {"input_ids": input_ids, "attention_mask": attention_mask}
+            output = part(**inputs) if appended is None else self._run_appending(part, inputs, appended)
         if offsets is not None:
             outputs = output.values() if isinstance(output, dict) else output
-            remember_offset(next((part for part in outputs if isinstance(part, Cache)), None), offsets)
+            remember_offset(next((value for value in outputs if isinstance(value, Cache)), None), offsets)
         is_idle = self.adapter is not None and "mm_encoder_outputs" not in inputs
-        if labels is not None and is_idle and torch.is_grad_enabled():
+        if is_training and is_idle and torch.is_grad_enabled():
             # Distributed training waits for a gradient of every parameter, also of a batch that has text only.
-            loss = output["loss"] if isinstance(output, dict) else output[0]
             idle = 0.0 * sum(parameter.sum() for parameter in self.adapter.parameters() if parameter.requires_grad)
-            if isinstance(output, dict):
-                output["loss"] = loss + idle
-            else:
-                output = (loss + idle, *output[1:])
+            if isinstance(output, tuple):
+                return (output[0] + idle, *output[1:])
+            first = next(iter(output))  # the loss, or without a head the hidden states
+            output[first] = output[first] + idle
         return output
 
     @torch.no_grad()
@@ -497,12 +540,22 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
     ) -> Tensor | ModelOutput:
         """The VLM's ``generate``, on fused image tokens, with everything that it offers.
 
+        A batch of :class:`~spa3r.data.Spa3VLMCollator` may be given: with `labels`, the prompt of each row is what
+        comes before its last answer, or all of a row without answers. All prompts then end at the end of the sequence,
+        so that what is behind it was generated.
+
         Args:
             inputs: (batch, sequence), the prompt; or as ``input_ids=``.
             generation_config: As in transformers; None: the VLM's.
-            **kwargs: What the processor made, and any argument of the VLM's ``generate``.
+            **kwargs: What the processor or the collator made, and any argument of the VLM's ``generate``.
+
+        Raises:
+            ValueError: A row has a picture behind its last answer.
         """
         input_ids = kwargs.pop("input_ids", inputs)
+        if kwargs.get("labels") is not None:
+            kwargs = self._prompts(kwargs | {"input_ids": input_ids})
+            input_ids = kwargs.pop("input_ids")
         mask = kwargs.get("attention_mask")
         with turn(self):
             kwargs, appended = self._fuse(input_ids, mask, kwargs)
@@ -514,6 +567,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             remember_offset(cache, position_offsets(self.vlm, input_ids, mask, kwargs))
         return output
 
+    @torch.compiler.disable
     def _positions(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs: dict[str, Any], keep: bool
     ) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -556,13 +610,44 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         positions = positions_behind(self.vlm, cache, offsets, attention_mask, tuple(input_ids.shape))
         return {"position_ids": positions.to(input_ids.device)}
 
+    @torch.compiler.disable  # compiled code of an earlier call doesn't look for new hooks
+    def _run_appending(self, part: nn.Module, inputs: dict[str, Any], appended: AppendedTokens) -> ModelOutput | tuple:
+        with self._entering(appended):
+            return part(**inputs)
+
+    def _prompts(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A collated batch without its last answers: padded on the left, as long as before."""
+        batch = dict(batch)
+        labels, input_ids = batch.pop("labels"), batch["input_ids"]
+        mask = batch.setdefault("attention_mask", torch.ones_like(input_ids))
+        is_answer = labels != IGNORED
+        places = torch.arange(labels.shape[1], device=labels.device)
+        begins = is_answer & ~torch.nn.functional.pad(is_answer, (1, 0))[:, :-1]
+        ends = torch.where(is_answer.any(1), (begins * places).max(1).values, mask.sum(1))  # of the prompts
+        if ((input_ids == self.vlm.config.image_token_id) & (places >= ends[:, None]) & mask.bool()).any():
+            raise ValueError(
+                "A row has a picture behind its last answer, which is where its prompt ends. Leave out what follows "
+                "the last answer."
+            )
+        shifted = places - (labels.shape[1] - ends)[:, None]  # where each token comes from; below 0: padding
+        pad = self._pad_token_id()
+        padding = {"input_ids": input_ids[:, :1] if pad is None else pad}
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.shape == labels.shape and not value.is_floating_point():
+                moved = value.gather(1, shifted.clamp(min=0))
+                batch[name] = torch.where(shifted < 0, padding.get(name, 0), moved)
+        return batch
+
     def _entering(self, appended: AppendedTokens | None) -> AbstractContextManager:
         return nullcontext() if appended is None else appended.entering(self.get_input_embeddings())
 
+    # Ragged: other shapes with each scene, which are Python numbers. Under `torch.compile` it runs as it stands.
+    @torch.compiler.disable
     def _fuse(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], AppendedTokens | None]:
         """The VLM's arguments, with fused image tokens in place of pixels and views; and what the prompt is given."""
+        kwargs = {key: value for key, value in kwargs.items() if key not in REPORT_KEYS}
         views = {key: kwargs.pop(key, None) for key in VIEW_KEYS}
         if views["spatial_tokens_per_scene"] is not None and self.config.integration != "append":
             raise ValueError(
