@@ -609,7 +609,7 @@ def test_text_and_pictures_are_the_conversation(source):
 
 @pytest.mark.parametrize("source", ["spa3r", "vggt"])
 def test_places_that_a_message_has_are_widened(source):
-    """So that whoever writes the template's words himself says where they are."""
+    """So says the collator, which writes the template's words itself; words of users have none."""
     couple = make(spatial_source=source)
     processor = couple.processor
     for conversation, reference in zip(CONVERSATIONS, couple.alone):
@@ -619,8 +619,10 @@ def test_places_that_a_message_has_are_widened(source):
         texts_alone = (
             "{%- for item in messages[0]['content'] if item['type'] == 'text' -%}{{ item['text'] }}{%- endfor -%}"
         )
-        inputs = inputs_of(processor, written, chat_template=texts_alone)
+        inputs = processor._write(written, chat_template=texts_alone, tokenize=True, return_dict=True)
         assert all(torch.equal(inputs[key], value) for key, value in reference.items())
+        with pytest.raises(ValueError, match="must not contain"):
+            inputs_of(processor, written, chat_template=texts_alone)
 
 
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "Three chairs."}]}

@@ -278,7 +278,7 @@ def test_the_base_model_gives_what_the_head_reads(couple):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("integration", ["fuse", "append"])
+@pytest.mark.parametrize("integration", ["cross_attention", "append"])
 @torch.no_grad()
 def test_a_compiled_model_takes_scenes_of_any_shape(integration):
     torch._dynamo.reset()
