@@ -413,3 +413,47 @@ def test_commands_take_released_names(hub, tmp_path, monkeypatch):
         assert type(model) is Spa3RModel and processor.size == 70
     with pytest.raises(ValueError, match=r"holds a VGGT in its released layout, and `--model` wants a Spa3R"):
         _load_spa3r(str(hub["vggt"]), "cpu", Dtype.auto, None)
+
+
+# Adapter folders ------------------------------------------------------------------------------------------------------
+
+
+def test_adapter_folders_load_and_merge(tmp_path):
+    """A peft checkpoint over a Spa3-VLM: by from_pretrained, `--model` and `spa3r merge`, with one result."""
+    from peft import LoraConfig, get_peft_model
+    from typer.testing import CliRunner
+
+    from spa3r.checkpoints import SPA3_VLM
+    from spa3r.cli import app
+    from spa3r.cli_eval import _load_any_vlm
+    from spa3r.console import Dtype, load_vlm
+
+    base = Spa3VLMForConditionalGeneration.from_pretrained(SPA3_VLM)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["adapter"])
+    low_rank = get_peft_model(base, lora)
+    for parameter in low_rank.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.05)
+    folder = tmp_path / "adapter"
+    low_rank.save_pretrained(folder)
+    Spa3VLMProcessor.from_pretrained(SPA3_VLM).save_pretrained(folder)
+    inputs = {"input_ids": torch.arange(5, 25)[None], "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+    with torch.no_grad():
+        reference = low_rank.eval()(**inputs).logits
+        loaded = Spa3VLMForConditionalGeneration.from_pretrained(folder)
+        assert type(loaded) is Spa3VLMForConditionalGeneration and not loaded.training
+        torch.testing.assert_close(loaded(**inputs).logits, reference, rtol=1e-4, atol=1e-4)
+        for load in (load_vlm, _load_any_vlm):
+            model, processor = load(str(folder), "cpu", Dtype.auto, None)
+            assert type(processor) is Spa3VLMProcessor
+            torch.testing.assert_close(model(**inputs).logits, reference, rtol=1e-4, atol=1e-4)
+        told = CliRunner().invoke(app, ["merge", str(folder), str(tmp_path / "merged")])
+        assert told.exit_code == 0, told.output
+        merged = Spa3VLMForConditionalGeneration.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(**inputs).logits, reference, rtol=1e-4, atol=1e-4)
+    again = CliRunner().invoke(app, ["merge", str(folder), str(tmp_path / "merged")])
+    assert again.exit_code == 1 and "must be a new or an empty folder" in again.output
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="holds an adapter of peft, which names no base model"):
+        Spa3VLMForConditionalGeneration.from_pretrained(folder)

@@ -456,6 +456,26 @@ def convert(
         )
 
 
+@app.command(no_args_is_help=True)
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with low-rank updates, or a checkpoint.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge low-rank updates (LoRA) into the language model: a whole Spa3-VLM with its processor."""
+    with reporting(as_json, verbose) as report:
+        from spa3r.training import merge_lora
+
+        if output.is_dir() and any(output.iterdir()):
+            raise ValueError(f"`OUT` must be a new or an empty folder, and {output} holds files. Give another.")
+        with report.status(f"Merging {run}"):
+            model, processor = merge_lora(run)
+            model.save_pretrained(output)
+            processor.save_pretrained(output)
+        report.finish(f"{output}: the Spa3-VLM of {run}, merged", run=str(run), output=str(output))
+
+
 def _read_config(text: str) -> dict[str, Any]:
     """A JSON object, given as such or in a file."""
     try:

@@ -25,6 +25,7 @@ from spa3r.console import (
     check_model,
     embedded_note,
     end_processes,
+    is_adapter_folder,
     load_vlm,
     loading_arguments,
     plural,
@@ -218,6 +219,8 @@ def _load_any_vlm(name: str, device: str, dtype: Dtype, attention: str | None) -
 
     if name != EMBEDDED:
         check_model(name)
+        if is_adapter_folder(name):
+            return load_vlm(name, device, dtype, attention)
         released = find_released(name, ("spa3-vlm",), "`--model`")
         if released is None and AutoConfig.from_pretrained(name).model_type != "spa3_vlm":
             place, arguments = torch_device(device), loading_arguments(dtype, attention)

@@ -203,6 +203,14 @@ def loading_arguments(dtype: Dtype, attention: str | None) -> dict[str, Any]:
     return {"dtype": dtype.value, "attn_implementation": attention}
 
 
+def is_adapter_folder(name: str) -> bool:
+    """Whether a folder holds a peft checkpoint of a Spa3-VLM, as `spa3r finetune` writes it for low-rank updates."""
+    folder = Path(name)
+    ours = (folder / "config.yaml", folder.parent / "config.yaml", folder / "processor_config.json")
+    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    return is_adapter and any(file.is_file() for file in ours)
+
+
 def load_vlm(
     name: str, device: str, dtype: Dtype, attention: str | None
 ) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
@@ -211,6 +219,17 @@ def load_vlm(
     arguments, place = loading_arguments(dtype, attention), torch_device(device)
     if name != EMBEDDED:
         check_model(name)
+    if is_adapter_folder(name):
+        import torch
+
+        from spa3r.training.finetune import merge_lora
+
+        model, processor = merge_lora(name)
+        if dtype != Dtype.auto:
+            model = model.to(dtype=getattr(torch, dtype.value))
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        return model.to(place).eval(), processor
     processor = Spa3VLMProcessor.from_pretrained(name)
     return Spa3VLMForConditionalGeneration.from_pretrained(name, **arguments).to(place).eval(), processor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import find_adapter_config_file
 
 from spa3r.attention import check_attention_implementation
 from spa3r.checkpoints import resolve
@@ -85,6 +87,8 @@ class PackedPreTrainedModel(PreTrainedModel):
                 source, kwargs = None, kwargs | cls._translate_released(released, kwargs)
         if kwargs.get("config") is None and source is not None:
             kind = PreTrainedConfig.get_config_dict(source, **where)[0].get("model_type")
+            if kind is None and (file := find_adapter_config_file(source, **where)) is not None:
+                return cls._from_adapter(source, Path(file), where, output_loading_info=output_loading_info, **kwargs)
             if kind != cls.config_class.model_type:  # before a model of default sizes is built
                 raise ValueError(
                     f"{source} holds a model of type {kind!r}, and {cls.__name__} loads "
@@ -142,6 +146,23 @@ class PackedPreTrainedModel(PreTrainedModel):
                 f"`{name}` must lie on the model's device, {here}, got {there}. Move it with "
                 "`inputs = inputs.to(model.device)`."
             )
+
+    @classmethod
+    def _from_adapter(cls, source, config_file: Path, where: dict[str, Any], **kwargs):
+        """The base model that a peft checkpoint names, with its updates."""
+        base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(
+                f"{source} holds an adapter of peft, which names no base model: its run combined a VLM with a Spa3R. "
+                "`spa3r merge` makes a whole checkpoint of the folder of such a run."
+            )
+        loaded = cls.from_pretrained(
+            base, **{key: kwargs[key] for key in kwargs if key not in ("revision", "subfolder")}
+        )
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        model.load_adapter(str(source), adapter_kwargs=where)
+        model.eval()
+        return loaded
 
     @classmethod
     def _translate_released(cls, released: ReleasedCheckpoint, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,14 +118,20 @@ def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration,
     """The model of a ``"lora"`` run with its updates merged into the language model: a Spa3-VLM as any other.
 
     Args:
-        run_folder: Folder of the run, or of one of its checkpoints.
+        run_folder: Folder of the run, or of one of its checkpoints; or any adapter folder of peft that names its base.
 
     Raises:
-        ValueError: The folder holds no peft checkpoint of a run.
+        ValueError: The folder holds no peft checkpoint.
     """
     folder = Path(run_folder)
     homes = [home for home in (folder, folder.parent) if (home / CONFIG_FILE).is_file()]
-    if not homes or not (folder / "adapter_config.json").is_file():
+    adapter = folder / "adapter_config.json"
+    if not homes and adapter.is_file() and (base := json.loads(adapter.read_text()).get("base_model_name_or_path")):
+        model = PeftModel.from_pretrained(Spa3VLMForConditionalGeneration.from_pretrained(base), folder)
+        has_processor = (folder / "processor_config.json").is_file()
+        processor = Spa3VLMProcessor.from_pretrained(folder if has_processor else base)
+        return model.merge_and_unload().eval(), processor
+    if not homes or not adapter.is_file():
         raise ValueError(
             f"`run_folder` must hold the peft checkpoint of a run of `spa3r finetune`, got {folder}. Give the run's "
             "output folder or one of its checkpoints, of the policy 'lora' or 'qlora'."
