@@ -22,6 +22,7 @@ from media import (
 from PIL import Image
 
 import spa3r.video
+from spa3r.console import read_views
 from spa3r.video import count_frames, default_num_frames, read_frames, sample_frames, uniform_indices
 
 CONTAINERS = {"mp4": "mpeg4", "mov": "libx264", "mkv": "mpeg4", "webm": "libvpx", "avi": "mpeg4"}
@@ -199,6 +200,8 @@ def test_frames_equal_those_of_decoding_everything(tmp_path, name):
         np.testing.assert_array_equal(np.stack(sample_frames(video, num_frames)), expected)
     found = read_frames(video, range(0, 60, 3))
     np.testing.assert_array_equal(np.stack([*found.values()]), everything[::3])
+    names, _ = read_views([str(tmp_path)], 2)  # in a folder it is known for a video
+    assert names == [f"{video}#0", f"{video}#1"]
 
 
 def test_sampled_frames_are_sought(tmp_path, monkeypatch):
