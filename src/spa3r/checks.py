@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import reprlib
-from typing import Any
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
@@ -89,3 +95,94 @@ def check_channels(
             f"{cure and f' {cure}'}"
         )
     return [float(value) for value in values]
+
+
+def check_types(values: Mapping[str, Any], types: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse values that are not of the annotated types. Names without a type are left to others.
+
+    Raises:
+        ValueError: With the value's name, what it may be, and what it is.
+    """
+    for name, value in values.items():
+        if name in types and not is_of_type(value, types[name]):
+            raise ValueError(f"`{prefix}{name}` must be {type_words(types[name])}, got {shorten(value)}.")
+
+
+def signature_types(made: type) -> dict[str, Any]:
+    """The annotated types of what a class is made of; those of a library that is imported later only, are anything."""
+    names = vars(sys.modules[made.__module__])
+    types = {}
+    for name, annotation in made.__init__.__annotations__.items():
+        try:
+            types[name] = eval(annotation, names) if isinstance(annotation, str) else annotation
+        except NameError:
+            types[name] = Any
+    return types
+
+
+def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, tuple[float, float | None]], prefix: str = "") -> None:
+    """Refuse numbers, also inside lists, that are out of the ranges of their names. None is left to others.
+
+    Raises:
+        ValueError: With the value's name, its range, and what it is.
+    """
+    for name, (lowest, highest) in ranges.items():
+        given = values.get(name)
+        for number in given if isinstance(given, list | tuple) else [given]:
+            if number is not None and not is_number(number, lowest, math.inf if highest is None else highest):
+                wanted = range_words(lowest, highest, "a number")
+                raise ValueError(f"`{prefix}{name}` must be {wanted}, got {shorten(given)}.")
+
+
+def is_of_type(value: Any, annotation: Any) -> bool:
+    """Whether a value suits an annotation: a whole number is no truth value, a number is finite, a list may stand for a
+    tuple and a text for a path or an enumeration's member."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any or isinstance(annotation, str):
+        return True
+    if origin in (Union, UnionType):
+        return any(is_of_type(value, argument) for argument in arguments)
+    if origin is Literal:
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
+    if origin in (list, tuple, Sequence, Iterable):
+        if origin is tuple and arguments[-1] is not Ellipsis:
+            return (
+                isinstance(value, list | tuple)
+                and len(value) == len(arguments)
+                and all(map(is_of_type, value, arguments))
+            )
+        return isinstance(value, list | tuple) and all(is_of_type(item, arguments[0]) for item in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(
+            is_of_type(key, arguments[0]) and is_of_type(item, arguments[1]) for key, item in value.items()
+        )
+    if annotation in (None, NoneType):
+        return value is None
+    if annotation is int:
+        return is_count(value, -(2**63), 2**63 - 1)
+    if annotation is float:
+        return is_number(value, -math.inf)
+    if annotation in (Path, os.PathLike):
+        return isinstance(value, str | os.PathLike)
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return isinstance(value, annotation) or value in [member.value for member in annotation]
+    return isinstance(value, origin or annotation) if isinstance(origin or annotation, type) else True
+
+
+def type_words(annotation: Any) -> str:
+    """What a type wants, in words."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        if str in arguments:  # long lists of names that are texts, too
+            arguments = [one for one in arguments if not (isinstance(one, type) and issubclass(one, Enum))]
+        return " or ".join(dict.fromkeys(type_words(argument) for argument in arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in (list, tuple, Sequence, Iterable):
+        return f"a list of which each entry is {type_words(arguments[0])}"
+    if origin in (dict, Mapping) or annotation is dict:
+        return "a dictionary"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return f"one of {', '.join(repr(member.value) for member in annotation)}"
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", NoneType: "None"}
+    return names.get(annotation) or f"a {getattr(annotation, '__name__', annotation)}"

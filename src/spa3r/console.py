@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from spa3r.checkpoints import EMBEDDED
 from spa3r.media.files import VIDEOS
+from spa3r.secret import hide
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -95,7 +96,7 @@ class Report:
 
     def _tell(self, text: str, style: str | None = None) -> None:
         with suppress(OSError):  # a terminal that is gone must not end what goes on
-            self.console.print(text, style=style, markup=False, soft_wrap=True)
+            self.console.print(hide(text), style=style, markup=False, soft_wrap=True)
 
     def status(self, text: str):
         """A spinner while something takes long; nothing where nobody looks."""
@@ -132,11 +133,11 @@ def reporting(as_json: bool, verbose: bool) -> Iterator[Report]:
         raise typer.Exit(130) from None
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         if as_json:
-            print(json.dumps({"error": one_line(error)}))
+            print(json.dumps({"error": hide(one_line(error))}))
         else:
             report.error(one_line(error))
         raise typer.Exit(1) from error
-    print(json.dumps(report.result) if as_json else report.text)
+    print(hide(json.dumps(report.result) if as_json else report.text))
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 

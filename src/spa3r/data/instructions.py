@@ -21,6 +21,7 @@ import numpy as np
 import PIL.Image
 from torch.utils.data import Dataset, IterableDataset
 
+from spa3r.checks import check_types, shorten, signature_types
 from spa3r.data.dataset_scenes import decode_picture, open_dataset, require_datasets
 from spa3r.data.index import natural_key
 from spa3r.data.room_questions import RoomQuestions
@@ -409,9 +410,14 @@ def make_instructions(spec: Mapping[str, Any]) -> Dataset:
         ValueError: A field is unknown or missing; in a mixture some parts have weights and some not, or one is
             streamed.
     """
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"Instruction data must be a section such as {{data: rows.json}}, got {shorten(spec)}.")
     spec = dict(spec)
+    check_types(spec, {"streaming": bool, "mixture": dict[str, dict[str, Any]]})
     if "mixture" in spec:
         parts = {name: dict(fields) for name, fields in spec.pop("mixture").items()}
+        for name, fields in parts.items():
+            check_types(fields, {"weight": float}, f"{name}.")
         weights = {name: fields.pop("weight") for name, fields in parts.items() if "weight" in fields}
         if weights and len(weights) < len(parts):
             without = ", ".join(name for name in parts if name not in weights)
@@ -423,7 +429,7 @@ def make_instructions(spec: Mapping[str, Any]) -> Dataset:
         return InstructionMixture(made, weights or None, **spec)
     kind = spec.pop("type", "instructions")
     if kind not in ("instructions", "room_questions"):
-        raise ValueError(f"`type` of instruction data must be instructions or room_questions, got {kind!r}.")
+        raise ValueError(f"`type` of instruction data must be instructions or room_questions, got {shorten(kind)}.")
     streaming = kind == "instructions" and spec.pop("streaming", False)
     made = RoomQuestions if kind == "room_questions" else StreamedInstructions if streaming else InstructionDataset
     _check_fields(made, spec, f"{kind}", ("type", "streaming"))
@@ -441,6 +447,7 @@ def _check_fields(
         )
     if missing := [name for name, field in known.items() if field.default is field.empty and name not in fields]:
         raise ValueError(f"Instruction data ({what}) need {', '.join(map(repr, missing))}. Add it.")
+    check_types(fields, signature_types(made), f"{what}: ")
 
 
 # Rows

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from spa3r.checks import check_types, shorten, signature_types
 from spa3r.data.dataset_scenes import DatasetScenes, StreamedScenes
 from spa3r.data.folders import FolderScenes
 from spa3r.data.room_scenes import RoomScenes
@@ -34,13 +35,16 @@ def make_source(fields: Mapping[str, Any]) -> SceneSource:
     Raises:
         ValueError: The type or a field is unknown, or a field is missing.
     """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"A source must be a section such as {{type: folder, root: photos}}, got {shorten(fields)}.")
     fields = dict(fields)
     kind = fields.pop("type", None)
-    if kind not in SOURCES:
-        raise ValueError(f"`type` of a source must be one of {', '.join(SOURCES)}, got {kind!r}.")
+    if not isinstance(kind, str) or kind not in SOURCES:
+        raise ValueError(f"`type` of a source must be one of {', '.join(SOURCES)}, got {shorten(kind)}.")
     source, extra = SOURCES[kind], []
     if kind == "dataset":
         extra = ["streaming"]
+        check_types(fields, {"streaming": bool}, f"{kind}.")
         if fields.pop("streaming", False):
             source = StreamedScenes
     known = inspect.signature(source).parameters
@@ -51,4 +55,5 @@ def make_source(fields: Mapping[str, Any]) -> SceneSource:
         )
     if missing := [name for name, field in known.items() if field.default is field.empty and name not in fields]:
         raise ValueError(f"A source of type {kind!r} needs {', '.join(map(repr, missing))}. Add it.")
+    check_types(fields, signature_types(source), f"{kind}.")
     return source(**fields)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from spa3r.checks import is_count, is_number, range_words, shorten
+from spa3r.checks import is_count, is_number, range_words, shorten, type_words
 
 MAX_WIDTH = 16384
 """Of the widths of layers. As all limits here: far above every model of the kind, far below what never ends."""
@@ -70,7 +69,7 @@ def checked(cls: type) -> type:
             assign(self, name, value)
         except StrictDataclassFieldValidationError as error:
             field = cls.__dataclass_fields__[name]
-            wanted = field.metadata.get("wanted") or _words(field.type)
+            wanted = field.metadata.get("wanted") or type_words(field.type)
             raise ValueError(f"`{name}` of {cls.__name__} must be {wanted}, got {shorten(value)}.") from error
 
     @wraps(construct)
@@ -195,21 +194,6 @@ def check_parameters(config: PreTrainedConfig, estimate: float) -> None:
             f"The sizes of {type(config).__name__} must make a model of at most {MAX_PARAMETERS / 1e9:.0f} billion "
             f"parameters, got about {estimate / 1e9:.0f} billion. Lower its widths or its numbers of layers."
         )
-
-
-def _words(annotation: Any) -> str:
-    """What a type wants, in words."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_words(argument) for argument in arguments))
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, arguments))}"
-    if origin in (list, tuple):
-        return f"a list of which each entry is {_words(arguments[0])}"
-    if origin is dict:
-        return "a dictionary"
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", NoneType: "None"}
-    return names.get(annotation) or f"a {getattr(annotation, '__name__', annotation)}"
 
 
 def _one_line(error: Exception) -> str:

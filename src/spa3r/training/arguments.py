@@ -2,16 +2,83 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
+
+from spa3r.checks import check_ranges, check_types
 
 COSINE = "cosine_with_min_lr"
 
 POLICIES = ("paper", "adapter_only", "lora", "qlora", "end_to_end")
 """What a fine-tuning trains, see :class:`FinetuningArguments`."""
+
+
+MAX_SEED = 2**32 - 1
+"""NumPy takes none above."""
+
+NUMBERS = (int, float, bool, int | None, float | None, bool | None)
+
+RANGES: dict[str, tuple[float, float | None]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"), (1, None)),
+    **dict.fromkeys(("gradient_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout"), (1, None)),
+    **dict.fromkeys(("torch_empty_cache_steps", "eval_accumulation_steps", "ddp_bucket_cap_mb"), (1, None)),
+    **dict.fromkeys(("lora_rank", "lora_alpha"), (1, None)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon"), (0, None)),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps", "eval_delay"), (0, None)),
+    **dict.fromkeys(("spa3r_learning_rate", "psfm_weight", "max_nonfinite_steps", "neftune_noise_alpha"), (0, None)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "label_smoothing_factor"), (0, 1)),
+    **dict.fromkeys(("seed", "data_seed"), (0, MAX_SEED)),
+    **dict.fromkeys(("max_steps", "local_rank"), (-1, None)),
+    "dataloader_num_workers": (0, 1024),
+}
+"""Lowest and highest values of numbers among the arguments."""
+
+
+@cache
+def types_of(arguments: type) -> dict[str, Any]:
+    """The annotated types of the trainer's arguments; ``report_to`` may be nothing."""
+    hints = get_type_hints(arguments)
+    return {one.name: hints[one.name] for one in dataclasses.fields(arguments) if one.init}
+
+
+def check_arguments(arguments: type, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse values of wrong types, and numbers out of range.
+
+    Args:
+        arguments: The class that has them.
+        values: Some of them by name.
+        prefix: Before their names in errors.
+
+    Raises:
+        ValueError: With the name, what it may be, and what it is.
+    """
+    check_types(values, types_of(arguments), prefix)
+    check_ranges(values, RANGES, prefix)
+
+
+def make_checked(arguments: type[RunArguments], values: Mapping[str, Any]) -> Any:
+    """The trainer's arguments as a configuration has them; whatever they don't go with is an error before any work.
+
+    Raises:
+        ValueError: An argument is wrong.
+    """
+    try:
+        made = arguments(**values)
+        if made.lr_scheduler_type != "reduce_lr_on_plateau":
+            probe = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=made.learning_rate)
+            options = {"scheduler_specific_kwargs": made.lr_scheduler_kwargs}
+            get_scheduler(made.lr_scheduler_type, probe, num_warmup_steps=1, num_training_steps=2, **options)
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        if isinstance(error, ValueError) and str(error).startswith("`"):  # our own
+            raise
+        raise ValueError(f"`training`: {error}. Correct the value.") from error
+    return made
 
 
 @dataclass
@@ -46,6 +113,10 @@ class RunArguments(TrainingArguments):
     muon_learning_rate: float | None = field(default=None)
 
     def __post_init__(self):
+        # Texts and dictionaries are transformers' to look at: they come in more forms here than in a file.
+        types = {name: kind for name, kind in types_of(type(self)).items() if kind in NUMBERS}
+        check_types(vars(self), types)
+        check_ranges(vars(self), RANGES)
         super().__post_init__()
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
             if getattr(self, name) == "epoch":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import multiprocessing
 import signal
@@ -26,6 +27,7 @@ from transformers.utils import logging
 
 from spa3r.data import SkippedReport
 from spa3r.disk import alone_in, writing
+from spa3r.secret import without_secrets
 from spa3r.training.checkpoints import (
     LAST_FILE,
     OPTIMIZER_FILE,
@@ -429,7 +431,8 @@ class ResumableTrainer(Trainer):
         self._save_weights(self._unwrapped, folder, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        (folder / ARGUMENTS_FILE).write_text(self.args.to_json_string(), encoding="utf-8")
+        arguments = without_secrets(json.loads(self.args.to_json_string()))
+        (folder / ARGUMENTS_FILE).write_text(json.dumps(arguments, indent=2), encoding="utf-8")
 
     def _save_weights(self, model: Any, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         """Write what `_load_weights` reads."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,14 @@ from typing import Any, ClassVar, Literal, Self
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from spa3r.media.files import other_encoding, text_encoding
+from spa3r.attention import check_attention_implementation
+from spa3r.checks import check_ranges, is_number, shorten
+from spa3r.media.files import other_encoding, shortened, text_encoding
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
-from spa3r.training.arguments import PretrainingArguments
+from spa3r.secret import is_secret, keep_secret, without_secrets
+from spa3r.training.arguments import MAX_SEED, PretrainingArguments, check_arguments
+
+MAX_NUMBER = 2**63 - 1
 
 PARTS = ("backbone", "semantic_teacher")
 OWN_MODEL_KEYS = ("init_from", *PARTS, "dtype", "attn_implementation")
@@ -30,6 +36,10 @@ ELSEWHERE = {
     "resume_from_checkpoint": "training.output_dir: a run in it is gone on with",
 }
 """Arguments of transformers that are said in another place."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+DATA_RANGES = {"max_bad_share": (0, 1), "num_workers": (0, 1024), "seed": (0, MAX_SEED)}
 
 FREE_TO_CHANGE = (
     *("evaluation", "data.num_workers", "data.max_bad_share", "model.attn_implementation"),
@@ -130,6 +140,10 @@ class RunConfig:
     """What a resumed run may have other than before: it says how long and how closely to watch, not what is learnt."""
     ELSEWHERE: ClassVar[dict[str, str]]
     """Arguments of transformers that are said in another place."""
+    MODEL: ClassVar[type]
+    """The model's configuration."""
+    RANGES: ClassVar[dict[str, dict[str, tuple[float, float | None]]]]
+    """Lowest and highest values of the other sections' numbers."""
 
     @classmethod
     def from_dict(cls, sections: Mapping[str, Any]) -> Self:
@@ -142,12 +156,13 @@ class RunConfig:
             ValueError: A key is unknown, or a needed one is missing. The message lists what is known.
         """
         known = [section.name for section in dataclasses.fields(cls)]
+        sections = keep_secret(_plain(sections, ""))
         _check_keys(sections, known, "", "sections")
         parts = {}
         for name in known:
             section = sections.get(name) or {}
             if not isinstance(section, Mapping):
-                raise ValueError(f"`{name}` must be a section with keys of its own, got {section!r}.")
+                raise ValueError(f"`{name}` must be a section with keys of its own, got {shorten(section)}.")
             parts[name] = dict(section)
         for key in parts["training"]:
             if key in cls.ELSEWHERE:
@@ -157,6 +172,10 @@ class RunConfig:
         config = cls._from_sections(parts)
         arguments = [one.name for one in dataclasses.fields(cls.ARGUMENTS) if one.init]
         _check_keys(config.training, arguments, "training.", "keys")
+        check_arguments(cls.ARGUMENTS, config.training, "training.")
+        for section, ranges in cls.RANGES.items():
+            check_ranges(vars(getattr(config, section)), ranges, f"{section}.")
+        config._check_model()
         config._check()
         if not config.training.get("output_dir"):
             raise ValueError("`training.output_dir` must name the folder for checkpoints and logs, got none.")
@@ -177,19 +196,19 @@ class RunConfig:
         Raises:
             ValueError: The file is no YAML of sections, an override doesn't read so, or as :meth:`from_dict`.
         """
-        sections = read_yaml(file)
+        sections = _plain(read_yaml(file), "")
         for path, value in _parse_overrides(overrides).items():
             _set(sections, path, value)
         return cls.from_dict(sections)
 
     def to_dict(self) -> dict[str, Any]:
-        """The sections with all defaults filled in, ready for YAML."""
+        """The sections with all defaults filled in, ready for YAML. Secrets, such as ``hub_token``, are left out."""
         plain = dataclasses.asdict(self)
         plain["model"] |= plain["model"].pop("fields")
         defaults = {one.name: one.default for one in dataclasses.fields(self.ARGUMENTS) if one.init}
         recipe = {key: defaults[key] for key in self.RECIPE}
         plain["training"] = {"output_dir": None} | recipe | plain["training"]
-        return _as_lists(plain)
+        return without_secrets(plain)
 
     def lacking_in(self, earlier: Mapping[str, Any]) -> list[str]:
         """What the resolved configuration of an earlier run must say about what is learnt, and doesn't say."""
@@ -209,6 +228,19 @@ class RunConfig:
 
     def _check(self) -> None:
         """Refuse what doesn't fit together."""
+
+    def _check_model(self) -> None:
+        """Refuse wrong fields of the model before anything is loaded."""
+        section, config = self.model, self.MODEL()
+        for name, value in section.fields.items():
+            try:
+                setattr(config, name, value)
+            except ValueError as error:
+                raise ValueError(f"`model.{name}`: {error}") from error
+        if section.dtype != "auto" and section.dtype not in DTYPES:
+            raise ValueError(f"`model.dtype` must be one of auto, {', '.join(DTYPES)}, got {shorten(section.dtype)}.")
+        if section.attn_implementation is not None:
+            check_attention_implementation(section.attn_implementation)
 
 
 @dataclass
@@ -234,6 +266,13 @@ class PretrainingConfig(RunConfig):
         *("max_nonfinite_steps",),
     )
     FREE_TO_CHANGE = FREE_TO_CHANGE
+    MODEL = Spa3RConfig
+    RANGES = {
+        "data": DATA_RANGES
+        | dict.fromkeys(("views", "pictures_per_device", "scenes_per_epoch", "image_size"), (1, None))
+        | {"weights": (0, None)},
+        "evaluation": dict.fromkeys(("scenes", "views", "every"), (1, None)) | {"seed": (0, MAX_SEED)},
+    }
     ELSEWHERE = ELSEWHERE | {
         "per_device_train_batch_size": "data.pictures_per_device",
         "per_device_eval_batch_size": "data.pictures_per_device",
@@ -293,7 +332,7 @@ def _make(section: type, name: str, values: dict[str, Any]) -> Any:
     try:
         return section(**values)
     except StrictDataclassError as error:
-        raise ValueError(f"`{name}`: {' '.join(str(error).split())}. Correct the value.") from error
+        raise ValueError(f"`{name}`: {shortened(' '.join(str(error).split()), 400)}. Correct the value.") from error
 
 
 def _check_keys(section: Mapping[str, Any], known: Sequence[str], prefix: str, kind: str) -> None:
@@ -313,7 +352,8 @@ def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         name, equals, value = option.removeprefix("--").partition("=")
         if not option.startswith("--") or "." not in name:
             raise ValueError(
-                f"An override must read --section.key value, such as --training.max_steps 100, got {option!r}."
+                "An override must read --section.key value, such as --training.max_steps 100, got "
+                f"{shorten(option.partition('=')[0])}."
             )
         if not equals:
             if not rest:
@@ -333,7 +373,7 @@ def _set(sections: dict[str, Any], path: str, value: Any) -> None:
                 raise ValueError(f"`{path}`: wanted a number below {len(place)} to choose from a list, got {parent!r}.")
             parent = int(parent)
         elif not isinstance(place, dict):
-            raise ValueError(f"`{path}` leads into {place!r}, which has no keys.")
+            raise ValueError(f"`{path}` leads into {shorten(place)}, which has no keys.")
         if is_last:
             place[parent] = value
         else:
@@ -352,16 +392,34 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _as_lists(tree: Any) -> Any:
+def _plain(tree: Any, path: str) -> Any:
+    """Sections as a fresh tree, in which no two branches are the same object.
+
+    Raises:
+        ValueError: Something in it is neither a section, a list, a text, a finite number, True, False nor nothing.
+    """
     if isinstance(tree, Mapping):
-        return {key: _as_lists(value) for key, value in tree.items()}
-    return [_as_lists(value) for value in tree] if isinstance(tree, list | tuple) else tree
+        for key in tree:
+            if not isinstance(key, str):
+                raise ValueError(f"A key in `{path or 'the configuration'}` must be a text, got {shorten(key)}.")
+        return {key: _plain(value, f"{path}.{key}" if path else key) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_plain(value, f"{path}.{index}") for index, value in enumerate(tree)]
+    if isinstance(tree, os.PathLike):
+        return os.fspath(tree)
+    if tree is None or isinstance(tree, bool | str) or is_number(tree, -MAX_NUMBER, MAX_NUMBER):
+        return tree
+    kind = "a number that is not finite or too large" if isinstance(tree, int | float) else f"a {type(tree).__name__}"
+    raise ValueError(
+        f"`{path}` must be a text, a finite number, True, False or a list or section of them, got {kind}"
+        f"{'' if is_secret(path) else f' ({shorten(tree)})'}. Put a text into quotes."
+    )
 
 
 # YAML
 
 MAX_CHARACTERS, MAX_VALUES = 1_000_000, 100_000
-"""Of a configuration file: what no sensible one has. Aliases count as often as they stand for something."""
+"""Of a configuration file: no sensible one has more. Aliases count as often as they stand for something."""
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from spa3r.embedded import embedded_spa3r
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
-from spa3r.training.arguments import FinetuningArguments
+from spa3r.training.arguments import FinetuningArguments, make_checked
 from spa3r.training.finetune_batches import InstructionBatches
 from spa3r.training.finetune_config import FinetuningConfig
 from spa3r.training.finetune_trainer import FinetuningTrainer, _Share
@@ -149,7 +149,7 @@ def make_arguments(config: FinetuningConfig) -> FinetuningArguments:
     given = dict(config.training) | {"dataloader_num_workers": config.data.num_workers, "data_seed": config.data.seed}
     if config.evaluation.questions:
         given |= {"eval_strategy": "steps", "eval_steps": config.evaluation.every}
-    return FinetuningArguments(**given)
+    return make_checked(FinetuningArguments, given)
 
 
 def make_model(

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
 from spa3r.training.arguments import FinetuningArguments
-from spa3r.training.config import ELSEWHERE, FREE_TO_CHANGE, RunConfig, _check_keys, _make
+from spa3r.training.config import DATA_RANGES, ELSEWHERE, FREE_TO_CHANGE, RunConfig, _check_keys, _make
 
 FILLED_IN = ("vlm_config", "spa3r_config", "spatial_token_id")
 """Fields of Spa3VLMConfig that follow from the parts."""
@@ -107,6 +107,12 @@ class FinetuningConfig(RunConfig):
         *("gradient_checkpointing", "save_steps", "save_total_limit", "logging_steps", "max_nonfinite_steps"),
     )
     FREE_TO_CHANGE = (*FREE_TO_CHANGE, "training.num_train_epochs")
+    MODEL = Spa3VLMConfig
+    RANGES = {
+        "model": {"view_size": (1, None)},
+        "data": DATA_RANGES | {"max_length": (1, None)},
+        "evaluation": dict.fromkeys(("examples", "every", "batch_size", "max_new_tokens"), (1, None)),
+    }
     ELSEWHERE = ELSEWHERE | {
         "per_device_eval_batch_size": "evaluation.batch_size",
         "train_sampling_strategy": "data.group_by_length",

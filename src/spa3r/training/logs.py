@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spa3r.disk import write_whole, writing
+from spa3r.secret import hide
 
 
 class JsonLinesCallback(TrainerCallback):
@@ -49,7 +50,7 @@ class JsonLinesCallback(TrainerCallback):
         with writing(place, "Free space; the same command goes on from the last checkpoint."):
             place.parent.mkdir(parents=True, exist_ok=True)
             with open(place, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(hide(json.dumps(line)) + "\n")
 
 
 def read_log(file: str | Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, set_seed
 from spa3r.data import SceneBatches, SkippedReport, make_source
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
-from spa3r.training.arguments import PretrainingArguments
+from spa3r.training.arguments import PretrainingArguments, make_checked
 from spa3r.training.config import ModelSection, PretrainingConfig
 from spa3r.training.runs import RunResult, find_checkpoint, own_folder, require_tensorboard, run
 from spa3r.training.trainer import PretrainingTrainer
@@ -91,7 +91,7 @@ def make_arguments(config: PretrainingConfig) -> PretrainingArguments:
     given = dict(config.training) | {"dataloader_num_workers": config.data.num_workers}
     if config.evaluation.sources:
         given |= {"eval_strategy": "steps", "eval_steps": config.evaluation.every}
-    return PretrainingArguments(**given)
+    return make_checked(PretrainingArguments, given)
 
 
 def make_model(config: PretrainingConfig) -> tuple[Spa3RForPreTraining, Spa3RImageProcessor]:

@@ -1,0 +1,84 @@
+"""Tokens, passwords and keys: they are used, and never written, logged or shown. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+
+_NAME = re.compile(
+    r"(^|\.)token$|(^|[._-])(hub|hf|access|auth|api|bearer|refresh|session|security)[_-]?token$"
+    r"|(^|[._-])(passwords?|passwd|passphrase|secrets?|(secret|api|access|private)[_-]?key|credentials?|authorization)$",
+    re.IGNORECASE,
+)
+_PATTERNS = (
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), f"hf_{MASK}"),
+    (re.compile(r"(?<=://)[^/\s@\"'<>]+@"), f"{MASK}@"),
+    (
+        re.compile(
+            r"([?&;](?:[\w-]*(?:token|signature|credential|password|secret)|sig|key|api_?key)=)[^&\s\"'#<>]+",
+            re.IGNORECASE,
+        ),
+        rf"\1{MASK}",
+    ),
+    (re.compile(r"(\bbearer\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\1{MASK}"),
+)
+_known: set[str] = set()
+
+
+class Secret(str):
+    """A text that its ``repr`` doesn't show."""
+
+    def __repr__(self) -> str:
+        return repr(MASK)
+
+
+def is_secret(name: Any) -> bool:
+    """Whether a value of this name is a secret: ``hub_token``, ``password``, ``api_key``; not ``spatial_tokens``."""
+    return isinstance(name, str) and _NAME.search(name) is not None
+
+
+def keep_secret(tree: Any, inside: bool = False) -> Any:
+    """The same sections, whose secrets are :class:`Secret` and are hidden by :func:`hide` from now on.
+
+    Args:
+        tree: Nested dicts and lists.
+        inside: Whether it stands under the name of a secret.
+    """
+    if isinstance(tree, Mapping):
+        return {key: keep_secret(value, inside or is_secret(key)) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [keep_secret(value, inside) for value in tree]
+    if inside and tree is not None and not isinstance(tree, bool):
+        if len(str(tree)) >= 6:  # a shorter one would hide half of every text
+            _known.add(str(tree))
+        return Secret(tree)
+    return tree
+
+
+def without_secrets(tree: Any) -> Any:
+    """The same sections without their secrets: their keys are left out, and texts go through :func:`hide`."""
+    if isinstance(tree, Mapping):
+        return {key: without_secrets(value) for key, value in tree.items() if not is_secret(key)}
+    if isinstance(tree, list | tuple):
+        return [without_secrets(value) for value in tree]
+    return hide(tree) if isinstance(tree, str) else tree
+
+
+def hide(text: str) -> str:
+    """A text that may be shown: secrets of the configuration and of the environment, tokens of the hub, passwords and
+    signatures in URLs are masked."""
+    of_environment = (
+        value for name, value in os.environ.items() if len(value) >= 8 and (is_secret(name) or name.endswith("_TOKEN"))
+    )
+    for value in sorted({*_known, *of_environment}, key=len, reverse=True):
+        text = text.replace(value, MASK)
+    for pattern, mask in _PATTERNS:
+        text = pattern.sub(mask, text)
+    return text
+
+
+__all__ = ["Secret", "hide", "is_secret", "keep_secret", "without_secrets"]
