@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -74,6 +75,11 @@ def checked(cls: type) -> type:
 
     @wraps(construct)
     def __init__(self, *args, **kwargs) -> None:
+        # Other unknown names are kept, as transformers does; one that is nearly a field's was meant for that field.
+        known = list(cls.__dataclass_fields__)
+        for name in kwargs.keys() - known:
+            if near := difflib.get_close_matches(name, known, 1, cutoff=0.9):
+                raise ValueError(f"`{name}` is no field of {cls.__name__}: did you mean `{near[0]}`?")
         try:
             construct(self, *args, **kwargs)
         except StrictDataclassError as error:

@@ -23,6 +23,8 @@ def check_messages(messages: Any, tokens: Collection[str]) -> None:
     """
     if not isinstance(messages, list | tuple):
         raise ValueError(f"A conversation must be a list of messages, {FORMS}, got {_told(messages)}.")
+    if not messages:
+        raise ValueError(f"A conversation must hold at least one message, {FORMS}, got none.")
     pattern = _any_of(frozenset(tokens))
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
@@ -52,6 +54,8 @@ def _texts(message: Mapping[str, Any], name: str) -> list[str]:
         raise ValueError(f"The content of {name} must be a text or a list of items, got one item. Put it into a list.")
     if not isinstance(content, list | tuple):
         raise ValueError(f"The content of {name} must be a text or a list of items, got {_told(content)}.")
+    if not content:
+        raise ValueError(f"The content of {name} must hold at least one item, got none. Leave the message out.")
     texts = []
     for item in content:
         if isinstance(item, str):

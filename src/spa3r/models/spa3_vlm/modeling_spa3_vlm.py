@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -38,6 +39,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from spa3r.attention import Segments, packed_attention
+from spa3r.checks import shorten
 from spa3r.layers import Mlp
 from spa3r.models.modeling_base import PackedPreTrainedModel, save_without, split_hub_kwargs
 from spa3r.models.placement import execution_device, is_offloaded, weights_at_hand
@@ -55,7 +57,7 @@ from spa3r.models.spa3_vlm.state import (
     turn,
 )
 from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
-from spa3r.views import ViewLayout, as_list
+from spa3r.views import ViewLayout, as_list, check_tensor, whole_numbers
 
 VIEW_KEYS = (
     "view_pixel_values",
@@ -648,6 +650,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
     ) -> tuple[dict[str, Any], AppendedTokens | None]:
         """The VLM's arguments, with fused image tokens in place of pixels and views; and what the prompt is given."""
         kwargs = {key: value for key, value in kwargs.items() if key not in REPORT_KEYS}
+        self._check_inputs(input_ids, attention_mask, kwargs)
         views = {key: kwargs.pop(key, None) for key in VIEW_KEYS}
         if views["spatial_tokens_per_scene"] is not None and self.config.integration != "append":
             raise ValueError(
@@ -685,6 +688,44 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         if (deepstack := getattr(features, "deepstack_features", None)) is not None:
             fused.deepstack_features = [_regroup(layer, tokens_per_row) for layer in deepstack]
         return kwargs | {"mm_encoder_outputs": {"image": fused}}, appended
+
+    def _check_inputs(self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Refuse what is no input, before any work. Values of tensors are not looked at."""
+        cure = "Pass what Spa3VLMProcessor returned."
+        if input_ids is not None:
+            check_tensor("input_ids", input_ids, cure)
+            if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+                raise ValueError(
+                    f"`input_ids` must be whole numbers of shape (batch, sequence), got {shorten(input_ids)} and type "
+                    f"{input_ids.dtype}. {cure}"
+                )
+            if input_ids.is_meta and not self.device.type == "meta":
+                raise ValueError(f"`input_ids` must lie on the model's device, {self.device}, got meta. {cure}")
+        for name, value in (
+            ("attention_mask", attention_mask),
+            ("labels", kwargs.get("labels")),
+            ("pixel_values", kwargs.get("pixel_values")),
+            ("view_pixel_values", kwargs.get("view_pixel_values")),
+        ):
+            # Pictures of several sizes are a list in some families, and masks of attention have other forms too.
+            others = {"pixel_values": list, "attention_mask": dict | BlockMask}.get(name, Tensor)
+            if value is not None and not isinstance(value, Tensor | others):
+                raise ValueError(f"`{name}` must be a tensor, got {shorten(value)}. {cure}")
+        views = kwargs.get("view_pixel_values")
+        if views is not None and views.is_meta and self.device.type != "meta":
+            raise ValueError(f"`view_pixel_values` must have values, got a tensor on the meta device. {cure}")
+        if views is not None and len(views) and self.spa3r is not None:
+            for name in ("view_grid_hw", "views_per_scene"):
+                if kwargs.get(name) is None:
+                    raise ValueError(f"`view_pixel_values` must come with `{name}`, got None. {cure}")
+        if input_ids is None and kwargs.get("inputs_embeds") is None:
+            raise ValueError(f"`input_ids` (or `inputs_embeds`) must be given, got None. {cure}")
+        for name in ("views_per_scene", "image_tokens_per_scene", "spatial_tokens_per_scene"):
+            if kwargs.get(name) is not None:
+                counts = whole_numbers(name, kwargs[name])
+                if min(counts, default=0) < 0:
+                    raise ValueError(f"`{name}` must hold whole numbers of at least 0, got {shorten(counts)}. {cure}")
+                kwargs[name] = counts
 
     def _tokens_per_row(self, input_ids: Tensor | None, given: Tensor | Sequence[int] | None) -> list[int]:
         if input_ids is None and given is None:

@@ -18,7 +18,7 @@ from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import TensorType
 
 from spa3r.checkpoints import resolve
-from spa3r.checks import shorten
+from spa3r.checks import check_count, is_count, shorten
 from spa3r.media.images import Image, flattened, is_batch, to_rgb
 from spa3r.models.released import HUB_KWARGS, WHERE, ReleasedCheckpoint, find_released
 from spa3r.models.spa3_vlm.messages import check_messages
@@ -88,7 +88,13 @@ class Spa3VLMProcessor(ProcessorMixin):
         spatial_token: str | None = None,
     ):
         if images not in ("aligned", "native"):
-            raise ValueError(f"`images` must be 'aligned' or 'native', got {images!r}.")
+            raise ValueError(f"`images` must be 'aligned' or 'native', got {shorten(images)}.")
+        if num_frames is not None:
+            check_count("num_frames", num_frames)
+        if image_token_id is not None:
+            check_count("image_token_id", image_token_id, lowest=0)
+        if not isinstance(spatial_token, str | None):
+            raise ValueError(f"`spatial_token` must be a token's text or None, got {shorten(spatial_token)}.")
         self.vlm_processor = vlm_processor
         self.view_image_processor = view_image_processor or Spa3RImageProcessor()
         self.images = images
@@ -175,13 +181,18 @@ class Spa3VLMProcessor(ProcessorMixin):
                 )
             )
         file = folder / CONFIG_FILE
-        fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        fields = _read_fields(file) if file.is_file() else {}
         if fields.pop("processor_class", None) != cls.__name__:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds no {cls.__name__} ({CONFIG_FILE} is missing or another "
                 "class's). Make one with Spa3VLMProcessor.from_vlm_and_spa3r and save it there."
             )
-        fields["view_image_processor"] = Spa3RImageProcessor.from_dict(fields["view_image_processor"])
+        if unknown := sorted(fields.keys() - inspect.signature(cls.__init__).parameters.keys()):
+            raise ValueError(
+                f"{file} holds the unknown setting {shorten(unknown[0])}. It is damaged, or a newer version wrote it: "
+                "save the processor again."
+            )
+        fields["view_image_processor"] = Spa3RImageProcessor.from_dict(fields.get("view_image_processor", {}))
         fields = {"spatial_tokens": None, "spatial_token": None} | fields  # folders of before know neither
         for_vlm = {key: value for key, value in kwargs.items() if key not in (*fields, *NOT_FOR_VLM)}
         fields |= {key: kwargs[key] for key in fields if key in kwargs}
@@ -250,7 +261,7 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     @spatial_tokens.setter
     def spatial_tokens(self, value: int | Literal["patches"] | None) -> None:
-        if not (value is None or value == "patches" or (isinstance(value, int) and value > 0)):
+        if not (value is None or (isinstance(value, str) and value == "patches") or is_count(value)):
             raise ValueError(
                 f"`spatial_tokens` must be a positive number, 'patches' or None, got {value!r}. Take the model's "
                 "`config.spatial_tokens`."
@@ -742,6 +753,8 @@ def _pictures_of_item(item: dict[str, Any], options: Mapping[str, Any]) -> list[
     if kind == "image":
         is_bare = isinstance(media, str) and media is item.get("base64") and media[:5].lower() != "data:"
         return flattened([f"data:;base64,{media}" if is_bare else media])
+    if not hasattr(media, "__iter__") and not isinstance(media, Path):
+        raise ValueError(f"A video must be a file, a URL or a list of frames, got {shorten(media)}.")
     return frames_of(media, options_of_item(item, options))
 
 
@@ -760,6 +773,17 @@ def _with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[Image]
         }
         for message in messages
     ]
+
+
+def _read_fields(file: Path) -> dict[str, Any]:
+    """What a saved processor's file holds."""
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} can't be read as JSON ({error}). It is damaged: save the processor again.") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("view_image_processor", {}), dict):
+        raise ValueError(f"{file} must hold a processor's settings by name. It is damaged: save the processor again.")
+    return fields
 
 
 def _is_batch(conversation: Any) -> bool:

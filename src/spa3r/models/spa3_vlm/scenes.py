@@ -11,6 +11,7 @@ merges with what follows; what follows comes from the processor, out of a whole 
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import json
 import os
@@ -31,6 +32,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from spa3r.checks import check_count, is_count, shorten
 from spa3r.models.spa3_vlm.fingerprints import PROBE, model_fingerprint, processor_fingerprint
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3_vlm.state import (
@@ -63,7 +65,7 @@ CACHE_LAYERS = PADDABLE_LAYERS | {
 }
 """Layers of a cache that many rows can start from: all that they hold is tensors by row, and counters."""
 
-FORMAT = "spa3r scene 1"
+FORMAT = "spa3r scene 2"
 ROOM = 64
 """Tokens that a layer has room for before it is copied again."""
 
@@ -136,6 +138,7 @@ class EncodedScene:
         for i, (layer, state) in enumerate(zip(self.cache.layers, _states(self.cache))):
             tensors |= {f"cache.{i}.{name}": value for name, value in state.items() if _is_tensor(value)}
             layers.append([type(layer).__name__, {k: v for k, v in state.items() if not _is_tensor(v)}])
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         about = {
             "views": len(self.views),
             "rope_delta": self.rope_delta,
@@ -144,10 +147,10 @@ class EncodedScene:
             "processor_fingerprint": self.processor_fingerprint,
             "layers": layers,
         }
+        about["digest"] = _digest(content, about)
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             unfinished.write_bytes(save(content, metadata={"format": FORMAT, "scene": json.dumps(about)}))
             os.replace(unfinished, file)
@@ -171,18 +174,19 @@ class EncodedScene:
             device: Where the tensors go; None: the model's.
 
         Raises:
-            ValueError: The file holds no scene, or one of another model or processor.
+            ValueError: The file holds no scene, a damaged or changed one, or one of another model or processor.
         """
         device = model.device if device is None else device
         try:
-            with safe_open(file, framework="pt", device=str(device)) as content:
+            with safe_open(file, framework="pt") as content:
                 metadata = content.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(
                         f"{file} must be a scene as `EncodedScene.save` writes it ({FORMAT!r}), got "
-                        f"{metadata.get('format')!r}. Encode the scene and save it again."
+                        f"{shorten(metadata.get('format'))}. Encode the scene and save it again."
                     )
-                about = json.loads(metadata["scene"])
+                about = _read_about(metadata.get("scene"), str(file))
+                digest, said = about.pop("digest"), dict(about)
                 layers, count = about.pop("layers"), about.pop("views")
                 _check_origin(about, model, processor, str(file))
                 tensors = {name: content.get_tensor(name) for name in content.keys()}
@@ -196,13 +200,108 @@ class EncodedScene:
                 f"{file} was written with another version of transformers, whose caches are of another kind. Encode "
                 "the scene again."
             )
+        if fault := _fault(tensors, layers, count, cache, model):
+            raise ValueError(f"{file} is damaged or was changed: {fault}. Encode the scene again.")
+        if digest != _digest(tensors, said):
+            raise ValueError(f"{file} is damaged or was changed: it is not what was saved. Encode the scene again.")
         for i, (layer, (_, state)) in enumerate(zip(cache.layers, layers)):
             prefix = f"cache.{i}."
-            state |= {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            _set_state(layer, state)
-        views = [PIL.Image.fromarray(tensors[f"views.{i}"].cpu().numpy()) for i in range(count)]
-        ids = tensors["input_ids"].cpu()
-        return cls(processor, views, ids, tensors["image_tokens"], cache, **about)
+            own = {name.removeprefix(prefix): t.to(device) for name, t in tensors.items() if name.startswith(prefix)}
+            _set_state(layer, state | own)
+        views = [PIL.Image.fromarray(tensors[f"views.{i}"].numpy()) for i in range(count)]
+        return cls(processor, views, tensors["input_ids"], tensors["image_tokens"].to(device), cache, **about)
+
+
+def _read_about(text: str | None, file: str) -> dict[str, Any]:
+    """What a scene's file says beside its tensors: all entries, of the right types."""
+    try:
+        about = json.loads(text or "null")
+        is_right = about.keys() >= ABOUT.keys() and all(
+            type(value) in ABOUT.get(key, ()) for key, value in about.items()
+        )
+        for name, state in about["layers"] if is_right else ():
+            is_right = (
+                is_right and isinstance(name, str) and all(type(value) in (int, bool) for value in state.values())
+            )
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        is_right = False
+    if not is_right:
+        raise ValueError(
+            f"{file} is damaged or was changed: what it says about its scene must be the entries "
+            f"{', '.join(sorted(ABOUT))}, each of its type. Encode the scene again."
+        )
+    return about
+
+
+ABOUT = {
+    "views": (int,),
+    "rope_delta": (int, type(None)),
+    "system": (str, type(None)),
+    "model_fingerprint": (str,),
+    "processor_fingerprint": (str,),
+    "layers": (list,),
+    "digest": (str,),
+}
+"""Entries of a scene's file, and their types."""
+
+
+def _digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    """Of a scene's tensors, which lie on the CPU, and of what its file says beside them."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _fault(
+    tensors: dict[str, Tensor],
+    layers: list[tuple[str, dict[str, int | bool]]],
+    count: int,
+    cache: Cache,
+    model: Spa3VLMForConditionalGeneration,
+) -> str | None:
+    """What is wrong with the tensors and numbers of a scene's file; None: nothing."""
+    names = {"input_ids", "image_tokens", *(f"views.{i}" for i in range(min(count, len(tensors))))}
+    if count < 1 or not names <= tensors.keys() or len(names) != 2 + count:
+        return f"it lacks tensors of its prompt or of its {count} views"
+    text = model.config.get_text_config()
+    ids, image_tokens = tensors["input_ids"], tensors["image_tokens"]
+    if ids.ndim != 1 or ids.dtype != torch.long or not len(ids) or not 0 <= ids.min() <= ids.max() < text.vocab_size:
+        return f"`input_ids` must be a row of tokens below {text.vocab_size}, got {shorten(ids)}"
+    wanted = (int((ids == model.vlm.config.image_token_id).sum()), text.hidden_size)
+    if tuple(image_tokens.shape) != wanted or not image_tokens.is_floating_point():
+        return f"`image_tokens` must be {wanted}, one for each placeholder, got {shorten(image_tokens)}"
+    for i in range(count):
+        view = tensors[f"views.{i}"]
+        if view.ndim != 3 or view.shape[-1] != 3 or view.dtype != torch.uint8 or not view.numel():
+            return f"`views.{i}` must be (height, width, 3) bytes, got {shorten(view)}"
+    for i, (layer, (_, numbers)) in enumerate(zip(cache.layers, layers)):
+        own = {name.removeprefix(f"cache.{i}."): t for name, t in tensors.items() if name.startswith(f"cache.{i}.")}
+        names |= {f"cache.{i}.{name}" for name in own}
+        if fault := _layer_fault(layer, numbers, own, len(ids)):
+            return f"layer {i} of its cache {fault}"
+    if foreign := sorted(tensors.keys() - names):
+        return f"it holds {shorten(foreign[0])}, which no scene has"
+    return None
+
+
+def _layer_fault(layer: Any, numbers: dict[str, int | bool], tensors: dict[str, Tensor], length: int) -> str | None:
+    """What is wrong with a saved layer of a cache, of a prefix of `length` tokens."""
+    for name in (*numbers, *tensors):  # what is set must be there, and nothing that is called
+        attribute, _, index = name.partition(".")
+        known = attribute in vars(layer) and attribute not in ("dtype", "device")
+        if not known or isinstance(vars(layer)[attribute], dict) != bool(index) or not f"0{index}".isdecimal():
+            return f"has {shorten(name)}, which none has"
+    kept = {name: tensors.get(name) for name in ("keys", "values")} if isinstance(layer, DynamicLayer) else {}
+    shapes = {None if t is None or t.ndim != 4 else (t.shape[0], *t.shape[1:3]) for t in kept.values()}
+    if kept and (len(shapes) != 1 or None in shapes or next(iter(shapes))[0] != 1):
+        return "must have keys and values (1, heads, tokens, width) of equal shape"
+    if kept and type(layer) is DynamicLayer and next(iter(shapes))[2] != length:
+        return f"must hold the {length} tokens of the prompt, got {next(iter(shapes))[2]}"
+    if numbers.get("cumulative_length", length) != length:
+        return f"must have seen the {length} tokens of the prompt, got {numbers['cumulative_length']}"
+    return None
 
 
 class SceneMixin:
@@ -299,12 +398,17 @@ class SceneMixin:
             ValueError: The scene is another model's, a question is empty or holds a special token, or an argument is
                 out of range.
         """
+        if not isinstance(scene, EncodedScene):
+            raise ValueError(f"`scene` must be what `encode_scene` returned, got {shorten(scene)}.")
+        if not isinstance(questions, str | Sequence):
+            raise ValueError(f"`questions` must be a text or a list of texts, got {shorten(questions)}.")
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         many = [questions] if isinstance(questions, str) else list(questions)
         _check_questions(many, scene.processor)
         if batch_size is None:
             batch_size = MAX_BATCH_SIZE
-        elif batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        elif not is_count(batch_size):
+            raise ValueError(f"`batch_size` must be at least 1, got {shorten(batch_size)}.")
         if taken := sorted(generate_kwargs.keys() & TAKEN):
             raise ValueError(
                 f"`ask` must decide itself about {', '.join(map(repr, taken))}, since questions go on from the scene's "
@@ -377,8 +481,8 @@ class SceneCache(MutableMapping[Hashable, EncodedScene]):
     """
 
     def __init__(self, max_bytes: int):
-        if max_bytes < 0:
-            raise ValueError(f"`max_bytes` must be 0 or more, got {max_bytes}.")
+        if not is_count(max_bytes, 0):
+            raise ValueError(f"`max_bytes` must be 0 or more, got {shorten(max_bytes)}.")
         self.max_bytes = max_bytes
         self._scenes: OrderedDict[Hashable, EncodedScene] = OrderedDict()  # the least recently used first
         self._lock = threading.RLock()

@@ -675,6 +675,8 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
                 context = {0, *(1 + i for i in torch.randperm(count - 1)[: num_context - 1].tolist())}
                 targets += [view not in context for view in range(count)]
         else:
+            if getattr(target_mask, "is_meta", False):
+                raise ValueError("`target_mask` must have values, got a tensor on the meta device. Pass bools.")
             targets = as_list(target_mask)
             if wrong := [target for target in targets if not (is_count(target, 0, 1) or isinstance(target, bool))]:
                 raise ValueError(
