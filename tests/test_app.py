@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from spa3r import cli
-from spa3r.app import DAY, Demo, UnseenRoom, build_app
+from spa3r.app import DAY, Demo, Limits, UnseenRoom, build_app
 from spa3r.data.room_questions import RoomQuestions
 from spa3r.data.vsi_format import make_prompt
 from spa3r.embedded import ROOMS_NOTE, embedded_model
@@ -69,9 +70,9 @@ def num_bytes(couple) -> int:
 
 
 @contextmanager
-def launched(couple, cache_bytes: int):
+def launched(couple, cache_bytes: int, limits: Limits | None = None):
     """The page's address."""
-    page = build_app(*couple, about="A model of the tests.", cache_bytes=cache_bytes)
+    page = build_app(*couple, about="A model of the tests.", cache_bytes=cache_bytes, limits=limits)
     try:
         yield page.launch(prevent_thread_lock=True, quiet=True)[1]
     finally:
@@ -267,9 +268,50 @@ def test_a_playlist_opens_no_file_of_the_server(visitor, folder, tmp_path):
         (tmp_path / f"{name}.mp4").write_text(content)
         told = error_of(lambda name=name: visitor.look([tmp_path / f"{name}.mp4"]))
         assert f"The video {name}.mp4 can't be decoded (" in told and str(folder) not in told
-    assert "`num_frames` must be at most 1024, got 1000000000" in error_of(
+    assert "A place must have at most 64 pictures and frames, got 1000000000" in error_of(
         lambda: visitor.look([secret], num_frames=10**9)
     )
+
+
+def test_what_a_visitor_may_ask_at_once_has_limits(couple, folder, passes, tmp_path):
+    limits = Limits(question_length=200, views=3, file_bytes=40_000, pixels=5000)
+    noise(80, 60, 1).save(tmp_path / "good.png")
+    noise(80, 63, 2).save(tmp_path / "large.png")
+    noise(110, 110, 3).save(tmp_path / "heavy.png")
+    noise(300, 300, 4).save(tmp_path / "huge.bmp")
+    walk = counting_video(tmp_path / "walk.mp4", 9)
+    with launched(couple, 2**28, limits) as url:
+        visitor = Visitor(url, tmp_path)
+        for names, num_frames, words in (
+            (["good.png"] * 4, 0, "A place must have at most 3 pictures and frames, got 4. Give fewer files"),
+            (["good.png", "walk.mp4"], 3, "at most 3 pictures and frames, got 4"),
+            (["walk.mp4"], 10**9, "at most 3 pictures and frames, got 1000000000"),
+            (["walk.mp4"], 0, "at most 3 pictures and frames, got 4"),  # by its length
+            (["large.png"], 0, "at most 5000 pixels, got large.png of 80 x 63"),
+            (["good.png", "heavy.png"], 0, "at most 40000 bytes together, got 5"),
+        ):
+            told = error_of(lambda names=names, n=num_frames: visitor.look([tmp_path / name for name in names], n))
+            assert words in told and str(folder) not in told
+        with pytest.raises(Exception, match=r"too large|413|exceeds"):  # before the server has kept it
+            visitor.look([tmp_path / "huge.bmp"])
+        assert not passes
+        assert "3 views" in visitor.look([walk], 3).facts
+        visitor.ask("word " * 40)
+        told = error_of(lambda: visitor.ask("word " * 40 + "."))
+        assert "A question must have at most 200 characters, got 201. Ask it in fewer words." in told
+    with pytest.raises(ValueError, match="`views` must be a whole number of at least 1, got 0"):
+        Limits(views=0)
+
+
+def test_large_pictures_do_not_add_up(couple, tmp_path):
+    """Of each picture only what the model sees is kept, which is the same."""
+    model, processor = couple
+    noise(400, 300).save(tmp_path / "a.png")
+    demo = Demo(model, processor, 2**28)
+    place, (view,), *_ = demo.look_at_files([str(tmp_path / "a.png")], 0)
+    expected = processor.view_image_processor.process_view(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(view), np.asarray(expected))
+    assert [picture.size for picture in place.views()] == [expected.size]
 
 
 def test_pictures_that_the_server_no_longer_keeps_are_asked_for(visitor, url, folder, tmp_path):
@@ -348,6 +390,29 @@ def test_the_command_serves_until_it_is_interrupted(command):
     rest, _ = command.process.communicate(timeout=30)
     assert command.process.returncode == 0 and rest == ""
     assert f"note: {ROOMS_NOTE}" in command.notes.read_text() and "Traceback" not in command.notes.read_text()
+
+
+def test_uploads_are_deleted_when_the_server_is_told_to_end(tmp_path):
+    uploads = tmp_path / "uploads"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spa3r", "app", "--json", "--max-views", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"GRADIO_TEMP_DIR": str(uploads)},
+    )
+    try:
+        visitor = Visitor(json.loads(process.stdout.readline())["url"], tmp_path)
+        noise(80, 60).save(tmp_path / "mine.png")
+        visitor.look([tmp_path / "mine.png"])
+        assert "at most 2 pictures and frames" in error_of(lambda: visitor.look([tmp_path / "mine.png"] * 3))
+        assert [file.name for file in uploads.rglob("mine.png")]
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert not [*uploads.rglob("mine.png")]
+    assert process.returncode == 0
 
 
 def test_the_command_names_what_is_wrong(url, tmp_path):

@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 import warnings
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from media import counting_video, noise
+from media import counting_video, data_url, encoded, noise, smooth
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -21,7 +22,15 @@ from tiny import PATCH, alive, pretraining_config
 from typer.testing import CliRunner
 
 import spa3r
-from spa3r import Spa3RForPreTraining, Spa3RImageProcessor, Spa3VLMForConditionalGeneration, VggtModel, cli, embedded
+from spa3r import (
+    Spa3RForPreTraining,
+    Spa3RImageProcessor,
+    Spa3VLMForConditionalGeneration,
+    VggtModel,
+    cli,
+    console,
+    embedded,
+)
 from spa3r import attention as attention_module
 from spa3r.data.vsi_format import make_messages
 from spa3r.evaluation import answer, evaluate_field, score_prediction
@@ -278,6 +287,44 @@ def test_failed_scenes_are_named_and_all_others_done(scenes, tmp_path):
     result = run(*arguments, code=1)
     assert "0 scenes encoded, 3 already done, 4 failed" in result.stdout
     assert result.stderr.count("error: ") == 4
+
+
+def test_a_damaged_avif_or_a_pipe_does_not_end_the_other_scenes(scenes, tmp_path):
+    """libavif fails with an error of its own, and a pipe would be waited for without end."""
+    content = bytearray(encoded(smooth(64, 48), "AVIF"))
+    content[-len(content) // 3 :] = bytes(len(content[-len(content) // 3 :]))
+    (scenes[1] / "0.png").write_bytes(content)
+    (scenes[3] / "0.png").unlink()
+    os.mkfifo(scenes[3] / "0.png")
+    out = tmp_path / "latents"
+    report = run_json("encode", *scenes, "--scene-per-folder", "--output", out, code=1)
+    assert set(report["failed"]) == {str(scenes[1]), str(scenes[3])} and report["encoded"] == len(scenes) - 2
+    assert f"can't be decoded: {scenes[1] / '0.png'}" in report["failed"][str(scenes[1])]
+    assert "it is a pipe, socket or device" in report["failed"][str(scenes[3])]
+
+
+def test_photos_by_url_of_a_file_and_as_text(tmp_path):
+    noise(60, 45).save(tmp_path / "a b.png")
+    by_path = run_json("ask", tmp_path / "a b.png", QUESTION)
+    for source in (f"file://{tmp_path}/a b.png", (tmp_path / "a b.png").as_uri(), data_url(noise(60, 45))):
+        report = run_json("ask", source, QUESTION)
+        assert report["answer"] == by_path["answer"] and len(report["views"][0]) < 200
+    error = run_json("ask", "A" * 100_000, QUESTION, code=1)["error"]
+    assert "doesn't exist" in error and len(error) < 300
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_of_another_code_page_loses_no_answer(encoding, monkeypatch):
+    written = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(written, encoding=encoding))
+    with console.reporting(as_json=False, verbose=False) as report:
+        report.finish("Zwölf 椅子 \udc80")
+    with console.reporting(as_json=True, verbose=False) as report:
+        report.finish("", answer="椅子")
+    sys.stdout.flush()
+    lines = written.getvalue().decode(encoding).splitlines()
+    assert lines[0].endswith(r"\u6905\u5b50 \udc80") and lines[0].startswith("Zw")
+    assert json.loads(lines[1])["answer"] == "椅子"
 
 
 def test_other_photos_or_options_are_encoded_again(scenes, tmp_path):

@@ -6,22 +6,24 @@ build_app(*embedded_model()).launch()
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import PIL.Image
 
-from spa3r.console import PICTURES, one_line, plural, printable, read_views
+from spa3r.checks import check_count
+from spa3r.console import Limits, one_line, plural, printable, read_views
 from spa3r.data.room_questions import FIRST_TEST_SEED, RoomQuestions
 from spa3r.data.vsi_format import make_prompt
-from spa3r.media.files import VIDEOS
+from spa3r.media.files import HEIF, PICTURES, VIDEOS, can_read_heif
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3_vlm.scenes import EncodedScene, SceneCache
@@ -53,10 +55,14 @@ class GivenFiles:
     Attributes:
         files: Where the server keeps them.
         num_frames: Frames of each video; None: by its length.
+        read: How they are read, as :func:`spa3r.console.read_views`.
     """
 
     files: tuple[str, ...]
     num_frames: int | None
+    read: Callable[[list[str], int | None], tuple[list[str], list[PIL.Image.Image]]] = field(
+        default=read_views, compare=False
+    )
 
     questions = {}
     """None whose answer is known."""
@@ -75,7 +81,7 @@ class GivenFiles:
                 f"The server no longer keeps the pictures of this place ({', '.join(gone)}). Give them again."
             )
         try:
-            names, views = read_views(list(self.files), self.num_frames)
+            names, views = self.read(list(self.files), self.num_frames)
         except (ValueError, OSError) as error:
             text = str(error)
             for file in self.files:
@@ -123,17 +129,28 @@ class Demo:
         model: The model.
         processor: Its processor.
         cache_bytes: Of all scenes together. One that left is encoded again when it is asked about.
+        limits: What a visitor may ask of the server at once; None: the defaults.
     """
 
-    def __init__(self, model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor, cache_bytes: int):
-        self.model, self.processor = model, processor
+    def __init__(
+        self,
+        model: Spa3VLMForConditionalGeneration,
+        processor: Spa3VLMProcessor,
+        cache_bytes: int,
+        limits: Limits | None = None,
+    ):
+        self.model, self.processor, self.limits = model, processor, limits or Limits()
         self.scenes = SceneCache(cache_bytes)
-        self._lock = Lock()
+        self._lock = threading.Lock()
 
     def look_at_files(self, files: list[str] | None, num_frames: int) -> tuple[Any, ...]:
         """A visitor's files, 0 frames for as many as its length asks for -> what the page shows of the place."""
         with _told_to_visitor():
-            return self._look(GivenFiles(tuple(files or ()), num_frames or None))
+            num_frames = check_count("num_frames", num_frames or 0, 0) or None
+            is_native = self.processor.images == "native"  # then the VLM looks at the pictures as they are
+            keep = None if is_native else self.processor.view_image_processor.process_view
+            read = partial(read_views, limits=self.limits, keep=keep)
+            return self._look(GivenFiles(tuple(files or ()), num_frames, read))
 
     def look_at_room(self, seed: int) -> tuple[Any, ...]:
         """The room of a seed, counted from the first that no training saw -> what the page shows of it."""
@@ -144,6 +161,7 @@ class Demo:
     def ask(self, place: Place | None, question: str, chat: list[Message]) -> tuple[list[Message], str]:
         """The chat with the question and its answer added, and an empty box for the next question."""
         with _told_to_visitor(), self._lock:
+            self.limits.check_question(question)
             if place is None:
                 raise ValueError("There is no place to ask about: give photos, a video or a generated room first.")
             was_kept = place in self.scenes
@@ -185,6 +203,7 @@ def build_app(
     *,
     about: str = "",
     cache_bytes: int = 4 * 2**30,
+    limits: Limits | None = None,
 ) -> gr.Blocks:
     """The web page on which visitors show a place and ask about it.
 
@@ -197,6 +216,7 @@ def build_app(
         processor: The model's.
         about: What the page says of the model, as Markdown.
         cache_bytes: Memory for scenes, 0 or more; see :class:`~spa3r.SceneCache`.
+        limits: What a visitor may ask of the server at once; None: the defaults of :class:`~spa3r.console.Limits`.
 
     Returns:
         The page; its ``launch()`` starts the server, with gradio's arguments.
@@ -204,14 +224,15 @@ def build_app(
     Raises:
         ValueError: `cache_bytes` is negative.
     """
-    demo = Demo(model, processor, cache_bytes)
+    demo = Demo(model, processor, cache_bytes, limits)
     with _Page(title="Spa3R", analytics_enabled=False, delete_cache=(DAY, DAY), fill_width=True) as page:
+        page.file_bytes = demo.limits.file_bytes
         place = gr.State()
         gr.Markdown(f"{LEAD}\n{about}")
         with gr.Row():
             with gr.Column():
                 with gr.Tab("Photos or a video"):
-                    types = sorted(PICTURES | VIDEOS)
+                    types = sorted({*PICTURES, *VIDEOS}.difference(() if can_read_heif() else HEIF))
                     files = gr.File(label="Of one place", file_count="multiple", file_types=types, height=160)
                     info = "0: by its length, 4 to 8."
                     num_frames = gr.Number(0, label="Frames of a video", info=info, precision=0, minimum=0)
@@ -252,7 +273,20 @@ class _Page(gr.Blocks):
     def launch(self, **kwargs) -> Any:
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
         looks = {"theme": gr.themes.Default(**fonts), "css": CSS, "footer_links": [], "run_history": False}
-        return super().launch(**looks | kwargs)
+        return super().launch(**looks | {"max_file_size": self.file_bytes} | kwargs)
+
+    def block_thread(self) -> None:
+        """Serve until the process is to end: SIGTERM and SIGHUP end it as Ctrl+C does, so that uploads are deleted."""
+        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+            super().block_thread()
+            return
+        ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = {end: signal.signal(end, signal.default_int_handler) for end in ends}
+        try:
+            super().block_thread()
+        finally:
+            for end, handler in before.items():
+                signal.signal(end, handler)
 
 
 @contextmanager

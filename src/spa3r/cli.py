@@ -20,6 +20,7 @@ import typer
 
 from spa3r import __version__
 from spa3r.checkpoints import EMBEDDED
+from spa3r.checks import shorten
 from spa3r.cli_eval import eval_app
 from spa3r.console import (
     AsJson,
@@ -27,6 +28,7 @@ from spa3r.console import (
     Device,
     Dtype,
     Images,
+    Limits,
     Model,
     Report,
     Verbose,
@@ -167,7 +169,7 @@ def ask(
     *photos, question = photos_and_question
     if not photos or os.path.exists(question) or not question.strip():
         raise typer.BadParameter(
-            f"The last argument must be the question, after at least one photo; got {question!r}.",
+            f"The last argument must be the question, after at least one photo; got {shorten(question)}.",
             param_hint="PHOTOS... QUESTION",
         )
     questions = [question, *(more or [])]
@@ -224,6 +226,10 @@ def web_demo(
         bool, typer.Option("--share", help="Open it to everyone who knows the link, through gradio's servers.")
     ] = False,
     cache_gib: Annotated[float, typer.Option(min=0, help="Memory for encoded scenes.")] = 4,
+    max_question: Annotated[int, typer.Option(min=1, help="Characters of a question.")] = Limits.question_length,
+    max_views: Annotated[int, typer.Option(min=1, help="Pictures and frames of a place.")] = Limits.views,
+    max_mib: Annotated[int, typer.Option(min=1, help="Size of a place's files.")] = Limits.file_bytes // 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = Limits.pixels,
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
@@ -238,7 +244,13 @@ def web_demo(
             vlm, processor = load_vlm(model, device, dtype, attention)
         if model == EMBEDDED:
             report.note(embedded_note())
-        page = build_app(vlm, processor, about=_about_model(model), cache_bytes=int(cache_gib * 2**30))
+        page = build_app(
+            vlm,
+            processor,
+            about=_about_model(model),
+            cache_bytes=int(cache_gib * 2**30),
+            limits=Limits(max_question, max_views, max_mib * 2**20, max_pixels),
+        )
         try:
             _, local, public = page.launch(
                 server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True
@@ -344,9 +356,9 @@ def _encode_many(
             batch = []
             for file, source in waiting[start : start + batch_size]:
                 try:
-                    names, views = read_views([source], num_frames)
+                    names, views = read_views([source], num_frames, keep=processor.process_view)
                     about = {"views": json.dumps(names), "made_from": made_from[file]}
-                    batch.append((file, about, [processor.process_view(view) for view in views]))
+                    batch.append((file, about, views))
                 except (ValueError, OSError) as error:
                     failed[source] = one_line(error)
                     report.error(f"{source}: {failed[source]}")

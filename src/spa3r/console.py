@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import re
 import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 
 from spa3r.checkpoints import EMBEDDED
-from spa3r.media.files import VIDEOS
+from spa3r.checks import check_count
+from spa3r.media.files import PICTURES, VIDEOS, describe, exists, is_url, local_path
 from spa3r.secret import hide
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
     from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
     from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
-
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".heic", ".heif", ".avif"}
 
 
 WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
@@ -133,13 +132,20 @@ def reporting(as_json: bool, verbose: bool) -> Iterator[Report]:
         raise typer.Exit(130) from None
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         if as_json:
-            print(json.dumps({"error": hide(one_line(error))}))
+            _print(json.dumps({"error": hide(one_line(error))}))
         else:
             report.error(one_line(error))
         raise typer.Exit(1) from error
-    print(hide(json.dumps(report.result) if as_json else report.text))
+    _print(hide(json.dumps(report.result) if as_json else report.text))
     if report.exit_code:
         raise typer.Exit(report.exit_code)
+
+
+def _print(text: str) -> None:
+    """To standard output; a letter that its code page lacks is written as an escape, and no answer is lost."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    print(text)
 
 
 @contextmanager
@@ -248,14 +254,14 @@ def _suffix(source: str) -> str:
 
 def _files(source: str) -> list[str]:
     """A file or URL as it is, a folder as its pictures and videos, ``2.jpg`` before ``10.jpg``."""
-    if source.startswith(("http://", "https://")):
+    if is_url(source) or source[:5].lower() == "data:":
         return [source]
-    path = Path(source)
-    if not os.path.exists(source):
-        raise FileNotFoundError(f"The picture {source} doesn't exist. Check the path.")
+    path = local_path(source)
+    if not exists(path):
+        raise FileNotFoundError(f"The picture {describe(source)} doesn't exist. Check the path.")
     if not path.is_dir():
         return [source]
-    files = [file for file in path.iterdir() if file.suffix.lower() in PICTURES | VIDEOS and file.name[0] != "."]
+    files = [file for file in path.iterdir() if file.suffix.lower() in {*PICTURES, *VIDEOS} and file.name[0] != "."]
     if not files:
         raise ValueError(
             f"The folder {source} holds no pictures and no videos (its subfolders are not searched). Give another."
@@ -266,29 +272,104 @@ def _files(source: str) -> list[str]:
     return [str(file) for _, file in sorted(zip(numbers_as_such, files))]
 
 
-def read_views(sources: list[str], num_frames: int | None) -> tuple[list[str], list[PIL.Image.Image]]:
+@dataclass(frozen=True)
+class Limits:
+    """What one visitor of a server may ask of it at once.
+
+    Attributes:
+        question_length: Characters of a question, at most.
+        views: Pictures and frames of a place, together, at most.
+        file_bytes: Size of a place's files, together, at most.
+        pixels: Of each picture, at most.
+
+    Raises:
+        ValueError: One is less than 1.
+    """
+
+    question_length: int = 4000
+    views: int = 64
+    file_bytes: int = 512 * 2**20
+    pixels: int = 2**28
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_count(field.name, getattr(self, field.name))
+
+    def check_question(self, question: str) -> None:
+        """Refuse a question that is too long.
+
+        Raises:
+            ValueError: With both lengths.
+        """
+        if len(question) > self.question_length:
+            raise ValueError(
+                f"A question must have at most {self.question_length} characters, got {len(question)}. Ask it in fewer "
+                "words."
+            )
+
+    def check_views(self, views: int) -> None:
+        """Refuse so many pictures and frames of a place.
+
+        Raises:
+            ValueError: With both numbers.
+        """
+        if views > self.views:
+            raise ValueError(
+                f"A place must have at most {self.views} pictures and frames, got {views}. Give fewer files, or take "
+                "fewer frames of each video."
+            )
+
+    def check_files(self, files: Sequence[str], num_frames: int | None) -> None:
+        """Refuse files of too many views or bytes, before any is read.
+
+        Raises:
+            ValueError: With what there is and what is accepted.
+        """
+        videos = sum(_suffix(file) in VIDEOS for file in files)
+        self.check_views(len(files) - videos + videos * (num_frames or 1))
+        size = sum(local_path(file).stat().st_size for file in files if exists(local_path(file)))
+        if size > self.file_bytes:
+            raise ValueError(
+                f"The files of a place must have at most {self.file_bytes} bytes together, got {size}. Give fewer or "
+                "smaller files."
+            )
+
+
+def read_views(
+    sources: list[str],
+    num_frames: int | None,
+    limits: Limits | None = None,
+    keep: Callable[[PIL.Image.Image], PIL.Image.Image] | None = None,
+) -> tuple[list[str], list[PIL.Image.Image]]:
     """All views of the sources, in order, and their names: a path, a URL, or ``video#i`` for the i-th sampled frame.
 
     Args:
         sources: Pictures, videos, folders of them, or URLs.
         num_frames: Frames of each video; None: by its length.
+        limits: What is accepted; None: anything.
+        keep: What is kept of each picture, so that large ones don't add up; None: all of it.
 
     Raises:
-        ValueError: A file can't be read, or a folder holds nothing to read. The message names it.
+        ValueError: A file can't be read, a folder holds nothing to read, or the limits refuse it. The message names it.
         FileNotFoundError: A source doesn't exist.
     """
-    from spa3r.models.spa3r.image_processing_spa3r import to_rgb
+    from spa3r.media.images import to_rgb
     from spa3r.video import sample_frames
 
+    files = [file for source in sources for file in _files(source)]
+    if limits is not None:
+        limits.check_files(files, num_frames)
     names, views = [], []
-    for file in [file for source in sources for file in _files(source)]:
+    for file in files:
         if _suffix(file) in VIDEOS:
-            frames = sample_frames(file, num_frames)
-            names += [f"{file}#{index}" for index in range(len(frames))]
-            views += frames
+            pictures = sample_frames(file, num_frames)
+            names += [f"{file}#{index}" for index in range(len(pictures))]
         else:
-            names.append(file)
-            views.append(to_rgb(file))
+            pictures = [to_rgb(file, None if limits is None else limits.pixels)]
+            names.append(describe(file))
+        views += pictures if keep is None else map(keep, pictures)
+        if limits is not None:
+            limits.check_views(len(views))  # of a video, its length may have said how many
     return names, views
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from spa3r.data.index import Entry, SceneIndex, natural_key
 from spa3r.data.source import LoadedScene, SceneError, SceneSource, check_stride
-from spa3r.media.files import inside, read_text
-from spa3r.media.images import PICTURES, to_rgb
+from spa3r.media.files import PICTURES, inside, read_text
+from spa3r.media.images import to_rgb
 
 Camera = tuple[np.ndarray, np.ndarray]
 """Extrinsics (4, 4) camera-from-world, and intrinsics (3, 3) in pixels of the original picture."""

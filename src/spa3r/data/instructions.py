@@ -25,8 +25,8 @@ from spa3r.checks import check_types, shorten, signature_types
 from spa3r.data.dataset_scenes import decode_picture, open_dataset, require_datasets
 from spa3r.data.index import natural_key
 from spa3r.data.room_questions import RoomQuestions
-from spa3r.media.files import describe, exists, local_path, other_encoding, shortened, text_encoding
-from spa3r.media.images import PICTURES, is_path, to_rgb
+from spa3r.media.files import PICTURES, describe, exists, local_path, other_encoding, shortened, text_encoding
+from spa3r.media.images import is_path, to_rgb
 from spa3r.models.spa3_vlm.videos import VIDEO_OPTIONS
 from spa3r.video import default_num_frames, sample_frames, uniform_indices
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import re
 import stat
+from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote
 
 import PIL.Image
+
+HEIF = (".heic", ".heif")
+"""What names of pictures end in that are read where the extra ``heic`` is installed."""
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", *HEIF)
+"""What names of pictures end in, whatever their case."""
 
 LONGEST_NAME = 200
 """Characters of a source that a message repeats at most; a source can be the picture itself, as text."""
@@ -20,6 +27,11 @@ VIDEOS = frozenset(
 """What names of videos end in, in lower case."""
 
 _FILE_URL = re.compile(r"file:(?://(?:localhost(?=/))?)?(?=.)", re.IGNORECASE)
+
+
+def can_read_heif() -> bool:
+    """Whether HEIC pictures can be read here."""
+    return find_spec("pillow_heif") is not None
 
 
 def shortened(text: str, length: int = LONGEST_NAME) -> str:

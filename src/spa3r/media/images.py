@@ -11,7 +11,6 @@ import struct
 from collections.abc import Callable, Iterable
 from functools import cache
 from http.client import HTTPException
-from importlib.util import find_spec
 from io import BytesIO, IOBase
 from pathlib import Path
 from typing import IO, Any
@@ -24,18 +23,12 @@ import PIL.ImageFile
 import PIL.ImageOps
 from torch import Tensor
 
-from spa3r.media.files import describe, exists, regular_file, shortened
+from spa3r.media.files import HEIF, can_read_heif, describe, exists, regular_file, shortened
 
 Image = PIL.Image.Image | str | Path | bytes | bytearray | memoryview | IOBase | np.ndarray | Tensor
 """A PIL image; a path, ``file:``, ``http(s):`` or ``data:`` URL, or base64; the bytes of a file, or a file opened for
 reading them; or an array or tensor: (H, W), (H, W, 1|3|4) or (1|3|4, H, W), in a batch of one too; uint8 in [0, 255],
 floating point in [0, 1], or 16-bit in [0, 65535]."""
-
-HEIF = (".heic", ".heif")
-"""What names of pictures end in that are read where the extra ``heic`` is installed."""
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", *HEIF)
-"""What names of pictures end in, whatever their case."""
 
 MAX_PIXELS = int(os.environ.get("SPA3R_MAX_IMAGE_PIXELS", 2**28))
 """Pixels of a picture that is decoded; the environment variable ``SPA3R_MAX_IMAGE_PIXELS`` sets another limit."""
@@ -118,11 +111,6 @@ def flattened(pictures: Iterable[Any]) -> list[Image]:
 
 class _PictureError(ValueError):
     """A message that is whole."""
-
-
-def can_read_heif() -> bool:
-    """Whether HEIC pictures can be read here."""
-    return find_spec("pillow_heif") is not None
 
 
 def _decoded(source: Any, name: str, max_pixels: int) -> PIL.Image.Image:
