@@ -287,6 +287,8 @@ class _Page(gr.Blocks):
         finally:
             for end, handler in before.items():
                 signal.signal(end, handler)
+            for file in {file for files in self.temp_file_sets for file in files}:
+                Path(file).unlink(missing_ok=True)  # which gradio leaves where a visitor's page is still open
 
 
 @contextmanager
