@@ -179,7 +179,7 @@ def read_files(files: Sequence[Path]) -> dict[str, Tensor]:
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as content:
-            return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118: no mapping
+            return {key: content.get_tensor(key) for key in content.keys()}
     except SafetensorError as error:
         raise ValueError(
             f"{file} can't be read as safetensors ({error}). It is truncated or damaged: download it again."

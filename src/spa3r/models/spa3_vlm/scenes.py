@@ -700,7 +700,8 @@ def _check_questions(questions: Sequence[str], processor: Spa3VLMProcessor) -> N
     for question in questions:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"`questions` must be texts that are not empty, got {question!r}.")
-    processor.check_messages([{"role": "user", "content": question} for question in questions])
+    if questions:
+        processor.check_messages([{"role": "user", "content": question} for question in questions])
 
 
 def _ask_about_one_tiny_picture(
