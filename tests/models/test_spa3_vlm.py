@@ -682,13 +682,57 @@ def test_the_adapters_sizes_follow_the_vlm_and_the_spa3r():
     assert len(golden("vlm_adapter", "weights.")) == len(make().adapter.state_dict())
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"revision": "main"}, {"quantization_config": {"load_in_4bit": True}}, {"hidden_size": 3}]
-)
+@pytest.mark.parametrize("wrong", [{"subfolder": "vlm"}, {"hidden_size": 3}])
 def test_keywords_that_nothing_would_hear_are_refused(wrong):
     """A configuration would keep and save them."""
     with pytest.raises(TypeError, match=f"Unknown keywords '{next(iter(wrong))}': wanted fields of Spa3VLMConfig or"):
         Spa3VLM.from_vlm_and_spa3r(build("qwen2_5_vl")[0], make_spa3r(), **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"revision": "main"},
+        {"revision": {"spa3r_config": "main"}},
+        {"quantization_config": {"load_in_4bit": True}},
+        {"trust_remote_code": True},
+    ],
+)
+def test_keywords_about_loading_a_part_that_is_loaded_are_refused(wrong):
+    with pytest.raises(TypeError, match=f"'{next(iter(wrong))}' must be left out where `(vlm|spa3r)` is a model"):
+        Spa3VLM.from_vlm_and_spa3r(build("qwen2_5_vl")[0], make_spa3r(), **wrong)
+
+
+def test_parts_that_are_no_models_are_refused():
+    vlm = get_peft_model(build("qwen2_5_vl")[0], LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match=r"`vlm` must be a folder, .*got PeftModel. Pass `vlm.get_base_model\(\)`"):
+        Spa3VLM.from_vlm_and_spa3r(vlm, make_spa3r())
+    with pytest.raises(TypeError, match="`spa3r` must be a folder, a hub id or a model of transformers, got int"):
+        Spa3VLM.from_vlm_and_spa3r(build("qwen2_5_vl")[0], 3)
+    with pytest.raises(ValueError, match="`revision` must have the keys 'vlm_config' and 'spa3r_config'"):
+        Spa3VLM.from_vlm_and_spa3r("a", "b", revision={"vlm": "main"})
+
+
+def test_revisions_go_to_their_repositories(tmp_path):
+    """Folders as the hub's cache keeps them, without a network."""
+    vlm, spa3r = build("qwen2_5_vl")[0], make_spa3r()
+    for name, model in (("vlm", vlm), ("spa3r", spa3r)):
+        home = tmp_path / f"models--somebody--{name}"
+        for number, commit in enumerate((f"{name}-new", f"{name}-old")):
+            with torch.no_grad():
+                next(model.parameters()).fill_(number)
+            model.save_pretrained(home / "snapshots" / commit)
+        (home / "refs").mkdir()
+        (home / "refs" / "main").write_text(f"{name}-new")
+    names, where = ("somebody/vlm", "somebody/spa3r"), {"cache_dir": tmp_path, "local_files_only": True}
+
+    def versions(**kwargs) -> list[float]:
+        model = Spa3VLM.from_vlm_and_spa3r(*names, **where, **kwargs)
+        return [next(part.parameters()).flatten()[0].item() for part in (model.vlm, model.spa3r)]
+
+    assert versions() == [0, 0]
+    assert versions(revision="vlm-old") == [1, 0]
+    assert versions(revision={"vlm_config": "vlm-old", "spa3r_config": "spa3r-old"}) == [1, 1]
 
 
 def test_a_token_goes_to_the_hub_and_not_into_the_configuration(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.quantizers import AutoQuantizationConfig
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import find_adapter_config_file
+from transformers.utils.generic import can_return_tuple
 
 from spa3r.attention import check_attention_implementation
 from spa3r.checkpoints import resolve
@@ -39,8 +44,65 @@ def split_hub_kwargs(kwargs: dict[str, Any], config_class: type) -> tuple[dict[s
     return hub, fields
 
 
+def packed_forward(forward: Callable) -> Callable:
+    """Give a `forward` of packed sequences ``return_dict=False``, and refuse what packed sequences don't have."""
+
+    @can_return_tuple
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        for name, reason in UNSUPPORTED_OUTPUTS.items():
+            if kwargs.pop(name, None) or getattr(self.config, name, False):
+                raise ValueError(f"`{name}` must be left out (or False) with {type(self).__name__}: {reason}.")
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+UNSUPPORTED_OUTPUTS = {
+    "output_attentions": "packed attention never holds its weights",
+    "output_hidden_states": (
+        "layers of several widths run on packed tokens. `VggtModel(..., output_layers=range(n))` returns every layer's "
+        "tokens; forward hooks see the rest"
+    ),
+}
+
+
+def without_quantizing(quantization_config: Any, skipped: Sequence[str], model_class: type, config) -> Any:
+    """A copy of a quantization's configuration that leaves some modules as they are.
+
+    Args:
+        quantization_config: Of transformers, or its fields.
+        skipped: Regular expressions, from the start of a module's path.
+        model_class: Whose modules: those that transformers itself would skip stay skipped.
+        config: Of the model.
+    """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    changed = copy.deepcopy(quantization_config)
+    field = next((name for name in SKIP_FIELDS if hasattr(changed, name)), None)
+    if field is None:
+        raise ValueError(
+            f"`quantization_config` must be one that can leave modules out ({', '.join(SKIP_FIELDS)}), got "
+            f"{type(changed).__name__}, and {', '.join(map(repr, skipped))} must not be quantized. Use "
+            "BitsAndBytesConfig, for example."
+        )
+    chosen = getattr(changed, field)
+    if chosen is None:  # a list of ours replaces transformers' own choice, such as the language model's head
+        with torch.device("meta"):
+            chosen = get_keys_to_not_convert(model_class(copy.deepcopy(config)))
+    setattr(changed, field, [*chosen, *(name for name in skipped if name not in chosen)])
+    return changed
+
+
+SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+"""What configurations of quantizations call the modules that they leave out."""
+
+
 class PackedPreTrainedModel(PreTrainedModel):
     """Base of the models whose attention is packed."""
+
+    _skip_quantization: tuple[str, ...] = (".*camera_head",)
+    """Modules that no quantization touches, as regular expressions."""
 
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -95,6 +157,12 @@ class PackedPreTrainedModel(PreTrainedModel):
                     f"{cls.config_class.model_type!r}. Load it with its own class (AutoModel finds it); the Spa3R of a "
                     "couple is `Spa3VLM.from_pretrained(...).spa3r`."
                 )
+        if (quantization := kwargs.get("quantization_config")) is not None:
+            config = kwargs.get("config")
+            if not isinstance(config, PreTrainedConfig):
+                where = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
+                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
+            kwargs["quantization_config"] = without_quantizing(quantization, cls._skip_quantization, cls, config)
         accepts_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
             model, info = super().from_pretrained(

@@ -243,6 +243,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
     _keep_in_fp32_modules_strict = ["camera_head"]
     _released_kinds = ("spa3-vlm",)
     _no_split_modules = ["Spa3RModel", "Spa3VLMAdapter"]  # and what the VLM names
+    _skip_quantization = ("spa3r", "adapter")
 
     def __init__(self, config: Spa3VLMConfig, vlm: PreTrainedModel | None = None, spa3r: Spa3RModel | None = None):
         super().__init__(config)
@@ -280,6 +281,9 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | dict | None = None,
         device_map: Any = None,
+        revision: str | dict[str, str] | None = None,
+        quantization_config: Any = None,
+        trust_remote_code: bool | None = None,
         **kwargs,
     ) -> Spa3VLMForConditionalGeneration:
         """Marry a VLM to a Spa3R; the adapter is fresh.
@@ -291,11 +295,16 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             dtype: Of both, where they are loaded here; the adapter gets the VLM's.
             attn_implementation: Attention back end of both, or ``{"vlm_config": ..., "spa3r_config": ...}``.
             device_map: Where the VLM is placed; Spa3R and adapter go to the VLM's first device.
+            revision: Branch, tag or commit of the VLM's repository; of both, ``{"vlm_config": ..., "spa3r_config":
+                ...}``.
+            quantization_config: Of the VLM, as in transformers. Spa3R and adapter are never quantized.
+            trust_remote_code: Whether the VLM may bring code of its own.
             **kwargs: Other fields of :class:`Spa3VLMConfig`; and ``token``, ``cache_dir``, ``local_files_only``,
-                ``force_download`` for the hub. For anything else (quantisation, a revision) load the parts yourself.
+                ``force_download`` for the hub. For anything else load the parts yourself.
 
         Raises:
-            TypeError: A keyword is neither.
+            TypeError: A keyword is neither, or is about loading a part that is passed as a model; or a part is neither
+                a name nor a model of transformers.
             ValueError: The VLM's family can't be married (the message says why), or there is no Spa3R.
         """
         hub_kwargs, fields = split_hub_kwargs(kwargs, cls.config_class)
@@ -306,16 +315,31 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
                 "spatial_source='none', goes without."
             )
         by_part = attn_implementation if isinstance(attn_implementation, dict) else {}
+        revisions = revision if isinstance(revision, dict) else {"vlm_config": revision}
+        if unknown := sorted(revisions.keys() - {"vlm_config", "spa3r_config"}):
+            raise ValueError(f"`revision` must have the keys 'vlm_config' and 'spa3r_config', got {unknown}.")
+        for name, part, loading in (
+            ("vlm", vlm, {"quantization_config": quantization_config, "trust_remote_code": trust_remote_code}),
+            ("spa3r", spa3r, {}),
+        ):
+            _check_part(name, part, loading | {"revision": revisions.get(f"{name}_config")})
         if not isinstance(vlm, PreTrainedModel):
-            vlm_config = AutoConfig.from_pretrained(vlm, **hub_kwargs)
-            # Before gigabytes are loaded.
-            check_vlm(vlm_config.model_type, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(vlm_config), None))
+            vlm_hub = hub_kwargs | {"trust_remote_code": trust_remote_code}
+            if revisions.get("vlm_config") is not None:
+                vlm_hub["revision"] = revisions["vlm_config"]
+            vlm_config = AutoConfig.from_pretrained(vlm, **vlm_hub)
+            vlm_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(vlm_config), None)
+            if vlm_class is not None or AutoModelForImageTextToText.__name__ not in (
+                getattr(vlm_config, "auto_map", None) or {}
+            ):
+                check_vlm(vlm_config.model_type, vlm_class)  # before gigabytes are loaded
             vlm = AutoModelForImageTextToText.from_pretrained(
                 vlm,
                 dtype=dtype,
                 device_map=device_map,
                 attn_implementation=by_part.get("vlm_config") if by_part else attn_implementation,
-                **hub_kwargs,
+                quantization_config=quantization_config,
+                **vlm_hub,
             )
         if alone:
             spa3r = None
@@ -325,6 +349,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
                 dtype=vlm.dtype if dtype == "auto" else dtype,
                 attn_implementation=by_part.get("spa3r_config") if by_part else attn_implementation,
                 **hub_kwargs,
+                **({} if revisions.get("spa3r_config") is None else {"revision": revisions["spa3r_config"]}),
             )
         # The dictionary form says what the adapter uses and leaves the loaded parts' own choice alone.
         own = by_part.get("") if by_part else attn_implementation
@@ -340,6 +365,9 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         model = cls(config, vlm=vlm, spa3r=spa3r)
         if model.adapter is not None:
             model.adapter.to(device=device, dtype=vlm.dtype)
+        if placed := getattr(vlm, "hf_device_map", None):  # for save_pretrained and trainers, as after from_pretrained
+            model.hf_device_map = {f"vlm.{path}" if path else "vlm": place for path, place in placed.items()}
+            model.hf_device_map |= {part: device for part in ("spa3r", "adapter") if getattr(model, part) is not None}
         return model.eval()
 
     @classmethod
@@ -827,6 +855,22 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             fused = self.adapter(tokens, spatial_tokens.to(tokens.device), *per_scene)
         # Row by row, since some families expand lists for beams picture by picture, which would mix rows up.
         return fused.reshape(shape) if shape is not None else list(fused.split(list(tokens_per_row)))
+
+
+def _check_part(name: str, part: Any, loading: dict[str, Any]) -> None:
+    """A part is a name or a model; what is about loading it goes with a name only."""
+    if isinstance(part, PreTrainedModel):
+        if given := sorted(key for key, value in loading.items() if value is not None):
+            raise TypeError(
+                f"{', '.join(map(repr, given))} must be left out where `{name}` is a model, which is loaded already. "
+                f"Pass it to the model's own from_pretrained, or pass the name of a folder or repository as `{name}`."
+            )
+    elif part is not None and not isinstance(part, str | Path):
+        wrapped = hasattr(part, "get_base_model")
+        raise TypeError(
+            f"`{name}` must be a folder, a hub id or a model of transformers, got {type(part).__name__}."
+            + (f" Pass `{name}.get_base_model()`, whose layers keep the adapters." if wrapped else "")
+        )
 
 
 def _cache_in(inputs: dict[str, Any]) -> Cache | None:

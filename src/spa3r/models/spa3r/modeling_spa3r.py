@@ -18,7 +18,7 @@ from spa3r.attention import Segments
 from spa3r.checks import is_count, shorten
 from spa3r.geometry import camera_rays, check_cameras, pluecker_rays, relative_to_first_view
 from spa3r.layers import Mlp, TransformerLayer
-from spa3r.models.modeling_base import PackedPreTrainedModel, save_without, split_hub_kwargs
+from spa3r.models.modeling_base import PackedPreTrainedModel, packed_forward, save_without, split_hub_kwargs
 from spa3r.models.released import HUB_KWARGS, find_released
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.spa3r.released_spa3r import for_pretraining, translate_spa3r
@@ -385,6 +385,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
         self.post_init()
         self._freeze()
 
+    @packed_forward
     def forward(
         self,
         view_pixel_values: Tensor,
@@ -587,6 +588,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             parts["semantic_teacher"] = self.semantic_teacher
         return parts
 
+    @packed_forward
     def forward(
         self,
         view_pixel_values: Tensor,

@@ -19,7 +19,7 @@ from spa3r.attention import Segments
 from spa3r.checks import is_count, shorten
 from spa3r.geometry import pose_encoding_to_cameras
 from spa3r.layers import Mlp, TransformerLayer
-from spa3r.models.modeling_base import PackedPreTrainedModel
+from spa3r.models.modeling_base import PackedPreTrainedModel, packed_forward
 from spa3r.models.placement import weights_at_hand
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 from spa3r.models.vggt.released_vggt import translate_vggt
@@ -320,6 +320,7 @@ class VggtModel(PackedPreTrainedModel):
             init.normal_(module.camera_token, std=1e-6)
             init.normal_(module.register_token, std=1e-6)
 
+    @packed_forward
     def forward(
         self,
         view_pixel_values: Tensor,
