@@ -207,7 +207,7 @@ def test_tuples_and_outputs_that_are_refused(embedded):
         named, plain = model(**views), model(**views, return_dict=False)
         assert type(plain) is tuple
         torch.testing.assert_close(plain, named.to_tuple())
-        with pytest.raises(ValueError, match="`output_attentions` must be left out .* packed attention never holds"):
+        with pytest.raises(ValueError, match=r"`output_attentions` must be left out .* packed attention never holds"):
             model(**views, output_attentions=True)
         with pytest.raises(ValueError, match=r"`output_hidden_states` must be left out .*output_layers=range\(n\)"):
             model(**views, output_hidden_states=True)
@@ -215,7 +215,11 @@ def test_tuples_and_outputs_that_are_refused(embedded):
     layers = spa3r.backbone(**views, output_layers=range(spa3r.backbone.config.num_hidden_layers)).tokens
     assert len(layers) == spa3r.backbone.config.num_hidden_layers
     inputs = prompt(couple)
-    output = couple.model(**inputs, output_hidden_states=True, output_attentions=True)
+    with pytest.raises(ValueError, match=r"`output_attentions` needs .* 'eager', got .*set_attn_implementation"):
+        couple.model(**inputs, output_attentions=True)
+    model = copy.deepcopy(couple.model)
+    model.vlm.set_attn_implementation("eager")
+    output = model(**inputs, output_hidden_states=True, output_attentions=True)
     text = couple.model.config.get_text_config()
     assert len(output.hidden_states) == text.num_hidden_layers + 1
     assert len(output.attentions) == text.num_hidden_layers

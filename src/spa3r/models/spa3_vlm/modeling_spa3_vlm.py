@@ -679,6 +679,12 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         """The VLM's arguments, with fused image tokens in place of pixels and views; and what the prompt is given."""
         kwargs = {key: value for key, value in kwargs.items() if key not in REPORT_KEYS}
         self._check_inputs(input_ids, attention_mask, kwargs)
+        back_end = self.config.get_text_config()._attn_implementation
+        if kwargs.get("output_attentions") and back_end != "eager":
+            raise ValueError(
+                f"`output_attentions` needs the VLM's `attn_implementation` to be 'eager', got {back_end!r}, which "
+                'keeps no weights. Call `model.vlm.set_attn_implementation("eager")` before.'
+            )
         views = {key: kwargs.pop(key, None) for key in VIEW_KEYS}
         if views["spatial_tokens_per_scene"] is not None and self.config.integration != "append":
             raise ValueError(
