@@ -160,8 +160,7 @@ class PackedPreTrainedModel(PreTrainedModel):
         if (quantization := kwargs.get("quantization_config")) is not None:
             config = kwargs.get("config")
             if not isinstance(config, PreTrainedConfig):
-                where = {key: kwargs[key] for key in (*HUB_KWARGS, "revision", "subfolder") if key in kwargs}
-                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
+                config = cls.config_class.from_pretrained(config or source, **where)
             kwargs["quantization_config"] = without_quantizing(quantization, cls._skip_quantization, cls, config)
         accepts_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
