@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from spa3r.data.vsi_format import CHOICE_TYPES, NUMBER_TYPES
 from spa3r.evaluation.vsi_bench import aggregate, score_prediction
+from spa3r.models.modeling_base import finite_logits
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import VIEW_KEYS
 
 Example = Mapping[str, Any]
@@ -240,7 +241,13 @@ def _answers(
                     continue
                 inputs = inputs.to(model.device)
                 inputs = {key: value for key, value in inputs.items() if key not in left_out}
-                output = asked.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+                output = asked.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    logits_processor=finite_logits(asked),
+                )
                 words = output[:, inputs["input_ids"].shape[1] :]
                 for example, text in zip(batch, tokenizer.batch_decode(words, skip_special_tokens=True)):
                     yield example, text.strip()

@@ -6,14 +6,14 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -96,6 +96,71 @@ def without_quantizing(quantization_config: Any, skipped: Sequence[str], model_c
 
 SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 """What configurations of quantizations call the modules that they leave out."""
+
+
+def nonfinite_tensors(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the floating-point tensors that hold a NaN or an infinity; of sharded ones, in this process's part."""
+    named = [(name, value.detach()) for name, value in named if value.is_floating_point() and not value.is_meta]
+    parts = [value.to_local() if hasattr(value, "to_local") else value for _, value in named]
+    if not parts:
+        return []
+    device = parts[0].device
+    finite = torch.stack([part.isfinite().all().to(device) for part in parts]).tolist()  # read back once
+    return [name for (name, _), is_finite in zip(named, finite) if not is_finite]
+
+
+def check_finite(model: nn.Module, result: Tensor, what: str, **inputs: Any) -> None:
+    """Refuse a result of inference that is not finite, and say why it is not.
+
+    Training looks at its gradients instead, and a compiled graph at nothing.
+
+    Args:
+        model: What made the result.
+        result: It is read back from the device once.
+        what: Its name.
+        **inputs: What it was made of; those that are no tensors are passed over.
+
+    Raises:
+        ValueError: The result is not finite.
+    """
+    if model.training or torch.compiler.is_compiling() or result.is_meta or bool(result.isfinite().all()):
+        return
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    if names := nonfinite_tensors(tensors.items()):
+        reason = f"`{names[0]}` holds NaN or infinite values. Check the pictures and whatever else made it"
+    elif names := nonfinite_tensors(model.named_parameters()):
+        reason = (
+            f"weights of the model are not ({quote_keys(names, 3)}): its files are damaged, or its training failed. "
+            "Load others"
+        )
+    else:
+        reason = f"a number overflowed in {result.dtype}. Load the model with dtype=torch.bfloat16 or torch.float32"
+    raise ValueError(f"The {what} must be finite, and {reason}.")
+
+
+class FiniteLogits(LogitsProcessor):
+    """Ends the generation of words by a model whose logits are no numbers; they would come out as some word.
+
+    Args:
+        model: The model, for the error.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_finite(self.model, only_nan(scores), "logits")
+        return scores
+
+
+def finite_logits(model: nn.Module, others: Iterable[LogitsProcessor] | None = None) -> LogitsProcessorList:
+    """:class:`FiniteLogits` before other processors of logits, for ``generate``."""
+    return LogitsProcessorList([FiniteLogits(model), *(others or ())])
+
+
+def only_nan(logits: Tensor) -> Tensor:
+    """Logits of 0 but where they are no numbers: minus infinity is that of a word that is ruled out."""
+    return torch.where(logits.isnan(), logits, 0)
 
 
 class PackedPreTrainedModel(PreTrainedModel):

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from transformers.utils import logging
 
 from spa3r.data import SkippedReport
 from spa3r.disk import alone_in, writing
+from spa3r.models.modeling_base import nonfinite_tensors
+from spa3r.models.released import quote_keys
 from spa3r.secret import without_secrets
 from spa3r.training.checkpoints import (
     LAST_FILE,
@@ -312,8 +314,8 @@ class ResumableTrainer(Trainer):
         last = next(iter(reversed(checkpoints_in(self.args.output_dir))), None)
         earlier = "there is no earlier checkpoint" if last is None else f"the last finite ones are in {last}"
         raise ValueError(
-            f"After step {self.state.global_step} weights of the model are not finite ({_few(names)}): a step was too "
-            f"large. They are not saved; {earlier}. Lower `learning_rate`, and train anew, or on from those."
+            f"After step {self.state.global_step} weights of the model are not finite ({quote_keys(names, 3)}): a step "
+            f"was too large. They are not saved; {earlier}. Lower `learning_rate`, and train anew, or on from those."
         )
 
     def check_learnt(self) -> None:
@@ -532,8 +534,8 @@ class ResumableTrainer(Trainer):
         """
         if names := nonfinite_tensors(self.model.named_parameters()):
             raise ValueError(
-                f"The weights of the model must be finite before it is trained, and {_few(names)} are not. The files "
-                "that it was loaded from are damaged, or come from a training that failed: load others."
+                f"The weights of the model must be finite before it is trained, and {quote_keys(names, 3)} are not. "
+                "The files that it was loaded from are damaged, or come from a training that failed: load others."
             )
         checkpoint = self._checked(resume_from_checkpoint) if resume_from_checkpoint else None
         with alone_in(self.args.output_dir) if self.args.process_index == 0 else contextlib.nullcontext():
@@ -621,21 +623,6 @@ class _StopAtTheEndOfTheStep(TrainerCallback):
         if self.trainer._is_stopping:
             control.should_save = control.should_training_stop = True
         return control
-
-
-def nonfinite_tensors(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the floating-point tensors that hold a NaN or an infinity; of sharded ones, in this process's part."""
-    named = [(name, value.detach()) for name, value in named if value.is_floating_point() and not value.is_meta]
-    parts = [value.to_local() if hasattr(value, "to_local") else value for _, value in named]
-    if not parts:
-        return []
-    device = parts[0].device
-    finite = torch.stack([part.isfinite().all().to(device) for part in parts]).tolist()  # read back once
-    return [name for (name, _), is_finite in zip(named, finite) if not is_finite]
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:

@@ -41,7 +41,14 @@ from transformers.utils import ModelOutput
 from spa3r.attention import Segments, packed_attention
 from spa3r.checks import shorten
 from spa3r.layers import Mlp
-from spa3r.models.modeling_base import PackedPreTrainedModel, save_without, split_hub_kwargs
+from spa3r.models.modeling_base import (
+    PackedPreTrainedModel,
+    check_finite,
+    finite_logits,
+    only_nan,
+    save_without,
+    split_hub_kwargs,
+)
 from spa3r.models.placement import execution_device, is_offloaded, weights_at_hand
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
 from spa3r.models.spa3_vlm.released_spa3_vlm import translate_spa3_vlm
@@ -551,6 +558,8 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             positions, offsets = self._positions(input_ids, attention_mask, inputs, keep=not is_training)
             inputs |= positions | {"input_ids": input_ids, "attention_mask": attention_mask}
             output = part(**inputs) if appended is None else self._run_appending(part, inputs, appended)
+        if not is_training and isinstance(output, dict) and "logits" in output:
+            check_finite(self, only_nan(output["logits"][:, -1]), "logits")
         if offsets is not None:
             outputs = output.values() if isinstance(output, dict) else output
             remember_offset(next((value for value in outputs if isinstance(value, Cache)), None), offsets)
@@ -591,7 +600,12 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             kwargs, appended = self._fuse(input_ids, mask, kwargs)
             kwargs |= self._positions_of_whole_prompt(input_ids, mask, kwargs)
             with self._entering(appended):
-                output = self.vlm.generate(input_ids=input_ids, generation_config=generation_config, **kwargs)
+                output = self.vlm.generate(
+                    input_ids=input_ids,
+                    generation_config=generation_config,
+                    logits_processor=finite_logits(self, kwargs.pop("logits_processor", None)),
+                    **kwargs,
+                )
         cache = getattr(output, cache_name(self.vlm), None) if isinstance(output, ModelOutput) else _cache_in(kwargs)
         if cache is not None and input_ids is not None and not hasattr(cache, OFFSETS):
             remember_offset(cache, position_offsets(self.vlm, input_ids, mask, kwargs))
@@ -719,6 +733,9 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             appended, spatial = self._append(*spatial, input_ids, attention_mask, given), None
         fused = copy.copy(features)
         fused.pooler_output = self._fuse_tokens(features.pooler_output, tokens_per_row, spatial)
+        for tokens in [fused.pooler_output] if isinstance(fused.pooler_output, Tensor) else fused.pooler_output:
+            pixels = {name: value for name, value in arguments.items() if name.startswith("pixel")}
+            check_finite(self, tokens, "image tokens", **pixels, **views)
         if (deepstack := getattr(features, "deepstack_features", None)) is not None:
             fused.deepstack_features = [_regroup(layer, tokens_per_row) for layer in deepstack]
         return kwargs | {"mm_encoder_outputs": {"image": fused}}, appended

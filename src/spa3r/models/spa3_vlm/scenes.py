@@ -33,6 +33,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from spa3r.checks import check_count, is_count, shorten
+from spa3r.models.modeling_base import finite_logits
 from spa3r.models.spa3_vlm.fingerprints import PROBE, model_fingerprint, processor_fingerprint
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3_vlm.state import (
@@ -452,6 +453,7 @@ class SceneMixin:
             attention_mask=mask.to(self.device),
             position_ids=positions.to(self.device),
             **{cache_name(self.vlm): _shared(scene.cache, copies)},
+            logits_processor=finite_logits(self, arguments.pop("logits_processor", None)),
             **arguments,
         )
         return output[:, ids.shape[1] :]

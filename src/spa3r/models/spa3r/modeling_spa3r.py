@@ -18,7 +18,13 @@ from spa3r.attention import Segments
 from spa3r.checks import is_count, shorten
 from spa3r.geometry import camera_rays, check_cameras, pluecker_rays, relative_to_first_view
 from spa3r.layers import Mlp, TransformerLayer
-from spa3r.models.modeling_base import PackedPreTrainedModel, packed_forward, save_without, split_hub_kwargs
+from spa3r.models.modeling_base import (
+    PackedPreTrainedModel,
+    check_finite,
+    packed_forward,
+    save_without,
+    split_hub_kwargs,
+)
 from spa3r.models.released import HUB_KWARGS, find_released
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.spa3r.released_spa3r import for_pretraining, translate_spa3r
@@ -408,6 +414,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
         given = self._given_cameras(extrinsics, intrinsics, layout, view_pixel_values.device)
         features, cameras = self._run_backbone(view_pixel_values, layout, output_cameras=given is None)
         latents = self.encoder(features, layout)
+        check_finite(self, latents, "latents", view_pixel_values=view_pixel_values)
         extrinsics, intrinsics = given or (cameras.extrinsics, cameras.intrinsics)
         field = self._decode(latents, extrinsics, intrinsics, layout)
         return Spa3RModelOutput(**field, latents=latents, extrinsics=extrinsics, intrinsics=intrinsics)
@@ -429,7 +436,9 @@ class Spa3RModel(Spa3RPreTrainedModel):
             ValueError: There are no views, or the inputs contradict one another.
         """
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
-        return self.encoder(self._run_backbone(view_pixel_values, layout)[0], layout)
+        latents = self.encoder(self._run_backbone(view_pixel_values, layout)[0], layout)
+        check_finite(self, latents, "latents", view_pixel_values=view_pixel_values)
+        return latents
 
     def backbone_features(
         self,
@@ -449,7 +458,9 @@ class Spa3RModel(Spa3RPreTrainedModel):
             ValueError: There are no views, or the inputs contradict one another.
         """
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
-        return self._run_backbone(view_pixel_values, layout)[0]
+        features = self._run_backbone(view_pixel_values, layout)[0]
+        check_finite(self, features, "features", view_pixel_values=view_pixel_values)
+        return features
 
     def decode(
         self,
@@ -483,7 +494,9 @@ class Spa3RModel(Spa3RPreTrainedModel):
             raise ValueError(f"`latents` must be floating point, as `encode` returns them, got {latents.dtype}.")
         self.check_device("latents", latents)
         extrinsics, intrinsics = check_cameras(extrinsics, intrinsics, layout.num_views, latents.device)
-        return self._decode(latents, extrinsics, intrinsics, layout)
+        field = self._decode(latents, extrinsics, intrinsics, layout)
+        check_finite(self, field.last_hidden_state, "field", latents=latents)
+        return field
 
     def _decode(self, latents: Tensor, extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout) -> Spa3RField:
         tokens = self.decoder(latents, extrinsics, intrinsics, layout)
