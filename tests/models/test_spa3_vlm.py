@@ -507,6 +507,38 @@ def test_inputs_that_contradict_one_another(model, batch, call, change, words):
         getattr(model, call)(**(batch | change))
 
 
+@pytest.mark.parametrize(
+    ("call", "keywords", "words"),
+    [
+        ("forward", {"view_grid": 3}, r"takes `view_grid`\. Did you mean `view_grid_hw`.* it would have no effect"),
+        ("forward", {"label": 3}, r"takes `label`\. Did you mean `labels`"),
+        ("forward", {"hidden_states": 3, "zzz": False}, r"takes `hidden_states`, `zzz`\.(?! Did you mean `zzz`)"),
+        ("forward", {"max_new_tokens": 3}, "takes `max_new_tokens`"),
+        ("base_model", {"output_attention": True}, r"takes `output_attention`\. Did you mean `output_attentions`"),
+        ("generate", {"max_new_token": 3}, r"takes `max_new_token`\. Did you mean `max_new_tokens`"),
+        ("generate", {"views_per_scenes": [2, 5, 7]}, r"takes `views_per_scenes`\. Did you mean `views_per_scene`"),
+        ("generate", {"x" * 10**6: 3}, r"takes `x{10,60}\.\.\.x{10,60}`\. Correct the name, or leave it out"),
+    ],
+)
+def test_unknown_keywords_are_refused_before_pictures_are_encoded(model, batch, monkeypatch, call, keywords, words):
+    monkeypatch.setattr(model.spa3r, "encode", None)  # to call it would be an error of another kind
+    start = "Neither Spa3VLMForConditionalGeneration nor its VLM, Qwen2_5_VLForConditionalGeneration, "
+    with pytest.raises(TypeError, match=start + words) as refused:
+        getattr(model, call)(**batch, **keywords)
+    assert len(str(refused.value)) < 500
+
+
+@torch.no_grad()
+def test_keywords_of_every_layer_are_known(model, batch):
+    plain = model(**batch)
+    known = {"output_hidden_states": True, "output_attentions": False, "use_cache": False, "return_dict": True}
+    known |= {"logits_to_keep": 1, "is_causal": True, "past_key_values": None, "inputs_embeds": None, "anything": None}
+    known |= {"num_items_in_batch": torch.tensor(3), "ignore_index": -100, "output_router_logits": False}
+    torch.testing.assert_close(model(**batch, **known).logits, plain.logits[:, -1:])
+    for settings in ({"synced_gpus": False, "tokenizer": None}, {"generation_config": model.generation_config}):
+        assert model.generate(**batch, max_new_tokens=2, do_sample=False, num_rows=3, **settings).shape[0] == 3
+
+
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize(
     ("left", "words"),

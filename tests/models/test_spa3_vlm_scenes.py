@@ -494,6 +494,8 @@ def test_arguments_that_are_refused(couple, scene):
     for name, value in {"num_return_sequences": 2, "use_cache": False, "past_key_values": None}.items():
         with pytest.raises(ValueError, match=f"must decide itself about '{name}'"):
             couple.ask(scene, **{name: value})
+    with pytest.raises(TypeError, match=r"takes `temprature`\. Did you mean `temperature`"):
+        couple.ask(scene, temprature=2.0)
     wrong = make("qwen2_5_vl", "append")
     wrong.processor.spatial_tokens = None
     with pytest.raises(ValueError, match="must hold a place for each token that is appended"):

@@ -14,10 +14,11 @@ the places: every vocabulary has one, no chat template writes it, and padding ha
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, TransformersKwargs
 
 from spa3r.attention import Segments, packed_attention
 from spa3r.checks import shorten
@@ -529,6 +530,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             The VLM's own output: ``loss`` (with labels), ``logits``, ``past_key_values``, ...
 
         Raises:
+            TypeError: A keyword is known neither here nor to the VLM, which would ignore it.
             ValueError: Pictures without views or the other way round, or counts that contradict one another.
         """
         kwargs |= {
@@ -553,6 +555,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         is_training: bool = True,
     ) -> ModelOutput | tuple:
         """The VLM, or its part without the head, on fused image tokens."""
+        self._check_keywords(kwargs, _forward_keywords(self.vlm))
         with turn(self):
             inputs, appended = self._fuse(input_ids, attention_mask, kwargs)
             positions, offsets = self._positions(input_ids, attention_mask, inputs, keep=not is_training)
@@ -589,8 +592,10 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             **kwargs: What the processor or the collator made, and any argument of the VLM's ``generate``.
 
         Raises:
+            TypeError: A keyword is known neither here nor to the VLM.
             ValueError: A row has a picture behind its last answer.
         """
+        self._check_generate_keywords(kwargs, generation_config)
         input_ids = kwargs.pop("input_ids", inputs)
         if kwargs.get("labels") is not None:
             kwargs = self._prompts(kwargs | {"input_ids": input_ids})
@@ -739,6 +744,27 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         if (deepstack := getattr(features, "deepstack_features", None)) is not None:
             fused.deepstack_features = [_regroup(layer, tokens_per_row) for layer in deepstack]
         return kwargs | {"mm_encoder_outputs": {"image": fused}}, appended
+
+    def _check_keywords(self, given: Mapping[str, Any], known: Collection[str]) -> None:
+        """Refuse keywords that neither we nor the VLM know: VLMs pass them from layer to layer and use them nowhere.
+
+        As in transformers, None is not given.
+        """
+        known = {*VIEW_KEYS, *REPORT_KEYS, *known}
+        unknown = sorted(str(name) for name, value in given.items() if name not in known and value is not None)
+        if unknown:
+            near = [word for name in unknown for word in difflib.get_close_matches(name, known, 2)]
+            meant = f" Did you mean {' or '.join(f'`{word}`' for word in dict.fromkeys(near))}?" if near else ""
+            names = ", ".join(f"`{shorten(name)[1:-1]}`" for name in unknown[:5])
+            raise TypeError(
+                f"Neither {type(self).__name__} nor its VLM, {type(self.vlm).__name__}, takes {names}.{meant} Correct "
+                "the name, or leave it out: it would have no effect."
+            )
+
+    def _check_generate_keywords(self, given: Mapping[str, Any], generation_config: GenerationConfig | None) -> None:
+        """Likewise of ``generate``; transformers looks at some of them, once the pictures are encoded."""
+        if given.get("custom_generate") is None:  # a function of one's own has arguments of its own
+            self._check_keywords(given, _generate_keywords(self.vlm, generation_config))
 
     def _check_inputs(self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         """Refuse what is no input, before any work. Values of tensors are not looked at."""
@@ -894,6 +920,37 @@ def _check_part(name: str, part: Any, loading: dict[str, Any]) -> None:
             f"`{name}` must be a folder, a hub id or a model of transformers, got {type(part).__name__}."
             + (f" Pass `{name}.get_base_model()`, whose layers keep the adapters." if wrapped else "")
         )
+
+
+def _parameters(call: Callable) -> set[str]:
+    """Names of a function's parameters, but for those that stand for any."""
+    return {
+        name
+        for name, parameter in inspect.signature(call).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+
+
+def _forward_keywords(vlm: PreTrainedModel) -> set[str]:
+    """What a VLM's forward takes: what it doesn't use itself, its decoder and its loss may use."""
+    decoder = vlm.get_decoder()
+    way = [module for module in vlm.modules() if any(part is decoder for part in module.modules())]
+    calls = [vlm.base_model.get_image_features, *(module.forward for module in way)]
+    recorded = {f"output_{name}" for module in way for name in getattr(module, "_can_record_outputs", None) or ()}
+    of_loss = _parameters(vlm.loss_function) - {"logits", "vocab_size"}
+    return set().union(*map(_parameters, calls), of_loss, recorded, TransformersKwargs.__optional_keys__, UNSIGNED)
+
+
+UNSIGNED = {"past_key_values", "return_dict", "use_cache"}
+"""What decorators of transformers take out before a forward, so that it is in no signature."""
+
+
+def _generate_keywords(vlm: PreTrainedModel, generation_config: GenerationConfig | None) -> set[str]:
+    """What a VLM's ``generate`` takes."""
+    calls = (vlm.generate, GenerationMixin.generate, vlm.prepare_inputs_for_generation)
+    settings = vars(GenerationConfig()) | (vars(generation_config) if generation_config is not None else {})
+    others = {"tokenizer", "assistant_tokenizer", "trust_remote_code"}
+    return set().union(*map(_parameters, calls), settings, others, _forward_keywords(vlm))
 
 
 def _cache_in(inputs: dict[str, Any]) -> Cache | None:

@@ -396,6 +396,7 @@ class SceneMixin:
             The answers as a list, in the questions' order; for a single text, its answer.
 
         Raises:
+            TypeError: A keyword is none of ``generate``'s.
             ValueError: The scene is another model's, a question is empty or holds a special token, or an argument is
                 out of range.
         """
@@ -415,6 +416,7 @@ class SceneMixin:
                 f"`ask` must decide itself about {', '.join(map(repr, taken))}, since questions go on from the scene's "
                 "cache and have one answer each. Leave it out, or call `generate` on whole prompts."
             )
+        self._check_generate_keywords(generate_kwargs, generate_kwargs.get("generation_config"))
         _check_origin(vars(scene), self, scene.processor, "`scene`")
         if not many:
             return []
