@@ -16,7 +16,7 @@ import torch
 from media import noise
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_spa3_vlm_ablations import make_spa3r
 from tiny import alive
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, LogitsProcessorList
@@ -408,6 +408,59 @@ def test_files_that_are_no_scenes(couple, scene, tmp_path):
         EncodedScene.load(tmp_path / "none.safetensors", couple.model, couple.processor)
 
 
+def test_changed_files_are_refused_in_words(couple, scene, tmp_path):
+    """Some of each kind; the fuzz test among the slow tests has many."""
+    scene.save(tmp_path / "whole.safetensors")
+    tensors, file = load_file(tmp_path / "whole.safetensors"), tmp_path / "changed.safetensors"
+    with safe_open(tmp_path / "whole.safetensors", framework="pt") as content:
+        metadata = content.metadata()
+    about, keys, length = json.loads(metadata["scene"]), tensors["cache.0.keys"], len(scene)
+    entries = "what it says about its scene must be the entries digest, layers, .* each of its type"
+    shared = r"layer 0 of its cache must have keys and values \(1, heads, tokens, width\) of equal shape"
+    shorter = {f"cache.0.{name}": tensors[f"cache.0.{name}"][:, :, 1:].contiguous() for name in ("keys", "values")}
+    zero = torch.zeros(1)
+    for tensors_of, said, words in (
+        ({"input_ids": None}, {}, "it lacks tensors of its prompt or of its 3 views"),
+        ({"views.2": None}, {}, "it lacks tensors of its prompt or of its 3 views"),
+        ({"input_ids": tensors["input_ids"].double()}, {}, "`input_ids` must be a row of tokens below"),
+        ({"input_ids": tensors["input_ids"] + 10**6}, {}, "`input_ids` must be a row of tokens below"),
+        (
+            {"image_tokens": tensors["image_tokens"][1:].clone()},
+            {},
+            "`image_tokens` must be .*, one for each placehold",
+        ),
+        ({"views.0": tensors["views.0"].float()}, {}, r"`views.0` must be \(height, width, 3\) bytes, got Tensor of"),
+        ({"cache.0.keys": None}, {}, shared),
+        ({"cache.0.keys": keys[:, :, 1:].contiguous()}, {}, shared),
+        (shorter, {}, f"layer 0 of its cache must hold the {length} tokens of the prompt, got {length - 1}"),
+        ({"cache.0.update": zero}, {}, "layer 0 of its cache has 'update', which none has"),
+        ({"cache.0.keys.x": zero}, {}, "layer 0 of its cache has 'keys.x', which none has"),
+        ({"cache.9.keys": zero}, {}, "it holds 'cache.9.keys', which no scene has"),
+        ({"stranger": zero}, {}, "it holds 'stranger', which no scene has"),
+        ({"cache.0.keys": keys + 1}, {}, "it is not what was saved"),
+        ({}, {"rope_delta": 7}, "it is not what was saved"),
+        ({}, {"digest": "0"}, "it is not what was saved"),
+        ({}, {"num_bytes": 3}, entries),
+        ({}, {"views": "3"}, entries),
+        ({}, {"views": True}, entries),
+        ({}, {"layers": [[3, {}]]}, entries),
+        ({}, {"views": 4}, "it lacks tensors of its prompt or of its 4 views"),
+        ({}, {"views": -1}, "it lacks tensors of its prompt or of its -1 views"),
+        ({}, {"layers": []}, "was written with another version of transformers, whose caches are of another kind"),
+    ):
+        kept = {name: tensor for name, tensor in (tensors | tensors_of).items() if tensor is not None}
+        save_file(kept, file, metadata | {"scene": json.dumps(about | said)})
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))} .*{words}.*[eE]ncode the scene again") as refused:
+            EncodedScene.load(file, couple.model, couple.processor)
+        assert len(str(refused.value)) < 600
+    for more, words in (({"scene": "{"}, entries), ({"scene": "[" * 10**5}, entries), ({"format": "0"}, "got '0'")):
+        save_file(tensors, file, metadata | more)
+        with pytest.raises(ValueError, match=words):
+            EncodedScene.load(file, couple.model, couple.processor)
+    save_file(tensors, file, metadata)
+    assert couple.ask(EncodedScene.load(file, couple.model, couple.processor), "What?") == couple.ask(scene, "What?")
+
+
 # Many scenes ----------------------------------------------------------------------------------------------------------
 
 
@@ -494,6 +547,21 @@ def test_arguments_that_are_refused(couple, scene):
     for name, value in {"num_return_sequences": 2, "use_cache": False, "past_key_values": None}.items():
         with pytest.raises(ValueError, match=f"must decide itself about '{name}'"):
             couple.ask(scene, **{name: value})
+    for other in (None, "scene.safetensors", {}):
+        with pytest.raises(ValueError, match="`scene` must be what `encode_scene` returned, got "):
+            couple.ask(other)
+    for questions in (None, 3, {"What?": 1}):
+        with pytest.raises(ValueError, match="`questions` must be a text or a list of texts, got "):
+            couple.ask(scene, questions)
+    for number in (0, 2.0, True, "3", None):
+        with pytest.raises(ValueError, match="`max_new_tokens` must be a whole number of at least 1, got "):
+            couple.ask(scene, max_new_tokens=number)
+    for size in (1.5, True, "2"):
+        with pytest.raises(ValueError, match="`batch_size` must be at least 1, got "):
+            couple.ask(scene, batch_size=size)
+    for most in (None, True, "9", -1, float("nan")):
+        with pytest.raises(ValueError, match="`max_bytes` must be 0 or more, got "):
+            SceneCache(max_bytes=most)
     with pytest.raises(TypeError, match=r"takes `temprature`\. Did you mean `temperature`"):
         couple.ask(scene, temprature=2.0)
     wrong = make("qwen2_5_vl", "append")
