@@ -526,6 +526,31 @@ def test_keywords_of_the_vlms_processor_reach_it(tmp_path):
     assert again.image_processor.size["longest_edge"] == 28 * 28 * 4
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("num_frame", "num_frames"), ("image", "images"), ("image_token_ids", "image_token_id")]
+)
+def test_keywords_that_were_meant_for_us_do_not_go_to_the_vlms_processor(name, meant, tmp_path):
+    make().save_pretrained(tmp_path)
+    for load in (Spa3VLMProcessor.from_pretrained, AutoProcessor.from_pretrained):
+        with pytest.raises(TypeError, match=f"`{name}` is no argument of Spa3VLMProcessor: did you mean `{meant}`"):
+            load(tmp_path, **{name: 3})
+
+
+@pytest.mark.parametrize("tokenize", [True, False])
+def test_keywords_for_the_vlms_processor_that_nothing_takes(processor, tokenize):
+    for given, words in (
+        (
+            {"foo": 1},
+            r"Neither Spa3VLMProcessor nor Qwen2_5_VLProcessor takes 'foo'\. Leave it out, or correct",
+        ),
+        ({"images_kwargs": {"sise": 3}}, r"takes \"images_kwargs\['sise'\]\""),
+        ([1], r"`processor_kwargs` must be a dictionary of keywords, got \[1\]"),
+        ("padding", "`processor_kwargs` must be a dictionary of keywords, got 'padding'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            processor.apply_chat_template(user("Hi"), tokenize=tokenize, processor_kwargs=given)
+
+
 def test_lists_have_their_tokens_counted_too(processor):
     prompts = [processor.apply_chat_template(user(PICTURE, "A?")), processor.apply_chat_template(user("What now?"))]
     lists = processor(text=prompts, images=[[PICTURE], []], return_tensors=None)

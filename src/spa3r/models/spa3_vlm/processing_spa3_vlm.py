@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -164,6 +165,7 @@ class Spa3VLMProcessor(ProcessorMixin):
                 arguments of the constructor, which override what was saved; the rest goes to the VLM's processor.
 
         Raises:
+            TypeError: A keyword is nearly an argument of the constructor.
             ValueError: The folder holds no processor of ours.
         """
         source = resolve(pretrained_model_name_or_path, "spa3_vlm")
@@ -194,7 +196,7 @@ class Spa3VLMProcessor(ProcessorMixin):
             )
         fields["view_image_processor"] = Spa3RImageProcessor.from_dict(fields.get("view_image_processor", {}))
         fields = {"spatial_tokens": None, "spatial_token": None} | fields  # folders of before know neither
-        for_vlm = {key: value for key, value in kwargs.items() if key not in (*fields, *NOT_FOR_VLM)}
+        for_vlm = _for_vlm(kwargs, fields)
         fields |= {key: kwargs[key] for key in fields if key in kwargs}
         return cls(AutoProcessor.from_pretrained(folder / VLM_FOLDER, **for_vlm), **fields)
 
@@ -207,7 +209,7 @@ class Spa3VLMProcessor(ProcessorMixin):
                 f"{cls.__name__} can be made. Make one with Spa3VLMProcessor.from_vlm_and_spa3r."
             )
         own = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "vlm_processor")]
-        for_vlm = {key: value for key, value in kwargs.items() if key not in (*own, *NOT_FOR_VLM)}
+        for_vlm = _for_vlm(kwargs, own)
         size, patch_size = view_size(released.tensors())
         fields = {
             "view_image_processor": Spa3RImageProcessor(size=size, patch_size=patch_size),
@@ -451,6 +453,8 @@ class Spa3VLMProcessor(ProcessorMixin):
     ) -> str | list[str] | ViewBatch | Any:
         """`apply_chat_template` of conversations that are known to be right; their texts may hold tokens."""
         is_batch = _is_batch(conversation)
+        if not isinstance(processor_kwargs, Mapping | None):
+            raise ValueError(f"`processor_kwargs` must be a dictionary of keywords, got {shorten(processor_kwargs)}.")
         processor_kwargs = dict(processor_kwargs or {})
         self._check_keywords(processor_kwargs)
         for_videos = {key: kwargs.pop(key) for key in CALL_OPTIONS if key in kwargs}
@@ -773,6 +777,15 @@ def _with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[Image]
         }
         for message in messages
     ]
+
+
+def _for_vlm(kwargs: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """Keywords of ``from_pretrained`` that go to the VLM's processor, which takes any; `own` are our constructor's."""
+    rest = {name: value for name, value in kwargs.items() if name not in (*own, *NOT_FOR_VLM)}
+    for name in rest:  # as in configurations: one that is nearly ours was meant for us
+        if near := difflib.get_close_matches(name, own, 1, cutoff=0.9):
+            raise TypeError(f"`{name}` is no argument of Spa3VLMProcessor: did you mean `{near[0]}`?")
+    return rest
 
 
 def _read_fields(file: Path) -> dict[str, Any]:
