@@ -521,7 +521,7 @@ def test_inputs_that_contradict_one_another(model, batch, call, change, words):
     ],
 )
 def test_unknown_keywords_are_refused_before_pictures_are_encoded(model, batch, monkeypatch, call, keywords, words):
-    monkeypatch.setattr(model.spa3r, "encode", None)  # to call it would be an error of another kind
+    monkeypatch.setattr(model.spa3r, "_encode", None)  # to call it would be an error of another kind
     start = "Neither Spa3VLMForConditionalGeneration nor its VLM, Qwen2_5_VLForConditionalGeneration, "
     with pytest.raises(TypeError, match=start + words) as refused:
         getattr(model, call)(**batch, **keywords)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from spa3r.attention import check_attention_implementation
 from spa3r.checkpoints import resolve
 from spa3r.layers import TransformerLayer
+from spa3r.models.model_card import CARD, is_own_card, write_model_card
 from spa3r.models.placement import execution_device
 from spa3r.models.released import HUB_KWARGS, WHERE, Kind, ReleasedCheckpoint, find_released, quote_keys
 
@@ -161,6 +163,10 @@ def finite_logits(model: nn.Module, others: Iterable[LogitsProcessor] | None = N
 def only_nan(logits: Tensor) -> Tensor:
     """Logits of 0 but where they are no numbers: minus infinity is that of a word that is ruled out."""
     return torch.where(logits.isnan(), logits, 0)
+
+
+_CARD_TO_KEEP: ContextVar[bytes | None] = ContextVar("_CARD_TO_KEEP", default=None)
+"""The card of the folder that is being saved to."""
 
 
 class PackedPreTrainedModel(PreTrainedModel):
@@ -321,6 +327,24 @@ class PackedPreTrainedModel(PreTrainedModel):
     ) -> tuple[dict[str, torch.Tensor], PreTrainedConfig]:
         """The tensors of a released checkpoint in our names, and its configuration with these fields set."""
         raise NotImplementedError
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As transformers' ``save_pretrained``, with a model card (README.md); one that is there is kept."""
+        card = Path(save_directory) / CARD
+        token = _CARD_TO_KEEP.set(card.read_bytes() if is_own_card(card) else None)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            _CARD_TO_KEEP.reset(token)
+        if kwargs.get("is_main_process", True):
+            write_model_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """The last step of a push. transformers has written the hub's card, or a template, over the folder's."""
+        if (kept := _CARD_TO_KEEP.get()) is not None:
+            (Path(working_dir) / CARD).write_bytes(kept)
+        write_model_card(self, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _finish_loading(self, hub_kwargs: dict) -> None:
         """What remains to be done once the checkpoint's tensors are in place."""

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from spa3r.data import SkippedReport
 from spa3r.disk import alone_in, writing
+from spa3r.models.model_card import CARD, is_own_card, write_model_card
 from spa3r.models.modeling_base import nonfinite_tensors
 from spa3r.models.released import quote_keys
 from spa3r.secret import without_secrets
@@ -161,6 +162,9 @@ class ResumableTrainer(Trainer):
     A subclass makes the batches of a step ready (``get_batch_samples``), computes the loss, and says what a checkpoint
     holds (``_save_weights``, ``_load_weights``).
     """
+
+    training_data: Sequence[str] = ()
+    """Names of what the model is trained on, for its card."""
 
     UNIT = "scenes"
     """What a batch is made of, in words to the user."""
@@ -605,6 +609,9 @@ class ResumableTrainer(Trainer):
             cure = "Free space; the same command saves the model from the last checkpoint."
             with writing(place, cure), writing_into(place) as folder:
                 super().save_model(str(folder), _internal_call=True)
+                (folder / CARD).unlink(missing_ok=True)  # it doesn't know the training data
+                if not is_own_card(place / CARD):
+                    write_model_card(self.accelerator.unwrap_model(self.model), folder, self.training_data)
                 for file in sorted(folder.iterdir()):
                     publish(file, place / file.name)
 

@@ -15,6 +15,7 @@ from spa3r.checkpoints import EMBEDDED, resolve
 from spa3r.data.collator import Spa3VLMCollator
 from spa3r.data.instructions import make_instructions
 from spa3r.embedded import embedded_spa3r
+from spa3r.models.model_card import source_names
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
@@ -108,6 +109,7 @@ def finetune(
             evaluation={"batch_size": evaluation.batch_size, "max_new_tokens": evaluation.max_new_tokens},
             callbacks=list(callbacks),
         )
+        trainer.training_data = source_names(data.train)
         groups = trainer.parameter_groups()
         note(group_table(groups))
         told = run(trainer, checkpoint, args.max_steps, note, progress)

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, set_seed
 
 from spa3r.data import SceneBatches, SkippedReport, make_source
+from spa3r.models.model_card import source_names
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
 from spa3r.training.arguments import PretrainingArguments, make_checked
@@ -79,6 +80,7 @@ def pretrain(
         trainer = PretrainingTrainer(
             model, args, train_batches, eval_batches, processing_class=processor, callbacks=list(callbacks)
         )
+        trainer.training_data = source_names(config.data.sources)
         told = run(trainer, checkpoint, args.max_steps, note, progress)
         return PretrainingResult(**told, held_out_skipped=trainer.held_out_skipped)
 

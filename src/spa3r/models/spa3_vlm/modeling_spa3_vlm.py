@@ -835,13 +835,13 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         pixels, grids = views["view_pixel_values"].to(self.spa3r.device), views["view_grid_hw"]
         views_per_scene = [count for count in counts if count]
         if self.config.spatial_source == "vggt":
-            tokens = self.spa3r.backbone_features(pixels, grids, views_per_scene)
+            tokens = self.spa3r._backbone_features(pixels, grids, views_per_scene)
             layout = ViewLayout.from_inputs(grids, views_per_scene)
             per_scene = iter(layout.per_scene(layout.patches_per_view))
             return tokens, [next(per_scene) if count else 0 for count in counts]
         trainable = any(parameter.requires_grad for parameter in self.spa3r.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
-            latents = self.spa3r.encode(pixels, grids, views_per_scene)
+            latents = self.spa3r._encode(pixels, grids, views_per_scene)
         return latents.flatten(0, 1), [latents.shape[1] if count else 0 for count in counts]
 
     def _append(

@@ -435,10 +435,14 @@ class Spa3RModel(Spa3RPreTrainedModel):
         Raises:
             ValueError: There are no views, or the inputs contradict one another.
         """
-        layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
-        latents = self.encoder(self._run_backbone(view_pixel_values, layout)[0], layout)
+        latents = self._encode(view_pixel_values, view_grid_hw, views_per_scene)
         check_finite(self, latents, "latents", view_pixel_values=view_pixel_values)
         return latents
+
+    def _encode(self, view_pixel_values: Tensor, view_grid_hw, views_per_scene) -> Tensor:  # -> (scenes, L, D)
+        """:meth:`encode` without a look at the result: a training drops a step that is not finite."""
+        layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
+        return self.encoder(self._run_backbone(view_pixel_values, layout)[0], layout)
 
     def backbone_features(
         self,
@@ -457,10 +461,14 @@ class Spa3RModel(Spa3RPreTrainedModel):
         Raises:
             ValueError: There are no views, or the inputs contradict one another.
         """
-        layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
-        features = self._run_backbone(view_pixel_values, layout)[0]
+        features = self._backbone_features(view_pixel_values, view_grid_hw, views_per_scene)
         check_finite(self, features, "features", view_pixel_values=view_pixel_values)
         return features
+
+    def _backbone_features(self, view_pixel_values: Tensor, view_grid_hw, views_per_scene) -> Tensor:
+        """:meth:`backbone_features` without a look at the result."""
+        layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
+        return self._run_backbone(view_pixel_values, layout)[0]
 
     def decode(
         self,

@@ -1,0 +1,189 @@
+"""Model cards: the README.md that a saved checkpoint gets, with the metadata that the hub reads.
+
+A card that someone wrote is never overwritten. The licenses are those that the hub states for the repositories; of
+several, the card carries the strictest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from spa3r.disk import write_whole
+
+CARD = "README.md"
+
+LICENSES = {
+    "facebook/VGGT-1B": "cc-by-nc-4.0",
+    "facebook/VGGT-1B-Commercial": "other",
+    "hustvl/Spa3-VLM": "cc-by-nc-4.0",
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": "other",
+}
+"""Of the repositories whose weights a Spa3R usually contains."""
+
+STRICTNESS = ("cc-by-nc-4.0", "other")
+"""The strictest first: no commercial use at all, then terms of their own."""
+
+GENERATED = (
+    None,
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated.",
+)
+"""Descriptions in the templates that PEFT and transformers write where there is no card."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+_USE = {
+    "Spa3VLMForConditionalGeneration": """\
+from spa3r import Spa3VLM, Spa3VLMProcessor
+
+model = Spa3VLM.from_pretrained("{name}")
+processor = Spa3VLMProcessor.from_pretrained("{name}")
+content = [{{"type": "image", "image": "photo.jpg"}}, {{"type": "text", "text": "How many chairs are in the room?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}], tokenize=True, return_dict=True, add_generation_prompt=True
+)
+print(processor.decode(model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]))""",
+    "Spa3RModel": """\
+from spa3r import Spa3RImageProcessor, Spa3RModel
+
+model = Spa3RModel.from_pretrained("{name}")
+processor = Spa3RImageProcessor(
+    size=model.config.backbone_config.image_size, patch_size=model.config.patch_size
+)
+latents = model.encode(**processor(["photo_1.jpg", "photo_2.jpg"]))  # (scenes, latents, width)""",
+    "VggtModel": """\
+from spa3r import Spa3RImageProcessor, VggtModel
+
+model = VggtModel.from_pretrained("{name}")
+processor = Spa3RImageProcessor(size=model.config.image_size, patch_size=model.config.patch_size)
+cameras = model(**processor(["photo_1.jpg", "photo_2.jpg"]), output_cameras=True)""",
+}
+
+
+def parts_of(config: Any) -> list[str]:
+    """Hub ids of the repositories whose weights a model contains, as far as its configuration knows them."""
+    names = []
+    for field in ("vlm_config", "spa3r_config", "backbone_config", "semantic_teacher_config"):
+        part = getattr(config, field, None)
+        if part is not None:
+            names += [getattr(config, field.replace("config", "name_or_path"), None), *parts_of(part)]
+            names.append(getattr(part, "name_or_path", None))
+    found = (str(name) for name in names if name)
+    return list(dict.fromkeys(name for name in found if _HUB_ID.fullmatch(name) and not Path(name).exists()))
+
+
+def license_of(names: Iterable[str]) -> str | None:
+    """The strictest license of some repositories; None where none of them is known to have a strict one."""
+    known = [LICENSES[name] for name in names if name in LICENSES]
+    return min(known, key=STRICTNESS.index, default=None)
+
+
+def model_card(model: Any, name: str = "path/or/hub-id", training_data: Iterable[str] = ()) -> ModelCard:
+    """The card of a model of ours.
+
+    Args:
+        model: A model of ours, or PEFT's around one, whose folder holds its adapters only.
+        name: What the example loads.
+        training_data: Names of what it was trained on; hub ids go into the metadata.
+    """
+    adapters = hasattr(model, "get_base_model")
+    model = model.get_base_model() if adapters else model
+    model_class = type(model).__name__
+    is_vlm = model_class == "Spa3VLMForConditionalGeneration"
+    parts, training_data = parts_of(model.config), list(dict.fromkeys(training_data))
+    home = str(model.config.name_or_path)
+    if adapters and _HUB_ID.fullmatch(home) and not Path(home).exists():
+        parts.insert(0, home)
+    license_id = license_of([*parts, home])
+    strict = next((part for part in [*parts, home] if LICENSES.get(part) == license_id), None)
+    data = ModelCardData(
+        library_name="spa3r",
+        pipeline_tag="image-text-to-text" if is_vlm else "image-feature-extraction",
+        base_model=parts or None,
+        license=license_id,
+        license_name="weights-of-the-base-models" if license_id == "other" else None,
+        license_link=f"https://huggingface.co/{strict}" if license_id == "other" else None,
+        datasets=[source for source in training_data if _HUB_ID.fullmatch(source)] or None,
+        tags=["spa3r", "spatial-intelligence", *(["vision-language"] if is_vlm else [])],
+    )
+    shown = "Spa3VLM" if is_vlm else model_class
+    about = {
+        "Spa3VLM": "A vision-language model whose image tokens are fused with the latents of a Spa3R, which it encodes "
+        "from the same unposed photos.",
+        "VggtModel": "A geometry backbone: tokens, cameras, depth and points of unposed photos.",
+    }.get(
+        shown,
+        "A Spa3R: it encodes unposed photos of a place into latents, and decodes the feature field of any camera.",
+    )
+    terms = {
+        "cc-by-nc-4.0": "It contains weights that may not be used commercially.",
+        "other": "It contains weights under terms of their own. Read those of the base models.",
+        None: "The license of the weights is not known: state it. Weights of VGGT-1B may not be used commercially.",
+    }[license_id]
+    use = _USE.get(model_class, _USE["Spa3RModel"]).format(name=name)
+    if adapters:
+        about = f"Adapters (PEFT) for a {shown}, which the example loads from where they were trained. {about}"
+    lines = [f"# {shown}", "", about, "", "## How to use", "", "```python", use, "```", ""]
+    if training_data:
+        lines += ["## Training data", "", *(f"- {source}" for source in training_data), ""]
+    lines += ["## License", "", terms, ""]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
+def source_names(sources: Any) -> list[str]:
+    """What a card calls the sources of a configuration: hub ids as they are, of paths the last part only.
+
+    Args:
+        sources: A list of texts and sections such as ``{"type": "folder", "root": "photos"}``, or one of them.
+    """
+    names = []
+    if isinstance(sources, dict) and isinstance(sources.get("mixture"), dict):
+        sources = list(sources["mixture"].values())
+    for source in sources if isinstance(sources, list | tuple) else [sources]:
+        fields = dict(source) if isinstance(source, dict) else {"path": source}
+        place = next(
+            (str(fields[key]) for key in ("annotations", "data", "dataset", "path", "root") if fields.get(key)), ""
+        )
+        if not _HUB_ID.fullmatch(place) or Path(place).exists():
+            place = Path(place).name
+        kind = str(fields.get("type", "")).replace("_", " ")
+        names.append(place if _HUB_ID.fullmatch(place) else f"{kind} {place}".strip())
+    return [name for name in names if name]
+
+
+def is_own_card(file: str | Path) -> bool:
+    """Whether a file is a card that someone wrote: it exists, and is no untouched template of transformers or PEFT."""
+    file = Path(file)
+    if not file.exists():
+        return False
+    lines = _written_lines(file.read_text(encoding="utf-8", errors="replace"))
+    templates = (ModelCard.from_template(ModelCardData(), model_description=words) for words in GENERATED)
+    return not any(lines == _written_lines(str(template)) for template in templates)
+
+
+def _written_lines(text: str) -> list[str]:
+    """The lines of a card without its metadata and what PEFT fills in: the base model and versions."""
+    body = re.sub(r"\A---\n.*?\n---\n", "", text.replace("\r\n", "\n"), flags=re.DOTALL)
+    lines = (line.strip() for line in body.partition("### Framework versions")[0].splitlines())
+    return [line for line in lines if line and not line.startswith("- **Finetuned from model")]
+
+
+def write_model_card(model: Any, folder: str | Path, training_data: Iterable[str] = ()) -> None:
+    """Write the card of a saved model into its folder, unless the folder has one.
+
+    Args:
+        model: The model.
+        folder: Where it was saved.
+        training_data: As of :func:`model_card`.
+    """
+    file = Path(folder) / CARD
+    if not is_own_card(file):
+        write_whole(file, str(model_card(model, training_data=training_data)))
+
+
+__all__ = ["model_card", "write_model_card"]
