@@ -96,6 +96,8 @@ def test_text_for_people(config, tmp_path):
 
 def test_lora_run_is_merged(config, tmp_path):
     finetune(config, "--training.policy=lora", "--training.max_steps=1", "--training.lora_rank=2")
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "Adapters (PEFT)" in card and "room questions" in card and str(tmp_path) not in card
     model, processor = merge_lora(tmp_path / "run")
     assert not [name for name, _ in model.named_modules() if "lora" in name]
     assert processor.view_image_processor.size == 56
