@@ -258,12 +258,14 @@ def test_default_is_xformers_where_it_is_installed(missing, default, monkeypatch
     assert back_ends_in_use(Spa3RModel(spa3r_config())) == {p: {default} for p in ("backbone", "encoder", "decoder")}
 
 
-def test_xformers_whose_compiled_part_is_not_loaded_is_not_used_on_cuda(monkeypatch):
+def test_xformers_whose_compiled_part_is_not_loaded_is_not_used_on_cuda(monkeypatch, request):
     """It imports then, and refuses every kernel: with torch 2.11 and CUDA 13, xformers 0.0.35 does."""
     pytest.importorskip("xformers.ops.fmha")  # before a GPU is pretended, which its import would ask
     library = importlib.import_module("xformers._cpp_lib")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(library, "_built_with_cuda", False)
+    attention._xformers_fault.cache_clear()
+    request.addfinalizer(attention._xformers_fault.cache_clear)
     assert check_attention_implementation(None) == "sdpa"
     with pytest.raises(ImportError, match=r"built for other versions of PyTorch or CUDA .*: use .*sdpa"):
         check_attention_implementation("xformers")

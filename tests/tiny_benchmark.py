@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from media import noise, write_video
-from tiny import alive, spa3r_config
+from tiny import alive, spa3r_config, vggt_config
 from vlm_families import build
 
 from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
@@ -22,9 +22,7 @@ SETTINGS = EvaluationSettings(num_frames=2, max_new_tokens=4, batch_size=2)
 def build_couple(family: str = "qwen2_5_vl", **fields) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
     """A couple of random weights whose scene has a say."""
     vlm, vlm_processor = build(family)
-    spa3r = alive(
-        Spa3RModel(spa3r_config(backbone_config={**spa3r_config().backbone_config.to_dict(), "patch_size": 14}))
-    )
+    spa3r = alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(patch_size=14, image_size=14))))
     model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r, **fields)
     alive(model.adapter)
     views = Spa3RImageProcessor(size=56, patch_size=14)

@@ -32,9 +32,7 @@ def spoil(module: torch.nn.Module, value: float = math.nan) -> None:
 
 CALLS = {
     "encode": lambda model, inputs: model.encode(**inputs),
-    "forward": lambda model, inputs: model(**inputs),
     "features": lambda model, inputs: model.backbone_features(**inputs),
-    "backbone": lambda model, inputs: model.backbone(**inputs),
 }
 
 

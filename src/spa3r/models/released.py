@@ -285,6 +285,10 @@ class ReleasedCheckpoint:
         return self.home.file(name)
 
 
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""What can be the name of a repository on the hub."""
+
+
 def find_released(
     name_or_path: str | Path | None,
     wanted: Sequence[Kind],
@@ -322,6 +326,8 @@ def find_released(
         found = iter([ReleasedCheckpoint(name, kind, (path,), Home(str(path.parent)))])
     else:
         if not path.is_dir():
+            if not _REPOSITORY.fullmatch(name):  # a folder that is not there
+                return None
             where = {key: hub[key] for key in ("token", "cache_dir") if key in hub}
             offline = bool(hub.get("local_files_only"))
             hub["revision"] = resolve_revision(name, revision, local_files_only=offline, **where)

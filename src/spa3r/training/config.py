@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -407,7 +408,8 @@ def _plain(tree: Any, path: str) -> Any:
         return [_plain(value, f"{path}.{index}") for index, value in enumerate(tree)]
     if isinstance(tree, os.PathLike):
         return os.fspath(tree)
-    if tree is None or isinstance(tree, bool | str) or is_number(tree, -MAX_NUMBER, MAX_NUMBER):
+    most = math.inf if isinstance(tree, float) else MAX_NUMBER
+    if tree is None or isinstance(tree, bool | str) or is_number(tree, -most, most):
         return tree
     kind = "a number that is not finite or too large" if isinstance(tree, int | float) else f"a {type(tree).__name__}"
     raise ValueError(

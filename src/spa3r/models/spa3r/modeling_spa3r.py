@@ -414,7 +414,6 @@ class Spa3RModel(Spa3RPreTrainedModel):
         given = self._given_cameras(extrinsics, intrinsics, layout, view_pixel_values.device)
         features, cameras = self._run_backbone(view_pixel_values, layout, output_cameras=given is None)
         latents = self.encoder(features, layout)
-        check_finite(self, latents, "latents", view_pixel_values=view_pixel_values)
         extrinsics, intrinsics = given or (cameras.extrinsics, cameras.intrinsics)
         field = self._decode(latents, extrinsics, intrinsics, layout)
         return Spa3RModelOutput(**field, latents=latents, extrinsics=extrinsics, intrinsics=intrinsics)

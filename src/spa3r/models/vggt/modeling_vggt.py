@@ -19,7 +19,7 @@ from spa3r.attention import Segments
 from spa3r.checks import is_count, shorten
 from spa3r.geometry import pose_encoding_to_cameras
 from spa3r.layers import Mlp, TransformerLayer
-from spa3r.models.modeling_base import PackedPreTrainedModel, check_finite, packed_forward
+from spa3r.models.modeling_base import PackedPreTrainedModel, packed_forward
 from spa3r.models.placement import weights_at_hand
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 from spa3r.models.vggt.released_vggt import translate_vggt
@@ -347,11 +347,9 @@ class VggtModel(PackedPreTrainedModel):
         """
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         self.check_device("view_pixel_values", view_pixel_values)
-        output = self.forward_layout(
+        return self.forward_layout(
             view_pixel_values, layout, output_layers, output_cameras, output_depth, output_points
         )
-        check_finite(self, output.tokens[-1], "tokens", view_pixel_values=view_pixel_values)
-        return output
 
     def forward_layout(
         self,
