@@ -57,14 +57,14 @@ def remember(model: Spa3VLMForConditionalGeneration, seen: Tensor, encoded: Tens
 
     model.vlm.base_model.get_image_features = get_image_features
     if model.spa3r is not None:
-        model.spa3r.encode, model.spa3r.backbone_features = encode, backbone_features
+        model.spa3r._encode, model.spa3r._backbone_features = encode, backbone_features
 
 
 def forget(model: Spa3VLMForConditionalGeneration) -> None:
     """The encoders themselves again."""
     del model.vlm.base_model.get_image_features
     if model.spa3r is not None:
-        del model.spa3r.encode, model.spa3r.backbone_features
+        del model.spa3r._encode, model.spa3r._backbone_features
 
 
 def align(model: Spa3VLMForConditionalGeneration, folder: Path, args: argparse.Namespace) -> None:
