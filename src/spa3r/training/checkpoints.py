@@ -199,7 +199,8 @@ def fault_of(checkpoint: Path) -> str | None:
         sums = checkpoint / CHECKSUMS_FILE
         wanted = read_json_object(sums, "checksums", "") if sums.is_file() else {}
         files = {file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file()}
-        is_sharded = any(path.is_dir() for path in checkpoint.iterdir())
+        # accelerate's formats: folders of shards, or whole states of FSDP beside each other
+        is_sharded = any(path.is_dir() or path.name == "pytorch_model_fsdp.bin" for path in checkpoint.iterdir())
         needed = [LAST_FILE, STATE_FILE, *([] if is_sharded else [OPTIMIZER_FILE]), *wanted]
         if missing := next((name for name in needed if name not in files), None):
             return f"{missing} is missing"
