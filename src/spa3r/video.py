@@ -489,8 +489,10 @@ def _opened(video: str | Path | bytes) -> Iterator[_Source]:
                 source, timeout = _CheckedFile(file, check_time), None
                 options["protocol_whitelist"] = "none"  # the file is open: nothing else is ever opened
             try:
-                container = stack.enter_context(
-                    av.open(source, options=options, metadata_errors="replace", timeout=timeout)
+                container = (
+                    stack.enter_context(  # older PyAV's `options` crash on streams that are found late, as in MPEG
+                        av.open(source, container_options=options, metadata_errors="replace", timeout=timeout)
+                    )
                 )
             except av.FFmpegError as error:
                 if error.errno == 22:  # what FFmpeg says of a container that is not listed
