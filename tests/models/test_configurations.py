@@ -94,7 +94,17 @@ def test_numbers_are_finite_and_in_a_range(kind, field, wrong):
         (
             "spa3_vlm",
             {"vlm_config": {"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": 10**6}}},
-            "`vlm_config.text_config.num_hidden_layers` must be a whole number from 1 to 4096, got 1000000",
+            "`vlm_config.text_config.num_hidden_layers` must be a whole number from 1 to 512, got 1000000",
+        ),
+        (
+            "spa3_vlm",
+            {"vlm_config": {"model_type": "qwen2_5_vl", "text_config": {"hidden_size": 10**6, "vocab_size": 10**6}}},
+            "in `vlm_config.text_config` must make a stack of at most 200 billion .* 80 layers of width 1000000 ",
+        ),
+        (
+            "spa3_vlm",
+            {"vlm_config": {"model_type": "qwen2_5_vl", "vision_config": {"in_channels": 10**9}}},
+            "`vlm_config.vision_config.in_channels` must be a whole number from 1 to 4096, got 1000000000",
         ),
         (
             "spa3_vlm",

@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import shutil
 
 import pytest
 import torch
@@ -675,6 +677,42 @@ def test_a_checkpoint_of_another_width_is_refused(checkpoint):
     words = r"has tensors of other shapes than .*: adapter\.projector\.fc1\.weight \(64, 32\), wanted \(64, 64\)"
     with pytest.raises(ValueError, match=words):
         Spa3VLM.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("part", "fields", "words"),
+    [
+        (
+            "text_config",
+            {"hidden_size": 64_000},
+            r"has tensors of other shapes than .*, wanted \(16000, 64000\).* Take both from the same place",
+        ),
+        ("text_config", {"vocab_size": 50_000_000}, r"embed_tokens\.weight \(\d+, \d+\), wanted \(50000000, \d+\)"),
+        ("vision_config", {"out_hidden_size": 10**9}, r"visual\.merger.*, wanted \(1000000000,\)"),
+        ("vision_config", {"depth": 200}, r"must hold the [\d,]+ parameters of .*, got [\d,]+ in \d+ tensors"),
+    ],
+)
+def test_a_configuration_of_a_far_larger_model_is_refused_before_the_model_has_memory(
+    folder, tmp_path, sharded, part, fields, words
+):
+    if sharded:
+        weights = load_file(folder / "model.safetensors")
+        index = {key: f"model-{number % 2 + 1:05}-of-00002.safetensors" for number, key in enumerate(weights)}
+        for file in set(index.values()):
+            part_of = {key: value for key, value in weights.items() if index[key] == file}
+            save_file(part_of, tmp_path / file, {"format": "pt"})
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    else:
+        shutil.copy(folder / "model.safetensors", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["vlm_config"][part] |= fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=words) as refused:
+        Spa3VLM.from_pretrained(tmp_path)
+    assert len(str(refused.value)) < 1500
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
 
 
 @pytest.mark.parametrize(

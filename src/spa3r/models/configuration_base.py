@@ -25,11 +25,16 @@ MAX_PARAMETERS = 20_000_000_000
 
 FOREIGN_LIMITS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim"), 2**20),
-    **dict.fromkeys(("num_hidden_layers", "depth"), 4096),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "patch_size"), 2**16),
+    **dict.fromkeys(("num_hidden_layers", "depth"), MAX_LAYERS),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 2**16),
+    **dict.fromkeys(("in_channels", "num_channels"), 2**12),
+    **dict.fromkeys(("patch_size", "temporal_patch_size"), 2**10),
     "vocab_size": 2**26,
 }
 """Sizes in the configurations of transformers' models, each at least 1, and their limits."""
+
+MAX_FOREIGN_PARAMETERS = 200_000_000_000
+"""Of the embeddings, projections and dense layers in one stack of such a model. Experts are not counted."""
 
 
 def count(default: int | None, lowest: int = 1, highest: int = MAX_WIDTH) -> Any:
@@ -167,7 +172,8 @@ def make_foreign(name: str, fields: dict[str, Any], default_type: str | None = N
 
 
 def check_foreign_sizes(name: str, config: PreTrainedConfig) -> None:
-    """Refuse sizes of a model of transformers that can't be built: zero, negative, or beyond every machine.
+    """Refuse sizes of a model of transformers that can't be built: zero, negative, or beyond every machine, alone or
+    together.
 
     Args:
         name: The field of ours that holds it, for errors.
@@ -180,6 +186,16 @@ def check_foreign_sizes(name: str, config: PreTrainedConfig) -> None:
         value = getattr(config, field, None)
         if isinstance(value, int | float | str) and not is_count(value, 1, highest):
             raise ValueError(f"`{name}.{field}` must be {range_words(1, highest)}, got {shorten(value)}.")
+    width, inner, layers, words = (
+        value if isinstance(value := getattr(config, field, None), int) else 0
+        for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    )
+    if (estimate := width * (layers * (width + inner) + words)) > MAX_FOREIGN_PARAMETERS:
+        raise ValueError(
+            f"The sizes in `{name}` must make a stack of at most {MAX_FOREIGN_PARAMETERS / 1e9:.0f} billion "
+            f"parameters, got more than {estimate / 1e9:.0f} billion: {layers} layers of width {width} ({inner} "
+            f"inside), {words} words. Correct them, or take the configuration that belongs to the weights."
+        )
     for part in config.sub_configs:
         if isinstance(sub := getattr(config, part, None), PreTrainedConfig):
             check_foreign_sizes(f"{name}.{part}", sub)

@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,7 @@ class PackedPreTrainedModel(PreTrainedModel):
                 source,
                 *model_args,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # ours to judge, below
+                ignore_mismatched_sizes=accepts_other_shapes,
                 **kwargs,
             )
         except SafetensorError as error:
@@ -256,14 +257,22 @@ class PackedPreTrainedModel(PreTrainedModel):
                 )
         if info["mismatched_keys"] and not accepts_other_shapes:
             wrong = [f"{key} {tuple(got)}, wanted {tuple(wanted)}" for key, got, wanted in info["mismatched_keys"]]
-            raise ValueError(
-                f"The checkpoint {pretrained_model_name_or_path} has tensors of other shapes than {cls.__name__}: "
-                f"{quote_keys(wrong)}. Its configuration belongs to other weights."
-            )
+            raise _other_shapes(cls, pretrained_model_name_or_path, wrong)
         if source is None and pretrained_model_name_or_path is not None:
             model.config.name_or_path = str(pretrained_model_name_or_path)  # of a released checkpoint
         model._finish_loading({key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """As transformers', once the files are known to be those of the model, which has sizes and no memory yet."""
+        if expected_keys is None and not load_config.ignore_mismatched_sizes:  # else an adapter of peft is loaded
+            shapes = _shapes(state_dict, checkpoint_files or ())
+            if shapes and not load_config.is_quantized:  # quantized weights are packed
+                _check_shapes(model, shapes, load_config.pretrained_model_name_or_path)
+            # The rest, of keys that transformers renames, is ours to judge once they are renamed.
+            load_config = dataclasses.replace(load_config, ignore_mismatched_sizes=True)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def check_device(self, name: str, tensor: torch.Tensor) -> None:
         """Refuse an input that lies where this model doesn't. Parts that accelerate's hooks place fetch theirs.
@@ -363,6 +372,53 @@ class PackedPreTrainedModel(PreTrainedModel):
         elif isinstance(module, TransformerLayer) and module.layer_scale_init is not None:
             init.constant_(module.layer_scale1, module.layer_scale_init)
             init.constant_(module.layer_scale2, module.layer_scale_init)
+
+
+def _shapes(state_dict: Mapping[str, Tensor] | None, files: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a checkpoint by key, from the headers of its files; nothing of files without headers."""
+    if state_dict is not None:
+        return {key: tuple(value.shape) for key, value in state_dict.items()}
+    shapes = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            return {}
+        with safe_open(file, framework="pt") as content:
+            shapes |= {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}
+    return shapes
+
+
+def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], name: str | Path | None) -> None:
+    """Refuse a checkpoint of other sizes than the model's before the model gets any memory.
+
+    Raises:
+        ValueError: A tensor of the same key has another shape, or the model is far larger than all tensors together.
+    """
+    model_class = type(model)
+    wrong = [
+        f"{key} {shapes[key]}, wanted {tuple(value.shape)}"
+        for key, value in model.state_dict().items()
+        if key in shapes and shapes[key] != tuple(value.shape)
+    ]
+    if wrong:
+        raise _other_shapes(model_class, name, wrong)
+    held, described = sum(map(math.prod, shapes.values())), model.num_parameters()
+    if described > 2 * held:  # keys are missing, too: which ones is known only when transformers has renamed them
+        raise ValueError(
+            f"The checkpoint{_told(name)} must hold the {described:,} parameters of the {model_class.__name__} that "
+            f"its configuration describes, got {held:,} in {len(shapes)} tensors. The configuration belongs to other "
+            "weights, or files are missing: take both from the same place."
+        )
+
+
+def _other_shapes(model_class: type, name: str | Path | None, wrong: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"The checkpoint{_told(name)} has tensors of other shapes than {model_class.__name__}: {quote_keys(wrong)}. "
+        "Its configuration belongs to other weights. Take both from the same place."
+    )
+
+
+def _told(name: str | Path | None) -> str:
+    return "" if name is None else f" {name}"
 
 
 def save_without(save: Callable, model: nn.Module, left_out: Sequence[str], save_directory, **kwargs) -> None:

@@ -42,6 +42,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from spa3r.attention import Segments, packed_attention
 from spa3r.checks import shorten
 from spa3r.layers import Mlp
+from spa3r.models.configuration_base import check_foreign_sizes
 from spa3r.models.modeling_base import (
     PackedPreTrainedModel,
     check_finite,
@@ -336,6 +337,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             if revisions.get("vlm_config") is not None:
                 vlm_hub["revision"] = revisions["vlm_config"]
             vlm_config = AutoConfig.from_pretrained(vlm, **vlm_hub)
+            check_foreign_sizes("vlm.config", vlm_config)
             vlm_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(vlm_config), None)
             if vlm_class is not None or AutoModelForImageTextToText.__name__ not in (
                 getattr(vlm_config, "auto_map", None) or {}
