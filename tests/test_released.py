@@ -457,3 +457,55 @@ def test_adapter_folders_load_and_merge(tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="holds an adapter of peft, which names no base model"):
         Spa3VLMForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("own_processor", [True, False])
+def test_adapters_on_the_hub_load_and_merge_without_a_network(tmp_path, monkeypatch, own_processor):
+    """An adapter's repository and that of its base model, at the revision that the adapter names, in a hub cache."""
+    from peft import LoraConfig, get_peft_model
+    from typer.testing import CliRunner
+
+    from spa3r.checkpoints import SPA3_VLM
+    from spa3r.cli import app
+    from spa3r.cli_eval import _load_any_vlm
+    from spa3r.console import Dtype, load_vlm
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for place in (
+        "huggingface_hub.constants",
+        "transformers.utils.hub.constants",
+        "huggingface_hub.file_download.constants",
+    ):
+        monkeypatch.setattr(f"{place}.HF_HUB_CACHE", str(cache))
+    publish(cache, "someone/place", SPA3_VLM, COMMITS[0], refs=("v1",))
+    base = Spa3VLMForConditionalGeneration.from_pretrained("someone/place", revision="v1")
+    low_rank = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["adapter"], revision="v1")
+    )
+    for parameter in low_rank.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.05)
+    folder = tmp_path / "adapter"
+    low_rank.save_pretrained(folder)
+    if own_processor:
+        Spa3VLMProcessor.from_pretrained(SPA3_VLM).save_pretrained(folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/place"
+    name = publish(cache, "someone/place-lora", folder, COMMITS[1])
+    inputs = {"input_ids": torch.arange(5, 25)[None], "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+    with torch.no_grad():
+        reference = low_rank.eval()(**inputs).logits
+        loaded = Spa3VLMForConditionalGeneration.from_pretrained(name)
+        torch.testing.assert_close(loaded(**inputs).logits, reference, rtol=1e-4, atol=1e-4)
+        for load in (load_vlm, _load_any_vlm):
+            for given in (name, str(folder)):
+                model, processor = load(given, "cpu", Dtype.auto, None)
+                assert type(processor) is Spa3VLMProcessor
+                torch.testing.assert_close(model(**inputs).logits, reference, rtol=1e-4, atol=1e-4)
+        told = CliRunner().invoke(app, ["merge", name, str(tmp_path / "merged")])
+        assert told.exit_code == 0, told.output
+        merged = Spa3VLMForConditionalGeneration.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(**inputs).logits, reference, rtol=1e-4, atol=1e-4)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"holds an adapter_config\.json that can't be read .* save it again"):
+        Spa3VLMForConditionalGeneration.from_pretrained(folder)

@@ -470,7 +470,12 @@ def convert(
 
 @app.command(no_args_is_help=True)
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with low-rank updates, or a checkpoint.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="Folder of a run with low-rank updates, or a checkpoint; or an adapter's hub id."
+        ),
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -485,7 +490,7 @@ def merge(
             model, processor = merge_lora(run)
             model.save_pretrained(output)
             processor.save_pretrained(output)
-        report.finish(f"{output}: the Spa3-VLM of {run}, merged", run=str(run), output=str(output))
+        report.finish(f"{output}: the Spa3-VLM of {run}, merged", run=run, output=str(output))
 
 
 def _read_config(text: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from spa3r.console import (
     check_model,
     embedded_note,
     end_processes,
-    is_adapter_folder,
+    is_adapter,
     load_vlm,
     loading_arguments,
     plural,
@@ -219,7 +219,7 @@ def _load_any_vlm(name: str, device: str, dtype: Dtype, attention: str | None) -
 
     if name != EMBEDDED:
         check_model(name)
-        if is_adapter_folder(name):
+        if is_adapter(name):
             return load_vlm(name, device, dtype, attention)
         released = find_released(name, ("spa3-vlm",), "`--model`")
         if released is None and AutoConfig.from_pretrained(name).model_type != "spa3_vlm":

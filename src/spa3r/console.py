@@ -210,12 +210,23 @@ def loading_arguments(dtype: Dtype, attention: str | None) -> dict[str, Any]:
     return {"dtype": dtype.value, "attn_implementation": attention}
 
 
-def is_adapter_folder(name: str) -> bool:
-    """Whether a folder holds a peft checkpoint of a Spa3-VLM, as `spa3r finetune` writes it for low-rank updates."""
-    folder = Path(name)
-    ours = (folder / "config.yaml", folder.parent / "config.yaml", folder / "processor_config.json")
-    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    return is_adapter and any(file.is_file() for file in ours)
+def is_adapter(name: str) -> bool:
+    """Whether a folder or repository holds a peft checkpoint of a Spa3-VLM, as `spa3r finetune` writes for ``lora``."""
+    from transformers import PreTrainedConfig
+
+    from spa3r.models.released import find_adapter, find_released
+
+    adapter, folder = find_adapter(name), Path(name)
+    if adapter is None:
+        return False
+    if any((home / "config.yaml").is_file() for home in (folder, folder.parent)):  # a run, or a checkpoint of one
+        return True
+    if adapter.base is None:
+        return (folder / "processor_config.json").is_file()
+    if find_released(adapter.base, ("spa3-vlm",), "`--model`", **adapter.where) is not None:
+        return True
+    fields, _ = PreTrainedConfig.get_config_dict(adapter.base, **adapter.where)
+    return fields.get("model_type") == "spa3_vlm"
 
 
 def load_vlm(
@@ -226,7 +237,7 @@ def load_vlm(
     arguments, place = loading_arguments(dtype, attention), torch_device(device)
     if name != EMBEDDED:
         check_model(name)
-    if is_adapter_folder(name):
+    if is_adapter(name):
         import torch
 
         from spa3r.training.finetune import merge_lora

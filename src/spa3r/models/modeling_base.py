@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -19,7 +18,6 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig,
 from transformers import initialization as init
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.utils import find_adapter_config_file
 from transformers.utils.generic import can_return_tuple
 
 from spa3r.attention import check_attention_implementation
@@ -27,7 +25,16 @@ from spa3r.checkpoints import resolve
 from spa3r.layers import TransformerLayer
 from spa3r.models.model_card import CARD, is_own_card, write_model_card
 from spa3r.models.placement import execution_device
-from spa3r.models.released import HUB_KWARGS, WHERE, Kind, ReleasedCheckpoint, find_released, quote_keys
+from spa3r.models.released import (
+    HUB_KWARGS,
+    WHERE,
+    AdapterHome,
+    Kind,
+    ReleasedCheckpoint,
+    find_adapter,
+    find_released,
+    quote_keys,
+)
 
 
 def split_hub_kwargs(kwargs: dict[str, Any], config_class: type) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -220,9 +227,9 @@ class PackedPreTrainedModel(PreTrainedModel):
             if released is not None:
                 source, kwargs = None, kwargs | cls._translate_released(released, kwargs)
         if kwargs.get("config") is None and source is not None:
+            if (adapter := find_adapter(source, **where)) is not None:
+                return cls._from_adapter(source, adapter, where, output_loading_info=output_loading_info, **kwargs)
             kind = PreTrainedConfig.get_config_dict(source, **where)[0].get("model_type")
-            if kind is None and (file := find_adapter_config_file(source, **where)) is not None:
-                return cls._from_adapter(source, Path(file), where, output_loading_info=output_loading_info, **kwargs)
             if kind != cls.config_class.model_type:  # before a model of default sizes is built
                 raise ValueError(
                     f"{source} holds a model of type {kind!r}, and {cls.__name__} loads "
@@ -295,17 +302,15 @@ class PackedPreTrainedModel(PreTrainedModel):
             )
 
     @classmethod
-    def _from_adapter(cls, source, config_file: Path, where: dict[str, Any], **kwargs):
+    def _from_adapter(cls, source, adapter: AdapterHome, where: dict[str, Any], **kwargs):
         """The base model that a peft checkpoint names, with its updates."""
-        base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not base:
+        if adapter.base is None:
             raise ValueError(
                 f"{source} holds an adapter of peft, which names no base model: its run combined a VLM with a Spa3R. "
                 "`spa3r merge` makes a whole checkpoint of the folder of such a run."
             )
-        loaded = cls.from_pretrained(
-            base, **{key: kwargs[key] for key in kwargs if key not in ("revision", "subfolder")}
-        )
+        kept = {key: kwargs[key] for key in kwargs if key not in ("revision", "subfolder")}
+        loaded = cls.from_pretrained(adapter.base, **kept, **adapter.where)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
         model.load_adapter(str(source), adapter_kwargs=where)
         model.eval()

@@ -289,6 +289,53 @@ _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """What can be the name of a repository on the hub."""
 
 
+@dataclass(frozen=True)
+class AdapterHome:
+    """Where an adapter checkpoint of PEFT says that its base model lies.
+
+    Attributes:
+        base: Folder or hub id; None: the adapter names none.
+        revision: Of the base model's repository.
+    """
+
+    base: str | None
+    revision: str | None
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """For ``from_pretrained`` of the base model."""
+        return {} if self.revision is None or Path(str(self.base)).exists() else {"revision": self.revision}
+
+
+def find_adapter(name_or_path: str | Path | None, subfolder: str | None = None, **hub: Any) -> AdapterHome | None:
+    """What an adapter checkpoint of PEFT, in a folder or on the hub, says of its base model.
+
+    Args:
+        name_or_path: Folder or hub id.
+        subfolder: Folder below, as in ``from_pretrained``.
+        **hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``, ``proxies``.
+
+    Returns:
+        None where there is a whole model or no adapter.
+
+    Raises:
+        ValueError: ``adapter_config.json`` is damaged.
+    """
+    name = str(name_or_path)
+    if name_or_path is None or not (Path(name).is_dir() or (_REPOSITORY.fullmatch(name) and not Path(name).exists())):
+        return None
+    home = Home(name, subfolder or "", hub)
+    if home.file("config.json") is not None or (file := home.file("adapter_config.json")) is None:
+        return None
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        return AdapterHome(fields.get("base_model_name_or_path") or None, fields.get("revision"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{name} holds an adapter_config.json that can't be read ({error}). It is damaged: save it again."
+        ) from error
+
+
 def find_released(
     name_or_path: str | Path | None,
     wanted: Sequence[Kind],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from spa3r.data.collator import Spa3VLMCollator
 from spa3r.data.instructions import make_instructions
 from spa3r.embedded import embedded_spa3r
 from spa3r.models.model_card import source_names
+from spa3r.models.released import find_adapter
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
@@ -120,23 +120,24 @@ def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration,
     """The model of a ``"lora"`` run with its updates merged into the language model: a Spa3-VLM as any other.
 
     Args:
-        run_folder: Folder of the run, or of one of its checkpoints; or any adapter folder of peft that names its base.
+        run_folder: Folder of the run, or of one of its checkpoints; or any adapter of PEFT that names its base, as a
+            folder or hub id.
 
     Raises:
         ValueError: The folder holds no peft checkpoint.
     """
     folder = Path(run_folder)
     homes = [home for home in (folder, folder.parent) if (home / CONFIG_FILE).is_file()]
-    adapter = folder / "adapter_config.json"
-    if not homes and adapter.is_file() and (base := json.loads(adapter.read_text()).get("base_model_name_or_path")):
-        model = PeftModel.from_pretrained(Spa3VLMForConditionalGeneration.from_pretrained(base), folder)
-        has_processor = (folder / "processor_config.json").is_file()
-        processor = Spa3VLMProcessor.from_pretrained(folder if has_processor else base)
-        return model.merge_and_unload().eval(), processor
-    if not homes or not adapter.is_file():
+    adapter = find_adapter(run_folder)
+    if not homes and adapter is not None and adapter.base is not None:
+        base = Spa3VLMForConditionalGeneration.from_pretrained(adapter.base, **adapter.where)
+        model = PeftModel.from_pretrained(base, str(run_folder))
+        return model.merge_and_unload().eval(), Spa3VLMProcessor.from_pretrained(run_folder)
+    if not homes or adapter is None:
         raise ValueError(
-            f"`run_folder` must hold the peft checkpoint of a run of `spa3r finetune`, got {folder}. Give the run's "
-            "output folder or one of its checkpoints, of the policy 'lora' or 'qlora'."
+            f"`run_folder` must hold the peft checkpoint of a run of `spa3r finetune`, got {run_folder}. Give the "
+            "run's output folder or one of its checkpoints, of the policy 'lora' or 'qlora'; or an adapter of PEFT "
+            "that names its base model."
         )
     config = FinetuningConfig.from_yaml(homes[0] / CONFIG_FILE)
     model, processor, _ = make_model(config)

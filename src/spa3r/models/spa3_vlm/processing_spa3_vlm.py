@@ -21,7 +21,7 @@ from transformers.utils import TensorType
 from spa3r.checkpoints import resolve
 from spa3r.checks import check_count, is_count, shorten
 from spa3r.media.images import Image, flattened, is_batch, to_rgb
-from spa3r.models.released import HUB_KWARGS, WHERE, ReleasedCheckpoint, find_released
+from spa3r.models.released import HUB_KWARGS, WHERE, ReleasedCheckpoint, find_adapter, find_released
 from spa3r.models.spa3_vlm.messages import check_messages
 from spa3r.models.spa3_vlm.videos import (
     CALL_OPTIONS,
@@ -160,7 +160,8 @@ class Spa3VLMProcessor(ProcessorMixin):
         """Load from a folder or the hub.
 
         Args:
-            pretrained_model_name_or_path: Folder or hub id; ``"embedded"``: the one in the package.
+            pretrained_model_name_or_path: Folder or hub id; ``"embedded"``: the one in the package. Of an adapter of
+                PEFT that comes without a processor: its base model's.
             **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` for the hub;
                 arguments of the constructor, which override what was saved; the rest goes to the VLM's processor.
 
@@ -184,6 +185,9 @@ class Spa3VLMProcessor(ProcessorMixin):
             )
         file = folder / CONFIG_FILE
         fields = _read_fields(file) if file.is_file() else {}
+        if not file.is_file() and (adapter := find_adapter(source, **where)) is not None and adapter.base is not None:
+            kept = {key: kwargs[key] for key in kwargs if key not in ("revision", "subfolder")}
+            return cls.from_pretrained(adapter.base, **kept, **adapter.where)
         if fields.pop("processor_class", None) != cls.__name__:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds no {cls.__name__} ({CONFIG_FILE} is missing or another "
