@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.request import urlopen
 
+import httpx
 import numpy as np
 import pytest
 from media import counting_video, noise, read_number
@@ -301,6 +302,59 @@ def test_what_a_visitor_may_ask_at_once_has_limits(couple, folder, passes, tmp_p
         assert "A question must have at most 200 characters, got 201. Ask it in fewer words." in told
     with pytest.raises(ValueError, match="`views` must be a whole number of at least 1, got 0"):
         Limits(views=0)
+
+
+@pytest.fixture(scope="module")
+def small_url(couple, folder):
+    """A page of a small limit on files."""
+    with launched(couple, 0, Limits(file_bytes=2**21, question_length=100)) as url:
+        yield url
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize(
+    "path", ["gradio_api/queue/join", "gradio_api/run/ask", "gradio_api/call/ask", "gradio_api/reset", "nowhere"]
+)
+def test_requests_other_than_uploads_have_a_limit_too(small_url, path, in_pieces):
+    limit = Limits(question_length=100).request_bytes
+    text = b'{"data": [null, "' + b"w" * limit + b'", []], "fn_index": 2, "session_hash": "s", "event_id": "e"}'
+    pieces = (text[start : start + 2**16] for start in range(0, len(text), 2**16)) if in_pieces else text
+    answer = httpx.post(small_url + path, content=pieces, headers={"content-type": "application/json"})
+    if path == "nowhere":  # never read
+        assert answer.status_code in (404, 405, 413)
+        return
+    assert answer.status_code == 413
+    size = "more" if in_pieces else len(text)
+    assert answer.json()["detail"] == (
+        f"A request must have at most {limit} bytes, got {size}. Ask a shorter question, or begin a new chat: look at "
+        "the place again."
+    )
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_uploads_together_have_the_limit_of_a_place(small_url, in_pieces):
+    """Each file alone would be accepted."""
+
+    def upload(count: int) -> httpx.Response:
+        files = [("files", (f"{index}.png", b"x" * 2**20, "image/png")) for index in range(count)]
+        request = httpx.Request("POST", f"{small_url}gradio_api/upload", files=files)
+        body = request.read()
+        pieces = (body[start : start + 2**16] for start in range(0, len(body), 2**16)) if in_pieces else body
+        return httpx.post(request.url, content=pieces, headers={"content-type": request.headers["content-type"]})
+
+    assert upload(2).status_code == 200
+    refused = upload(4)
+    assert refused.status_code == 413
+    words = f"Files that are uploaded together must have at most {2**21 + 2**20} bytes, got "
+    assert words in refused.text and "Give fewer or smaller files" in refused.text
+
+
+def test_a_long_chat_is_no_large_request(small_url, tmp_path):
+    visitor = Visitor(small_url, tmp_path)
+    visitor.look(1)
+    said = [{"type": "text", "text": "word " * 100}]
+    visitor.chat = [{"role": role, "content": said} for role in ("user", "assistant")] * 1000
+    assert visitor.ask("How many chairs are there?")
 
 
 def test_large_pictures_do_not_add_up(couple, tmp_path):

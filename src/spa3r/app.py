@@ -33,6 +33,10 @@ from spa3r.rooms.room import check_seed
 
 try:
     import gradio as gr
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.responses import JSONResponse
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('The web demo needs gradio, which is not installed. pip install "spa3r[app]".') from error
 
@@ -119,7 +123,7 @@ class UnseenRoom:
 
 
 Place = GivenFiles | UnseenRoom
-Message = dict[str, Any]
+ChatMessage = dict[str, Any]
 
 
 class Demo:
@@ -158,7 +162,7 @@ class Demo:
             check_seed(seed)
             return self._look(UnseenRoom(FIRST_TEST_SEED + seed, self.processor.view_image_processor.size))
 
-    def ask(self, place: Place | None, question: str, chat: list[Message]) -> tuple[list[Message], str]:
+    def ask(self, place: Place | None, question: str, chat: list[ChatMessage]) -> tuple[list[ChatMessage], str]:
         """The chat with the question and its answer added, and an empty box for the next question."""
         with _told_to_visitor(), self._lock:
             self.limits.check_question(question)
@@ -226,7 +230,7 @@ def build_app(
     """
     demo = Demo(model, processor, cache_bytes, limits)
     with _Page(title="Spa3R", analytics_enabled=False, delete_cache=(DAY, DAY), fill_width=True) as page:
-        page.file_bytes = demo.limits.file_bytes
+        page.limits = demo.limits
         place = gr.State()
         gr.Markdown(f"{LEAD}\n{about}")
         with gr.Row():
@@ -273,7 +277,9 @@ class _Page(gr.Blocks):
     def launch(self, **kwargs) -> Any:
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
         looks = {"theme": gr.themes.Default(**fonts), "css": CSS, "footer_links": [], "run_history": False}
-        return super().launch(**looks | {"max_file_size": self.file_bytes} | kwargs)
+        for_server = dict(kwargs.pop("app_kwargs", None) or {})
+        for_server["middleware"] = [*(for_server.get("middleware") or ()), Middleware(_LimitedBodies, page=self)]
+        return super().launch(**looks | {"max_file_size": self.limits.file_bytes, "app_kwargs": for_server} | kwargs)
 
     def block_thread(self) -> None:
         """Serve until the process is to end: SIGTERM and SIGHUP end it as Ctrl+C does, so that uploads are deleted."""
@@ -289,6 +295,46 @@ class _Page(gr.Blocks):
                 signal.signal(end, handler)
             for file in {file for files in self.temp_file_sets for file in files}:
                 Path(file).unlink(missing_ok=True)  # which gradio leaves where a visitor's page is still open
+
+
+class _LimitedBodies:
+    """Refuses requests whose body is too large, as far as possible before it is read; gradio itself reads all of it.
+
+    Args:
+        app: What serves the requests.
+        page: Whose limits hold.
+    """
+
+    def __init__(self, app: ASGIApp, page: _Page):
+        self.app, self.page = app, page
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if scope["path"].rstrip("/").endswith("/upload"):
+            what, cure = "Files that are uploaded together", "Give fewer or smaller files"
+            limit = max(self.page.limits.file_bytes, self.page.max_file_size or 0) + 2**20  # of names and borders
+        else:
+            what, cure = "A request", "Ask a shorter question, or begin a new chat: look at the place again"
+            limit = self.page.limits.request_bytes
+        refusal = f"{what} must have at most {limit} bytes, got {{}}. {cure}."
+        promised = dict(scope["headers"]).get(b"content-length", b"")
+        if promised.isdigit() and int(promised) > limit:
+            told = refusal.format(int(promised))
+            await JSONResponse({"detail": told, "error": told}, 413, {"connection": "close"})(scope, receive, send)
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > limit:  # of a body in pieces, whose size nobody promised
+                raise HTTPException(413, refusal.format("more"), {"connection": "close"})
+            return message
+
+        await self.app(scope, counted, send)
 
 
 @contextmanager

@@ -306,6 +306,11 @@ class Limits:
         for field in fields(self):
             check_count(field.name, getattr(self, field.name))
 
+    @property
+    def request_bytes(self) -> int:
+        """Size of a request that is no upload, at most: one of the longest question and a long chat, as JSON."""
+        return 4 * 2**20 + 12 * self.question_length
+
     def check_question(self, question: str) -> None:
         """Refuse a question that is too long.
 
