@@ -407,7 +407,7 @@ def test_convert_hands_source_kind_and_config_to_the_library(tmp_path, monkeypat
     for config in ('{"rope_theta": 10}', tmp_path / "fields.json"):
         report = run_json("convert", tmp_path / "a.pt", tmp_path / "out", "--kind", "spa3-vlm", "--config", config)
     assert calls == [(tmp_path / "a.pt", tmp_path / "out", "spa3-vlm", {"rope_theta": 10})] * 2
-    assert report["kind"] == "spa3-vlm" and report["files"] == ["config.json", "model.safetensors"]
+    assert report["kind"] == "spa3-vlm" and report["files"] == ["README.md", "config.json", "model.safetensors"]
     assert isinstance(VggtModel.from_pretrained(tmp_path / "out"), VggtModel)
 
 

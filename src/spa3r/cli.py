@@ -15,6 +15,7 @@ from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -45,7 +46,10 @@ from spa3r.console import (
     reporting,
     torch_device,
 )
-from spa3r.media.files import read_text
+from spa3r.disk import write_whole, writing
+from spa3r.media.files import is_url, read_text
+from spa3r.secret import hidden, hide
+from spa3r.signals import ending_on_signals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -301,7 +305,7 @@ def encode(
     verbose: Verbose = False,
 ) -> None:
     """Encode photos of a scene, or of many, into latents: a safetensors file of (1, L, D) for each scene."""
-    with reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose) as report, ending_on_signals():
         if model == EMBEDDED:
             report.note(embedded_note())
 
@@ -321,7 +325,7 @@ def encode(
         spa3r, processor = load()
         file = output or Path("latents.safetensors")
         with report.status(f"Encoding {plural(len(views), 'view')}"):
-            scene = (file, {"views": json.dumps(names)}, [processor.process_view(view) for view in views])
+            scene = (file, {"views": json.dumps(hidden(names))}, [processor.process_view(view) for view in views])
             shape = _encode_and_save(spa3r, processor, model, [scene])
         report.finish(
             f"{file}: latents {' x '.join(map(str, shape))} of {plural(len(names), 'view')}",
@@ -357,7 +361,7 @@ def _encode_many(
             for file, source in waiting[start : start + batch_size]:
                 try:
                     names, views = read_views([source], num_frames, keep=processor.process_view)
-                    about = {"views": json.dumps(names), "made_from": made_from[file]}
+                    about = {"views": json.dumps(hidden(names)), "made_from": made_from[file]}
                     batch.append((file, about, views))
                 except (ValueError, OSError) as error:
                     failed[source] = one_line(error)
@@ -382,7 +386,7 @@ def _scene_files(sources: list[str], folder: Path) -> dict[Path, str]:
     """Where each scene's latents go: a file named like the scene."""
     files: dict[Path, str] = {}
     for source in sources:
-        path = Path(source).absolute()
+        path = Path(urlsplit(source).path if is_url(source) else source).absolute()
         file = folder / f"{path.name if path.is_dir() else path.stem}.safetensors"
         if file in files:
             raise ValueError(
@@ -407,7 +411,7 @@ def _is_encoded(file: Path, model: str, made_from: str) -> bool:
     try:
         with safe_open(file, framework="pt") as content:
             about = content.metadata() or {}
-            return (about.get("model"), about.get("made_from")) == (model, made_from)
+            return (about.get("model"), about.get("made_from")) == (hide(model), made_from)
     except (OSError, SafetensorError):
         return False
 
@@ -430,14 +434,8 @@ def _encode_and_save(
         latents = spa3r.encode(**processor.pack([views for _, _, views in scenes]).to(spa3r.device)).cpu()
     versions = {name: metadata.version(name) for name in ("spa3r", "torch", "transformers")}
     for (file, told, _), scene in zip(scenes, latents.split(1)):
-        about = {"model": model, "versions": json.dumps(versions)} | told
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_bytes(save({"latents": scene.clone()}, metadata=about))
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        about = {"model": hide(model), "versions": json.dumps(versions)} | told
+        write_whole(file, save({"latents": scene.clone()}, metadata=about))
     return [1, *latents.shape[1:]]
 
 
@@ -482,14 +480,14 @@ def merge(
 ) -> None:
     """Merge low-rank updates (LoRA) into the language model: a whole Spa3-VLM with its processor."""
     with reporting(as_json, verbose) as report:
+        from spa3r.conversion import save_together
         from spa3r.training import merge_lora
 
         if output.is_dir() and any(output.iterdir()):
             raise ValueError(f"`OUT` must be a new or an empty folder, and {output} holds files. Give another.")
         with report.status(f"Merging {run}"):
             model, processor = merge_lora(run)
-            model.save_pretrained(output)
-            processor.save_pretrained(output)
+            save_together(output, model, processor)
         report.finish(f"{output}: the Spa3-VLM of {run}, merged", run=run, output=str(output))
 
 
@@ -839,7 +837,8 @@ def demo(
         from spa3r.visualization import contact_sheet, field_figure
 
         photos = output / "photos"
-        photos.mkdir(parents=True, exist_ok=True)
+        with writing(output):
+            photos.mkdir(parents=True, exist_ok=True)
         with report.status("Making the models"):
             model, processor = embedded_spa3r()
             couple, alone, alone_note = _embedded_vlms()
@@ -866,7 +865,7 @@ def demo(
         }
         if missing := [name for name in QUESTION_TYPES if name not in [row["question_type"] for row in rows]]:
             facts["not asked"] = f"{', '.join(missing)}: {views} views of no room near allowed it"
-        with report.status("Drawing"):
+        with report.status("Drawing"), writing(output):
             files, page = [output / "views.png", output / "field.png"], output / "report.html"
             for index, image in enumerate(images):  # to go on with: spa3r ask, spa3r encode
                 PIL.Image.fromarray(image).save(photos / f"{index}.png")
@@ -900,7 +899,7 @@ def demo(
                 table=metrics.table(),
                 command=f"spa3r demo --seed {seed} --level {level} --views {views}",
             )
-            page.write_text(html, encoding="utf-8")
+            write_whole(page, html)
         facts |= {"page": str(page), "pictures": ", ".join(map(str, files)), "photos": str(photos)}
         total = "overall, of 100: with Spa3R {with_spa3r:.1f}, without {without_spa3r:.1f} (one room is no measurement)"
         parts = [

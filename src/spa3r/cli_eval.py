@@ -33,6 +33,8 @@ from spa3r.console import (
     reporting,
     torch_device,
 )
+from spa3r.disk import write_whole
+from spa3r.signals import ending_on_signals
 
 if TYPE_CHECKING:
     from spa3r.evaluation import Benchmark, EvaluationRun, EvaluationSettings, Flip
@@ -175,28 +177,31 @@ def _evaluate(
     loading: tuple[str, Dtype, str | None],
 ) -> None:
     """Run it; the first process speaks for all."""
-    from spa3r.evaluation.runner import check_missing, processes, run_benchmark
+    from spa3r.evaluation.runner import check_missing, own_folder, processes, run_benchmark
 
     check_missing(benchmark, settings)  # before gigabytes are loaded
     device, dtype, attention = loading
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if device == "auto" and not is_alone:
         device = str(processes().device)
-    with report.status(f"Loading {model}"):
-        vlm, processor = _load_any_vlm(model, device, dtype, attention)
-    if model == EMBEDDED:
-        report.note(embedded_note())
     about = benchmark.about
     if output is None:
         label = re.sub(r"\W+", "-", Path(model).name)
         output = Path("runs") / f"{'-'.join(str(about[key]) for key in ('name', 'subset') if key in about)}-{label}"
-    with report.progress() as progress:
-        task = progress.add_task("Answering" if is_alone else "Answering (the first process's share)", total=None)
+    if model != EMBEDDED:
+        check_model(model)
+    with own_folder(output), ending_on_signals():  # refused before gigabytes are loaded
+        with report.status(f"Loading {model}"):
+            vlm, processor = _load_any_vlm(model, device, dtype, attention)
+        if model == EMBEDDED:
+            report.note(embedded_note())
+        with report.progress() as progress:
+            task = progress.add_task("Answering" if is_alone else "Answering (the first process's share)", total=None)
 
-        def tell(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+            def tell(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
 
-        run = run_benchmark(vlm, processor, benchmark, output, settings, model, fresh, tell)
+            run = run_benchmark(vlm, processor, benchmark, output, settings, model, fresh, tell, report.note)
     end_processes()
     if os.environ.get("RANK", "0") != "0":
         raise typer.Exit
@@ -218,7 +223,6 @@ def _load_any_vlm(name: str, device: str, dtype: Dtype, attention: str | None) -
     from spa3r.models.released import find_released
 
     if name != EMBEDDED:
-        check_model(name)
         if is_adapter(name):
             return load_vlm(name, device, dtype, attention)
         released = find_released(name, ("spa3-vlm",), "`--model`")
@@ -307,8 +311,7 @@ def report_command(
                 command=f"spa3r eval report {run} --scenes {scenes} --frames {frames}",
             )
         file = output or run / "report.html"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(page, encoding="utf-8")
+        write_whole(file, page)
         report.finish(str(file), report=str(file))
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from spa3r.checkpoints import EMBEDDED
 from spa3r.checks import check_count
 from spa3r.media.files import PICTURES, VIDEOS, describe, exists, is_url, local_path
-from spa3r.secret import hide
+from spa3r.secret import hidden, hide
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -99,7 +99,7 @@ class Report:
 
     def status(self, text: str):
         """A spinner while something takes long; nothing where nobody looks."""
-        return self.console.status(text)
+        return self.console.status(hide(text))
 
     def progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -128,15 +128,17 @@ def reporting(as_json: bool, verbose: bool) -> Iterator[Report]:
     try:
         with redirect_stdout(sys.stderr), quiet(not verbose):
             yield report
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            report.note(str(stopped))
         raise typer.Exit(130) from None
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         if as_json:
-            _print(json.dumps({"error": hide(one_line(error))}))
+            _print(json.dumps(hidden({"error": one_line(error)})))
         else:
             report.error(one_line(error))
         raise typer.Exit(1) from error
-    _print(hide(json.dumps(report.result) if as_json else report.text))
+    _print(json.dumps(hidden(report.result)) if as_json else hide(report.text))
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 

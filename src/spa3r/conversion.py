@@ -7,6 +7,7 @@ would load.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from spa3r.disk import writing_folder
+from spa3r.models.model_card import CARD
 from spa3r.models.released import Kind, quote_keys, read_checkpoint, require
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
@@ -54,6 +57,7 @@ def convert_checkpoint(
     Raises:
         FileNotFoundError: `source` doesn't exist or holds no weights.
         ValueError: Keys are missing or unknown (all are named), a file is damaged, or `kind` is unknown.
+        WriteError: The disk is full, or the folder may not be written; nothing of it is.
     """
     converters = {"vggt": _convert_vggt, "spa3r": _convert_spa3r, "spa3-vlm": _convert_spa3_vlm}
     if kind not in converters:
@@ -61,27 +65,47 @@ def convert_checkpoint(
     source, output_dir = Path(source), Path(output_dir)
     tensors = read_checkpoint(source)
     fields = config.to_diff_dict() if isinstance(config, PreTrainedConfig) else dict(config or {})
-    converters[kind](source, tensors, output_dir, fields)
+    save_together(output_dir, *converters[kind](source, tensors, fields))
     return output_dir
 
 
-def _convert_vggt(source: Path, tensors: dict[str, Tensor], output_dir: Path, fields: dict[str, Any]) -> None:
+def save_together(folder: str | Path, *parts: Any) -> None:
+    """``save_pretrained`` of a model and what belongs to it into a folder: all of it or nothing.
+
+    Args:
+        folder: What is there is replaced, but for a model card that a user wrote.
+        parts: A model and its processor, for example.
+
+    Raises:
+        WriteError: The system refused.
+    """
+    folder = Path(folder)
+    with writing_folder(folder) as unfinished:
+        if (card := folder / CARD).is_file():
+            shutil.copy(card, unfinished)
+        for part in parts:
+            part.save_pretrained(unfinished)
+        for stale in folder.glob("model*.safetensors*"):  # of another number of shards
+            if not (unfinished / stale.name).exists():
+                stale.unlink()
+
+
+def _convert_vggt(source: Path, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
     weights, config = translate_vggt(tensors, fields)
     with torch.device("meta"):
         model = VggtModel(config)
-    _save(model, weights, output_dir)
-    _image_processor(config).save_pretrained(output_dir)
+    return _filled(model, weights), _image_processor(config)
 
 
-def _convert_spa3r(source: Path, tensors: dict[str, Tensor], output_dir: Path, fields: dict[str, Any]) -> None:
+def _convert_spa3r(source: Path, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
     weights, teacher, config = translate_spa3r(tensors, fields)
     with torch.device("meta"):
         model = Spa3RForPreTraining(config) if teacher else Spa3RModel(config)
-    _save(model, for_pretraining(weights, teacher) if teacher else weights, output_dir)
-    _image_processor(config.backbone_config).save_pretrained(output_dir)
+    model = _filled(model, for_pretraining(weights, teacher) if teacher else weights)
+    return model, _image_processor(config.backbone_config)
 
 
-def _convert_spa3_vlm(source: Path, tensors: dict[str, Tensor], output_dir: Path, fields: dict[str, Any]) -> None:
+def _convert_spa3_vlm(source: Path, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
     config_file = source / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(
@@ -92,26 +116,24 @@ def _convert_spa3_vlm(source: Path, tensors: dict[str, Tensor], output_dir: Path
         model = Spa3VLMForConditionalGeneration(config)
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
-    _save(model, weights, output_dir)
+    model = _filled(model, weights)
     if (source / "tokenizer_config.json").is_file():
-        Spa3VLMProcessor(
-            AutoProcessor.from_pretrained(source),
-            _image_processor(config.spa3r_config.backbone_config),
-            image_token_id=config.vlm_config.image_token_id,
-        ).save_pretrained(output_dir)
-    else:
-        logger.warning(
-            f"{source} holds no tokenizer, so no processor was written. Make one with "
-            "Spa3VLMProcessor.from_vlm_and_spa3r and save it beside the model."
-        )
+        image_processor = _image_processor(config.spa3r_config.backbone_config)
+        token_id = config.vlm_config.image_token_id
+        return model, Spa3VLMProcessor(AutoProcessor.from_pretrained(source), image_processor, image_token_id=token_id)
+    logger.warning(
+        f"{source} holds no tokenizer, so no processor was written. Make one with "
+        "Spa3VLMProcessor.from_vlm_and_spa3r and save it beside the model."
+    )
+    return (model,)
 
 
 def _image_processor(config: VggtConfig) -> Spa3RImageProcessor:
     return Spa3RImageProcessor(size=config.image_size, patch_size=config.patch_size)
 
 
-def _save(model: PreTrainedModel, weights: Mapping[str, Tensor], output_dir: Path) -> None:
-    """Check the weights against the model, name what is amiss, write them."""
+def _filled(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The model with these weights, which are checked against it: what is amiss is named."""
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
     require(weights, *expected)
     if foreign := weights.keys() - expected.keys():
@@ -124,4 +146,4 @@ def _save(model: PreTrainedModel, weights: Mapping[str, Tensor], output_dir: Pat
         raise ValueError(f"The checkpoint has tensors of other shapes: {quote_keys(wrong)}. Check `config`.")
     model.load_state_dict(dict(weights), assign=True)
     model.tie_weights()
-    model.save_pretrained(output_dir)
+    return model

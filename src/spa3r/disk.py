@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,6 +70,37 @@ def writing(what: str | os.PathLike, cure: str = "Free space, or choose another 
 
 
 @contextmanager
+def writing_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder beside another one; what is written there gets into the other one at the end, or nothing does.
+
+    A new or empty folder appears at once. Files of one that holds files are replaced one by one.
+
+    Args:
+        folder: Where the files go.
+
+    Raises:
+        WriteError: The system refused.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        unfinished = folder.absolute().with_name(f".{uuid4().hex}.tmp")
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            with suppress(OSError):  # it doesn't exist, or holds files
+                folder.rmdir()
+            if not folder.exists():
+                os.rename(unfinished, folder)
+                return
+            for file in [file for file in unfinished.rglob("*") if file.is_file()]:
+                place = folder / file.relative_to(unfinished)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, place)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
 def alone_in(folder: str | os.PathLike, cure: str = "Wait for its end, or name another folder.") -> Iterator[None]:
     """Keep a second run out of a folder for as long as this lasts; the lock of a killed run is free.
 
@@ -116,4 +148,4 @@ def read_json_object(file: str | os.PathLike, what: str, cure: str) -> dict[str,
     return content
 
 
-__all__ = ["WriteError", "alone_in", "read_json_object", "write_whole", "writing"]
+__all__ = ["WriteError", "alone_in", "read_json_object", "write_whole", "writing", "writing_folder"]

@@ -17,6 +17,7 @@ from spa3r.evaluation import Benchmark, EvaluationRun, open_benchmark
 from spa3r.evaluation.benchmarks import scene_of
 from spa3r.evaluation.run_folder import Line, told_missing
 from spa3r.page import TYPE_TITLES, bar, figure, html_options, html_table, image, make_page, said, section
+from spa3r.secret import hide
 from spa3r.video import uniform_indices
 
 _LONGEST, _SHORTEST = 240, 160  # pixels of a frame's longer side: larger ones are reduced, smaller ones enlarged
@@ -67,7 +68,8 @@ def run_report(
     lead = f"{len(run.answers)} questions about {len(by_scene)} scenes, scored by the rules of VSI-Bench."
     if len(names) < len(by_scene):
         lead += f" {len(names)} scenes are shown, spread over the run; the folder has all answers."
-    return make_page(f"{run.about['model']['name']} on {_benchmark(run)}", lead, _facts(run), parts, note, command)
+    title = f"{run.about['model']['name']} on {_benchmark(run)}"
+    return make_page(title, lead, _facts(run), parts, note, hide(command))
 
 
 def _benchmark(run: EvaluationRun) -> str:
@@ -109,11 +111,11 @@ def _missing(run: EvaluationRun) -> str:
 def _frames(benchmark: Benchmark, scene: str, line: Line, most: int) -> str:
     """The frames that the model saw; where they can't be read any more, why."""
     if not line["frames"]:
-        return f"<p>{escape(line['missing'])}</p>"
+        return f"<p>{escape(hide(line['missing']))}</p>"
     try:
         _, pictures = benchmark.frames(scene, len(line["frames"]))
     except (ValueError, OSError) as error:
-        return f"<p>{escape(str(error))}</p>"
+        return f"<p>{escape(hide(str(error)))}</p>"
     shown = list(dict.fromkeys(uniform_indices(len(pictures), min(most, len(pictures))).tolist()))
     cells = "".join(
         f"<li>{image(_jpeg(picture), f'Frame {number}', 'jpeg')}<span>{number}</span></li>"

@@ -68,6 +68,17 @@ def without_secrets(tree: Any) -> Any:
     return hide(tree) if isinstance(tree, str) else tree
 
 
+def hidden(tree: Any) -> Any:
+    """The same sections, to be written or shown: a secret's value is masked, all texts go through :func:`hide`."""
+    if isinstance(tree, Mapping):
+        return {
+            hidden(key): MASK if is_secret(key) and value is not None else hidden(value) for key, value in tree.items()
+        }
+    if isinstance(tree, list | tuple):
+        return [hidden(value) for value in tree]
+    return hide(tree) if isinstance(tree, str) else tree
+
+
 def hide(text: str) -> str:
     """A text that may be shown: secrets of the configuration and of the environment, tokens of the hub, passwords and
     signatures in URLs are masked."""
@@ -81,4 +92,4 @@ def hide(text: str) -> str:
     return text
 
 
-__all__ = ["Secret", "hide", "is_secret", "keep_secret", "without_secrets"]
+__all__ = ["Secret", "hidden", "hide", "is_secret", "keep_secret", "without_secrets"]

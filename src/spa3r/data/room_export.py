@@ -14,6 +14,7 @@ import PIL.Image
 from spa3r.data.dataset_scenes import require_datasets
 from spa3r.data.room_questions import RoomQuestions
 from spa3r.data.vsi_format import make_prompt
+from spa3r.disk import write_whole, writing
 
 SECONDS_PER_FRAME = 2
 """Time between two frames of an exported video: readers that take a frame every two seconds, 4 to 8 in all, take all
@@ -45,19 +46,25 @@ def export_rooms(
     """
     if layout not in ("vsi_590k", "vsi_bench"):
         raise ValueError(f'`layout` must be "vsi_590k" or "vsi_bench", got "{layout}". Take one of them.')
-    datasets = require_datasets() if layout == "vsi_bench" else None
+    if layout == "vsi_bench":
+        require_datasets()
     output = Path(output)
-    (output / "rooms").mkdir(parents=True, exist_ok=True)
     rows = [questions.row(index) for index in range(questions.num_questions)]
+    with writing(output):
+        return _write(questions, rows, output, layout)
+
+
+def _write(questions: RoomQuestions, rows: list[dict[str, Any]], output: Path, layout: str) -> Path:
+    (output / "rooms").mkdir(parents=True, exist_ok=True)
     for scene in sorted({row["scene_name"] for row in rows}):
         _write_video(output / "rooms" / f"{scene}.mp4", questions.pictures(int(scene)))
     if layout == "vsi_590k":
         rows = [_conversation(row) for row in rows]
-        (output / "rooms.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        write_whole(output / "rooms.json", json.dumps(rows, indent=1))
         _write_lines(output / "rooms.jsonl", rows)
         return output / "rooms.jsonl"
     _write_lines(output / "test.jsonl", rows)
-    datasets.Dataset.from_list(rows).to_parquet(output / "test.parquet")
+    require_datasets().Dataset.from_list(rows).to_parquet(output / "test.parquet")
     return output / "test.parquet"
 
 
@@ -73,7 +80,7 @@ def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_video(path: Path, frames: Sequence[PIL.Image.Image]) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import shutil
 import tempfile
 import threading
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +22,15 @@ from typing import Any, Literal, get_args
 
 import PIL.Image
 
+from spa3r.checks import check_count, check_types, is_count, is_of_type, shorten
 from spa3r.data.room_questions import FIRST_TEST_SEED, STRIDE_OF_WALK, WALK_VIEWS, RoomQuestions
 from spa3r.data.vsi_format import make_prompt
 from spa3r.evaluation.vsi_bench import score_prediction
-from spa3r.media.files import inside, read_text
+from spa3r.media.files import exists, inside, read_text, shortened
 from spa3r.video import sample_numbered_frames, uniform_indices
+
+LARGEST_PICTURE = 4096
+"""Pixels of a side of a room's pictures, at most: all of a room are kept."""
 
 Row = dict[str, Any]
 Frames = tuple[list[int], list[PIL.Image.Image]]
@@ -126,9 +132,12 @@ class VsiBench(Benchmark):
         """The video's file; out of an archive for as long as it is read."""
         video = inside(self.root, f"{scene}.mp4", "A scene")
         archive = self.root / f"{scene.partition('/')[0]}.zip"
-        if video.exists() or not archive.exists():
-            if not video.exists():
-                raise ValueError(f"The video {video} doesn't exist, nor an archive {archive}. Fetch it.")
+        if exists(video) or not exists(archive):
+            if not exists(video):
+                raise ValueError(
+                    f"The video {shortened(str(video), 1000)} doesn't exist, nor an archive "
+                    f"{shortened(str(archive), 1000)}. Fetch it."
+                )
             yield video
             return
         try:
@@ -142,7 +151,8 @@ class VsiBench(Benchmark):
                     with content.open(name) as packed, open(place, "wb") as file:
                         shutil.copyfileobj(packed, file)
                 yield place
-        except zipfile.BadZipFile as error:
+        # Python's readers fail so for what is cut, changed, encrypted or packed by another method.
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
             raise ValueError(f"The archive {archive} can't be read ({error}). Fetch it again.") from error
 
 
@@ -170,7 +180,8 @@ class RoomsBenchmark(Benchmark):
         first_seed: int = FIRST_TEST_SEED,
         size: int = 112,
     ):
-        if first_seed < FIRST_TEST_SEED:
+        check_count("size", size, 1, LARGEST_PICTURE)
+        if check_count("first_seed", first_seed, 0) < FIRST_TEST_SEED:
             raise ValueError(
                 f"`first_seed` must be at least {FIRST_TEST_SEED}, got {first_seed}: the rooms before are for training."
             )
@@ -209,10 +220,11 @@ def open_benchmark(about: Mapping[str, Any]) -> Benchmark:
 
 def _fetched(data: str | Path, revision: str | None) -> tuple[Path, str | None]:
     """Where the data lie on this machine; of a data set on the hub the revision, too."""
+    check_types({"data": data, "revision": revision}, {"data": str | Path, "revision": str | None})
     path = Path(data).expanduser()
-    is_hub_id = isinstance(data, str) and data.count("/") == 1 and data[0] not in "./~" and not path.exists()
+    is_hub_id = isinstance(data, str) and data.count("/") == 1 and data[0] not in "./~" and not exists(path)
     if not is_hub_id:
-        if not path.exists():
+        if not exists(path):
             raise FileNotFoundError(
                 f"`data` must be a folder in VSI-Bench's layout, its annotations or a hub id, got {str(data)!r}, which "
                 "doesn't exist. Check the path."
@@ -238,7 +250,7 @@ def _rows_of_folder(folder: Path, subset: Subset) -> list[Row]:
             f"test_pruned.parquet, got the folder {folder} with none of them. Fetch VSI-Bench again."
         )
     rows = [row for file in files for row in _read_rows(file)]
-    if files is parts:
+    if files is parts and all(is_count(row.get("id"), 0) for row in rows):
         rows.sort(key=lambda row: row["id"])
     return _of_subset(rows, subset, folder)
 
@@ -258,7 +270,10 @@ def _read_rows(file: Path) -> list[Row]:
         raise ModuleNotFoundError(
             "Parquet files need pyarrow, which is not installed. pip install 'spa3r[eval]', or give the test.jsonl."
         ) from error
-    return parquet.read_table(file).to_pylist()
+    try:
+        return parquet.read_table(file).to_pylist()
+    except (ValueError, OSError) as error:  # pyarrow's own are of these kinds
+        raise ValueError(f"{file} can't be read as Parquet ({error}). Fetch it again.") from error
 
 
 def _read_row(line: str, place: str) -> Row:
@@ -274,10 +289,19 @@ def _read_row(line: str, place: str) -> Row:
 def _of_subset(rows: list[Row], subset: Subset, folder: Path) -> list[Row]:
     if subset == "full":
         return rows
+    if absent := next((row for row in rows if not _is_id(row.get("id"))), None):
+        raise ValueError(
+            f"`id` must be a number or a text to tell which rows are pruned, got {shorten(absent.get('id'))} in "
+            f"{folder}. Fetch VSI-Bench again."
+        )
     if all("pruned" in row for row in rows):
         pruned = {row["id"] for row in rows if row["pruned"]}
     elif (folder / "pruned_ids.txt").is_file():
-        pruned = {int(line) for line in read_text(folder / "pruned_ids.txt").split()}
+        file = folder / "pruned_ids.txt"
+        try:
+            pruned = {int(line) for line in read_text(file).split()}
+        except ValueError as error:
+            raise ValueError(f"{file} must hold the ids of rows, one a line ({error}). Fetch it again.") from error
     else:
         raise ValueError(
             f'`subset` can be "{subset}" where test_{subset}.parquet, pruned_ids.txt or the column `pruned` says which '
@@ -286,15 +310,25 @@ def _of_subset(rows: list[Row], subset: Subset, folder: Path) -> list[Row]:
     return [row for row in rows if (row["id"] in pruned) == (subset == "pruned")]
 
 
+_TYPES = {"dataset": str | int, "scene_name": str | int, "options": list | None, "ground_truth": str | float}
+
+
+def _is_id(value: Any) -> bool:
+    return is_of_type(value, int | float | str)
+
+
 def _check_rows(rows: list[Row], source: str) -> None:
     """Everything that asking and scoring could stumble over, before the first hour of answering."""
     if not rows:
         raise ValueError(f"A benchmark must hold at least one question, and {source} holds none.")
-    for row in rows:
+    for number, row in enumerate(rows):
+        if not _is_id(row["id"]):
+            raise ValueError(f"`id` must be a number or a text, got {shorten(row['id'])} in row {number} of {source}.")
         needed = ("dataset", "scene_name", "question_type", "question", "ground_truth")
         if absent := [key for key in needed if row.get(key) is None]:
             raise ValueError(f"Every row must have {', '.join(needed)}; row {row['id']} of {source} lacks {absent}.")
         try:
+            check_types(row, _TYPES)
             for key in ("dataset", "scene_name"):
                 inside(".", str(row[key]), f"`{key}`")
             make_prompt(row)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,16 +24,60 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
+from spa3r.checks import is_number, is_of_type, shorten, type_words
+from spa3r.data.vsi_format import is_choice
+from spa3r.disk import read_json_object, write_whole, writing
 from spa3r.evaluation.bootstrap import SAMPLES, SEED, score_intervals
 from spa3r.evaluation.room_answers import AnswerReport, ScoredAnswer
-from spa3r.evaluation.vsi_bench import aggregate
+from spa3r.evaluation.vsi_bench import aggregate, score_prediction
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+from spa3r.secret import hidden
+
+logger = logging.get_logger(__name__)
 
 Line = dict[str, Any]
 RUN_FILE, ANSWERS_FILE, TABLE_FILE = "run.json", "answers.jsonl", "table.md"
 FREE_TO_CHANGE = ("settings.missing", "settings.workers", "model.name", "model.revision", "benchmark.data")
 """What may be another when a run is gone on with: weights and questions are told by their hashes."""
+
+ASK_AGAIN = "The command that started it asks again what can't be read."
+START_OVER = (
+    "Put an undamaged copy back, name another folder, or start over with --fresh (`fresh=True`), which deletes the "
+    "answers."
+)
+ABOUT = {
+    "benchmark": {"name": str, "questions": int, "scenes": int, "rows_sha256": str},
+    "model": {
+        "name": str,
+        "revision": str | None,
+        "weights_sha256": str,
+        "dtype": dict,
+        "attention": dict,
+        "image_processor": dict,
+    },
+    "settings": {"num_frames": int, "max_new_tokens": int, "use_spa3r": bool},
+}
+"""What is read of a ``run.json``, and its types."""
+ABOUT_FINISHED = ABOUT | {
+    "scores": dict[str, float],
+    "intervals": dict[str, list[float]],
+    "missing": {"choice": Literal["fail", "skip", "zero"], "questions": int, "scenes": dict[str, str]},
+}
+ANSWER = {
+    "id": int | float | str,
+    "dataset": Any,
+    "scene_name": Any,
+    "question_type": str,
+    "question": str,
+    "ground_truth": Any,
+    "frames": list[int],
+    "prediction": str | None,
+    "score": float | None,
+}
+"""What is read of a line of the answers, and its types."""
+ENVIRONMENT = {"started": str, "device": str, "python": str, "packages": dict[str, str | None]}
 
 
 @dataclass(frozen=True)
@@ -61,7 +105,8 @@ class EvaluationRun:
             folder: Of a run that is finished.
 
         Raises:
-            ValueError: It is no folder of a run, or the run is not finished.
+            ValueError: It is no folder of a run, the run is not finished, or a file of it is damaged: there are scores
+                of all questions or none.
         """
         folder = Path(folder)
         if not (folder / RUN_FILE).is_file():
@@ -70,8 +115,14 @@ class EvaluationRun:
             raise ValueError(
                 f"The run in {folder} is not finished: it has no {ANSWERS_FILE}. The command that started it goes on."
             )
-        about = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        return cls(folder, about, list(read_lines(folder / ANSWERS_FILE)))
+        about = read_about(folder, START_OVER)
+        if "scores" not in about:
+            raise ValueError(
+                f"The run in {folder} is not finished: its {RUN_FILE} holds no scores. The command that started it "
+                "goes on."
+            )
+        _check_about(about, ABOUT_FINISHED, folder / RUN_FILE)
+        return cls(folder, hidden(about), _finished_answers(folder, about))
 
     @property
     def name(self) -> str:
@@ -85,7 +136,7 @@ class EvaluationRun:
 
     def table(self) -> str:
         """The scores by task as a Markdown table, with the number of questions and 95 % intervals over scenes."""
-        return (self.folder / TABLE_FILE).read_text(encoding="utf-8").strip()
+        return make_table(self.answers)
 
 
 def scored(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -133,58 +184,137 @@ def markdown(cells: list[list[str]]) -> str:
 # Lines of answers
 
 
-def read_lines(file: Path) -> Iterator[Line]:
-    """The whole lines of a file; one that a kill cut short is left out."""
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+def read_lines(file: Path, check: Callable[[Line], object]) -> tuple[list[Line], list[str]]:
+    """The lines of a file, and of those that can't be read what is wrong, as ``line 3 of 11 is cut``.
+
+    Args:
+        file: One JSON object a line.
+        check: Raises ValueError for a line that is not as it was written.
+    """
+    lines, faults = [], []
+    texts = [text for text in file.read_bytes().split(b"\n") if text.strip()]
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text.decode("utf-8"))
+            if not isinstance(line, dict):
+                raise ValueError(f"it must be a JSON object, got {type(line).__name__}")
+            check(line)
+            lines.append(line)
+        except (ValueError, RecursionError) as error:
+            faults.append(f"line {number} of {len(texts)} ({error})")
+    return lines, faults
+
+
+def _check_answer(line: Line) -> None:
+    """Whether it holds what is read of a line, of the right types."""
+    if absent := [key for key in ANSWER if key not in line]:
+        raise ValueError(f"it lacks {', '.join(absent)}")
+    is_choice(line["question_type"])
+    for key, kind in ANSWER.items():
+        if not is_of_type(line[key], kind):
+            raise ValueError(f"its `{key}` must be {type_words(kind)}, got {shorten(line[key])}")
+    is_missing = isinstance(line.get("missing"), str)
+    if not (is_number(line["score"], 0, 1) or (line["score"] is None and is_missing)):
+        raise ValueError(f"its `score` must be a number from 0 to 1, got {shorten(line['score'])}")
+    if line["prediction"] is None and not is_missing:
+        raise ValueError("its `prediction` must be a text, got None")
+
+
+def _few(faults: list[str]) -> str:
+    return "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+
+
+def _finished_answers(folder: Path, about: Mapping[str, Any]) -> list[Line]:
+    """The answers of a finished run: all of them, or an error."""
+    file = folder / ANSWERS_FILE
+    answers, faults = read_lines(file, _check_answer)
+    if faults:
+        raise ValueError(f"{file} is damaged: {_few(faults)}. {ASK_AGAIN}")
+    ids, wanted = [line["id"] for line in answers], about["benchmark"]["questions"]
+    if len(set(ids)) < len(ids):
+        repeated = next(question for question in ids if ids.count(question) > 1)
+        raise ValueError(f"{file} is damaged: it holds question {repeated!r} more than once. {ASK_AGAIN}")
+    if len(answers) != wanted:
+        raise ValueError(
+            f"{file} is damaged: it must hold the answers to all {wanted} questions, got {len(answers)}. {ASK_AGAIN}"
+        )
+    if note := _changed_since(folder, about):
+        logger.warning(note)
+    return answers
+
+
+def _changed_since(folder: Path, about: Mapping[str, Any]) -> str | None:
+    """What is to be said of answers that are not those that a run ended with."""
+    file, wanted = folder / ANSWERS_FILE, about.get("answers_sha256")
+    if wanted is None or not file.exists() or _sha256(file) == wanted:
+        return None
+    return f"{file} was changed after the run: the scores are those of the answers that it holds now"
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 class LineWriter:
     """Appends lines to a file, each readable as soon as it is written."""
 
     def __init__(self, file: Path):
-        self._file = open(file, "a", encoding="utf-8")
-        if self._file.tell():
-            self._file.write("\n")  # after a line that a kill cut short; one that is empty is no line
+        self.place = file
+        with self._writing():
+            self._file = open(file, "ab", buffering=0)  # what can't be written is not tried again when it is closed
+            if self._file.tell():
+                self._write(b"\n")  # after a line that a kill cut short; one that is empty is no line
 
     def write(self, lines: Iterable[Line]) -> None:
-        """Write lines and hand them to the system, from where no kill takes them back."""
-        self._file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self._file.flush()
+        """Write lines and hand them to the system, from where no kill takes them back.
+
+        Raises:
+            WriteError: The system refused.
+        """
+        with self._writing():
+            self._write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+
+    def _write(self, content: bytes) -> None:
+        while content:
+            content = content[self._file.write(content) :]
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self.place, "Free space; the same command goes on from what is answered.")
 
     def close(self) -> None:
         self._file.close()
 
 
 class RunFolder:
-    """The folder of a run that is going on.
+    """The folder of a run that is going on. The one that begins and finishes it has it to itself
+    (:func:`~spa3r.disk.alone_in`).
 
     Args:
         folder: It is made by :meth:`begin`.
+        rows: The questions, in order.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, rows: Sequence[Line]):
         self.folder = Path(folder)
+        self._rows = {row["id"]: json.loads(json.dumps(row)) for row in rows}
 
-    def begin(self, about: dict[str, Any], environment: dict[str, Any], fresh: bool) -> None:
+    def begin(self, about: dict[str, Any], environment: dict[str, Any], fresh: bool) -> list[str]:
         """Write down what is run; of a run that goes on, check that it is the same.
 
+        Returns:
+            What is damaged and asked again, as sentences.
+
         Raises:
-            ValueError: Another run is in the folder.
+            ValueError: Another run is in the folder, or what it was is missing or damaged.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            for name in (RUN_FILE, TABLE_FILE, ANSWERS_FILE):
-                (self.folder / name).unlink(missing_ok=True)
-            for part in self._parts():
-                part.unlink()
-        about, environments = json.loads(json.dumps(about)), []
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if fresh:
+                for file in (self.folder / RUN_FILE, self.folder / TABLE_FILE, *self._files()):
+                    file.unlink(missing_ok=True)
+        about, environments, notes = hidden(json.loads(json.dumps(about))), [], []
         if (self.folder / RUN_FILE).exists():
-            before = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
+            before = hidden(read_about(self.folder, START_OVER))
             if changed := changes({key: before.get(key) for key in about}, about):
                 raise ValueError(
                     f"`output` {self.folder} holds another run ({'; '.join(changed)}). Change it back to go on with "
@@ -192,7 +322,15 @@ class RunFolder:
                     "answers."
                 )
             environments = before["environments"]
-        self._write_about(about | {"environments": [*environments, environment]})
+            if note := _changed_since(self.folder, before):
+                notes.append(note)
+        elif files := self._files():
+            raise ValueError(f"{self.folder / RUN_FILE} is missing, though {files[0]} holds answers. {START_OVER}")
+        self._write_about(about | {"environments": [*environments, hidden(environment)]})
+        for file, (_, faults) in self._read().items():
+            if faults:
+                notes.append(f"{file}: {_few(faults)} can't be read; what it answered is asked again")
+        return notes
 
     def answered(self) -> dict[Any, Line]:
         """Lines by id, of all starts. Those of frames that could not be read are left out: they are tried again."""
@@ -202,10 +340,19 @@ class RunFolder:
         """Where a process writes its lines."""
         return self.folder / f"answers-{process:05d}.jsonl"
 
-    def finish(self, ids: list[Any], missing: Literal["fail", "skip", "zero"], seconds: float) -> EvaluationRun:
-        """Put the lines of all processes into one file, in the benchmark's order, and score them."""
+    def finish(self, missing: Literal["fail", "skip", "zero"], seconds: float) -> EvaluationRun:
+        """Put the lines of all processes into one file, in the benchmark's order, and score them.
+
+        Raises:
+            ValueError: There is nothing to score, or a line that was written can't be read any more.
+        """
         lines = self._lines()
-        answers = [lines[question] for question in ids]
+        if lost := [question for question in self._rows if question not in lines]:
+            raise ValueError(
+                f"{self.folder} must hold the answers to all {len(self._rows)} questions, and {len(lost)} can't be "
+                f"read again, such as that to question {lost[0]!r}. Check the disk; the same command asks them again."
+            )
+        answers = [lines[question] for question in self._rows]
         unread = [line for line in answers if line.get("missing")]
         for line in unread:
             line["score"] = 0.0 if missing == "zero" else None
@@ -215,9 +362,11 @@ class RunFolder:
                 f"{unread[0]['missing']}"
             )
         table = make_table(answers)
-        _publish(self.folder / ANSWERS_FILE, "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers))
-        _publish(self.folder / TABLE_FILE, table + "\n")
-        about = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
+        write_whole(
+            self.folder / ANSWERS_FILE, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        )
+        write_whole(self.folder / TABLE_FILE, table + "\n")
+        about = read_about(self.folder, START_OVER)
         about["environments"][-1]["seconds"] = round(seconds, 3)
         about["scores"] = aggregate(scored(answers))
         about["intervals"] = score_intervals(scored(answers))
@@ -227,6 +376,7 @@ class RunFolder:
             "questions": len(unread),
             "scenes": {f"{line['dataset']}/{line['scene_name']}": line["missing"] for line in unread},
         }
+        about["answers_sha256"] = _sha256(self.folder / ANSWERS_FILE)
         self._write_about(about)
         for part in self._parts():
             part.unlink()
@@ -235,28 +385,67 @@ class RunFolder:
     def _lines(self) -> dict[Any, Line]:
         """Lines by id; an answer counts more than a word that frames could not be read."""
         lines: dict[Any, Line] = {}
-        for file in (self.folder / ANSWERS_FILE, *self._parts()):
-            for line in read_lines(file) if file.exists() else ():
-                before = lines.get(line["id"])
-                if before is None or before.get("missing") or not line.get("missing"):
-                    lines[line["id"]] = line
+        for line in (line for read, _ in self._read().values() for line in read):
+            before = lines.get(line["id"])
+            if before is None or before.get("missing") or not line.get("missing"):
+                lines[line["id"]] = line
         return lines
+
+    def _read(self) -> dict[Path, tuple[list[Line], list[str]]]:
+        return {file: read_lines(file, self._check) for file in self._files()}
+
+    def _check(self, line: Line) -> None:
+        """Whether a line is about a question as it is asked."""
+        _check_answer(line)
+        row = self._rows.get(line["id"])
+        if row is None:
+            raise ValueError(f"there is no question {line['id']!r}")
+        ours = ("prompt", "frames", "prediction", "parsed", "score", "missing")
+        if changed := [key for key in row if key not in ours and line.get(key) != row[key]]:
+            raise ValueError(f"its `{changed[0]}` is not that of question {line['id']!r}")
+        if line["prediction"] is not None and line["score"] != score_prediction(row, line["prediction"]):
+            raise ValueError("its `score` is not that of its `prediction`")
+
+    def _files(self) -> list[Path]:
+        whole = self.folder / ANSWERS_FILE
+        return [*([whole] if whole.exists() else []), *self._parts()]
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("answers-[0-9]*.jsonl"))
 
     def _write_about(self, about: dict[str, Any]) -> None:
-        _publish(self.folder / RUN_FILE, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        write_whole(self.folder / RUN_FILE, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
-def _publish(file: Path, text: str) -> None:
-    """A file that is whole or not there."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def read_about(folder: Path, cure: str) -> dict[str, Any]:
+    """What a ``run.json`` says, finished or not.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    about = read_json_object(folder / RUN_FILE, "what a run is", cure)
+    _check_about(about, ABOUT, folder / RUN_FILE)
+    environments = about.get("environments")
+    if not isinstance(environments, list) or not environments:
+        environments = [None]
+    for environment in environments:
+        _check_about({"environments": environment}, {"environments": ENVIRONMENT}, folder / RUN_FILE)
+    return about
+
+
+def _check_about(about: Any, wanted: Mapping[str, Any], file: Path, path: str = "") -> None:
+    """Refuse a ``run.json`` that lacks something that is read, or holds it in another type."""
+    for key, kind in wanted.items():
+        value, name = about.get(key), f"{path}{key}"
+        is_section = isinstance(kind, dict)
+        if not is_of_type(value, dict if is_section else kind):
+            words = type_words(dict if is_section else kind)
+            raise ValueError(
+                f"{file} is damaged, or was written by another version: `{name}` must be {words}, got "
+                f"{shorten(value)}. {START_OVER}"
+            )
+        if is_section:
+            _check_about(value, kind, file, f"{name}.")
 
 
 def changes(before: Any, now: Any, path: str = "") -> list[str]:

@@ -11,8 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,7 +23,9 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from spa3r.checks import check_count, check_types, shorten, signature_types
 from spa3r.data.vsi_format import make_messages, make_prompt
+from spa3r.disk import alone_in
 from spa3r.evaluation.benchmarks import Benchmark, Frames, Row
 from spa3r.evaluation.room_answers import answer
 from spa3r.evaluation.run_folder import EvaluationRun, LineWriter, RunFolder, about_environment, about_model
@@ -32,8 +34,14 @@ from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGenerat
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3_vlm.scenes import EncodedScene
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
+from spa3r.secret import hide
+
+logger = logging.get_logger(__name__)
 
 T, R = TypeVar("T"), TypeVar("R")
+
+LARGEST_SEED = 2**32 - 1
+"""NumPy's generator takes no larger one."""
 
 LOOKING = 8
 """What a scene costs besides its questions, in questions: its frames are decoded and encoded."""
@@ -56,7 +64,10 @@ class EvaluationSettings:
         missing: What becomes of questions whose frames can't be read: ``"fail"`` stops, ``"skip"`` leaves them out,
             ``"zero"`` scores them 0. They are named and counted, and tried again when the run is gone on with.
         workers: Scenes whose frames are read ahead, each by a thread.
-        seed: Of the random numbers, of which greedy decoding takes none.
+        seed: Of the random numbers, of which greedy decoding takes none; below 2**32.
+
+    Raises:
+        ValueError: A field is of another type, out of its range, or `min_pixels` is above `max_pixels`.
     """
 
     num_frames: int = 32
@@ -72,13 +83,24 @@ class EvaluationSettings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("num_frames", "max_new_tokens", "batch_size", "workers", "min_pixels", "max_pixels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         for name, choices in (("images", ("aligned", "native", None)), ("missing", ("fail", "skip", "zero"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str)) or value not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {shorten(value)}.")
+        check_types({field.name: getattr(self, field.name) for field in fields(self)}, signature_types(type(self)))
+        for name in ("num_frames", "max_new_tokens", "batch_size", "workers", "min_pixels", "max_pixels", "seed"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name != "seed" and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            # A plain int, also of a NumPy integer: settings are written down as JSON.
+            highest = LARGEST_SEED if name == "seed" else None
+            object.__setattr__(self, name, check_count(name, value, int(name != "seed"), highest))
+        if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
+            raise ValueError(
+                f"`min_pixels` must be at most `max_pixels`, got {self.min_pixels} and {self.max_pixels}. Change one."
+            )
 
 
 PRESETS = {
@@ -100,6 +122,7 @@ def run_benchmark(
     name: str | None = None,
     fresh: bool = False,
     progress: Callable[[int, int], object] | None = None,
+    note: Callable[[str], object] | None = None,
 ) -> EvaluationRun:
     """Ask a model every question of a benchmark, or go on where a run was stopped.
 
@@ -116,12 +139,15 @@ def run_benchmark(
         name: What the model is called; None: as it was loaded.
         fresh: Start over instead of going on.
         progress: Called with the number of questions done and of all, those of this process; None: a bar shows them.
+        note: Called with what was damaged in the folder and is asked again; None: it is logged as a warning.
 
     Raises:
-        ValueError: Another run is in the folder; frames can't be read and ``settings.missing`` is ``"fail"``; the
-            processor knows no minimum or maximum of pixels; a question holds a special token of the VLM.
+        ValueError: Another run is in the folder, or going on there; what was run there is damaged; frames can't be
+            read and ``settings.missing`` is ``"fail"``; the processor knows no minimum or maximum of pixels; a question
+            holds a special token of the VLM.
+        WriteError: The disk is full, or the folder may not be written.
     """
-    start, folder = time.perf_counter(), RunFolder(output)
+    start = time.perf_counter()
     check_missing(benchmark, settings)
     state, asker = processes(), _Asker(model, _as_set(model, processor, settings), settings)
     for row in benchmark.rows:
@@ -129,34 +155,48 @@ def run_benchmark(
             asker.processor.check_messages([{"role": "user", "content": make_prompt(row)}])
         except ValueError as error:
             raise ValueError(f"Question {row['id']} can't be asked. {error}") from error
-    if state.is_main_process:
-        asked = {"questions": len(benchmark.rows), "scenes": len(benchmark.scenes)}
-        about = {
-            "benchmark": benchmark.about | asked | {"rows_sha256": benchmark.fingerprint},
-            "model": about_model(model, asker.processor, name) | {"asking": asker.way, "chat": asker.chat},
-            "settings": asdict(settings),
-        }
-        folder.begin(about, about_environment(model.device, state.num_processes), fresh)
-    state.wait_for_everyone()
-    done = folder.answered()
-    mine = _deal(_waiting(benchmark, done, settings.batch_size), state.num_processes)[state.process_index]
-    state.wait_for_everyone()  # all have read what is done before the first writes
-    set_seed(settings.seed)
-    writer = LineWriter(folder.part(state.process_index))
-    count, total = 0, sum(len(batch) for _, batches in mine for batch in batches)
-    hidden = progress is not None or not state.is_local_main_process
-    with closing(writer), logging.tqdm(total=total, desc="Answering", unit="question", disable=hidden) as bar:
-        for lines in _answers(asker, benchmark, mine, settings):
-            writer.write(lines)
-            bar.update(len(lines))
-            count += len(lines)
-            if progress is not None:
-                progress(count, total)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        folder.finish([row["id"] for row in benchmark.rows], settings.missing, time.perf_counter() - start)
-    state.wait_for_everyone()
-    return EvaluationRun.load(output)
+    folder = RunFolder(output, benchmark.rows)
+    with own_folder(output):
+        if state.is_main_process:
+            asked = {"questions": len(benchmark.rows), "scenes": len(benchmark.scenes)}
+            about = {
+                "benchmark": benchmark.about | asked | {"rows_sha256": benchmark.fingerprint},
+                "model": about_model(model, asker.processor, name) | {"asking": asker.way, "chat": asker.chat},
+                "settings": asdict(settings),
+            }
+            for told in folder.begin(about, about_environment(model.device, state.num_processes), fresh):
+                (logger.warning if note is None else note)(told)
+        state.wait_for_everyone()
+        done = folder.answered()
+        mine = _deal(_waiting(benchmark, done, settings.batch_size), state.num_processes)[state.process_index]
+        state.wait_for_everyone()  # all have read what is done before the first writes
+        set_seed(settings.seed)
+        writer = LineWriter(folder.part(state.process_index))
+        count, total = 0, sum(len(batch) for _, batches in mine for batch in batches)
+        hidden = progress is not None or not state.is_local_main_process
+        with closing(writer), logging.tqdm(total=total, desc="Answering", unit="question", disable=hidden) as bar:
+            for lines in _answers(asker, benchmark, mine, settings):
+                writer.write(lines)
+                bar.update(len(lines))
+                count += len(lines)
+                if progress is not None:
+                    progress(count, total)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            folder.finish(settings.missing, time.perf_counter() - start)
+        state.wait_for_everyone()
+        return EvaluationRun.load(output)
+
+
+def own_folder(output: str | Path) -> AbstractContextManager[None]:
+    """The run's folder is this run's alone; its first process holds it for all. It may be asked for again inside.
+
+    Raises:
+        ValueError: Another run is going on there.
+    """
+    if not processes().is_main_process:
+        return nullcontext()
+    return alone_in(output, "Wait for its end, or name another folder with `--output` (`output`).")
 
 
 def processes() -> PartialState:
@@ -270,7 +310,7 @@ def _answers(
                     "its questions out, zero scores them 0; what is answered stays."
                 ) from error
             for batch in batches:
-                yield [_line(row, [], None, str(error)) for row in batch]
+                yield [_line(row, [], None, hide(str(error))) for row in batch]
             continue
         yield from _answers_about(asker, batches, numbers, frames)
 

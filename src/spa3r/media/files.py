@@ -12,6 +12,8 @@ from urllib.parse import unquote
 
 import PIL.Image
 
+from spa3r.secret import hide
+
 HEIF = (".heic", ".heif")
 """What names of pictures end in that are read where the extra ``heic`` is installed."""
 
@@ -40,9 +42,10 @@ def shortened(text: str, length: int = LONGEST_NAME) -> str:
 
 
 def describe(source: Any) -> str:
-    """How messages name a picture or video, in at most a line: never by its content."""
+    """How messages name a picture or video, in at most a line: never by its content, and without the passwords and
+    signatures of an address."""
     if isinstance(source, str | Path):
-        return shortened(str(source))
+        return shortened(hide(source) if is_url(source) else str(source))
     if isinstance(source, bytes | bytearray | memoryview):
         return f"{memoryview(source).nbytes} bytes"
     if hasattr(source, "shape"):

@@ -31,6 +31,7 @@ from spa3r.models.model_card import CARD, is_own_card, write_model_card
 from spa3r.models.modeling_base import nonfinite_tensors
 from spa3r.models.released import quote_keys
 from spa3r.secret import without_secrets
+from spa3r.signals import STOP_SIGNALS
 from spa3r.training.checkpoints import (
     LAST_FILE,
     OPTIMIZER_FILE,
@@ -55,13 +56,6 @@ from spa3r.training.optimizers import MuonAndAdamW, layer_matrices
 logger = logging.get_logger(__name__)
 
 ARGUMENTS_FILE = "training_args.json"
-
-STOP_SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGHUP")
-    if hasattr(signal, name)  # Windows has no SIGHUP
-)
-"""What ends a run after a checkpoint: a scheduler, Ctrl-C, a terminal that closes."""
 
 
 class BatchLoader:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from transformers.trainer_callback import TrainerState
 
 from spa3r.data import SkippedReport
 from spa3r.disk import alone_in, write_whole
-from spa3r.training.base import STOP_SIGNALS, ResumableTrainer
+from spa3r.signals import on_signals
+from spa3r.training.base import ResumableTrainer
 from spa3r.training.checkpoints import (
     DAMAGED,
     LAST_FILE,
@@ -251,9 +251,6 @@ def stopping_on_signals(
     trainer: ResumableTrainer, received: list[str], note: Callable[[str], object]
 ) -> Iterator[None]:
     """SIGTERM, SIGHUP and the first Ctrl-C let the step end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def stop(number: int, frame: Any) -> None:
         name = signal.Signals(number).name
@@ -263,11 +260,5 @@ def stopping_on_signals(
         trainer.stop_requested = True
         note(f"{name}: saving a checkpoint at the end of this step")
 
-    # What is ignored stays so: nohup ignores SIGHUP.
-    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in wanted}
-    try:
+    with on_signals(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

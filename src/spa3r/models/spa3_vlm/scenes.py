@@ -33,6 +33,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from spa3r.checks import check_count, is_count, shorten
+from spa3r.disk import write_whole
 from spa3r.models.modeling_base import finite_logits
 from spa3r.models.spa3_vlm.fingerprints import PROBE, model_fingerprint, processor_fingerprint
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
@@ -132,6 +133,9 @@ class EncodedScene:
 
         Args:
             file: Its folder is made if need be.
+
+        Raises:
+            WriteError: The system refused.
         """
         tensors = {"input_ids": self.input_ids, "image_tokens": self.image_tokens}
         tensors |= {f"views.{i}": torch.from_numpy(np.array(view)) for i, view in enumerate(self.views)}
@@ -149,14 +153,7 @@ class EncodedScene:
             "layers": layers,
         }
         about["digest"] = _digest(content, about)
-        file = Path(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_bytes(save(content, metadata={"format": FORMAT, "scene": json.dumps(about)}))
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(file, save(content, metadata={"format": FORMAT, "scene": json.dumps(about)}))
 
     @classmethod
     def load(
