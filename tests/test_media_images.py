@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from media import encoded, noise, served, smooth
 from PIL import Image
 
@@ -92,6 +93,25 @@ def tiff(values) -> bytes:
 
 
 STEPS = np.linspace(0, 1, 30 * 40, dtype=np.float32).reshape(30, 40)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (torch.empty(3, 5, 5, device="meta"), "must hold its pixels one by one, got one of torch.float32 .* on meta"),
+        (
+            torch.rand(3, 5, 5).to_sparse(),
+            r"one by one, .* torch.sparse_coo .* Pass tensor\.to_dense\(\)",
+        ),
+        (np.zeros((0, 5, 3), np.uint8), r"at least one pixel, got an array of shape \(0, 5, 3\)"),
+        (torch.zeros(3, 5, 0), r"at least one pixel, got an array of shape \(3, 5, 0\)"),
+        (np.broadcast_to(np.uint8(0), (200_000, 200_000, 3)), r"at most \d+ pixels, got an array .* Make it smaller"),
+        (torch.zeros(1).expand(3, 200_000, 200_000), r"at most \d+ pixels, got an array .* Make it smaller"),
+    ],
+)
+def test_arrays_without_pixels_or_with_too_many_are_refused(array, words):
+    with pytest.raises(ValueError, match=words):
+        to_rgb(array)
 
 
 def test_a_float_tiff_is_as_bright_as_the_array():

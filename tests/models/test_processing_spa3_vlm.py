@@ -700,6 +700,22 @@ def test_options_of_a_call_with_videos(processor, tmp_path):
     assert sampled(text=text, videos=[FRAMES])["views_per_scene"].tolist() == [2]
 
 
+def test_options_that_a_call_would_not_use_are_refused(processor, tmp_path):
+    video = str(counting_video(tmp_path / "video.mp4", 20))
+    text, talk = video_text(processor, {"type": "video"}, "What?"), about({"type": "video", "video": video}, "What?")
+    words = "`do_sample_frames=False` must come with lists of frames, which are taken whole, got the video .*video.mp4"
+    for call in (
+        lambda: processor(text=text, videos=[video], do_sample_frames=False),
+        lambda: inputs_of(processor, talk, do_sample_frames=False),
+        lambda: inputs_of(processor, talk, processor_kwargs={"videos_kwargs": {"do_sample_frames": False}}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    for name in ("video_start", "video_end", "nframes", "min_frames", "max_frames", "video_fps", "video_load_backend"):
+        with pytest.raises(ValueError, match=f"nothing but `num_frames` or `fps`, got `{name}`"):
+            inputs_of(processor, talk, **{name: 1})
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "words"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import os
 import re
 import string
@@ -21,6 +22,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFile
 import PIL.ImageOps
+import torch
 from torch import Tensor
 
 from spa3r.media.files import HEIF, can_read_heif, describe, exists, regular_file, shortened
@@ -53,6 +55,7 @@ def to_rgb(image: Image, max_pixels: int | None = None) -> PIL.Image.Image:
     """
     name = describe(image)
     if isinstance(image, np.ndarray | Tensor):
+        _check_array(image, MAX_PIXELS if max_pixels is None else max_pixels)
         picture = _blended(_from_array(image))
     else:
         try:
@@ -226,6 +229,23 @@ def _opened(file: Path | IO[bytes]) -> PIL.Image.Image:
             except (SyntaxError, IndexError, TypeError, struct.error):  # another format's, says PIL.Image.open too
                 continue
     raise PIL.UnidentifiedImageError("cannot identify image file")
+
+
+def _check_array(array: np.ndarray | Tensor, max_pixels: int) -> None:
+    """Refuse what holds no pixels, or too many."""
+    if isinstance(array, Tensor) and (array.is_meta or array.layout != torch.strided or array.is_quantized):
+        raise ValueError(
+            f"A picture given as tensor must hold its pixels one by one, got one of {array.dtype} and {array.layout} "
+            f"on {array.device}. Pass tensor.to_dense(), or load it onto a device that holds data."
+        )
+    size = math.prod(array.shape)
+    if array.ndim and not size:
+        raise ValueError(f"A picture must have at least one pixel, got {describe(array)}. Leave it out.")
+    if size > 4 * max_pixels:  # of channels
+        raise ValueError(
+            f"A picture must have at most {max_pixels} pixels, got {describe(array)}. Make it smaller, or raise the "
+            "limit: the environment variable SPA3R_MAX_IMAGE_PIXELS."
+        )
 
 
 def _check_pixels(image: PIL.Image.Image, name: str, max_pixels: int) -> None:

@@ -27,6 +27,7 @@ from spa3r.models.spa3_vlm.videos import (
     CALL_OPTIONS,
     VIDEO_KEYS,
     call_options,
+    check_call,
     frames_of,
     listed_videos,
     options_of_item,
@@ -460,6 +461,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         if not isinstance(processor_kwargs, Mapping | None):
             raise ValueError(f"`processor_kwargs` must be a dictionary of keywords, got {shorten(processor_kwargs)}.")
         processor_kwargs = dict(processor_kwargs or {})
+        check_call(kwargs)
         self._check_keywords(processor_kwargs)
         for_videos = {key: kwargs.pop(key) for key in CALL_OPTIONS if key in kwargs}
         if num_frames is not None:

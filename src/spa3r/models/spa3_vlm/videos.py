@@ -21,6 +21,9 @@ VIDEO_OPTIONS = (*NUMBER_OPTIONS, "nframes", "video_start", "video_end")
 CALL_OPTIONS = ("num_frames", "fps", "do_sample_frames", "video_metadata")
 """What a call of the processor may say of all its videos."""
 
+OF_ITEMS = (*(set(VIDEO_OPTIONS) - {"num_frames", "fps"}), "video_fps", "video_load_backend", "sample_indices_fn")
+"""What transformers' chat templates or qwen-vl-utils know, and a call must not say of all videos."""
+
 
 def frames_of(video: Any, options: Mapping[str, Any]) -> list[Image]:
     """The frames of a video that are taken.
@@ -33,7 +36,13 @@ def frames_of(video: Any, options: Mapping[str, Any]) -> list[Image]:
         ValueError: It is none of these, can't be read, or doesn't have what an option needs.
     """
     options = {key: value for key, value in options.items() if value is not None}
+    is_sampled = options.pop("do_sample_frames", True)
     if isinstance(video, str | Path | bytes):
+        if not is_sampled:
+            raise ValueError(
+                f"`do_sample_frames=False` must come with lists of frames, which are taken whole, got the video "
+                f"{describe(video)}. Leave it out, and say `num_frames` or `fps`."
+            )
         return sample_frames(video, **options)
     if not isinstance(video, list | tuple) and not is_batch(video):
         raise ValueError(
@@ -71,6 +80,20 @@ def options_of_item(item: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
             raise ValueError("A video must have `nframes` or `num_frames`, got both. Leave one out.")
         given["num_frames"] = given.pop("nframes")
     return given if any(key in given for key in NUMBER_OPTIONS) else {**defaults, **given}
+
+
+def check_call(keywords: Mapping[str, Any]) -> None:
+    """Refuse options of a single video among the keywords of a call, which nothing would use.
+
+    Raises:
+        ValueError: With the option's name.
+    """
+    if wrong := sorted(key for key in keywords if key in OF_ITEMS):
+        cure = "Say it in the video's item of the message" if wrong[0] in VIDEO_OPTIONS else "Leave it out"
+        raise ValueError(
+            f"A call must say of all its videos nothing but `num_frames` or `fps`, got `{wrong[0]}`. {cure}; what "
+            f"items may say: {', '.join(VIDEO_OPTIONS)}."
+        )
 
 
 def listed_videos(videos: Any) -> list[Any]:
@@ -116,7 +139,7 @@ def call_options(keywords: dict[str, Any], num_frames: int | None) -> dict[str, 
     if not is_sampled:  # the frames were sampled before; `fps` says how, and pictures have no times
         if "num_frames" in said:
             raise ValueError("`num_frames` can't be used with `do_sample_frames=False`. Leave one of them out.")
-        return {}
+        return {"do_sample_frames": False}
     fps = said.get("fps")
     if isinstance(fps, list | tuple):  # qwen-vl-utils gives one for each video
         if len(set(fps)) != 1:
