@@ -235,19 +235,21 @@ def broken(tmp_path, bad: int = 3):
         {"conversations": [{"from": "human", "value": [{"type": "audio"}]}, ask[1]]},
         {"conversations": ["How many?"]},
         {"conversations": ask, "video": 7},
+        {"conversations": ask},
+        {"conversations": ask, "image": ""},
     ]
     good = [{"conversations": conversation(f"<image>\n{index}?"), "image": "a.png"} for index in range(3)]
     return write_lines(tmp_path / "broken.jsonl", rows[:bad] + good)
 
 
 def test_broken_rows_are_replaced_and_named(tmp_path):
-    file = broken(tmp_path, 11)
+    file = broken(tmp_path, 13)
     file.write_text('{"conversations": [\n[1]\n' + file.read_text())
     data = InstructionDataset(file)
     example = data[0]
-    assert shown(example) == ["I", "0?", "4."] and example["row"] == "13"
+    assert shown(example) == ["I", "0?", "4."] and example["row"] == "15"
     skipped = example["skipped"]
-    assert [entry["scene"] for entry in skipped] == [str(row) for row in range(13)]
+    assert [entry["scene"] for entry in skipped] == [str(row) for row in range(15)]
     assert [entry["picture"] for entry in skipped][2:6] == ["missing.png", "cut.jpg", "cut.mp4", "empty"]
     for entry, words in zip(
         skipped,
@@ -265,14 +267,16 @@ def test_broken_rows_are_replaced_and_named(tmp_path):
             "type text, image or video, got 'audio'",
             "`conversations` must be a list of messages",
             "must be a path, got int",
+            "1 places for media (<image> or <video>) in the text, and 0 media",
+            "1 places for media (<image> or <video>) in the text, and 0 media",
         ),
         strict=True,
     ):
         assert words in entry["reason"]
         assert entry["source"] == "broken"
-    assert data[14]["skipped"] == []
-    assert shown(data[-1]) == shown(data[15]) == ["I", "2?", "4."]
-    assert len(data.lengths) == 16 and list(data.lengths[:2]) == [0, 0]
+    assert data[16]["skipped"] == []
+    assert shown(data[-1]) == shown(data[17]) == ["I", "2?", "4."]
+    assert len(data.lengths) == 18 and list(data.lengths[:2]) == [0, 0]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-8"])

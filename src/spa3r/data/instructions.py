@@ -526,8 +526,8 @@ def _groups(places: int, media: list[tuple[str, Any]]) -> list[list[tuple[str, A
     """Which media go to which place."""
     if places == len(media):
         return [[medium] for medium in media]
-    if places <= 1:
-        return [media] if media else []
+    if media and places <= 1:
+        return [media]
     if len(media) == 1 and media[0][0] == "video":  # a place for every frame
         return [media]
     raise RowError(f"{places} places for media (<image> or <video>) in the text, and {len(media)} media")
