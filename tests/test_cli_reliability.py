@@ -10,9 +10,11 @@ import sys
 import threading
 
 import pytest
+import torch
 import typer
 from media import noise, served
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_cli import run, run_json
 from tiny_benchmark import build_couple, write_vsi_bench
 
@@ -132,6 +134,15 @@ def test_page_that_can_not_be_written_is_named(tmp_path):
     (copy / "run.json").write_text("{")
     for command in (("compare", folder, copy), ("report", copy), ("rooms", "-o", copy)):
         assert "run.json is damaged: " in run_json("eval", *command, code=1)["error"]
+
+
+@pytest.mark.parametrize("text", ("{", "[]", ""), ids=("cut", "list", "empty"))
+def test_conversion_of_a_damaged_configuration(text, tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    error = run_json("convert", tmp_path, tmp_path / "out", "--kind", "spa3-vlm", code=1)["error"]
+    assert "config.json is damaged: the VLM's configuration must be " in error and "Fetch it again" in error
+    assert not (tmp_path / "out").exists()
 
 
 # Other runs and signals -----------------------------------------------------------------------------------------------

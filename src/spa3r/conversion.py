@@ -6,7 +6,6 @@ would load.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from spa3r.disk import writing_folder
+from spa3r.disk import read_json_object, writing_folder
 from spa3r.models.model_card import CARD
 from spa3r.models.released import Kind, quote_keys, read_checkpoint, require
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
@@ -111,7 +110,8 @@ def _convert_spa3_vlm(source: Path, tensors: dict[str, Tensor], fields: dict[str
         raise FileNotFoundError(
             f"`source` must be the released spa3_vlm folder with its config.json, and {config_file} doesn't exist."
         )
-    weights, config = translate_spa3_vlm(tensors, json.loads(config_file.read_text(encoding="utf-8")), fields)
+    vlm_fields = read_json_object(config_file, "the VLM's configuration", "Fetch it again.")
+    weights, config = translate_spa3_vlm(tensors, vlm_fields, fields)
     with torch.device("meta"):
         model = Spa3VLMForConditionalGeneration(config)
     if (source / "generation_config.json").is_file():

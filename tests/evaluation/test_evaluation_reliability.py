@@ -344,6 +344,16 @@ def test_settings_of_wrong_types_or_ranges(fields, words):
         EvaluationSettings(**fields)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"output": None}, {"settings": {"num_frames": 2}}, {"name": 3}, {"fresh": "no"}], ids=str
+)
+def test_arguments_of_wrong_types(arguments, benchmark, tmp_path):
+    with pytest.raises(ValueError, match=rf"`{next(iter(arguments))}` must be "):
+        run_benchmark(*build_couple(), benchmark, **({"output": tmp_path / "run"} | arguments))
+    with pytest.raises(ValueError, match="`folder` must be a text or a Path, got None"):
+        EvaluationRun.load(None)
+
+
 def test_numpy_integers_are_written_down_as_numbers():
     assert json.dumps(dataclasses.asdict(EvaluationSettings(num_frames=np.int64(4), seed=np.uint8(3))))
 

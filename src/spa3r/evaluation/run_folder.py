@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from spa3r.checks import is_number, is_of_type, shorten, type_words
+from spa3r.checks import check_types, is_number, is_of_type, shorten, type_words
 from spa3r.data.vsi_format import is_choice
 from spa3r.disk import read_json_object, write_whole, writing
 from spa3r.evaluation.bootstrap import SAMPLES, SEED, score_intervals
@@ -108,6 +108,7 @@ class EvaluationRun:
             ValueError: It is no folder of a run, the run is not finished, or a file of it is damaged: there are scores
                 of all questions or none.
         """
+        check_types({"folder": folder}, {"folder": str | Path})
         folder = Path(folder)
         if not (folder / RUN_FILE).is_file():
             raise ValueError(f"{folder} must be the folder of an evaluation, and holds no {RUN_FILE}. Check the path.")

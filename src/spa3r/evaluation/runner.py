@@ -113,6 +113,9 @@ PRESETS = {
 sees the processed views, enlarged to 256 x 28 x 28 pixels at least."""
 
 
+ARGUMENTS = {"output": str | Path, "settings": EvaluationSettings, "name": str | None, "fresh": bool}
+
+
 def run_benchmark(
     model: PreTrainedModel,
     processor: Any,
@@ -148,6 +151,7 @@ def run_benchmark(
         WriteError: The disk is full, or the folder may not be written.
     """
     start = time.perf_counter()
+    check_types({"output": output, "settings": settings, "name": name, "fresh": fresh}, ARGUMENTS)
     check_missing(benchmark, settings)
     state, asker = processes(), _Asker(model, _as_set(model, processor, settings), settings)
     for row in benchmark.rows:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import json
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,6 +40,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 
 from spa3r.attention import Segments, packed_attention
 from spa3r.checks import shorten
+from spa3r.disk import read_json_object
 from spa3r.layers import Mlp
 from spa3r.models.configuration_base import check_foreign_sizes
 from spa3r.models.modeling_base import (
@@ -389,7 +389,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
 
     @classmethod
     def _from_released(cls, released, fields):
-        vlm_fields = json.loads(released.file("config.json").read_text(encoding="utf-8"))
+        vlm_fields = read_json_object(released.file("config.json"), "the VLM's configuration", "Fetch it again.")
         return translate_spa3_vlm(released.tensors(), vlm_fields, fields)
 
     def save_pretrained(self, save_directory, include_backbone: bool = True, **kwargs) -> None:
