@@ -1,11 +1,13 @@
 """Spa3R and Spa3-VLM: spatial representations from unposed photos, and vision-language models that use them.
 
-Importing the package registers its types with transformers' Auto classes and the attention back end ``"xformers"``, for
-which the models are imported; everything else loads on first use.
+``import spa3r`` imports neither torch nor transformers: names are imported when they are first used, and
+:mod:`spa3r.registration` registers the types of this package with transformers' Auto classes.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from spa3r.registration import register
 
 __version__ = "0.1.0"
 
@@ -52,38 +54,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _register() -> None:
-    """Make ``AutoModel`` and its like know our types, and transformers our attention back end."""
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModel,
-        AutoModelForImageTextToText,
-        AutoModelForPreTraining,
-        AutoProcessor,
-    )
-
-    from spa3r import attention
-    from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
-    from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
-    from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
-    from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
-    from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
-    from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RModel
-    from spa3r.models.vggt.configuration_vggt import VggtConfig
-    from spa3r.models.vggt.modeling_vggt import VggtModel
-
-    attention.register()
-    for config in (VggtConfig, Spa3RConfig, Spa3VLMConfig):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(VggtConfig, VggtModel, exist_ok=True)
-    AutoModel.register(Spa3RConfig, Spa3RModel, exist_ok=True)
-    AutoModel.register(Spa3VLMConfig, Spa3VLMForConditionalGeneration, exist_ok=True)
-    AutoModelForPreTraining.register(Spa3RConfig, Spa3RForPreTraining, exist_ok=True)
-    AutoModelForImageTextToText.register(Spa3VLMConfig, Spa3VLMForConditionalGeneration, exist_ok=True)
-    for config in (VggtConfig, Spa3RConfig):
-        AutoImageProcessor.register(config, image_processor_classes={"pil": Spa3RImageProcessor}, exist_ok=True)
-    AutoProcessor.register(Spa3VLMConfig, Spa3VLMProcessor, exist_ok=True)
-
-
-_register()
+register()

@@ -289,7 +289,6 @@ def check_attention_implementation(name: str | None) -> str:
     return name
 
 
-def register() -> None:
-    """Make ``attn_implementation="xformers"`` known to transformers, for our models and for its own."""
-    AttentionInterface.register("xformers", xformers_attention_forward)
-    AttentionMaskInterface.register("xformers", sdpa_mask)
+# `attn_implementation="xformers"` for the models of this package and of transformers.
+AttentionInterface.register("xformers", xformers_attention_forward)
+AttentionMaskInterface.register("xformers", sdpa_mask)

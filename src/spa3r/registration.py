@@ -1,0 +1,113 @@
+"""Registration with transformers, deferred until transformers is imported.
+
+``import spa3r`` imports neither torch nor transformers. The Auto classes and the attention interface learn about the types
+of this package as soon as the module of transformers that defines them is imported, before or after ``import spa3r``.
+A class is imported when an Auto class looks it up.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import UserDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+
+def register() -> None:
+    """Register now what is imported already, and the rest once it is imported."""
+    for name in list(_WAITING):
+        if name in sys.modules:
+            _WAITING.pop(name)(sys.modules[name])
+    sys.meta_path.insert(0, _RegisterAfterImport())
+
+
+def _register_attention(modeling_utils: ModuleType) -> None:
+    import_module("spa3r.attention")  # registers its back end
+
+
+def _register_configs(configuration_auto: ModuleType) -> None:
+    names = {"vggt": "VggtConfig", "spa3r": "Spa3RConfig", "spa3_vlm": "Spa3VLMConfig"}
+    _extend(configuration_auto.CONFIG_MAPPING, names)
+
+
+def _register_models(modeling_auto: ModuleType) -> None:
+    vggt, spa3r, spa3_vlm = _configs()
+    models = {vggt: "VggtModel", spa3r: "Spa3RModel", spa3_vlm: "Spa3VLMForConditionalGeneration"}
+    _extend(modeling_auto.MODEL_MAPPING, models)
+    _extend(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING, {spa3r: "Spa3RForPreTraining"})
+    _extend(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, {spa3_vlm: "Spa3VLMForConditionalGeneration"})
+
+
+def _register_image_processors(image_processing_auto: ModuleType) -> None:
+    vggt, spa3r, _ = _configs()
+    names = dict.fromkeys((vggt, spa3r), "Spa3RImageProcessor")
+    _extend(image_processing_auto.IMAGE_PROCESSOR_MAPPING, names, lambda processor: {"pil": processor})
+
+
+def _register_processors(processing_auto: ModuleType) -> None:
+    _extend(processing_auto.PROCESSOR_MAPPING, {_configs()[-1]: "Spa3VLMProcessor"})
+
+
+_WAITING: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.modeling_utils": _register_attention,
+    "transformers.models.auto.configuration_auto": _register_configs,
+    "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.models.auto.image_processing_auto": _register_image_processors,
+    "transformers.models.auto.processing_auto": _register_processors,
+}
+
+
+class _RegisterAfterImport(MetaPathFinder):
+    """Calls the function that waits for a module right after the module has run."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname not in _WAITING or (spec := PathFinder.find_spec(fullname, path, target)) is None:
+            return None
+        run_module = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run_module(module)
+            if (function := _WAITING.pop(fullname, None)) is not None:
+                function(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+@dataclass(frozen=True)
+class _NotImported:
+    """A class of this package that is imported when it is looked up."""
+
+    name: str
+    wrap: Callable[[type], Any]
+
+    def load(self) -> Any:
+        return self.wrap(getattr(import_module("spa3r"), self.name))
+
+
+class _Classes(UserDict):
+    """What Auto classes look up, as the dictionary that transformers keeps for types of other packages."""
+
+    def __getitem__(self, key: Any) -> Any:
+        value = super().__getitem__(key)
+        return value.load() if isinstance(value, _NotImported) else value
+
+
+def _extend(mapping: Any, names: dict[Any, str], wrap: Callable[[type], Any] = lambda found: found) -> None:
+    """Add names of classes to a mapping of transformers, as ``register`` of an Auto class adds a class."""
+    mapping._extra_content = _Classes(mapping._extra_content)
+    for key, name in names.items():
+        mapping.register(key, _NotImported(name, wrap), exist_ok=True)
+
+
+def _configs() -> tuple[type, type, type]:
+    from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
+    from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
+    from spa3r.models.vggt.configuration_vggt import VggtConfig
+
+    return VggtConfig, Spa3RConfig, Spa3VLMConfig
