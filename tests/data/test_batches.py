@@ -626,10 +626,14 @@ def test_nothing_stays_open(source, tmp_path):
     counting_video(tmp_path / "a.mp4", 6)
     everything = [source, VideoScenes(tmp_path), RoomScenes(size=28, num_rooms=2), stream(4, 1)]
     batches = SceneBatches(everything, PROCESSOR, **FEW, weights=[1] * 4, scenes_per_epoch=12)
-    list(batches)
+
+    def read_all() -> None:
+        list(batches)
+        list(DataLoader(batches, batch_size=None, num_workers=2))
+
+    read_all()  # multiprocessing opens descriptors of its own the first time
     before = len(os.listdir("/proc/self/fd"))
-    list(batches)
-    list(DataLoader(batches, batch_size=None, num_workers=2))
+    read_all()
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 

@@ -188,7 +188,7 @@ def test_checkpoints_are_small_hold_no_pickles_and_are_few(scenes, tmp_path):
     ours.save_model()
     assert [folder.name for folder in checkpoints_in(tmp_path / "run")] == ["checkpoint-5", "checkpoint-6"]
     names = {file.name for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    assert {Path(name).suffix for name in names} <= {".json", ".jsonl", ".safetensors"}
+    assert {Path(name).suffix for name in names} <= {".json", ".jsonl", ".safetensors", ".md"}
     assert not (tmp_path / "run" / ".unfinished").exists()
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-6"):
         keys = load_file(folder / "model.safetensors").keys()
