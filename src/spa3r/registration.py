@@ -1,8 +1,8 @@
 """Registration with transformers, deferred until transformers is imported.
 
-``import spa3r`` imports neither torch nor transformers. The Auto classes and the attention interface learn about the types
-of this package as soon as the module of transformers that defines them is imported, before or after ``import spa3r``.
-A class is imported when an Auto class looks it up.
+``import spa3r`` imports neither torch nor transformers. The types of this package are registered as soon as the module
+of transformers that defines an Auto class is imported, before or after ``import spa3r``. A class is imported when an
+Auto class looks it up.
 """
 
 from __future__ import annotations
