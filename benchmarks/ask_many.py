@@ -33,9 +33,9 @@ from transformers import (
 )
 
 from spa3r import Spa3RConfig, Spa3RImageProcessor, Spa3RModel, Spa3VLM, Spa3VLMProcessor, VggtConfig
-from spa3r.data.vsi_format import make_prompt
-from spa3r.embedded import embedded_model
 from spa3r.rooms import RoomWalk, camera_walk, generate_room, render, room_questions
+from spa3r.rooms.embedded import embedded_model
+from spa3r.vsi_bench.format import make_prompt
 
 TEXT = {
     **{"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "max_position_embeddings": 32768},

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 
 import spa3r  # noqa: F401  (registers the "xformers" back end)
-from spa3r.attention import Segments, packed_attention, why_unusable
+from spa3r.models.attention import Segments, packed_attention, why_unusable
 
 HEADS, HEAD_DIM, REPEATS = 12, 64, 15
 SCENES = {

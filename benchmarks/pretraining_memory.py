@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, DINOv3ViTConfig
 
 from spa3r import Spa3RConfig, Spa3RForPreTraining, VggtConfig
-from spa3r.layers import TransformerLayer
+from spa3r.models.layers import TransformerLayer
 from spa3r.models.vggt.modeling_vggt import DPT_VIEWS_AT_ONCE
 
 GIB = 2**30

@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig
 
 import spa3r
-from spa3r.embedded import embedded_model
 from spa3r.rooms import camera_walk, generate_room, render
+from spa3r.rooms.embedded import embedded_model
 
 # The published configuration of Qwen2.5-VL-3B-Instruct.
 TEXT = {

@@ -13,11 +13,11 @@ from typing import get_args
 
 import numpy as np
 
-from spa3r.data.room_questions import FIRST_TEST_SEED, RoomQuestions
 from spa3r.evaluation.blind import BlindMethod, blind_scores
-from spa3r.evaluation.vsi_bench import aggregate
 from spa3r.rooms import LEVELS, RoomLevel
+from spa3r.rooms.instructions import FIRST_TEST_SEED, RoomQuestions
 from spa3r.rooms.questions import QUESTION_TYPES
+from spa3r.vsi_bench.scoring import aggregate
 
 
 def read(first_seed: int, rooms: int, level: RoomLevel) -> list[dict]:

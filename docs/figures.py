@@ -8,8 +8,8 @@ import torch
 from matplotlib.figure import Figure
 from sphinx.application import Sphinx
 
-from spa3r.embedded import embedded_spa3r
 from spa3r.rooms import LEVELS, camera_walk, generate_room, render
+from spa3r.rooms.embedded import embedded_spa3r
 from spa3r.visualization import field_figure
 
 FOLDER = Path(__file__).parent / "_build" / "figures"

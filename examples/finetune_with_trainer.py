@@ -10,8 +10,9 @@ import tempfile
 from transformers import Trainer, TrainingArguments
 
 from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
-from spa3r.data import RoomQuestions, Spa3VLMCollator
-from spa3r.embedded import embedded_model
+from spa3r.data import Spa3VLMCollator
+from spa3r.rooms.embedded import embedded_model
+from spa3r.rooms.instructions import RoomQuestions
 
 
 def main() -> None:

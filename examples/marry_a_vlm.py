@@ -10,8 +10,8 @@ import argparse
 import torch
 
 from spa3r import Spa3VLM, Spa3VLMProcessor
-from spa3r.embedded import embedded_model
 from spa3r.rooms import camera_walk, generate_room, render
+from spa3r.rooms.embedded import embedded_model
 
 
 def main() -> None:

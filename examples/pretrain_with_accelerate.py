@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from train_step import tiny_model
 
 from spa3r import Spa3RForPreTraining, Spa3RImageProcessor
-from spa3r.data import RoomScenes, SceneBatches
+from spa3r.data import SceneBatches
+from spa3r.rooms.scenes import RoomScenes
 from spa3r.training import whole_batch
 
 

@@ -11,7 +11,8 @@ from train_step import tiny_model
 from transformers import Trainer, TrainingArguments
 
 from spa3r import Spa3RForPreTraining, Spa3RImageProcessor
-from spa3r.data import RoomScenes, SceneBatches
+from spa3r.data import SceneBatches
+from spa3r.rooms.scenes import RoomScenes
 from spa3r.training import whole_batch
 
 

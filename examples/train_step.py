@@ -9,8 +9,8 @@ import torch
 from transformers import DINOv3ViTConfig
 
 from spa3r import Spa3RConfig, Spa3RForPreTraining, Spa3RImageProcessor
-from spa3r.embedded import embedded_model
 from spa3r.rooms import camera_walk, generate_room, render
+from spa3r.rooms.embedded import embedded_model
 
 
 def tiny_model() -> Spa3RForPreTraining:

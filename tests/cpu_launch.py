@@ -12,7 +12,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from transformers import training_args
 
-from spa3r.cli import app
+from spa3r.cli.main import app
 
 PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 PartialState.set_device = lambda state: setattr(state, "device", torch.device("cpu"))

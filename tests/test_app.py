@@ -29,13 +29,13 @@ if importlib.util.find_spec("gradio") is None:
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from spa3r import cli
 from spa3r.app import DAY, Demo, Limits, UnseenRoom, build_app
-from spa3r.data.room_questions import RoomQuestions
-from spa3r.data.vsi_format import make_prompt
-from spa3r.embedded import ROOMS_NOTE, embedded_model
+from spa3r.cli.main import app
 from spa3r.page import TYPE_TITLES
 from spa3r.rooms import room_questions
+from spa3r.rooms.embedded import ROOMS_NOTE, embedded_model
+from spa3r.rooms.instructions import RoomQuestions
+from spa3r.vsi_bench.format import make_prompt
 
 QUESTION = "What do you see?"
 SIZE_QUESTION = "What is the size of this room?"
@@ -193,7 +193,7 @@ def test_photos_and_a_video_are_read_and_answered_as_on_the_command_line(visitor
     told = [visitor.ask(question) for question in (QUESTION, SIZE_QUESTION)]
     assert len(passes) == 2
     arguments = ["ask", *map(str, files), QUESTION, "-q", SIZE_QUESTION, "--num-frames", "3", "--json"]
-    report = json.loads(CliRunner().invoke(cli.app, arguments).stdout)
+    report = json.loads(CliRunner().invoke(app, arguments).stdout)
     assert ["\n".join(lines[:-2]) for lines in told] == [asked["answer"] for asked in report["answers"]]
     assert "4 views" in visitor.look([video]).facts  # 4.5 seconds long
 
@@ -479,14 +479,14 @@ def test_the_command_names_what_is_wrong(url, tmp_path):
         ),
         (("--model", str(tmp_path / "none")), f"There is no model folder {tmp_path}/none."),
     ):
-        result = CliRunner().invoke(cli.app, ["app", *arguments, "--json"])
+        result = CliRunner().invoke(app, ["app", *arguments, "--json"])
         assert result.exit_code == 1 and words in json.loads(result.stdout)["error"]
 
 
 def test_without_gradio_the_command_tells_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "spa3r.app")
-    result = CliRunner().invoke(cli.app, ["app", "--json"])
+    result = CliRunner().invoke(app, ["app", "--json"])
     error = json.loads(result.stdout)["error"]
     assert result.exit_code == 1
     assert error == 'The web demo needs gradio, which is not installed. pip install "spa3r[app]".'

@@ -23,7 +23,7 @@ import spa3r.data
 import spa3r.evaluation
 import spa3r.rooms
 import spa3r.training
-from spa3r.cli import app
+from spa3r.cli.main import app
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import CLOSED_DOORS
 
 ROOT = Path(__file__).parent.parent

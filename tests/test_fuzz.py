@@ -38,7 +38,7 @@ from spa3r import (
     VggtConfig,
     VggtModel,
 )
-from spa3r.geometry import pose_encoding_to_cameras
+from spa3r.models.cameras import pose_encoding_to_cameras
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from test_attention import SEGMENTS, Caller, dense_definition, tensors
 from tiny import TARGETS, alive, assert_close, pretraining_config, relative_error, view_inputs
 
 from spa3r import Spa3RForPreTraining
-from spa3r.attention import Segments, packed_attention, why_unusable
+from spa3r.models.attention import Segments, packed_attention, why_unusable
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ import click, sys
 from contextlib import redirect_stdout
 from io import StringIO
 from typer.main import get_command
-from spa3r.cli import app
+from spa3r.cli.main import app
 
 def leaves(command, words):
     yield words

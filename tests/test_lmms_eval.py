@@ -16,9 +16,6 @@ from tiny import alive, spa3r_config, vggt_config
 from vlm_families import build
 
 from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
-from spa3r.data.room_export import export_rooms
-from spa3r.data.room_questions import FIRST_TEST_SEED, RoomQuestions
-from spa3r.data.vsi_format import is_choice, make_messages
 from spa3r.evaluation import (
     EvaluationSettings,
     VsiBench,
@@ -28,7 +25,10 @@ from spa3r.evaluation import (
     run_benchmark,
     score_prediction,
 )
-from spa3r.video import sample_frames
+from spa3r.media.videos import sample_frames
+from spa3r.rooms.export import export_rooms
+from spa3r.rooms.instructions import FIRST_TEST_SEED, RoomQuestions
+from spa3r.vsi_bench.format import is_choice, make_messages
 
 if importlib.util.find_spec("lmms_eval") is None:
     pytest.skip(

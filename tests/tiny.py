@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, DINOv3ViTConfig
 
 from spa3r import Spa3RConfig, Spa3RImageProcessor, VggtConfig
-from spa3r.attention import eager_attention_forward, packed_attention
-from spa3r.layers import SelfAttention
+from spa3r.models.attention import eager_attention_forward, packed_attention
+from spa3r.models.layers import SelfAttention
 
 BACK_ENDS = ("eager", "sdpa", "xformers")
 GOLDEN = Path(__file__).parent / "golden"
@@ -177,7 +177,7 @@ def densely_masked(model, inputs, monkeypatch, **kwargs):
         return eager_attention_forward(module, *heads_first, mask, scaling=query.shape[-1] ** -0.5)[0][0]
 
     with monkeypatch.context() as patch:
-        patch.setattr("spa3r.layers.packed_attention", attend)
+        patch.setattr("spa3r.models.layers.packed_attention", attend)
         return model(**{key: value for key, value in inputs.items() if key != "target_mask"}, **kwargs)
 
 

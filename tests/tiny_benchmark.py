@@ -9,8 +9,8 @@ from tiny import alive, spa3r_config, vggt_config
 from vlm_families import build
 
 from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
-from spa3r.data.vsi_format import CHOICE_TYPES, NUMBER_TYPES, is_choice
 from spa3r.evaluation import EvaluationSettings
+from spa3r.vsi_bench.format import CHOICE_TYPES, NUMBER_TYPES, is_choice
 
 QUESTIONS = (5, 2, 1, 3)
 """Questions about each scene."""

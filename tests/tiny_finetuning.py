@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import yaml
 
-from spa3r.embedded import embedded_model
+from spa3r.rooms.embedded import embedded_model
 from spa3r.training import FinetuningArguments, FinetuningTrainer
 
 ROOMS = {"type": "room_questions", "first_seed": 0, "num_rooms": 4, "frames": 2}

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from spa3r.data import RoomQuestions
 from spa3r.evaluation import EvaluationRun
 from spa3r.evaluation.blind import blind_scores
-from spa3r.evaluation.bootstrap import difference_intervals
-from spa3r.evaluation.vsi_bench import aggregate
+from spa3r.rooms.instructions import RoomQuestions
+from spa3r.vsi_bench.intervals import difference_intervals
+from spa3r.vsi_bench.scoring import aggregate
 
 VARIANTS = {
     "vlm": "the VLM alone",

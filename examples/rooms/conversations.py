@@ -18,10 +18,10 @@ import torch
 from render import VIEWS
 from torch import Tensor, nn
 
-from spa3r.data.room_questions import RoomQuestions
-from spa3r.data.vsi_format import FIRST_WORDS, NUMBER_WORDS, make_prompt
+from spa3r.media.videos import uniform_indices
 from spa3r.rooms import COLOURS, FURNITURE, RoomWalk, generate_room, room_questions
-from spa3r.video import uniform_indices
+from spa3r.rooms.instructions import RoomQuestions
+from spa3r.vsi_bench.format import FIRST_WORDS, NUMBER_WORDS, make_prompt
 
 FILE = "conversations.jsonl"
 FRAMES = 8

@@ -9,8 +9,9 @@ import transformers
 from common import FIRST_HELD_OUT
 
 from spa3r import Spa3RForPreTraining, Spa3RImageProcessor
-from spa3r.data import RoomScenes, SceneBatches
+from spa3r.data import SceneBatches
 from spa3r.evaluation import FieldReport, evaluate_field
+from spa3r.rooms.scenes import RoomScenes
 
 
 def main() -> None:

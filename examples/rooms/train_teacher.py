@@ -16,7 +16,7 @@ from render import CLASSES
 from torch import Tensor, nn
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from spa3r.geometry import unproject
+from spa3r.models.cameras import unproject
 from spa3r.models.spa3r.modeling_spa3r import SEMANTIC_IMAGE_SIZE
 from spa3r.rooms import FURNITURE
 

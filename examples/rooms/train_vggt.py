@@ -14,8 +14,8 @@ from common import RenderedRooms, first_camera_world, pack, train
 from torch import Tensor, nn
 
 from spa3r import VggtConfig, VggtModel
-from spa3r.geometry import pose_encoding_to_cameras, unproject
-from spa3r.views import ViewLayout, select_rows, split_prefix
+from spa3r.models.cameras import pose_encoding_to_cameras, unproject
+from spa3r.models.packing import ViewLayout, select_rows, split_prefix
 
 DENSE_SHARE = 8  # the dense heads, which cost most, are trained on one view in so many
 VIEW_COUNTS = (4, 6, 8, 12)

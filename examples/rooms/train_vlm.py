@@ -29,9 +29,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spa3r import Spa3RImageProcessor, Spa3VLMProcessor
-from spa3r.data.room_questions import RoomQuestions
-from spa3r.evaluation.room_answers import evaluate_answers, score_table
+from spa3r.answering.engine import evaluate_answers, score_table
 from spa3r.rooms import COLOURS, FURNITURE, generate_room
+from spa3r.rooms.instructions import RoomQuestions
 
 VIEW_SIZE = 112
 CELL = 28

@@ -160,7 +160,8 @@ def quiet(wanted: bool) -> Iterator[None]:
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     loggers = [
-        logging.getLogger(name) for name in ("transformers", "huggingface_hub", "bitsandbytes", "spa3r.attention")
+        logging.getLogger(name)
+        for name in ("transformers", "huggingface_hub", "bitsandbytes", "spa3r.models.attention")
     ]
     levels, bars = [logger.level for logger in loggers], is_progress_bar_enabled()
     for logger in loggers:
@@ -205,7 +206,7 @@ def check_model(name: str) -> None:
 
 
 def loading_arguments(dtype: Dtype, attention: str | None) -> dict[str, Any]:
-    from spa3r.attention import check_attention_implementation
+    from spa3r.models.attention import check_attention_implementation
 
     if attention is not None:
         check_attention_implementation(attention)
@@ -242,7 +243,7 @@ def load_vlm(
     if is_adapter(name):
         import torch
 
-        from spa3r.training.finetune import merge_lora
+        from spa3r.training.finetuning.run import merge_lora
 
         model, processor = merge_lora(name)
         if dtype != Dtype.auto:
@@ -256,7 +257,7 @@ def load_vlm(
 
 def embedded_note() -> str:
     """What is to be said of the embedded models."""
-    from spa3r.embedded import ROOMS_NOTE
+    from spa3r.rooms.embedded import ROOMS_NOTE
 
     return ROOMS_NOTE
 
@@ -372,7 +373,7 @@ def read_views(
         FileNotFoundError: A source doesn't exist.
     """
     from spa3r.media.images import to_rgb
-    from spa3r.video import sample_frames
+    from spa3r.media.videos import sample_frames
 
     files = [file for source in sources for file in _files(source)]
     if limits is not None:

@@ -10,7 +10,7 @@ from string import Template
 
 from matplotlib.figure import Figure
 
-from spa3r.evaluation.vsi_bench import parse_prediction
+from spa3r.vsi_bench.scoring import parse_prediction
 
 TYPE_TITLES = {
     "object_counting": "How many",

@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def _register_attention(modeling_utils: ModuleType) -> None:
-    import_module("spa3r.attention")  # registers its back end
+    import_module("spa3r.models.attention")  # registers its back end
 
 
 def _register_configs(configuration_auto: ModuleType) -> None:

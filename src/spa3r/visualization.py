@@ -20,8 +20,8 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from spa3r.models.packing import as_list
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTrainingOutput
-from spa3r.views import as_list
 
 CELL = 1.75
 """Inches of a picture's longer side in a contact sheet."""

@@ -17,7 +17,6 @@ from spa3r import Spa3RImageProcessor
 from spa3r.data import (
     DatasetScenes,
     FolderScenes,
-    RoomScenes,
     ScanNetPPScenes,
     ScanNetScenes,
     SceneBatches,
@@ -25,9 +24,11 @@ from spa3r.data import (
     SkippedReport,
     StreamedScenes,
     VideoScenes,
+    relative_to_first,
 )
-from spa3r.geometry import unproject
-from spa3r.rooms import generate_room, relative_to_first
+from spa3r.models.cameras import unproject
+from spa3r.rooms import generate_room
+from spa3r.rooms.scenes import RoomScenes
 
 PROCESSOR = Spa3RImageProcessor(size=28)
 FEW = {"views": (2, 4), "pictures_per_batch": 8}

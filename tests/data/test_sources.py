@@ -16,15 +16,15 @@ from scene_files import look_around, write_folders, write_grey, write_scannet, w
 from spa3r.data import (
     DatasetScenes,
     FolderScenes,
-    RoomScenes,
     ScanNetPPScenes,
     ScanNetScenes,
     SceneError,
     StreamedScenes,
     VideoScenes,
-    make_source,
+    relative_to_first,
 )
-from spa3r.rooms import relative_to_first
+from spa3r.rooms.scenes import RoomScenes
+from spa3r.training.sources import make_source
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from tiny_benchmark import SETTINGS, build_couple, make_rows, write_vsi_bench
 
 from spa3r.disk import WriteError, alone_in
 from spa3r.evaluation import EvaluationRun, EvaluationSettings, RoomsBenchmark, VsiBench, compare_runs, run_benchmark
+from spa3r.evaluation.report import run_report
 from spa3r.evaluation.run_folder import LineWriter
-from spa3r.run_report import run_report
 from spa3r.signals import ending_on_signals
 
 QUESTIONS = (3, 2)

@@ -9,7 +9,7 @@ from test_spa3_vlm_scenes import make
 from tiny import alive, pretraining_config
 
 from spa3r import Spa3RForPreTraining, Spa3RImageProcessor
-from spa3r.evaluation.room_answers import answer
+from spa3r.answering.engine import answer
 
 PICTURES = [noise(60, 40, 0), noise(33, 90, 1)]
 

@@ -9,8 +9,8 @@ from test_spa3r import some_cameras
 from tiny import TARGETS, alive, pretraining_config, spa3r_config, vggt_config, view_inputs
 
 from spa3r import Spa3RForPreTraining, Spa3RModel, VggtModel
-from spa3r.geometry import check_cameras
-from spa3r.views import ViewLayout
+from spa3r.models.cameras import check_cameras
+from spa3r.models.packing import ViewLayout
 
 SCENES = [[(2, 3), (2, 2)], [(1, 2)]]
 

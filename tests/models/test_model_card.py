@@ -13,8 +13,8 @@ from tiny import pretraining_config, spa3r_config, vggt_config
 from transformers.utils import hub
 
 from spa3r import Spa3RForPreTraining, Spa3RModel, VggtModel
-from spa3r.embedded import embedded_model
 from spa3r.models.model_card import license_of, model_card, parts_of, source_names, write_model_card
+from spa3r.rooms.embedded import embedded_model
 
 OWN = "---\nlicense: mit\n---\n# Mine\n"
 

@@ -21,8 +21,8 @@ from vlm_families import FAMILIES, build, build_processor
 
 from spa3r import Spa3RConfig, Spa3RImageProcessor, Spa3RModel, Spa3VLM, Spa3VLMConfig, Spa3VLMProcessor
 from spa3r.data.collator import Spa3VLMCollator
+from spa3r.models.packing import ViewLayout
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import VIEW_KEYS
-from spa3r.views import ViewLayout
 
 # Two processors of transformers still use an old protocol of NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from spa3r import Spa3RModel, Spa3VLM, VggtModel
-from spa3r.embedded import embedded_model
 from spa3r.models.spa3_vlm.fingerprints import model_fingerprint
 from spa3r.models.spa3_vlm.scenes import EncodedScene
+from spa3r.rooms.embedded import embedded_model
 
 
 @pytest.fixture(scope="module")

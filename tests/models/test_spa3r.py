@@ -25,10 +25,10 @@ from tiny import (
 from transformers import AutoModel
 
 from spa3r import Spa3RConfig, Spa3RForPreTraining, Spa3RModel, VggtModel
-from spa3r.attention import Segments
-from spa3r.geometry import pluecker_rays, pose_encoding_to_cameras
-from spa3r.rope import RotaryEncoding
-from spa3r.views import ViewLayout
+from spa3r.models.attention import Segments
+from spa3r.models.cameras import pluecker_rays, pose_encoding_to_cameras
+from spa3r.models.encodings import RotaryEncoding
+from spa3r.models.packing import ViewLayout
 
 
 def some_cameras(inputs) -> dict:

@@ -19,7 +19,7 @@ from tiny import (
 from transformers import AutoModel
 
 from spa3r import VggtConfig, VggtModel
-from spa3r.views import ViewLayout, select_rows
+from spa3r.models.packing import ViewLayout, select_rows
 
 EVERYTHING = {"output_cameras": True, "output_depth": True, "output_points": True}
 

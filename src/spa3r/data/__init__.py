@@ -8,15 +8,11 @@ instructions = InstructionDataset("vsi_590k.jsonl")
 loader = DataLoader(instructions, batch_size=8, collate_fn=Spa3VLMCollator(processor))
 """
 
-from spa3r.data.batches import SceneBatches
+from spa3r.data.batches import SceneBatches, relative_to_first
 from spa3r.data.collator import Spa3VLMCollator
 from spa3r.data.dataset_scenes import DatasetScenes, StreamedScenes
 from spa3r.data.folders import FolderScenes
-from spa3r.data.instructions import InstructionDataset, InstructionMixture, StreamedInstructions, make_instructions
-from spa3r.data.make import make_source
-from spa3r.data.room_export import export_rooms
-from spa3r.data.room_questions import RoomQuestions
-from spa3r.data.room_scenes import RoomScenes
+from spa3r.data.instructions import InstructionDataset, InstructionMixture, StreamedInstructions
 from spa3r.data.sampling import sample_frames
 from spa3r.data.scannet import ScanNetPPScenes, ScanNetScenes
 from spa3r.data.skipped import SkippedReport
@@ -29,8 +25,6 @@ __all__ = [
     "InstructionDataset",
     "InstructionMixture",
     "LoadedScene",
-    "RoomQuestions",
-    "RoomScenes",
     "ScanNetPPScenes",
     "ScanNetScenes",
     "SceneBatches",
@@ -41,8 +35,6 @@ __all__ = [
     "StreamedInstructions",
     "StreamedScenes",
     "VideoScenes",
-    "export_rooms",
-    "make_instructions",
-    "make_source",
+    "relative_to_first",
     "sample_frames",
 ]

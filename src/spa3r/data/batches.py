@@ -18,7 +18,6 @@ from spa3r.data.sampling import EpochPlan, Step, sample_frames, sample_targets
 from spa3r.data.skipped import SkippedReport
 from spa3r.data.source import SceneError, SceneSource
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
-from spa3r.rooms import relative_to_first
 
 _ROUNDS = 3  # how often other frames are tried in the place of unreadable ones
 _MOST_SCENES = 100  # scenes tried one after the other for a batch of which nothing could be read
@@ -425,3 +424,20 @@ def _length(source: SceneSource) -> int | None:
         return len(source)
     except TypeError:
         return None
+
+
+def relative_to_first(extrinsics: np.ndarray) -> np.ndarray:
+    """Re-expresses cameras in the frame of the first one, the world of the rest of the library.
+
+    Args:
+        extrinsics: (V, 4, 4) camera-from-world, of any world.
+
+    Returns:
+        (V, 4, 4) float32 camera-from-first-camera; the first is the identity.
+    """
+    if np.ndim(extrinsics) != 3 or np.shape(extrinsics)[1:] != (4, 4):
+        raise ValueError(
+            f"extrinsics: wanted an array (V, 4, 4), got {np.shape(extrinsics)}; stack the views of a scene."
+        )
+    extrinsics = np.asarray(extrinsics, np.float64)
+    return (extrinsics @ np.linalg.inv(extrinsics[0])).astype(np.float32)

@@ -6,7 +6,6 @@ its frames. Annotations stay on disk, memory-mapped; media are read when a row i
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -21,14 +20,12 @@ import numpy as np
 import PIL.Image
 from torch.utils.data import Dataset, IterableDataset
 
-from spa3r.checks import check_types, shorten, signature_types
 from spa3r.data.dataset_scenes import decode_picture, open_dataset, require_datasets
 from spa3r.data.index import natural_key
-from spa3r.data.room_questions import RoomQuestions
 from spa3r.media.files import PICTURES, describe, exists, local_path, other_encoding, shortened, text_encoding
 from spa3r.media.images import is_path, to_rgb
+from spa3r.media.videos import default_num_frames, sample_frames, uniform_indices
 from spa3r.models.spa3_vlm.videos import VIDEO_OPTIONS
-from spa3r.video import default_num_frames, sample_frames, uniform_indices
 
 if TYPE_CHECKING:
     import datasets
@@ -397,62 +394,6 @@ class StreamedInstructions(IterableDataset):
         )
 
 
-def make_instructions(spec: Mapping[str, Any]) -> Dataset:
-    """The data set that a configuration describes.
-
-    Args:
-        spec: Arguments of :class:`InstructionDataset`, with ``streaming: true`` those of
-            :class:`StreamedInstructions`; or ``type: room_questions`` and the arguments of
-            :class:`~spa3r.data.RoomQuestions`; or ``mixture``, such descriptions by name, each of which may have a
-            ``weight``, with ``num_rows`` and ``seed`` of the mixture beside it.
-
-    Raises:
-        ValueError: A field is unknown or missing; in a mixture some parts have weights and some not, or one is
-            streamed.
-    """
-    if not isinstance(spec, Mapping):
-        raise ValueError(f"Instruction data must be a section such as {{data: rows.json}}, got {shorten(spec)}.")
-    spec = dict(spec)
-    check_types(spec, {"streaming": bool, "mixture": dict[str, dict[str, Any]]})
-    if "mixture" in spec:
-        parts = {name: dict(fields) for name, fields in spec.pop("mixture").items()}
-        for name, fields in parts.items():
-            check_types(fields, {"weight": float}, f"{name}.")
-        weights = {name: fields.pop("weight") for name, fields in parts.items() if "weight" in fields}
-        if weights and len(weights) < len(parts):
-            without = ", ".join(name for name in parts if name not in weights)
-            raise ValueError(f"`weight` must stand in every part of a mixture or in none; {without} has none. Add it.")
-        if streamed := [name for name, fields in parts.items() if fields.get("streaming")]:
-            raise ValueError(f"`mixture` takes parts with random access, and {', '.join(streamed)} is streamed.")
-        _check_fields(InstructionMixture, spec, "a mixture", ("mixture",), given=("parts", "weights"))
-        made = {name: make_instructions(fields | {"name": fields.get("name", name)}) for name, fields in parts.items()}
-        return InstructionMixture(made, weights or None, **spec)
-    kind = spec.pop("type", "instructions")
-    if kind not in ("instructions", "room_questions"):
-        raise ValueError(f"`type` of instruction data must be instructions or room_questions, got {shorten(kind)}.")
-    streaming = kind == "instructions" and spec.pop("streaming", False)
-    made = RoomQuestions if kind == "room_questions" else StreamedInstructions if streaming else InstructionDataset
-    _check_fields(made, spec, f"{kind}", ("type", "streaming"))
-    return made(**spec)
-
-
-def _check_fields(
-    made: Any, fields: Mapping[str, Any], what: str, extra: Sequence[str], given: Sequence[str] = ()
-) -> None:
-    known = {name: field for name, field in inspect.signature(made).parameters.items() if name not in given}
-    if unknown := [name for name in fields if name not in known]:
-        raise ValueError(
-            f"Instruction data ({what}) have no field {', '.join(map(repr, unknown))}. They have: "
-            f"{', '.join([*extra, *known])}."
-        )
-    if missing := [name for name, field in known.items() if field.default is field.empty and name not in fields]:
-        raise ValueError(f"Instruction data ({what}) need {', '.join(map(repr, missing))}. Add it.")
-    check_types(fields, signature_types(made), f"{what}: ")
-
-
-# Rows
-
-
 def _as_written(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row itself, if it was kept as text."""
     if RAW not in row or len(row) > 1:
@@ -688,4 +629,4 @@ def _json_values(chunks: Iterable[str], path: str) -> Iterator[str]:
             text, place = text[place:] + more, 0
 
 
-__all__ = ["InstructionDataset", "InstructionMixture", "StreamedInstructions", "make_instructions"]
+__all__ = ["InstructionDataset", "InstructionMixture", "StreamedInstructions"]

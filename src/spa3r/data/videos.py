@@ -9,7 +9,7 @@ from spa3r.data.folders import existing_folder, listed, read_names
 from spa3r.data.index import SceneIndex, natural_key
 from spa3r.data.source import LoadedScene, SceneError, SceneSource, check_stride
 from spa3r.media.files import VIDEOS, inside
-from spa3r.video import count_frames, read_frames
+from spa3r.media.videos import count_frames, read_frames
 
 
 class VideoScenes(SceneSource):

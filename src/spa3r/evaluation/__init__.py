@@ -1,10 +1,6 @@
 """How good a model is, in numbers, beside what can be had without it."""
 
-from spa3r.evaluation.benchmarks import Benchmark, RoomsBenchmark, VsiBench, open_benchmark
-from spa3r.evaluation.blind import blind_answers, blind_scores
-from spa3r.evaluation.compare import Flip, RunComparison, compare_runs
-from spa3r.evaluation.field import FieldReport, Measure, evaluate_field
-from spa3r.evaluation.room_answers import (
+from spa3r.answering.engine import (
     AnswerReport,
     ScoredAnswer,
     answer,
@@ -12,9 +8,13 @@ from spa3r.evaluation.room_answers import (
     score_answer,
     score_table,
 )
+from spa3r.evaluation.benchmarks import Benchmark, RoomsBenchmark, VsiBench, open_benchmark
+from spa3r.evaluation.blind import blind_answers, blind_scores
+from spa3r.evaluation.compare import Flip, RunComparison, compare_runs
+from spa3r.evaluation.field import FieldReport, Measure, evaluate_field
 from spa3r.evaluation.run_folder import EvaluationRun
 from spa3r.evaluation.runner import PRESETS, EvaluationSettings, run_benchmark
-from spa3r.evaluation.vsi_bench import aggregate, make_prompt, parse_prediction, score_prediction
+from spa3r.vsi_bench.scoring import aggregate, make_prompt, parse_prediction, score_prediction
 
 __all__ = [
     "PRESETS",

@@ -23,11 +23,11 @@ from typing import Any, Literal, get_args
 import PIL.Image
 
 from spa3r.checks import check_count, check_types, is_count, is_of_type, shorten
-from spa3r.data.room_questions import FIRST_TEST_SEED, STRIDE_OF_WALK, WALK_VIEWS, RoomQuestions
-from spa3r.data.vsi_format import make_prompt
-from spa3r.evaluation.vsi_bench import score_prediction
 from spa3r.media.files import exists, inside, read_text, shortened
-from spa3r.video import sample_numbered_frames, uniform_indices
+from spa3r.media.videos import sample_numbered_frames, uniform_indices
+from spa3r.rooms.instructions import FIRST_TEST_SEED, STRIDE_OF_WALK, WALK_VIEWS, RoomQuestions
+from spa3r.vsi_bench.format import make_prompt
+from spa3r.vsi_bench.scoring import score_prediction
 
 LARGEST_PICTURE = 4096
 """Pixels of a side of a room's pictures, at most: all of a room are kept."""
@@ -157,14 +157,16 @@ class VsiBench(Benchmark):
 
 
 class RoomsBenchmark(Benchmark):
-    """Questions of VSI-Bench's types about rooms that no training sees: see :class:`~spa3r.data.RoomQuestions`.
+    """Questions of VSI-Bench's types about rooms that no training sees.
+
+    See :class:`~spa3r.rooms.instructions.RoomQuestions`.
 
     Args:
         num_rooms: How many rooms; each is asked about every type that it allows.
         level: Of the rooms, 0..3.
         frames: Pictures of each room that questions are made about; what the model sees is a part of them, or all.
         seed: Other questions for every value.
-        first_seed: Seed of the first room, from :data:`~spa3r.data.room_questions.FIRST_TEST_SEED` on.
+        first_seed: Seed of the first room, from :data:`~spa3r.rooms.instructions.FIRST_TEST_SEED` on.
         size: Height and width of the pictures in pixels.
 
     Raises:

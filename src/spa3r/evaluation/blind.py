@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from spa3r.data.vsi_format import is_choice
-from spa3r.evaluation.vsi_bench import aggregate, score_prediction
 from spa3r.rooms import COLOURS
+from spa3r.vsi_bench.format import is_choice
+from spa3r.vsi_bench.scoring import aggregate, score_prediction
 
 Row = Mapping[str, Any]
 BlindMethod = Literal["most_frequent", "best_constant", "question"]

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spa3r.evaluation.bootstrap import difference_intervals
 from spa3r.evaluation.run_folder import EvaluationRun, Line, changes, markdown, task_title
-from spa3r.evaluation.vsi_bench import aggregate, task_of
+from spa3r.vsi_bench.intervals import difference_intervals
+from spa3r.vsi_bench.scoring import aggregate, task_of
 
 HALF = 0.5
 """An answer that scores more is right, for the count of flipped questions; of choices that is the true letter."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
-from spa3r.geometry import invert_extrinsics
+from spa3r.models.cameras import invert_extrinsics
+from spa3r.models.packing import ViewLayout, as_list
 from spa3r.models.spa3r.modeling_spa3r import Spa3RField, Spa3RForPreTraining
-from spa3r.views import ViewLayout, as_list
 
 Predictor = Literal["model", "context_mean", "nearest_view", "shuffled_latents", "shuffled_cameras"]
 Metric = Literal["geometry_cosine", "geometry_error", "semantic_cosine", "semantic_error", "depth_error"]

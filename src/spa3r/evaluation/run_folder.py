@@ -26,14 +26,14 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from spa3r.answering.engine import AnswerReport, ScoredAnswer
 from spa3r.checks import check_types, is_number, is_of_type, shorten, type_words
-from spa3r.data.vsi_format import is_choice
 from spa3r.disk import read_json_object, write_whole, writing
-from spa3r.evaluation.bootstrap import SAMPLES, SEED, score_intervals
-from spa3r.evaluation.room_answers import AnswerReport, ScoredAnswer
-from spa3r.evaluation.vsi_bench import aggregate, score_prediction
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.secret import hidden
+from spa3r.vsi_bench.format import is_choice
+from spa3r.vsi_bench.intervals import SAMPLES, SEED, score_intervals
+from spa3r.vsi_bench.scoring import aggregate, score_prediction
 
 logger = logging.get_logger(__name__)
 

@@ -23,18 +23,18 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from spa3r.answering.engine import answer
 from spa3r.checks import check_count, check_types, shorten, signature_types
-from spa3r.data.vsi_format import make_messages, make_prompt
 from spa3r.disk import alone_in
 from spa3r.evaluation.benchmarks import Benchmark, Frames, Row
-from spa3r.evaluation.room_answers import answer
 from spa3r.evaluation.run_folder import EvaluationRun, LineWriter, RunFolder, about_environment, about_model
-from spa3r.evaluation.vsi_bench import parse_prediction, score_prediction
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3_vlm.scenes import EncodedScene
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 from spa3r.secret import hide
+from spa3r.vsi_bench.format import make_messages, make_prompt
+from spa3r.vsi_bench.scoring import parse_prediction, score_prediction
 
 logger = logging.get_logger(__name__)
 

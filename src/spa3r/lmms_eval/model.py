@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from spa3r.checkpoints import EMBEDDED
 from spa3r.console import Dtype, embedded_note, load_vlm
-from spa3r.video import sample_frames
+from spa3r.media.videos import sample_frames
 
 logger = logging.get_logger(__name__)
 

@@ -14,7 +14,7 @@ from spa3r.rooms.levels import LEVELS, RoomLevel
 from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
 from spa3r.rooms.render import RoomViews, render
 from spa3r.rooms.room import Fixture, Light, Room, RoomObject, generate_room
-from spa3r.rooms.walk import CAMERA_CLEARANCE, Cameras, camera_walk, relative_to_first
+from spa3r.rooms.walk import CAMERA_CLEARANCE, Cameras, camera_walk
 
 __all__ = [
     "CAMERA_CLEARANCE",
@@ -34,7 +34,6 @@ __all__ = [
     "RoomWalk",
     "camera_walk",
     "generate_room",
-    "relative_to_first",
     "render",
     "room_questions",
 ]

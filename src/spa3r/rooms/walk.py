@@ -109,23 +109,6 @@ def camera_walk(
     return Cameras(_extrinsics(centers, yaw, pitch, roll), intrinsics, (int(height), int(width)))
 
 
-def relative_to_first(extrinsics: np.ndarray) -> np.ndarray:
-    """Re-expresses cameras in the frame of the first one, the world of the rest of the library.
-
-    Args:
-        extrinsics: (V, 4, 4) camera-from-world, of any world.
-
-    Returns:
-        (V, 4, 4) float32 camera-from-first-camera; the first is the identity.
-    """
-    if np.ndim(extrinsics) != 3 or np.shape(extrinsics)[1:] != (4, 4):
-        raise ValueError(
-            f"extrinsics: wanted an array (V, 4, 4), got {np.shape(extrinsics)}; stack the views of a scene."
-        )
-    extrinsics = np.asarray(extrinsics, np.float64)
-    return (extrinsics @ np.linalg.inv(extrinsics[0])).astype(np.float32)
-
-
 def check_size(size: tuple[int, int]) -> None:
     """Raises a ValueError unless `size` is a height and a width >= 1."""
     if not (

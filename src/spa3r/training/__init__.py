@@ -2,19 +2,20 @@
 
 from spa3r.training.arguments import FinetuningArguments, PretrainingArguments
 from spa3r.training.config import DataSection, EvaluationSection, ModelSection, PretrainingConfig
-from spa3r.training.finetune import FinetuningResult, finetune, merge_lora
-from spa3r.training.finetune_batches import InstructionBatches
-from spa3r.training.finetune_config import (
+from spa3r.training.finetuning.batches import InstructionBatches
+from spa3r.training.finetuning.config import (
     AnswerSection,
     FinetuningConfig,
     FinetuningModelSection,
     InstructionSection,
 )
-from spa3r.training.finetune_trainer import FinetuningTrainer
+from spa3r.training.finetuning.policies import ParameterGroup, apply_policy, group_table
+from spa3r.training.finetuning.run import FinetuningResult, finetune, merge_lora
+from spa3r.training.finetuning.trainer import FinetuningTrainer
 from spa3r.training.logs import JsonLinesCallback, read_log
-from spa3r.training.policies import ParameterGroup, apply_policy, group_table
-from spa3r.training.pretrain import PretrainingResult, pretrain
-from spa3r.training.trainer import PretrainingTrainer, whole_batch
+from spa3r.training.pretraining.run import PretrainingResult, pretrain
+from spa3r.training.pretraining.trainer import PretrainingTrainer, whole_batch
+from spa3r.training.sources import make_instructions, make_source
 
 __all__ = [
     "AnswerSection",
@@ -37,6 +38,8 @@ __all__ = [
     "apply_policy",
     "finetune",
     "group_table",
+    "make_instructions",
+    "make_source",
     "merge_lora",
     "pretrain",
     "read_log",

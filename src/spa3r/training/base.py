@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 from spa3r.data import SkippedReport
 from spa3r.disk import alone_in, writing
+from spa3r.models.base import nonfinite_tensors
 from spa3r.models.model_card import CARD, is_own_card, write_model_card
-from spa3r.models.modeling_base import nonfinite_tensors
 from spa3r.models.released import quote_keys
 from spa3r.secret import without_secrets
 from spa3r.signals import STOP_SIGNALS

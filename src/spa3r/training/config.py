@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal, Self
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from spa3r.attention import check_attention_implementation
 from spa3r.checks import check_ranges, is_number, shorten
 from spa3r.media.files import other_encoding, shortened, text_encoding
+from spa3r.models.attention import check_attention_implementation
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.secret import is_secret, keep_secret, without_secrets
 from spa3r.training.arguments import MAX_SEED, PretrainingArguments, check_arguments
@@ -81,7 +81,7 @@ class DataSection:
     """Which scenes are seen, and how much of them at a time.
 
     Args:
-        sources: What :func:`~spa3r.data.make_source` takes, one after the other.
+        sources: What :func:`~spa3r.training.sources.make_source` takes, one after the other.
         views: Views of a scene: one number, or fewest and most, of which one is drawn for each step.
         pictures_per_device: Budget of pictures of one batch.
         cameras: Where cameras come from.

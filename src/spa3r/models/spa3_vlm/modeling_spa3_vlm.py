@@ -38,12 +38,10 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, TransformersKwargs
 
-from spa3r.attention import Segments, packed_attention
 from spa3r.checks import shorten
 from spa3r.disk import read_json_object
-from spa3r.layers import Mlp
-from spa3r.models.configuration_base import check_foreign_sizes
-from spa3r.models.modeling_base import (
+from spa3r.models.attention import Segments, packed_attention
+from spa3r.models.base import (
     PackedPreTrainedModel,
     check_finite,
     finite_logits,
@@ -51,6 +49,9 @@ from spa3r.models.modeling_base import (
     save_without,
     split_hub_kwargs,
 )
+from spa3r.models.configuration_base import check_foreign_sizes
+from spa3r.models.layers import Mlp
+from spa3r.models.packing import ViewLayout, as_list, check_tensor, whole_numbers
 from spa3r.models.placement import execution_device, is_offloaded, weights_at_hand
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
 from spa3r.models.spa3_vlm.released_spa3_vlm import translate_spa3_vlm
@@ -66,7 +67,6 @@ from spa3r.models.spa3_vlm.state import (
     turn,
 )
 from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
-from spa3r.views import ViewLayout, as_list, check_tensor, whole_numbers
 
 VIEW_KEYS = (
     "view_pixel_values",

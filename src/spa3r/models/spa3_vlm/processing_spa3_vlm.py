@@ -426,7 +426,7 @@ class Spa3VLMProcessor(ProcessorMixin):
             return_tensors: ``"pt"`` or ``"np"``.
             num_frames: Overrides the processor's, and is overridden by what an item of a video says: ``num_frames`` or
                 ``nframes``; ``fps``, ``min_frames``, ``max_frames``; ``video_start``, ``video_end`` in seconds (see
-                :class:`~spa3r.video.FrameSampling`).
+                :class:`~spa3r.media.videos.FrameSampling`).
             processor_kwargs: For the VLM's processor, as :meth:`__call__` takes them. A batch is padded on the left
                 unless this says otherwise.
             **kwargs: As in transformers (``add_generation_prompt`` and so on); ``fps``, in place of `num_frames`.
@@ -525,7 +525,8 @@ class Spa3VLMProcessor(ProcessorMixin):
             return_tensors: ``"pt"`` or ``"np"``.
             **kwargs: For the VLM's processor, as in transformers: flat or as ``text_kwargs``, ``images_kwargs``,
                 ``common_kwargs``. Of videos, flat or in ``videos_kwargs``: ``num_frames`` or ``fps`` (see
-                :class:`~spa3r.video.FrameSampling`), and ``do_sample_frames=False`` to take lists of frames whole.
+                :class:`~spa3r.media.videos.FrameSampling`), and ``do_sample_frames=False`` to take lists of frames
+                whole.
 
         Raises:
             ValueError: A picture or video can't be read, the texts' places and the media don't go together, or a

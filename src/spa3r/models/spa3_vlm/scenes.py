@@ -34,7 +34,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from spa3r.checks import check_count, is_count, shorten
 from spa3r.disk import write_whole
-from spa3r.models.modeling_base import finite_logits
+from spa3r.models.base import finite_logits
 from spa3r.models.spa3_vlm.fingerprints import PROBE, model_fingerprint, processor_fingerprint
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3_vlm.state import (
@@ -314,7 +314,7 @@ class SceneMixin:
         Args:
             processor: The model's.
             images: Pictures of the scene, at least one; whatever the processor takes. For a video, its sampled frames
-                (:func:`spa3r.video.sample_frames`).
+                (:func:`spa3r.media.videos.sample_frames`).
             system: The system's words; None: the chat template's own, if any.
 
         Returns:

@@ -9,7 +9,7 @@ from typing import Any
 from spa3r.checks import shorten
 from spa3r.media.files import describe
 from spa3r.media.images import Image, flattened, is_batch
-from spa3r.video import FrameSampling, sample_frames, uniform_indices
+from spa3r.media.videos import FrameSampling, sample_frames, uniform_indices
 
 VIDEO_KEYS = ("video", "url", "path")
 """Where an item of a message holds its video."""
@@ -30,7 +30,7 @@ def frames_of(video: Any, options: Mapping[str, Any]) -> list[Image]:
 
     Args:
         video: A file, a URL, a file's content, or its frames: a list of pictures or an array (frames, ...).
-        options: For :class:`~spa3r.video.FrameSampling`.
+        options: For :class:`~spa3r.media.videos.FrameSampling`.
 
     Raises:
         ValueError: It is none of these, can't be read, or doesn't have what an option needs.

@@ -53,8 +53,8 @@ class Spa3RConfig(PreTrainedConfig):
             without ``"semantic"`` there is no teacher.
         camera_embedding: How the decoder knows the cameras. ``"prope"``: rays in the camera's frame, and projections
             beside a rotary encoding of row and column in the attention. ``"pluecker"``: each ray's Plücker coordinates
-            in the world, the scene's first camera (:func:`spa3r.geometry.pluecker_rays`), and the encoder's rotary
-            encoding alone.
+            in the world, the scene's first camera (:func:`spa3r.models.cameras.pluecker_rays`), and the encoder's
+            rotary encoding alone.
 
     Raises:
         ValueError: A value has the wrong type or is out of range, or the values contradict one another.

@@ -14,24 +14,23 @@ from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from spa3r.attention import Segments
 from spa3r.checks import is_count, shorten
-from spa3r.geometry import camera_rays, check_cameras, pluecker_rays, relative_to_first_view
-from spa3r.layers import Mlp, TransformerLayer
-from spa3r.models.modeling_base import (
+from spa3r.models.attention import Segments
+from spa3r.models.base import (
     PackedPreTrainedModel,
     check_finite,
     packed_forward,
     save_without,
     split_hub_kwargs,
 )
+from spa3r.models.cameras import camera_rays, check_cameras, pluecker_rays, relative_to_first_view
+from spa3r.models.encodings import ProjectiveEncoding, RotaryEncoding, projection_matrices
+from spa3r.models.layers import Mlp, TransformerLayer
+from spa3r.models.packing import ViewLayout, as_list, check_tensor, prepend_tokens, select_rows, split_prefix, to_device
 from spa3r.models.released import HUB_KWARGS, find_released
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.spa3r.released_spa3r import for_pretraining, translate_spa3r
 from spa3r.models.vggt.modeling_vggt import VggtModel, VggtModelOutput
-from spa3r.prope import ProjectiveEncoding, projection_matrices
-from spa3r.rope import RotaryEncoding
-from spa3r.views import ViewLayout, as_list, check_tensor, prepend_tokens, select_rows, split_prefix, to_device
 
 SEMANTIC_IMAGE_SIZE = 224
 """Side in pixels of the square to which views are resized for the semantic teacher."""

@@ -15,16 +15,16 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import maybe_autocast
 
-from spa3r.attention import Segments
 from spa3r.checks import is_count, shorten
-from spa3r.geometry import pose_encoding_to_cameras
-from spa3r.layers import Mlp, TransformerLayer
-from spa3r.models.modeling_base import PackedPreTrainedModel, packed_forward
+from spa3r.models.attention import Segments
+from spa3r.models.base import PackedPreTrainedModel, packed_forward
+from spa3r.models.cameras import pose_encoding_to_cameras
+from spa3r.models.encodings import RotaryEncoding
+from spa3r.models.layers import Mlp, TransformerLayer
+from spa3r.models.packing import ViewLayout, prepend_tokens, split_prefix, to_device
 from spa3r.models.placement import weights_at_hand
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 from spa3r.models.vggt.released_vggt import translate_vggt
-from spa3r.rope import RotaryEncoding
-from spa3r.views import ViewLayout, prepend_tokens, split_prefix, to_device
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 

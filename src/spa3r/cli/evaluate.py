@@ -1,0 +1,329 @@
+"""The commands of ``spa3r eval``: scores that anyone can repeat, what differs between two, and what was said."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spa3r.checkpoints import EMBEDDED
+from spa3r.console import (
+    AsJson,
+    Attention,
+    Device,
+    Dtype,
+    Images,
+    Model,
+    Report,
+    Verbose,
+    WeightType,
+    check_model,
+    embedded_note,
+    end_processes,
+    is_adapter,
+    load_vlm,
+    loading_arguments,
+    plural,
+    printable,
+    reporting,
+    torch_device,
+)
+from spa3r.disk import write_whole
+from spa3r.signals import ending_on_signals
+
+if TYPE_CHECKING:
+    from spa3r.evaluation import Benchmark, EvaluationRun, EvaluationSettings, Flip
+
+eval_app = typer.Typer(help="Evaluate a VLM, compare evaluations, and look at one.", no_args_is_help=True)
+
+SHOWN = 20
+"""Flipped questions that the text of a comparison names."""
+
+
+class Subset(StrEnum):
+    full = "full"
+    debiased = "debiased"
+    pruned = "pruned"
+
+
+class Preset(StrEnum):
+    official = "official"
+    released = "released"
+
+
+class Missing(StrEnum):
+    fail = "fail"
+    skip = "skip"
+    zero = "zero"
+
+
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/<benchmark>-<model> if not given.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete the folder's answers.")]
+Length = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Length of an answer at most.")]
+System = Annotated[str | None, typer.Option(help="The system's message; the chat template's own if not given.")]
+Seen = Annotated[
+    Images | None, typer.Option(help="What the VLM sees: the views as Spa3R sees them, or the frames as they are.")
+]
+MinPixels = Annotated[int | None, typer.Option(min=1, help="Smaller pictures are enlarged by the VLM's processor.")]
+MaxPixels = Annotated[int | None, typer.Option(min=1, help="Larger pictures are reduced by the VLM's processor.")]
+WithoutSpa3R = Annotated[bool, typer.Option("--without-spa3r", help="A Spa3-VLM's VLM alone: nothing is fused.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Questions about a scene answered at once.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Scenes whose frames are read ahead.")]
+IfMissing = Annotated[
+    Missing, typer.Option("--missing", help="Questions whose frames can't be read: stop, leave out, or score 0.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of random numbers; greedy decoding takes none.")]
+
+
+@eval_app.command("vsi-bench", no_args_is_help=True)
+def vsi_bench(
+    data: Annotated[str, typer.Option(help="Folder in the released layout, its annotations, or a hub id.")],
+    model: Model,
+    output: Output = None,
+    subset: Annotated[Subset, typer.Option(help="Which questions.")] = Subset.full,
+    revision: Annotated[str | None, typer.Option(help="Of the data on the hub.")] = None,
+    preset: Annotated[
+        Preset, typer.Option(help="Settings: VSI-Bench's, or those of the released Spa3-VLM. Options override them.")
+    ] = Preset.official,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of each video, uniformly sampled.")] = None,
+    max_new_tokens: Length = None,
+    system: System = None,
+    images: Seen = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    without_spa3r: WithoutSpa3R = False,
+    missing: IfMissing = Missing.fail,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
+    device: Device = "auto",
+    dtype: WeightType = Dtype.auto,
+    attention: Attention = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score a VLM on VSI-Bench by its official rules, or go on where a run was stopped.
+
+    Launched by `accelerate launch` or `torchrun`, scenes are dealt to the processes.
+    """
+    with reporting(as_json, verbose) as report:
+        from spa3r.evaluation import PRESETS, VsiBench
+
+        chosen = {"num_frames": num_frames, "max_new_tokens": max_new_tokens, "system": system, "images": images}
+        chosen |= {"min_pixels": min_pixels, "max_pixels": max_pixels, "batch_size": batch_size, "workers": workers}
+        settings = _settings(PRESETS[preset.value], chosen, missing, without_spa3r, seed)
+        with report.status("Reading the questions"):
+            benchmark = VsiBench(data, subset.value, revision)
+        _evaluate(report, benchmark, settings, model, output, fresh, (device, dtype, attention))
+
+
+@eval_app.command("rooms")
+def rooms(
+    model: Model = EMBEDDED,
+    output: Output = None,
+    num_rooms: Annotated[int, typer.Option("--rooms", min=1, help="How many rooms that no training has seen.")] = 30,
+    level: Annotated[int, typer.Option(min=0, max=3, help="How varied the rooms are.")] = 0,
+    num_frames: Annotated[int, typer.Option(min=1, max=16, help="Pictures of each room.")] = 8,
+    max_new_tokens: Length = None,
+    system: System = None,
+    images: Seen = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
+    without_spa3r: WithoutSpa3R = False,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    seed: Annotated[int, typer.Option(min=0, help="Other questions for every value.")] = 0,
+    fresh: Fresh = False,
+    device: Device = "auto",
+    dtype: WeightType = Dtype.auto,
+    attention: Attention = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score a VLM on questions about rooms, without a download, by VSI-Bench's rules."""
+    with reporting(as_json, verbose) as report:
+        from spa3r.evaluation import PRESETS, RoomsBenchmark
+
+        chosen = {"num_frames": num_frames, "max_new_tokens": max_new_tokens, "system": system, "images": images}
+        chosen |= {"min_pixels": min_pixels, "max_pixels": max_pixels, "batch_size": batch_size, "workers": workers}
+        settings = _settings(PRESETS["official"], chosen, Missing.fail, without_spa3r, seed)
+        with report.status("Making the questions"):
+            benchmark = RoomsBenchmark(num_rooms, level, num_frames, seed)
+        _evaluate(report, benchmark, settings, model, output, fresh, (device, dtype, attention))
+
+
+def _settings(
+    preset: EvaluationSettings, chosen: dict[str, Any], missing: Missing, without_spa3r: bool, seed: int
+) -> EvaluationSettings:
+    chosen = {name: getattr(value, "value", value) for name, value in chosen.items() if value is not None}
+    return replace(preset, **chosen, missing=missing.value, use_spa3r=not without_spa3r, seed=seed)
+
+
+def _evaluate(
+    report: Report,
+    benchmark: Benchmark,
+    settings: EvaluationSettings,
+    model: str,
+    output: Path | None,
+    fresh: bool,
+    loading: tuple[str, Dtype, str | None],
+) -> None:
+    """Run it; the first process speaks for all."""
+    from spa3r.evaluation.runner import check_missing, own_folder, processes, run_benchmark
+
+    check_missing(benchmark, settings)  # before gigabytes are loaded
+    device, dtype, attention = loading
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if device == "auto" and not is_alone:
+        device = str(processes().device)
+    about = benchmark.about
+    if output is None:
+        label = re.sub(r"\W+", "-", Path(model).name)
+        output = Path("runs") / f"{'-'.join(str(about[key]) for key in ('name', 'subset') if key in about)}-{label}"
+    if model != EMBEDDED:
+        check_model(model)
+    with own_folder(output), ending_on_signals():  # refused before gigabytes are loaded
+        with report.status(f"Loading {model}"):
+            vlm, processor = _load_any_vlm(model, device, dtype, attention)
+        if model == EMBEDDED:
+            report.note(embedded_note())
+        with report.progress() as progress:
+            task = progress.add_task("Answering" if is_alone else "Answering (the first process's share)", total=None)
+
+            def tell(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            run = run_benchmark(vlm, processor, benchmark, output, settings, model, fresh, tell, report.note)
+    end_processes()
+    if os.environ.get("RANK", "0") != "0":
+        raise typer.Exit
+    report.finish(
+        _told(run),
+        output=str(output),
+        scores=run.scores,
+        intervals=run.about["intervals"],
+        missing=run.about["missing"],
+        settings=asdict(settings),
+        benchmark=run.about["benchmark"],
+    )
+
+
+def _load_any_vlm(name: str, device: str, dtype: Dtype, attention: str | None) -> tuple[Any, Any]:
+    """A Spa3-VLM, or a VLM of transformers as it is."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from spa3r.models.released import find_released
+
+    if name != EMBEDDED:
+        if is_adapter(name):
+            return load_vlm(name, device, dtype, attention)
+        released = find_released(name, ("spa3-vlm",), "`--model`")
+        if released is None and AutoConfig.from_pretrained(name).model_type != "spa3_vlm":
+            place, arguments = torch_device(device), loading_arguments(dtype, attention)
+            model = AutoModelForImageTextToText.from_pretrained(name, **arguments)
+            return model.to(place).eval(), AutoProcessor.from_pretrained(name)
+    return load_vlm(name, device, dtype, attention)
+
+
+@eval_app.command("compare", no_args_is_help=True)
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of a run.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of another run.", show_default=False)],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """What differs between two runs: scores by task, with 95 % intervals over scenes, and questions that flipped."""
+    with reporting(as_json, verbose) as report:
+        from spa3r.evaluation import EvaluationRun, compare_runs
+
+        compared = compare_runs(EvaluationRun.load(first), EvaluationRun.load(second))
+        won = sum(flip.is_won for flip in compared.flips)
+        parts = [
+            f"A: {first}\nB: {second}",
+            *(
+                ["What else differs:\n" + "\n".join(f"  {change}" for change in compared.changed)]
+                * bool(compared.changed)
+            ),
+            compared.table(),
+            f"{plural(len(compared.flips), 'question')} flipped: {won} to right, {len(compared.flips) - won} to wrong",
+        ]
+        if compared.left_out:
+            parts[-1] += f"; {plural(compared.left_out, 'question')} left out, without a score in one of the runs"
+        if compared.flips:
+            parts.append("\n".join(map(_flip, compared.flips[:SHOWN])))
+        if len(compared.flips) > SHOWN:
+            parts.append(f"and {len(compared.flips) - SHOWN} more; --json lists all")
+        report.finish("\n\n".join(parts), a=str(first), b=str(second), **compared.to_dict())
+
+
+def _flip(flip: Flip) -> str:
+    from spa3r.evaluation.benchmarks import scene_of
+
+    line, sign = flip.first, "+" if flip.is_won else "-"
+    first, second = (f"{_plain(x['prediction'] or '')!r} (score {x['score']:.2f})" for x in (flip.first, flip.second))
+    return (
+        f"{sign} {line['id']} {scene_of(line)} {line['question_type']}: {_plain(line['question'])}\n"
+        f"    truth {line['ground_truth']!r}, A {first}, B {second}"
+    )
+
+
+def _plain(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+@eval_app.command("report", no_args_is_help=True)
+def report_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page; report.html in the run's folder if not given.")
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes shown at most, spread over the run.")] = 20,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of each scene shown at most.")] = 8,
+    data: Annotated[
+        str | None, typer.Option(help="Where VSI-Bench lies now, if it is no longer where the run found it.")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run as one HTML page: scores, frames, questions, answers."""
+    with reporting(as_json, verbose) as report:
+        from spa3r.evaluation import EvaluationRun, VsiBench
+        from spa3r.evaluation.report import run_report
+
+        loaded = EvaluationRun.load(run)
+        about = loaded.about["benchmark"]
+        benchmark = None if data is None else VsiBench(data, about.get("subset", "full"))
+        with report.status("Drawing"):
+            page = run_report(
+                loaded,
+                benchmark,
+                scenes,
+                frames,
+                note=embedded_note() if loaded.about["model"]["name"] == EMBEDDED else "",
+                command=f"spa3r eval report {run} --scenes {scenes} --frames {frames}",
+            )
+        file = output or run / "report.html"
+        write_whole(file, page)
+        report.finish(str(file), report=str(file))
+
+
+def _told(run: EvaluationRun) -> str:
+    from spa3r.evaluation.run_folder import told_missing
+
+    benchmark, missing = run.about["benchmark"], run.about["missing"]
+    lines = [
+        f"{run.folder}: {plural(benchmark['questions'], 'question')} about {plural(benchmark['scenes'], 'scene')}",
+        "",
+        run.table(),
+    ]
+    if missing["questions"]:
+        lines += ["", told_missing(missing), *(f"  {scene}: {why}" for scene, why in missing["scenes"].items())]
+    return "\n".join(lines)

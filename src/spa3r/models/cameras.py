@@ -1,0 +1,211 @@
+"""Cameras: pose encodings, rays, points. Said once, for the whole library:
+
+- ``extrinsics`` (..., 4, 4): camera-from-world, rigid. OpenCV axes: x right, y down, z forward. World is the camera
+  of the scene's first view. Translations are in the backbone's unit (VGGT: relative to the scene, not metres) or, where
+  the caller gives the cameras, in the caller's unit.
+- ``intrinsics`` (..., 3, 3): pixels of the processed view, no skew; the centre of the top left pixel is (0.5, 0.5).
+- Cameras are made and changed in float32, whatever the model's dtype and also under autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from transformers.utils.generic import maybe_autocast
+
+from spa3r.checks import shorten
+from spa3r.models.packing import to_device
+
+MIN_FIELD_OF_VIEW = 0.01
+"""Radians. VGGT's ReLU lets a field of view be 0, which would make the focal length infinite and the loss NaN."""
+
+RIGID_TOLERANCE = 0.02
+"""How far R R^T may be from the identity; rounded and half-precision cameras stay well below."""
+
+
+def quaternion_to_rotation(quaternion: Tensor) -> Tensor:  # (..., 4) -> (..., 3, 3)
+    """Rotation matrix of a quaternion (x, y, z, w), scalar last, of any non-zero norm."""
+    x, y, z, w = quaternion.unbind(-1)
+    s = 2.0 / quaternion.square().sum(-1)
+    rows = (
+        (1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w)),
+        (s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w)),
+        (s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)),
+    )
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+
+def homogeneous(matrix: Tensor) -> Tensor:  # (..., 3, 3) or (..., 3, 4) -> (..., 4, 4)
+    """Lift to 4 x 4: a missing fourth column becomes 0, the fourth row (0, 0, 0, 1)."""
+    if matrix.shape[-1] == 3:
+        matrix = torch.cat([matrix, torch.zeros_like(matrix[..., :1])], dim=-1)
+    last_row = torch.zeros_like(matrix[..., :1, :])
+    last_row[..., 3] = 1
+    return torch.cat([matrix, last_row], dim=-2)
+
+
+def pose_encoding_to_cameras(
+    pose_encoding: Tensor, image_hw: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:  # (V, 9) -> (V, 4, 4), (V, 3, 3)
+    """Cameras of VGGT's pose encoding [translation 3, quaternion 4 (x, y, z, w), fov_h, fov_w (radians)].
+
+    Args:
+        pose_encoding: (V, 9).
+        image_hw: Height and width of every processed view in pixels.
+
+    Returns:
+        ``extrinsics`` (V, 4, 4) and ``intrinsics`` (V, 3, 3), float32; the principal point is the image centre.
+        Fields of view below :data:`MIN_FIELD_OF_VIEW` are raised to it, so that focal lengths stay finite.
+    """
+    pose_encoding = pose_encoding.float()
+    translation, quaternion, fov = pose_encoding.split([3, 4, 2], dim=-1)
+    extrinsics = homogeneous(torch.cat([quaternion_to_rotation(quaternion), translation[..., None]], dim=-1))
+    half = to_device(image_hw, torch.float32, pose_encoding.device) / 2  # (V, 2), (height, width)
+    focal = half / torch.tan(fov.clamp(min=MIN_FIELD_OF_VIEW) / 2)  # (V, 2), (fy, fx)
+    zero, one = torch.zeros_like(focal[:, 0]), torch.ones_like(focal[:, 0])
+    rows = ((focal[:, 1], zero, half[:, 1]), (zero, focal[:, 0], half[:, 0]), (zero, zero, one))
+    return extrinsics, torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+
+def invert_extrinsics(extrinsics: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 4, 4)
+    """World-from-camera of a rigid camera-from-world."""
+    rotation = extrinsics[..., :3, :3].transpose(-2, -1)
+    return homogeneous(torch.cat([rotation, -rotation @ extrinsics[..., :3, 3:]], dim=-1))
+
+
+def relative_to_first_view(extrinsics: Tensor, views_per_scene: Sequence[int]) -> Tensor:  # (V, 4, 4) -> (V, 4, 4)
+    """Re-express cameras that share any world frame in the library's: the camera of each scene's first view."""
+    with maybe_autocast(extrinsics.device.type, enabled=False):
+        extrinsics = extrinsics.float()
+        first_views = accumulate(views_per_scene[:-1], initial=0)
+        inverses = invert_extrinsics(torch.stack([extrinsics[view] for view in first_views]))  # one for each scene
+        inverses = [inverse for inverse, count in zip(inverses.unbind(), views_per_scene) for _ in range(count)]
+        return extrinsics @ torch.stack(inverses)
+
+
+def check_cameras(
+    extrinsics: Tensor, intrinsics: Tensor, num_views: int, device: torch.device
+) -> tuple[Tensor, Tensor]:  # (V, 4, 4), (V, 3, 3) -> the same, on the device
+    """Given cameras as tensors; NumPy arrays and nested lists are taken too.
+
+    Their values are looked at where they lie on the CPU; those of an accelerator's tensor would make the host wait.
+
+    Args:
+        extrinsics: (V, 4, 4) camera-from-world, rigid.
+        intrinsics: (V, 3, 3) in pixels, no skew, focal lengths above 0.
+        num_views: V.
+        device: Where they go.
+
+    Raises:
+        ValueError: A shape or type is wrong, or a camera is none: not finite, not rigid, singular.
+    """
+    tensors = []
+    for name, cameras, side in (("extrinsics", extrinsics, 4), ("intrinsics", intrinsics, 3)):
+        try:
+            if isinstance(cameras, str) or cameras is None:
+                raise TypeError("no numbers")
+            tensor = torch.as_tensor(cameras)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"`{name}` must be a tensor of shape (views, {side}, {side}), got {shorten(cameras)} ({error})."
+            ) from error
+        wanted = (num_views, side, side)
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"`{name}` must have shape (views, {side}, {side}) = {wanted}, got {tuple(tensor.shape)}. "
+                "Give one camera for each view of `view_grid_hw`, all scenes one after the other."
+            )
+        if tensor.dtype == torch.bool or tensor.is_complex():
+            raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}.")
+        if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_values(name, tensor.detach().double())
+        elif tensor.is_meta and device.type != "meta":
+            raise ValueError(f"`{name}` must have values, got a tensor on the meta device, which has none.")
+        tensors.append(tensor.to(device))
+    return tensors[0], tensors[1]
+
+
+def _check_values(name: str, cameras: Tensor) -> None:
+    """Refuse the first camera that is none."""
+    last_row = torch.eye(cameras.shape[-1], dtype=cameras.dtype)[-1]
+    fault = cameras.isfinite().flatten(1).all(1).logical_not(), "hold finite values"
+    if not fault[0].any():
+        affine = (cameras[:, -1] - last_row).abs().amax(-1) > 1e-4
+        fault = affine, f"have the last row {tuple(int(value) for value in last_row)}"
+    if not fault[0].any() and name == "extrinsics":
+        rotation = cameras[:, :3, :3]
+        skewed = (rotation @ rotation.mT - torch.eye(3, dtype=cameras.dtype)).abs().amax((1, 2)) > RIGID_TOLERANCE
+        fault = skewed | (torch.linalg.det(rotation) < 0), "be rigid: a rotation and a translation, without scale"
+    elif not fault[0].any():
+        focal = cameras[:, (0, 1), (0, 1)]
+        skewed = (cameras[:, 0, 1].abs() > 1e-3 * focal[:, 0]) | (cameras[:, 1, 0].abs() > 1e-3 * focal[:, 1])
+        fault = skewed | (focal <= 0).any(1), "have focal lengths above 0 and no skew"
+    if fault[0].any():
+        view = fault[0].nonzero()[0].item()
+        rows = [[round(value, 4) for value in row] for row in cameras[view].tolist()]
+        raise ValueError(
+            f"`{name}` must {fault[1]}, got {rows} for view {view}. Leave the view out, or give no cameras: the "
+            "backbone predicts them."
+        )
+
+
+def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:  # (V, H, W) -> (V, H, W, 3)
+    """World points of depth maps: a point cloud.
+
+    Args:
+        depth: (V, H, W), along the optical axis, in the unit of the extrinsics.
+        extrinsics: (V, 4, 4).
+        intrinsics: (V, 3, 3), pixels of a picture of H x W.
+    """
+    height, width = depth.shape[-2:]
+    depth, intrinsics = depth.float(), intrinsics.float()[:, None, None]
+    x = (torch.arange(width, device=depth.device) + 0.5 - intrinsics[..., 0, 2]) / intrinsics[..., 0, 0]  # (V, 1, W)
+    y = torch.arange(height, device=depth.device)[:, None] + 0.5
+    y = (y - intrinsics[..., 1, 2]) / intrinsics[..., 1, 1]  # (V, H, 1)
+    points = torch.stack([x * depth, y * depth, depth], dim=-1)  # in the camera's frame
+    with maybe_autocast(depth.device.type, enabled=False):
+        inverse = invert_extrinsics(extrinsics.float())[:, None]
+        return points @ inverse[..., :3, :3].transpose(-2, -1) + inverse[..., None, :3, 3]
+
+
+def camera_rays(intrinsics: Tensor, grid_hw: tuple[int, int], patch_size: int) -> Tensor:  # (V, 3, 3) -> (V, h*w, 3)
+    """Unit rays through the patch centres, in each camera's own frame, row by row.
+
+    Args:
+        intrinsics: (V, 3, 3) in pixels of the processed view.
+        grid_hw: Patch grid of the views.
+        patch_size: Pixels a side.
+    """
+    height, width = grid_hw
+    scaled = intrinsics.float() / patch_size
+    x = torch.arange(width, device=intrinsics.device) + 0.5
+    y = torch.arange(height, device=intrinsics.device) + 0.5
+    x = (x - scaled[:, 0, 2, None]) / scaled[:, 0, 0, None]  # (V, w)
+    y = (y - scaled[:, 1, 2, None]) / scaled[:, 1, 1, None]  # (V, h)
+    rays = torch.stack(
+        torch.broadcast_tensors(x[:, None, :], y[:, :, None], torch.ones_like(x[:, :1, None])), dim=-1
+    )  # (V, h, w, 3)
+    return torch.nn.functional.normalize(rays.flatten(1, 2), dim=-1)
+
+
+def pluecker_rays(
+    extrinsics: Tensor, intrinsics: Tensor, grid_hw: tuple[int, int], patch_size: int
+) -> Tensor:  # (V, 4, 4), (V, 3, 3) -> (V, h*w, 6)
+    """Plücker coordinates of the rays through the patch centres, in the world: unit direction d, and moment c x d.
+
+    c is the camera's centre; any other point of the ray gives the same moment, so they name the line and nothing else.
+
+    Args:
+        extrinsics: (V, 4, 4).
+        intrinsics: (V, 3, 3) in pixels of the processed view.
+        grid_hw: Patch grid of the views.
+        patch_size: Pixels a side.
+    """
+    with maybe_autocast(extrinsics.device.type, enabled=False):
+        world_from_camera = invert_extrinsics(extrinsics.float())
+        directions = camera_rays(intrinsics, grid_hw, patch_size) @ world_from_camera[:, :3, :3].transpose(-2, -1)
+        centres = world_from_camera[:, None, :3, 3].expand_as(directions)
+        return torch.cat([directions, torch.linalg.cross(centres, directions)], dim=-1)

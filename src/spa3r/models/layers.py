@@ -1,0 +1,123 @@
+"""The one transformer layer that every part of the method uses, on packed sequences."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from spa3r.models.attention import Segments, packed_attention
+
+FLOAT32_EPS = torch.finfo(torch.float32).eps
+"""eps of the released models' RMSNorms; stated, since PyTorch's default follows the input's dtype."""
+
+
+class PositionEncoding(Protocol):
+    """What the encodings of :mod:`spa3r.models.encodings` share."""
+
+    def encode(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def decode(self, output: Tensor) -> Tensor: ...
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int):
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        return self.fc2(nn.functional.gelu(self.fc1(tokens)))
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, with the weight in the input's type: under autocast they differ, and no fused kernel takes that."""
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (..., C) -> the same
+        return nn.functional.rms_norm(tokens, self.normalized_shape, self.weight.to(tokens.dtype), self.eps)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention inside segments, with an optional norm of each head's queries and keys."""
+
+    is_causal = False
+
+    def __init__(
+        self,
+        config,
+        hidden_size: int,
+        num_attention_heads: int,
+        qk_norm: Literal["layer_norm", "rms_norm"] | None,
+    ):
+        super().__init__()
+        self.config = config  # names the attention back end, also after it is changed on the loaded model
+        self.head_dim = hidden_size // num_attention_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm, self.k_norm = (
+            nn.Identity()
+            if qk_norm is None
+            else nn.LayerNorm(self.head_dim, eps=1e-5)
+            if qk_norm == "layer_norm"
+            else RMSNorm(self.head_dim, eps=FLOAT32_EPS)
+            for _ in range(2)
+        )
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self, tokens: Tensor, segments: Segments, positions: PositionEncoding | None
+    ) -> Tensor:  # (S, C) -> (S, C)
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (S, heads, head_dim)
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        if positions is not None:
+            query, key, value = positions.encode(query, key, value)
+        output = packed_attention(self, query, key, value, segments)
+        if positions is not None:
+            output = positions.decode(output)
+        return self.proj(output.flatten(-2))
+
+
+class TransformerLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP with residuals.
+
+    Args:
+        config: The model's configuration; its ``_attn_implementation`` names the attention back end.
+        hidden_size: Token width C.
+        num_attention_heads: Heads; they divide C.
+        intermediate_size: Inner width of the MLP.
+        layer_norm_eps: eps of the two LayerNorms.
+        qk_norm: Norm of each head's queries and keys.
+        layer_scale: Initial value of a learnt factor on each residual branch; None for no factor.
+    """
+
+    def __init__(
+        self,
+        config,
+        hidden_size: int,
+        num_attention_heads: int,
+        intermediate_size: int,
+        layer_norm_eps: float,
+        qk_norm: Literal["layer_norm", "rms_norm"] | None = None,
+        layer_scale: float | None = None,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.attention = SelfAttention(config, hidden_size, num_attention_heads, qk_norm)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.mlp = Mlp(hidden_size, intermediate_size, hidden_size)
+        self.layer_scale_init = layer_scale
+        if layer_scale is None:
+            self.layer_scale1 = self.layer_scale2 = 1.0
+        else:
+            self.layer_scale1, self.layer_scale2 = (
+                nn.Parameter(torch.full((hidden_size,), layer_scale)) for _ in range(2)
+            )
+
+    def forward(
+        self, tokens: Tensor, segments: Segments, positions: PositionEncoding | None = None
+    ) -> Tensor:  # (S, C) -> (S, C)
+        tokens = tokens + self.layer_scale1 * self.attention(self.norm1(tokens), segments, positions)
+        return tokens + self.layer_scale2 * self.mlp(self.norm2(tokens))

@@ -1,0 +1,214 @@
+"""Questions about rooms as instruction data: pictures of a walk, a question, its computed answer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from torch.utils.data import Dataset
+
+from spa3r.media.images import to_rgb
+from spa3r.media.videos import uniform_indices
+from spa3r.rooms import Cameras, Room, camera_walk, generate_room, render
+from spa3r.rooms.levels import RoomLevel, resolve_level
+from spa3r.rooms.questions import MOST_QUESTIONS, QUESTION_TYPES, RoomWalk, room_questions
+from spa3r.rooms.room import check_seed
+from spa3r.vsi_bench.format import make_messages
+
+WALK_VIEWS = 16
+STRIDE_OF_WALK = 3
+"""Pictures that a walk gives, and its steps between two of them: so many show nearly all of a room."""
+
+FIRST_TEST_SEED = 1_000_000
+"""Seed of the first room to test on; no data set holds rooms from both sides of it."""
+
+_ROOMS_ASKED = 8  # among so many a question is sought that a room does not allow
+_ROOMS_KEPT = 16  # their pictures are a third of a megabyte each
+_WALKS_KEPT = 4096  # a few kilobytes each
+
+
+class RoomQuestions(Dataset):
+    """Questions about rooms with pictures of a walk through each, one example a question.
+
+    An example holds ``messages`` in the chat form of Hugging Face (the pictures, then the prompt of VSI-Bench's
+    evaluation; the truth as the assistant's answer), ``source``, ``row`` (its name), ``question_type``, and
+    ``skipped``, which is empty here. Example i is a pure function of the arguments and i: rooms are drawn and rendered
+    when an example asks for them, the last ones are kept.
+
+    There are ``per_type`` examples for each room and type; the size of a room is asked once. Where a room allows too
+    few questions of a type, one of the same type about one of the next seven stands in, so types stay equally
+    frequent: one that no other index holds, if there is one.
+
+    With ``questions_per_example`` above 1 an example is a conversation: so many questions about one room, of mixed
+    types, after one showing of its pictures, which trains faster; its ``question_type`` is None. A question that stands
+    in for one that the room does not allow is left out, so some conversations are shorter.
+
+    Args:
+        first_seed: Seed of the first room. Below :data:`FIRST_TEST_SEED` are the rooms to train on, from there on
+            those to test on; a data set holds one or the other.
+        num_rooms: How many rooms.
+        level: Level of the rooms, 0 (plain) to 3, or a :class:`~spa3r.rooms.RoomLevel`.
+        frames: Pictures of each room, uniformly from the walk's 16, first and last included.
+        per_type: Questions of each type for a room.
+        seed: Other questions for every value.
+        types: Which types; None: all ten of VSI-Bench.
+        rendered: Folder with a folder of rendered pictures for each room, as ``examples/rooms/render.py`` writes them
+            (16 pictures and a ``truth.npz`` with ``instance_ids``, named by the room's seed in seven digits). They must
+            be of the same level. Rooms that are not there are rendered; either way the examples are the same.
+        size: Height and width of the pictures in pixels, where they are rendered.
+        name: What reports call the source.
+        questions_per_example: Questions that follow one another after the pictures.
+    """
+
+    def __init__(
+        self,
+        first_seed: int,
+        num_rooms: int,
+        level: int | RoomLevel = 0,
+        frames: int = 8,
+        per_type: int = 1,
+        seed: int = 0,
+        types: Sequence[str] | None = None,
+        rendered: str | Path | None = None,
+        size: int = 112,
+        name: str = "rooms",
+        questions_per_example: int = 1,
+    ):
+        check_seed(first_seed)
+        check_seed(seed)
+        for key, value, most in (
+            ("num_rooms", num_rooms, None),
+            ("frames", frames, WALK_VIEWS),
+            ("questions_per_example", questions_per_example, None),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+                wanted = f"an int in 1..{most}" if most else "an int >= 1"
+                raise ValueError(f"`{key}` must be {wanted}, got {value!r}. Ask for at least one.")
+        if first_seed < FIRST_TEST_SEED < first_seed + num_rooms:
+            raise ValueError(
+                f"`first_seed` + `num_rooms` must be at most {FIRST_TEST_SEED}, where the rooms to test on begin, or "
+                f"`first_seed` at least that, got {first_seed} + {num_rooms}. Take rooms from one side."
+            )
+        if rendered is not None and not Path(rendered).is_dir():
+            raise FileNotFoundError(f"`rendered` must be a folder of rendered rooms, got {str(rendered)!r}.")
+        self.level, self.first_seed, self.num_rooms = resolve_level(level), first_seed, num_rooms
+        self.frames, self.per_type, self.seed, self.size, self.name = frames, per_type, seed, size, name
+        self.rendered = None if rendered is None else Path(rendered)
+        types = QUESTION_TYPES if types is None else tuple(types)
+        self._slots = [(t, k) for t in types for k in range(1 if t == "room_size_estimation" else per_type)]
+        self.questions_per_example = questions_per_example
+        self._views = uniform_indices(WALK_VIEWS, frames)
+        self._rooms: OrderedDict[int, list[PIL.Image.Image]] = OrderedDict()
+        self._walks: OrderedDict[int, tuple[RoomWalk, dict[str, tuple[int, list[dict[str, Any]]]]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.num_rooms * self._examples_per_room
+
+    @property
+    def num_questions(self) -> int:
+        """How many :meth:`row` gives; the number of examples, unless they are conversations."""
+        return self.num_rooms * len(self._slots)
+
+    @property
+    def _examples_per_room(self) -> int:
+        return -(-len(self._slots) // self.questions_per_example)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = self._check_index(index, len(self), "examples")
+        if self.questions_per_example == 1:
+            row = self.row(index)
+            name, question_type = f"{row['question_type']}/{row['id'] % MOST_QUESTIONS}", row["question_type"]
+            rows = [row]
+        else:
+            rows, name, question_type = self._conversation(index), f"conversation/{index}", None
+        scene = rows[0]["scene_name"]
+        messages = make_messages(rows[0], self.pictures(int(scene)))
+        for row in rows[1:]:
+            messages += make_messages(row, ())
+        return {
+            "messages": messages,
+            "source": self.name,
+            "row": f"{scene}/{name}",
+            "question_type": question_type,
+            "skipped": [],
+        }
+
+    def _conversation(self, index: int) -> list[dict[str, Any]]:
+        """The questions of a conversation: one deal of the room's questions, shuffled, stand-ins left out."""
+        room, deal = divmod(index, self._examples_per_room)
+        seed = self.first_seed + room
+        slots = np.random.default_rng([self.seed, seed]).permutation(len(self._slots))
+        rows = [self.row(room * len(self._slots) + int(slot)) for slot in slots[deal :: self._examples_per_room]]
+        own = {row["id"]: row for row in rows if int(row["scene_name"]) == seed}  # a stand-in may be there already
+        return list(own.values()) or self._questions(seed, "room_size_estimation", 1)  # which every room allows
+
+    def row(self, index: int) -> dict[str, Any]:
+        """A question in the row format of VSI-Bench, as :func:`~spa3r.rooms.questions.room_questions` gives it: that of
+        the example of this index, unless examples are conversations."""
+        room, slot = divmod(self._check_index(index, self.num_questions, "questions"), len(self._slots))
+        question_type, k = self._slots[slot]
+        nearby = [self.first_seed + (room + step) % self.num_rooms for step in range(min(self.num_rooms, _ROOMS_ASKED))]
+        for step, seed in enumerate(nearby):
+            # From `step * per_type` on: the questions before stand at indices of nearer rooms.
+            wanted = k + step * self.per_type
+            rows = self._questions(seed, question_type, wanted + 1)
+            if wanted < len(rows):
+                return rows[wanted]
+        for seed in nearby:
+            if rows := self._questions(seed, question_type, k + 1):
+                return rows[-1]
+        return self._questions(nearby[0], "room_size_estimation", 1)[0]  # every room allows that
+
+    @staticmethod
+    def _check_index(index: int, number: int, what: str) -> int:
+        if not -number <= index < number:
+            raise IndexError(f"`index` must be below {number}, the number of {what}, got {index}.")
+        return index % number
+
+    def _questions(self, seed: int, question_type: str, number: int) -> list[dict[str, Any]]:
+        """The first `number` questions of a type about a room, or as many as it allows."""
+        if seed not in self._walks:
+            self._walks[seed] = self.walk(seed), {}
+            if len(self._walks) > _WALKS_KEPT:
+                self._walks.popitem(last=False)
+        walk, known = self._walks[seed]
+        asked, rows = known.get(question_type, (0, []))
+        if asked < number:
+            rows = room_questions(walk, self.seed, (question_type,), min(number, MOST_QUESTIONS))
+            known[question_type] = number, rows
+        return rows[:number]
+
+    def walk(self, seed: int) -> RoomWalk:
+        """The room of a seed, and what its pictures show."""
+        room, folder = generate_room(seed, self.level), self._folder(seed)
+        if folder is None:
+            return RoomWalk.from_cameras(room, self._cameras(room))
+        with np.load(folder / "truth.npz", allow_pickle=False) as truth:
+            return RoomWalk.from_instance_ids(room, truth["instance_ids"][self._views])
+
+    def pictures(self, seed: int) -> list[PIL.Image.Image]:
+        """The pictures that go with the questions about the room of a seed."""
+        if seed not in self._rooms:
+            folder = self._folder(seed)
+            if folder is None:
+                room = generate_room(seed, self.level)
+                images = [PIL.Image.fromarray(image) for image in render(room, self._cameras(room)).images]
+            else:
+                images = [to_rgb(folder / f"{view:03d}.png") for view in self._views]
+            self._rooms[seed] = images
+            if len(self._rooms) > _ROOMS_KEPT:
+                self._rooms.popitem(last=False)
+        self._rooms.move_to_end(seed)
+        return self._rooms[seed]
+
+    def _folder(self, seed: int) -> Path | None:
+        folder = self.rendered / f"{seed:07d}" if self.rendered else None
+        return folder if folder and folder.is_dir() else None
+
+    def _cameras(self, room: Room) -> Cameras:
+        walk = camera_walk(room, WALK_VIEWS * STRIDE_OF_WALK, (self.size, self.size))
+        return walk[self._views * STRIDE_OF_WALK]

@@ -1,0 +1,158 @@
+"""The configuration file of a fine-tuning."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from huggingface_hub.dataclasses import strict
+
+from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
+from spa3r.training.arguments import FinetuningArguments
+from spa3r.training.config import DATA_RANGES, ELSEWHERE, FREE_TO_CHANGE, RunConfig, _check_keys, _make
+
+FILLED_IN = ("vlm_config", "spa3r_config", "spatial_token_id")
+"""Fields of Spa3VLMConfig that follow from the parts."""
+
+
+@strict
+@dataclass
+class FinetuningModelSection:
+    """Which model is trained.
+
+    Args:
+        vlm: Folder or hub id of the VLM, with `spa3r`.
+        spa3r: Folder or hub id of the Spa3R to marry it to; ``embedded``: the one in the package.
+        init_from: Folder or hub id of a Spa3-VLM to go on from, instead of `vlm` and `spa3r`; ``embedded``: the small
+            one in the package.
+        dtype: Type of the frozen weights; the trained ones are float32.
+        attn_implementation: Attention back end; None: the best that is installed.
+        images: What the VLM sees, see :class:`~spa3r.Spa3VLMProcessor`; None: the processor's own choice.
+        view_size: Width of a processed view in pixels; None: the Spa3R's own.
+        fields: Any other fields of :class:`~spa3r.Spa3VLMConfig`, such as ``integration``; in the file they stand
+            beside the others. Only with `vlm` and `spa3r`.
+    """
+
+    vlm: str | None = None
+    spa3r: str | None = None
+    init_from: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    images: Literal["aligned", "native"] | None = None
+    view_size: int | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@strict
+@dataclass
+class InstructionSection:
+    """Which instructions are seen.
+
+    Args:
+        train: What :func:`~spa3r.training.sources.make_instructions` takes.
+        max_length: Tokens of a row at most; None: any.
+        max_bad_share: Share of rows that may be broken or too long.
+        group_by_length: Whether rows of like length come together.
+        num_workers: Processes that read pictures, for each device; 0: none but the training one.
+        seed: Of the order.
+    """
+
+    train: dict[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
+    max_bad_share: float | int = 0.05
+    group_by_length: bool = False
+    num_workers: int = 4
+    seed: int = 0
+
+
+@strict
+@dataclass
+class AnswerSection:
+    """Held-out questions that the model answers now and then; without them there is no evaluation.
+
+    Args:
+        questions: As ``data.train``.
+        examples: How many of them, spread evenly; None: all.
+        every: Steps between two evaluations. There is one at the end, too.
+        batch_size: Questions answered at once.
+        max_new_tokens: Length of an answer at most.
+    """
+
+    questions: dict[str, Any] = field(default_factory=dict)
+    examples: int | None = 200
+    every: int = 1000
+    batch_size: int = 8
+    max_new_tokens: int = 16
+
+
+@dataclass
+class FinetuningConfig(RunConfig):
+    """Everything that ``spa3r finetune`` needs to know: a YAML file of four sections.
+
+    Attributes:
+        model: The model.
+        data: The instructions to train on.
+        evaluation: The held-out questions.
+        training: Fields of :class:`~spa3r.training.FinetuningArguments`.
+    """
+
+    model: FinetuningModelSection = field(default_factory=FinetuningModelSection)
+    data: InstructionSection = field(default_factory=InstructionSection)
+    evaluation: AnswerSection = field(default_factory=AnswerSection)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    ARGUMENTS = FinetuningArguments
+    RECIPE = (
+        *("policy", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "bf16"),
+        *("gradient_checkpointing", "save_steps", "save_total_limit", "logging_steps", "max_nonfinite_steps"),
+    )
+    FREE_TO_CHANGE = (*FREE_TO_CHANGE, "training.num_train_epochs")
+    MODEL = Spa3VLMConfig
+    RANGES = {
+        "model": {"view_size": (1, None)},
+        "data": DATA_RANGES | {"max_length": (1, None)},
+        "evaluation": dict.fromkeys(("examples", "every", "batch_size", "max_new_tokens"), (1, None)),
+    }
+    ELSEWHERE = ELSEWHERE | {
+        "per_device_eval_batch_size": "evaluation.batch_size",
+        "train_sampling_strategy": "data.group_by_length",
+        "data_seed": "data.seed",
+    }
+
+    @classmethod
+    def _from_sections(cls, parts: dict[str, dict[str, Any]]) -> Self:
+        model = parts["model"]
+        own = [one.name for one in dataclasses.fields(FinetuningModelSection) if one.name != "fields"]
+        fields = [name for name in Spa3VLMConfig.__annotations__ if name not in FILLED_IN]
+        fields = [name for name in fields if name not in ("model_type", "sub_configs")]
+        _check_keys(model, [*own, *fields], "model.", "keys")
+        given = {key: model.pop(key) for key in own if key in model}
+        return cls(
+            _make(FinetuningModelSection, "model", given | {"fields": model}),
+            _make(InstructionSection, "data", parts["data"]),
+            _make(AnswerSection, "evaluation", parts["evaluation"]),
+            parts["training"],
+        )
+
+    def _check(self) -> None:
+        model = self.model
+        if not self.data.train:
+            raise ValueError("`data.train` must say which instructions are trained on, got nothing.")
+        if (model.init_from is None) == (model.vlm is None):
+            raise ValueError(
+                "`model.vlm` (and `model.spa3r`) must name what is to be married, or `model.init_from` the Spa3-VLM to "
+                f"go on from; got {'neither' if model.vlm is None else 'both'}."
+            )
+        if model.vlm is not None and model.spa3r is None and model.fields.get("spatial_source") != "none":
+            raise ValueError(
+                "`model.spa3r` must name the Spa3R that the VLM is married to, got none. A folder, a hub id, or "
+                "`embedded`; only spatial_source: none goes without."
+            )
+        if model.init_from is not None and model.fields:
+            raise ValueError(
+                f"`model.{next(iter(model.fields))}` can be chosen where a VLM is married (`model.vlm`), and "
+                "`model.init_from` names a couple that has chosen. Leave it out."
+            )
+
+
+__all__ = ["AnswerSection", "FinetuningConfig", "FinetuningModelSection", "InstructionSection"]

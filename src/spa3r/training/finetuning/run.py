@@ -1,0 +1,212 @@
+"""A fine-tuning from its configuration to its last checkpoint: what ``spa3r finetune`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, TrainerCallback, set_seed
+
+from spa3r.checkpoints import EMBEDDED, resolve
+from spa3r.data.collator import Spa3VLMCollator
+from spa3r.media.videos import uniform_indices
+from spa3r.models.model_card import source_names
+from spa3r.models.released import find_adapter
+from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
+from spa3r.rooms.embedded import embedded_spa3r
+from spa3r.training.arguments import FinetuningArguments, make_checked
+from spa3r.training.finetuning.batches import InstructionBatches
+from spa3r.training.finetuning.config import FinetuningConfig
+from spa3r.training.finetuning.policies import group_table, quantization
+from spa3r.training.finetuning.trainer import FinetuningTrainer, _Share
+from spa3r.training.runs import CONFIG_FILE, RunResult, find_checkpoint, own_folder, require_tensorboard, run
+from spa3r.training.sources import make_instructions
+
+
+@dataclass
+class FinetuningResult(RunResult):
+    """What :func:`finetune` returns.
+
+    Attributes:
+        output_dir: The run's folder. Once finished it holds the model and its processor for ``from_pretrained``; with
+            ``"lora"`` and ``"qlora"`` the peft checkpoint.
+        step: Steps done, those before a resumption included.
+        max_steps: Steps of the whole run.
+        resumed_from: The checkpoint that the run went on from, or None.
+        checkpoint: The last checkpoint.
+        interrupted_by: Name of the signal that ended the run early, or None.
+        evaluation: The last evaluation's scores by name, in per cent.
+        nonfinite_steps: Steps that were dropped.
+        skipped: Rows that could not be used, by all processes.
+        parameters: Of every group of parameters its part, size, learning rate (None: frozen) and weight decay.
+    """
+
+    parameters: list[dict[str, Any]] = field(default_factory=list)
+
+
+def finetune(
+    config: FinetuningConfig,
+    *,
+    fresh: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    note: Callable[[str], object] = lambda text: None,
+    progress: Callable[[str], object] = lambda text: None,
+) -> FinetuningResult:
+    """Train, or go on with a training: a run of the same configuration in ``training.output_dir`` is resumed from its
+    last whole checkpoint.
+
+    SIGTERM, SIGHUP (a terminal that closes) and Ctrl-C end the step, save a checkpoint and return; a second Ctrl-C
+    interrupts at once.
+
+    Args:
+        config: The configuration.
+        fresh: Start over: delete the checkpoints, model and logs in ``training.output_dir``.
+        callbacks: More callbacks for the trainer.
+        note: Called in the main process with what the user should know: before the first step, all groups of
+            parameters and their sizes.
+        progress: Called in the main process with a line for every entry of the log.
+
+    Raises:
+        ValueError: The configuration doesn't fit, another run than this one is in the folder or going on there, none of
+            its checkpoints is whole, or nothing finite was learnt.
+        ImportError: A package of ``spa3r[train]`` is missing, or bitsandbytes for ``"qlora"``.
+    """
+    require_tensorboard(config)
+    args = make_arguments(config)
+    if args.process_index != 0:
+        note = lambda text: None  # noqa: E731
+    with own_folder(args):
+        section = config.model
+        checkpoint = find_checkpoint(config, args, fresh, note, (section.init_from, section.vlm, section.spa3r))
+        set_seed(args.seed)
+        model, processor, psfm = make_model(config, args)
+        data, evaluation = config.data, config.evaluation
+        collator = Spa3VLMCollator(processor, max_length=data.max_length)
+        batches = InstructionBatches(
+            make_instructions(data.train),
+            collator,
+            args.per_device_train_batch_size,
+            group_by_length=data.group_by_length,
+            accumulate=args.gradient_accumulation_steps,
+            seed=data.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            max_bad_share=data.max_bad_share,
+        )
+        trainer = FinetuningTrainer(
+            model,
+            args,
+            batches,
+            make_questions(config),
+            processing_class=processor,
+            data_collator=collator,
+            psfm=psfm,
+            evaluation={"batch_size": evaluation.batch_size, "max_new_tokens": evaluation.max_new_tokens},
+            callbacks=list(callbacks),
+        )
+        trainer.training_data = source_names(data.train)
+        groups = trainer.parameter_groups()
+        note(group_table(groups))
+        told = run(trainer, checkpoint, args.max_steps, note, progress)
+        return FinetuningResult(**told, parameters=[group.to_dict() for group in groups])
+
+
+def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
+    """The model of a ``"lora"`` run with its updates merged into the language model: a Spa3-VLM as any other.
+
+    Args:
+        run_folder: Folder of the run, or of one of its checkpoints; or any adapter of PEFT that names its base, as a
+            folder or hub id.
+
+    Raises:
+        ValueError: The folder holds no peft checkpoint.
+    """
+    folder = Path(run_folder)
+    homes = [home for home in (folder, folder.parent) if (home / CONFIG_FILE).is_file()]
+    adapter = find_adapter(run_folder)
+    if not homes and adapter is not None and adapter.base is not None:
+        base = Spa3VLMForConditionalGeneration.from_pretrained(adapter.base, **adapter.where)
+        model = PeftModel.from_pretrained(base, str(run_folder))
+        return model.merge_and_unload().eval(), Spa3VLMProcessor.from_pretrained(run_folder)
+    if not homes or adapter is None:
+        raise ValueError(
+            f"`run_folder` must hold the peft checkpoint of a run of `spa3r finetune`, got {run_folder}. Give the "
+            "run's output folder or one of its checkpoints, of the policy 'lora' or 'qlora'; or an adapter of PEFT "
+            "that names its base model."
+        )
+    config = FinetuningConfig.from_yaml(homes[0] / CONFIG_FILE)
+    model, processor, _ = make_model(config)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload().eval(), processor
+
+
+# What the configuration names
+
+
+def make_arguments(config: FinetuningConfig) -> FinetuningArguments:
+    """The trainer's arguments."""
+    given = dict(config.training) | {"dataloader_num_workers": config.data.num_workers, "data_seed": config.data.seed}
+    if config.evaluation.questions:
+        given |= {"eval_strategy": "steps", "eval_steps": config.evaluation.every}
+    return make_checked(FinetuningArguments, given)
+
+
+def make_model(
+    config: FinetuningConfig, args: FinetuningArguments | None = None
+) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor, Spa3RForPreTraining | None]:
+    """The model, its processor, and with ``args.psfm_weight`` the Spa3R with its teacher.
+
+    Without `args` the VLM is loaded as it is, as ``"qlora"``'s is to be merged.
+    """
+    section = config.model
+    loading = {"dtype": section.dtype, "attn_implementation": section.attn_implementation}
+    guards = args is not None and args.psfm_weight > 0
+    psfm = None
+    if section.init_from is not None:
+        quantizes = args is not None and args.policy == "qlora"
+        if quantizes or (guards and section.init_from != EMBEDDED):
+            what = "`policy` 'qlora' quantises a VLM" if quantizes else "`psfm_weight` takes Spa3R's teacher"
+            raise ValueError(f"{what} where a couple is married: give `model.vlm` and `model.spa3r`, not `init_from`.")
+        model = Spa3VLMForConditionalGeneration.from_pretrained(section.init_from, **loading)
+        processor = Spa3VLMProcessor.from_pretrained(section.init_from)
+        if guards:
+            psfm, _ = embedded_spa3r()
+            psfm.spa3r = model.spa3r
+    else:
+        vlm: Any = section.vlm
+        if args is not None and (quantized := quantization(args, section.vlm)) is not None:
+            vlm = AutoModelForImageTextToText.from_pretrained(section.vlm, quantization_config=quantized, **loading)
+            for module in vlm.modules():
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    # Else the first evaluation repacks the weights on such CPUs, and no gradient passes from then on.
+                    module.support_avx512bf16_for_cpu = False
+        spa3r: Any = None if section.spa3r is None else resolve(section.spa3r)
+        if guards:
+            psfm = Spa3RForPreTraining.from_pretrained(spa3r, **loading)
+            spa3r = psfm.spa3r
+        model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r, **loading, **section.fields)
+        home = None if section.spa3r is None else resolve(section.spa3r)
+        processor = Spa3VLMProcessor.from_vlm_and_spa3r(section.vlm, home)
+        processor.spatial_tokens = model.config.spatial_tokens
+    if section.images is not None:
+        processor.images = section.images
+    if section.view_size is not None:
+        processor.view_image_processor.size = section.view_size
+    return model, processor, psfm
+
+
+def make_questions(config: FinetuningConfig) -> Any:
+    """The held-out questions, or None."""
+    if not config.evaluation.questions:
+        return None
+    questions, wanted = make_instructions(config.evaluation.questions), config.evaluation.examples
+    if wanted is None or wanted >= len(questions):
+        return questions
+    return _Share(questions, uniform_indices(len(questions), wanted))
+
+
+__all__ = ["FinetuningResult", "finetune", "merge_lora"]

@@ -1,0 +1,348 @@
+"""transformers' Trainer for instruction tuning: policies, token-weighted gradients, answers scored while training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from spa3r.answering.engine import AnswerReport, evaluate_answers
+from spa3r.data.collator import Spa3VLMCollator
+from spa3r.models.spa3_vlm.modeling_spa3_vlm import REPORT_KEYS, Spa3VLMForConditionalGeneration
+from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
+from spa3r.training.arguments import FinetuningArguments
+from spa3r.training.base import (
+    ResumableTrainer,
+    as_value_error,
+    frozen_parts_have_homes,
+    load_strictly,
+    next_batch,
+)
+from spa3r.training.finetuning.batches import InstructionBatches
+from spa3r.training.finetuning.policies import ParameterGroup, apply_policy, parameter_groups
+
+NOT_FOR_MODEL = (*REPORT_KEYS, "rows", "num_tokens", "num_patches")
+LAYOUT = ("view_grid_hw", "views_per_scene", "image_tokens_per_scene", "spatial_tokens_per_scene")
+"""Small, and read by the host: they stay there as Python numbers."""
+
+logger = logging.get_logger(__name__)
+
+PEFT_FILE = "adapter_model.safetensors"
+
+
+class FinetuningTrainer(ResumableTrainer):
+    """Trains a :class:`~spa3r.Spa3VLMForConditionalGeneration` on instructions.
+
+    Beside what transformers' Trainer does:
+
+    - ``args.policy`` says what is trained; the rest is frozen.
+    - The loss of a step is the mean over all tokens of answers in all processes and accumulated batches: how rows are
+      spread changes nothing but rounding.
+    - Rows that can't be used are counted, reported, and an error above a stated share. Steps whose gradient is not
+      finite are dropped, and their rows are named.
+    - Evaluation lets the model answer, and scores the answers as VSI-Bench does.
+    - Checkpoints hold no pickles, appear at once, and a resumed run goes on exactly where the saved one was. Those of
+      ``"lora"`` and ``"qlora"`` are small peft checkpoints.
+
+    Args:
+        model: The model. The policy is applied to it; ``trainer.model`` is what is trained.
+        args: The arguments.
+        train_dataset: Examples with ``messages``, or :class:`InstructionBatches` of this process's rank.
+        eval_dataset: Examples whose last message is the true answer; all processes share them.
+        processing_class: The processor, saved with the model.
+        data_collator: None: :class:`~spa3r.data.Spa3VLMCollator` of the processor.
+        psfm: With ``args.psfm_weight``: the Spa3R with its semantic teacher; ``psfm.spa3r`` must be ``model.spa3r``.
+        evaluation: Arguments of :func:`~spa3r.evaluation.evaluate_answers`, such as ``batch_size``.
+        callbacks: More callbacks.
+        **kwargs: As in transformers.
+
+    Raises:
+        ValueError: The policy doesn't suit the model, the data has no length and ``args.max_steps`` isn't given, or
+            `psfm` is missing or another's.
+    """
+
+    UNIT = "rows"
+
+    def __init__(
+        self,
+        model: Spa3VLMForConditionalGeneration,
+        args: FinetuningArguments,
+        train_dataset: InstructionBatches | Dataset | Sequence[Any],
+        eval_dataset: Dataset | Sequence[Any] | None = None,
+        processing_class: Spa3VLMProcessor | None = None,
+        data_collator: Any = None,
+        psfm: Spa3RForPreTraining | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ):
+        if data_collator is None and processing_class is not None:
+            data_collator = Spa3VLMCollator(processing_class)
+        if not isinstance(train_dataset, InstructionBatches):
+            train_dataset = InstructionBatches(
+                train_dataset,
+                data_collator,
+                args.per_device_train_batch_size,
+                group_by_length=args.train_sampling_strategy == "group_by_length",
+                accumulate=args.gradient_accumulation_steps,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                rank=args.process_index,
+                world_size=args.world_size,
+            )
+        if args.max_steps <= 0:
+            args.max_steps = steps_of(train_dataset, args)
+        if train_dataset.is_streamed:  # datasets deals a stream's shards out to workers: only one of them sees all
+            args.dataloader_num_workers = min(args.dataloader_num_workers, 1)
+        if args.psfm_weight and (psfm is None or psfm.spa3r is not model.spa3r):
+            raise ValueError(
+                "`psfm` must be the Spa3RForPreTraining whose `spa3r` is the model's, since `psfm_weight` is "
+                f"{args.psfm_weight}; got {'none' if psfm is None else 'that of another model'}. Marry the VLM to "
+                "`psfm.spa3r`."
+            )
+        self.whole_model = model
+        super().__init__(
+            apply_policy(model, args),
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self.psfm = psfm if args.psfm_weight else None
+        if self.psfm is not None and self.psfm.semantic_teacher is not None:
+            self.psfm.semantic_teacher.requires_grad_(False).eval().to(args.device)
+        self.evaluation = dict(evaluation or {})
+        self._step_batches: list[tuple[list[str], Tensor]] = []  # to name who is to blame
+        self._patches_in_step = 1.0
+
+    # Groups
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """What is trained and how, and what is frozen; :func:`~spa3r.training.group_table` prints it."""
+        model = self._unwrapped
+        return parameter_groups(model, self.args, self.get_decay_parameter_names(model))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers, with a learning rate of its own for Spa3R's encoder."""
+        if self.optimizer is None:
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = [
+                {"params": group.parameters, "lr": group.learning_rate, "weight_decay": group.weight_decay}
+                for group in self.parameter_groups()
+                if group.learning_rate is not None
+            ]
+            self.optimizer = optimizer(groups, **options)
+        return self.optimizer
+
+    # A step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], int]:
+        """The batches of a step, and how many tokens the loss covers in it, in all processes."""
+        batches = [next_batch(epoch_iterator) for _ in range(num_batches)]
+        for batch in batches:
+            batch["num_tokens"] = int((batch["labels"][:, 1:] != -100).sum())
+            batch["num_patches"] = _patches_of(batch)
+            skipped, tried = batch["skipped"], batch["num_rows"]
+            with as_value_error():
+                self.skipped.count(*_as_counts(skipped, tried))
+            self._window.counts.update(rows=tried, tokens=batch["num_tokens"], skipped=len(skipped))
+        tokens, patches, stop = self._sum_over_hosts(
+            [
+                sum(batch["num_tokens"] for batch in batches),
+                sum(batch["num_patches"] for batch in batches),
+                self.stop_requested,
+            ]
+        )
+        self._is_stopping = bool(stop)
+        self._step_batches, self._patches_in_step = [], max(patches, 1.0)
+        return batches, max(int(tokens), 1)  # a step may have nothing to learn
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of a batch: the sum over its tokens divided by those of the step."""
+        num_tokens = inputs.get("num_tokens") or int((inputs["labels"][:, 1:] != -100).sum())
+        items = max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch
+        ready = model_inputs(inputs, self.args.device)
+        with self.accelerator.autocast():  # which accelerate leaves out under FSDP2
+            outputs = model(**ready, num_items_in_batch=items)
+            loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+            guard = self._guard(ready) if self.psfm is not None else None
+        if model.training:
+            mean = loss * (items / num_tokens) if num_tokens else loss
+            losses, weights = {"answers": mean}, [num_tokens]
+            if guard is not None:
+                losses["psfm"], weights = self.args.psfm_weight * guard, [num_tokens, inputs["num_patches"]]
+            self._window.add(sum(losses.values()), losses, weights)
+            self._step_batches.append((inputs.get("rows", []), loss.detach()))
+        if guard is not None:
+            loss = loss + guard * (self.args.psfm_weight * inputs["num_patches"] / self._patches_in_step)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # over which gradients are averaged
+        if self.args.policy == "end_to_end" and not _has_views(ready):
+            # Distributed training waits for a gradient of every parameter, also of a batch that has text only.
+            encoder = self.whole_model.spa3r.encoder
+            loss = loss + 0.0 * sum(parameter.sum() for parameter in encoder.parameters())
+        return (loss, outputs) if return_outputs else loss
+
+    def _guard(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Spa3R's own loss on the batch's views."""
+        if not _has_views(inputs):
+            return torch.zeros((), device=self.args.device)
+        scenes = [count for count in inputs["views_per_scene"] if count]
+        # The depth probe learns from nothing but its own loss, and is held fast here.
+        losses = self.psfm(inputs["view_pixel_values"], inputs["view_grid_hw"], scenes).losses
+        return sum(loss for name, loss in losses.items() if name != "depth_probe")
+
+    def _nonfinite_parts(self) -> list[str]:
+        return [
+            name or "without a name"
+            for names, loss in self._step_batches
+            if not math.isfinite(loss.item())
+            for name in names
+        ]
+
+    def _counted(self, counts: Mapping[str, float], seconds: float) -> dict[str, float]:
+        return {
+            "rows_per_second": counts.get("rows", 0) / seconds,
+            "tokens_per_second": counts.get("tokens", 0) / seconds,
+            "skipped_rows": int(counts.get("skipped", 0)),
+        }
+
+    # Evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Let the model answer held-out questions, each process its share, and score the answers.
+
+        Questions that can't be asked are left out, and a warning names the first.
+
+        Returns:
+            In per cent, by name with the prefix: what :class:`~spa3r.evaluation.AnswerReport` has as ``scores``.
+
+        Raises:
+            ValueError: There are no questions, or none that can be asked.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("`eval_dataset` must hold questions with their answers to evaluate on, got None.")
+        processor = self.processing_class
+        args = self.args
+        with self._window.pause():
+            share = _Share(dataset, range(args.process_index, len(dataset), args.world_size))
+            with self.accelerator.autocast():
+                own = AnswerReport([])
+                if share:
+                    own = evaluate_answers(self._unwrapped, processor, share, **self.evaluation, skip=True)
+            parts = self._gather_from_hosts((own.answers, own.skipped))
+            answers, skipped = (list(chain.from_iterable(part)) for part in zip(*parts))
+            report = AnswerReport(answers, skipped)
+        if skipped:
+            first = f"{skipped[0]['row']!r}: {skipped[0]['reason']}"
+            told = f"{len(skipped)} of {len(dataset)} held-out questions can't be asked; the first is {first}"
+            if not answers:
+                raise ValueError(f"{told} Check the questions, and that the processor is the model's.")
+            logger.warning(told)
+        return self._tell_evaluation(report.scores, metric_key_prefix)
+
+    # Checkpoints
+
+    def _save_weights(self, model: Any, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Low-rank updates and adapter of a peft model. Else the model: whole at the end of a run, and before that
+        without Spa3R's frozen backbone where it has a home."""
+        if isinstance(model, PeftModel):
+            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            return
+        has_home = model.spa3r is not None and frozen_parts_have_homes(model.spa3r, folder)
+        model.save_pretrained(folder, include_backbone=self._writing_dir is None or not has_home, state_dict=state_dict)
+
+    def _load_weights(self, model: Any, checkpoint: Path) -> None:
+        if not isinstance(model, PeftModel):
+            load_strictly(model, checkpoint, may_lack=("spa3r.backbone",))
+            return
+        weights = load_file(checkpoint / PEFT_FILE)
+        result = set_peft_model_state_dict(model, weights)
+        if result.unexpected_keys:
+            raise ValueError(
+                f"The checkpoint {checkpoint} doesn't fit the model: it has the foreign keys {result.unexpected_keys}. "
+                "Resume with the configuration that it was saved with."
+            )
+
+
+def steps_of(batches: InstructionBatches, args: FinetuningArguments) -> int:
+    """Steps of ``args.num_train_epochs`` epochs.
+
+    Raises:
+        ValueError: The data is streamed, and has no length.
+    """
+    try:
+        num_batches = len(batches)
+    except TypeError as error:
+        raise ValueError(
+            "`max_steps` must be given where the rows are streamed, since nobody knows how many an epoch has; got "
+            f"{args.max_steps}. For example 10000."
+        ) from error
+    return max(1, math.ceil(args.num_train_epochs * num_batches / args.gradient_accumulation_steps))
+
+
+def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What the model takes of a batch: tensors on the device, the layout of the views as Python numbers."""
+    ready = {}
+    for name, value in batch.items():
+        if name in NOT_FOR_MODEL:
+            continue
+        if name in LAYOUT and isinstance(value, Tensor):
+            ready[name] = value.tolist()
+        else:
+            ready[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    return ready
+
+
+def _has_views(inputs: Mapping[str, Any]) -> bool:
+    return inputs.get("view_pixel_values") is not None and len(inputs["view_pixel_values"]) > 0
+
+
+def _patches_of(batch: Mapping[str, Any]) -> int:
+    return len(batch["view_pixel_values"]) if _has_views(batch) else 0
+
+
+def _as_counts(skipped: Sequence[Mapping[str, str]], tried: int) -> tuple[list[dict[str, str]], int, int]:
+    """As SkippedReport counts: a row is what a scene is there, however much of it is broken."""
+    rows = {(entry["source"], entry["scene"]) for entry in skipped}
+    return [dict(entry) for entry in skipped], tried, max(0, tried - len(rows))
+
+
+class _Share:
+    """Some items of a data set, read when they are asked for."""
+
+    def __init__(self, dataset: Any, indices: range):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]
+
+
+__all__ = ["FinetuningTrainer"]

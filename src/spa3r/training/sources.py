@@ -1,0 +1,119 @@
+"""Scenes and instruction data as configuration files describe them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from spa3r.checks import check_types, shorten, signature_types
+from spa3r.data.dataset_scenes import DatasetScenes, StreamedScenes
+from spa3r.data.folders import FolderScenes
+from spa3r.data.instructions import InstructionDataset, InstructionMixture, StreamedInstructions
+from spa3r.data.scannet import ScanNetPPScenes, ScanNetScenes
+from spa3r.data.source import SceneSource
+from spa3r.data.videos import VideoScenes
+from spa3r.rooms.instructions import RoomQuestions
+from spa3r.rooms.scenes import RoomScenes
+
+SOURCES: dict[str, type[SceneSource]] = {
+    "folder": FolderScenes,
+    "video": VideoScenes,
+    "scannet": ScanNetScenes,
+    "scannetpp": ScanNetPPScenes,
+    "dataset": DatasetScenes,
+    "rooms": RoomScenes,
+}
+"""The value of `type` of every source."""
+
+
+def make_source(fields: Mapping[str, Any]) -> SceneSource:
+    """The source that a configuration describes.
+
+    Args:
+        fields: `type`, one of ``folder``, ``video``, ``scannet``, ``scannetpp``, ``dataset`` and ``rooms``, and the
+            arguments of that source. A ``dataset`` with ``streaming: true`` is streamed.
+
+    Raises:
+        ValueError: The type or a field is unknown, or a field is missing.
+    """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"A source must be a section such as {{type: folder, root: photos}}, got {shorten(fields)}.")
+    fields = dict(fields)
+    kind = fields.pop("type", None)
+    if not isinstance(kind, str) or kind not in SOURCES:
+        raise ValueError(f"`type` of a source must be one of {', '.join(SOURCES)}, got {shorten(kind)}.")
+    source, extra = SOURCES[kind], []
+    if kind == "dataset":
+        extra = ["streaming"]
+        check_types(fields, {"streaming": bool}, f"{kind}.")
+        if fields.pop("streaming", False):
+            source = StreamedScenes
+    known = inspect.signature(source).parameters
+    if unknown := [name for name in fields if name not in known]:
+        raise ValueError(
+            f"A source of type {kind!r} has no field {', '.join(map(repr, unknown))}. It has: type, "
+            f"{', '.join([*known, *extra])}."
+        )
+    if missing := [name for name, field in known.items() if field.default is field.empty and name not in fields]:
+        raise ValueError(f"A source of type {kind!r} needs {', '.join(map(repr, missing))}. Add it.")
+    check_types(fields, signature_types(source), f"{kind}.")
+    return source(**fields)
+
+
+def make_instructions(spec: Mapping[str, Any]) -> Dataset:
+    """The data set that a configuration describes.
+
+    Args:
+        spec: Arguments of :class:`~spa3r.data.InstructionDataset`, with ``streaming: true`` those of
+            :class:`~spa3r.data.StreamedInstructions`; or ``type: room_questions`` and the arguments of
+            :class:`~spa3r.rooms.instructions.RoomQuestions`; or ``mixture``, such descriptions by name, each of which
+            may have a ``weight``, with ``num_rows`` and ``seed`` of the mixture beside it.
+
+    Raises:
+        ValueError: A field is unknown or missing; in a mixture some parts have weights and some not, or one is
+            streamed.
+    """
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"Instruction data must be a section such as {{data: rows.json}}, got {shorten(spec)}.")
+    spec = dict(spec)
+    check_types(spec, {"streaming": bool, "mixture": dict[str, dict[str, Any]]})
+    if "mixture" in spec:
+        parts = {name: dict(fields) for name, fields in spec.pop("mixture").items()}
+        for name, fields in parts.items():
+            check_types(fields, {"weight": float}, f"{name}.")
+        weights = {name: fields.pop("weight") for name, fields in parts.items() if "weight" in fields}
+        if weights and len(weights) < len(parts):
+            without = ", ".join(name for name in parts if name not in weights)
+            raise ValueError(f"`weight` must stand in every part of a mixture or in none; {without} has none. Add it.")
+        if streamed := [name for name, fields in parts.items() if fields.get("streaming")]:
+            raise ValueError(f"`mixture` takes parts with random access, and {', '.join(streamed)} is streamed.")
+        _check_fields(InstructionMixture, spec, "a mixture", ("mixture",), given=("parts", "weights"))
+        made = {name: make_instructions(fields | {"name": fields.get("name", name)}) for name, fields in parts.items()}
+        return InstructionMixture(made, weights or None, **spec)
+    kind = spec.pop("type", "instructions")
+    if kind not in ("instructions", "room_questions"):
+        raise ValueError(f"`type` of instruction data must be instructions or room_questions, got {shorten(kind)}.")
+    streaming = kind == "instructions" and spec.pop("streaming", False)
+    made = RoomQuestions if kind == "room_questions" else StreamedInstructions if streaming else InstructionDataset
+    _check_fields(made, spec, f"{kind}", ("type", "streaming"))
+    return made(**spec)
+
+
+def _check_fields(
+    made: Any, fields: Mapping[str, Any], what: str, extra: Sequence[str], given: Sequence[str] = ()
+) -> None:
+    known = {name: field for name, field in inspect.signature(made).parameters.items() if name not in given}
+    if unknown := [name for name in fields if name not in known]:
+        raise ValueError(
+            f"Instruction data ({what}) have no field {', '.join(map(repr, unknown))}. They have: "
+            f"{', '.join([*extra, *known])}."
+        )
+    if missing := [name for name, field in known.items() if field.default is field.empty and name not in fields]:
+        raise ValueError(f"Instruction data ({what}) need {', '.join(map(repr, missing))}. Add it.")
+    check_types(fields, signature_types(made), f"{what}: ")
+
+
+# Rows

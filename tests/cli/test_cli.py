@@ -1,0 +1,610 @@
+"""The command line, run for real: every command, its JSON, its exit codes and the words of its errors."""
+
+import html
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import warnings
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from media import counting_video, data_url, encoded, noise, smooth
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import PATCH, alive, pretraining_config
+from typer.testing import CliRunner
+
+import spa3r
+from spa3r import (
+    Spa3RForPreTraining,
+    Spa3RImageProcessor,
+    Spa3VLMForConditionalGeneration,
+    VggtModel,
+    cli,
+    console,
+    embedded,
+)
+from spa3r.evaluation import answer, evaluate_field, score_prediction
+from spa3r.models import attention as attention_module
+from spa3r.rooms import generate_room
+from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
+from spa3r.vsi_bench.format import make_messages
+
+# As VSI-Bench asks: to other words the small model may say nothing.
+QUESTION = "How many chair(s) are in this room?\nPlease answer the question using a single word or phrase."
+
+
+def run(*arguments, code: int = 0):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def run_json(*arguments, code: int = 0) -> dict:
+    """The one JSON object on standard output; anything else there is an error."""
+    return json.loads(run(*arguments, "--json", code=code).stdout)
+
+
+def said(result) -> str:
+    """Standard error without the frames and breaks of usage errors."""
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
+
+
+@pytest.fixture
+def scene(tmp_path) -> Path:
+    """A folder of two pictures, whose names sort by number, a video and a text."""
+    folder = tmp_path / "room"
+    folder.mkdir()
+    noise(60, 45, 1).save(folder / "view2.png")
+    noise(60, 45, 2).save(folder / "view10.jpg")
+    counting_video(folder / "walk.mp4", 6)
+    (folder / "notes.txt").write_text("not a view")
+    (folder / ".hidden.png").write_text("not a view either")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """The embedded model as a folder."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model, processor = embedded.embedded_model()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+# ask
+
+
+def test_ask_prints_the_answer_and_says_what_the_model_knows(scene):
+    result = run("ask", scene / "view2.png", QUESTION, "--max-new-tokens", 4)
+    assert result.stdout.strip()
+    assert "note: the embedded models learnt from rendered rooms only" in result.stderr
+
+
+def test_ask_takes_a_folder_a_video_and_a_picture_together(scene, tmp_path):
+    noise(80, 60, 3).save(tmp_path / "extra.webp")
+    video = counting_video(tmp_path / "second.avi", 8)
+    sources = (scene, video, tmp_path / "extra.webp")
+    answer = run_json("ask", *sources, QUESTION, "--num-frames", 2, "--max-new-tokens", 4)
+    assert answer["views"] == [
+        f"{scene}/view2.png",
+        f"{scene}/view10.jpg",
+        *(f"{scene}/walk.mp4#{index}" for index in (0, 1)),
+        *(f"{video}#{index}" for index in (0, 1)),
+        f"{tmp_path}/extra.webp",
+    ]
+    assert answer["num_views"] == 7
+    assert answer["model"] == "embedded"
+    assert answer["question"] == QUESTION and isinstance(answer["answer"], str)
+    assert 0 < answer["seconds"] < 60
+
+
+def test_ask_many_questions_about_a_scene_that_is_encoded_once(scene):
+    questions = ("How many chairs are there?", "Where is the lamp?", "What is the size of this room?")
+    more = [part for question in questions[1:] for part in ("--question", question)]
+    told = run_json("ask", scene, questions[0], *more, "--max-new-tokens", 5)
+    assert [answer["question"] for answer in told["answers"]] == list(questions)
+    for asked in told["answers"]:
+        alone = run_json("ask", scene, asked["question"], "--max-new-tokens", 5)
+        assert alone["answer"] == asked["answer"] and alone["answers"] == [asked]
+    text = run("ask", scene, questions[0], *more, "--max-new-tokens", 5).stdout
+    assert text.splitlines()[::2] == list(questions)
+    assert [line.strip() for line in text.splitlines()[1::2]] == [a["answer"] for a in told["answers"]]
+    wrong = run("ask", scene, QUESTION, "-q", " ", code=1)
+    assert "`questions` must be texts that are not empty" in wrong.stderr
+
+
+def test_ask_a_checkpoint_of_ones_own(scene, checkpoint):
+    options = ("--max-new-tokens", 4, "--images", "native", "--attn", "eager", "--device", "cpu", "--dtype", "float32")
+    answer = run_json("ask", scene / "view2.png", QUESTION, "--model", checkpoint, *options)
+    assert answer["model"] == str(checkpoint)
+    assert answer["answer"] == run_json("ask", scene / "view2.png", QUESTION, *options)["answer"]
+
+
+def test_ask_in_half_precision(scene):
+    assert run_json("ask", scene / "view2.png", QUESTION, "--dtype", "bfloat16", "--max-new-tokens", 2)["answer"]
+
+
+def test_control_characters_stay_out_of_the_terminal():
+    assert cli.printable("a\x1b[31mb\n\tc\x18é🪑") == "a�[31mb\n\tc�é🪑"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("{tmp}/nothing.jpg", QUESTION), "error: The picture {tmp}/nothing.jpg doesn't exist. Check the path."),
+        (("{tmp}/broken.png", QUESTION), "{tmp}/broken.png"),
+        (("{tmp}/broken.mp4", QUESTION), "error: The video {tmp}/broken.mp4 can't be decoded"),
+        (("{tmp}/empty", QUESTION), "error: The folder {tmp}/empty holds no pictures and no videos"),
+        (("http://127.0.0.1:9/a.png", QUESTION), "error: The picture http://127.0.0.1:9/a.png can't be fetched"),
+        (("{tmp}/ok.png", "What is <|image_pad|>?"), "must not contain '<|image_pad|>', which the VLM would read as"),
+        (("{tmp}/ok.png", QUESTION, "--attn", "magic"), "error: `attn_implementation` must be one of"),
+        (("{tmp}/ok.png", QUESTION, "--attn", "flash_attention_2"), "can't be used here"),
+        (("{tmp}/ok.png", QUESTION, "--device", "tpu"), "error: `--device` must be auto or a device that is here"),
+        (("{tmp}/ok.png", QUESTION, "--device", "cpu:"), "error: `--device` must be auto or a device that is here"),
+        (("{tmp}/ok.png", QUESTION, "--model", "{tmp}/none"), "error: There is no model folder {tmp}/none."),
+        (("{tmp}/ok.png", QUESTION, "--model", "{tmp}/ok.png"), "error: There is no model folder {tmp}/ok.png."),
+        (("{tmp}/ok.png", QUESTION, "--model", "{tmp}/empty"), "holds no Spa3VLMProcessor"),
+    ],
+)
+def test_errors_of_ask_are_one_line(arguments, words, tmp_path):
+    noise(30, 30).save(tmp_path / "ok.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "empty").mkdir()
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    if "flash_attention_2" in arguments and torch.cuda.is_available():
+        pytest.skip("it may be usable here")
+    result = run("ask", *arguments, code=1)
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("note:")]
+    assert result.stdout == "" and len(lines) == 1 and words.format(tmp=tmp_path) in lines[0]
+    error = run_json("ask", *arguments, code=1)
+    assert error == {"error": lines[0].removeprefix("error: ")}
+
+
+def test_a_missing_question_is_a_usage_error(scene):
+    result = run("ask", scene / "view2.png", code=2)
+    assert result.stdout == "" and "The last argument must be the question, after at least one photo" in said(result)
+    result = run("ask", scene / "view2.png", scene / "view10.jpg", code=2)
+    assert f"got'{scene}" in said(result).replace(" ", "")  # a long path is broken over lines
+
+
+@pytest.mark.parametrize("option", [("--images", "small"), ("--dtype", "int4"), ("--max-new-tokens", "0"), ("--what",)])
+def test_usage_errors(option, scene):
+    result = run("ask", scene / "view2.png", QUESTION, *option, code=2)
+    assert result.stdout == "" and option[0] in said(result)
+
+
+# encode
+
+
+def test_encode_a_scene(scene, tmp_path):
+    file = tmp_path / "out" / "room.safetensors"
+    report = run_json("encode", scene, "--output", file, "--num-frames", 3)
+    latents = load_file(file)["latents"]
+    assert report["output"] == str(file)
+    assert report["latents_shape"] == list(latents.shape) == [1, 64, 128]
+    assert report["num_views"] == len(report["views"]) == 5
+    with safe_open(file, framework="pt") as content:
+        about = content.metadata()
+    assert about["model"] == "embedded"
+    assert json.loads(about["views"]) == report["views"]
+    assert json.loads(about["versions"])["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_encode_with_a_spa3r_and_with_a_spa3_vlm(scene, checkpoint, tmp_path):
+    model, processor = embedded.embedded_model()
+    model.spa3r.save_pretrained(tmp_path / "spa3r")
+    processor.view_image_processor.save_pretrained(tmp_path / "spa3r")
+    latents = []
+    for name in ("embedded", tmp_path / "spa3r", checkpoint):
+        run("encode", scene / "view2.png", "--model", name, "--output", tmp_path / "z.safetensors")
+        latents.append(load_file(tmp_path / "z.safetensors")["latents"])
+    torch.testing.assert_close(latents[1], latents[0])
+    torch.testing.assert_close(latents[2], latents[0])
+
+
+def test_encode_refuses_other_models(scene, tmp_path):
+    embedded.embedded_model()[0].spa3r.backbone.save_pretrained(tmp_path / "vggt")
+    result = run("encode", scene, "--model", tmp_path / "vggt", code=1)
+    assert f"`--model` must be a Spa3R or a Spa3-VLM to encode with, and {tmp_path}/vggt is a vggt." in said(result)
+
+
+@pytest.fixture
+def scenes(tmp_path) -> list[Path]:
+    folders = [tmp_path / f"scene{index}" for index in range(5)]
+    for index, folder in enumerate(folders):
+        folder.mkdir()
+        for view in range(1 + index % 3):
+            noise(56, 42, 10 * index + view).save(folder / f"{view}.png")
+    return folders
+
+
+def test_encode_many_scenes_and_again_after_an_interruption(scenes, tmp_path, monkeypatch):
+    out = tmp_path / "latents"
+    arguments = ("encode", *scenes, "--scene-per-folder", "--output", out, "--batch-size", 2)
+    write = cli._encode_and_save
+    calls = []
+
+    def interrupted(*args):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_encode_and_save", interrupted)
+        run(*arguments, code=130)
+    assert sorted(file.name for file in out.iterdir()) == ["scene0.safetensors", "scene1.safetensors"]
+    written = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+
+    report = run_json(*arguments)
+    assert (report["num_scenes"], report["encoded"], report["skipped"], report["failed"]) == (5, 3, 2, {})
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+    assert sorted(file.name for file in out.iterdir()) == [f"scene{index}.safetensors" for index in range(5)]
+
+    report = run_json(*arguments)
+    assert (report["encoded"], report["skipped"]) == (0, 5)
+    run("encode", scenes[2], "--output", tmp_path / "alone.safetensors")
+    alone, packed = load_file(tmp_path / "alone.safetensors"), load_file(out / "scene2.safetensors")
+    torch.testing.assert_close(packed["latents"], alone["latents"], atol=1e-4, rtol=1e-4)
+
+
+def test_a_scene_of_another_model_or_a_damaged_file_is_encoded_again(scenes, checkpoint, tmp_path):
+    out = tmp_path / "latents"
+    arguments = ("encode", *scenes[:2], "--scene-per-folder", "--output", out)
+    run(*arguments)
+    assert run_json(*arguments, "--model", checkpoint)["encoded"] == 2
+    (out / "scene0.safetensors").write_bytes(b"half a fi")
+    report = run_json(*arguments, "--model", checkpoint)
+    assert (report["encoded"], report["skipped"]) == (1, 1)
+
+
+def test_failed_scenes_are_named_and_all_others_done(scenes, tmp_path):
+    (scenes[1] / "0.png").write_bytes(b"no picture")
+    noise(5, 5).save(scenes[3] / "0.png")
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "latents"
+    arguments = ("encode", *scenes, tmp_path / "empty", tmp_path / "gone", "--scene-per-folder", "--output", out)
+    report = run_json(*arguments, "--batch-size", 2, code=1)
+    assert (report["num_scenes"], report["encoded"], report["skipped"]) == (7, 3, 0)
+    assert set(report["failed"]) == {
+        str(path) for path in (scenes[1], scenes[3], tmp_path / "empty", tmp_path / "gone")
+    }
+    assert "can't be decoded" in report["failed"][str(scenes[1])]
+    assert "must be at least one patch" in report["failed"][str(scenes[3])]
+    assert sorted(file.stem for file in out.iterdir()) == ["scene0", "scene2", "scene4"]
+    result = run(*arguments, code=1)
+    assert "0 scenes encoded, 3 already done, 4 failed" in result.stdout
+    assert result.stderr.count("error: ") == 4
+
+
+def test_a_damaged_avif_or_a_pipe_does_not_end_the_other_scenes(scenes, tmp_path):
+    """libavif fails with an error of its own, and a pipe would be waited for without end."""
+    content = bytearray(encoded(smooth(64, 48), "AVIF"))
+    content[-len(content) // 3 :] = bytes(len(content[-len(content) // 3 :]))
+    (scenes[1] / "0.png").write_bytes(content)
+    (scenes[3] / "0.png").unlink()
+    os.mkfifo(scenes[3] / "0.png")
+    out = tmp_path / "latents"
+    report = run_json("encode", *scenes, "--scene-per-folder", "--output", out, code=1)
+    assert set(report["failed"]) == {str(scenes[1]), str(scenes[3])} and report["encoded"] == len(scenes) - 2
+    assert f"can't be decoded: {scenes[1] / '0.png'}" in report["failed"][str(scenes[1])]
+    assert "it is a pipe, socket or device" in report["failed"][str(scenes[3])]
+
+
+def test_photos_by_url_of_a_file_and_as_text(tmp_path):
+    noise(60, 45).save(tmp_path / "a b.png")
+    by_path = run_json("ask", tmp_path / "a b.png", QUESTION)
+    for source in (f"file://{tmp_path}/a b.png", (tmp_path / "a b.png").as_uri(), data_url(noise(60, 45))):
+        report = run_json("ask", source, QUESTION)
+        assert report["answer"] == by_path["answer"] and len(report["views"][0]) < 200
+    error = run_json("ask", "A" * 100_000, QUESTION, code=1)["error"]
+    assert "doesn't exist" in error and len(error) < 300
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_of_another_code_page_loses_no_answer(encoding, monkeypatch):
+    written = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(written, encoding=encoding))
+    with console.reporting(as_json=False, verbose=False) as report:
+        report.finish("Zwölf 椅子 \udc80")
+    with console.reporting(as_json=True, verbose=False) as report:
+        report.finish("", answer="椅子")
+    sys.stdout.flush()
+    lines = written.getvalue().decode(encoding).splitlines()
+    assert lines[0].endswith(r"\u6905\u5b50 \udc80") and lines[0].startswith("Zw")
+    assert json.loads(lines[1])["answer"] == "椅子"
+
+
+def test_other_photos_or_options_are_encoded_again(scenes, tmp_path):
+    folder, arguments = scenes[0].parent, ("encode", *scenes, "--scene-per-folder", "--output", tmp_path)
+    run_json(*arguments)
+    assert run_json(*arguments)["encoded"] == 0
+    photo = next(file for file in sorted(scenes[0].iterdir()) if file.suffix == ".png")
+    added = photo.with_name("zz_added.png")
+    added.write_bytes(photo.read_bytes())
+    try:
+        assert run_json(*arguments)["encoded"] == 1
+    finally:
+        added.unlink()
+    assert run_json(*arguments, "--dtype", "bfloat16")["encoded"] == len(scenes), folder
+
+
+def test_an_empty_question_and_a_folder_for_a_file_are_refused(scene, tmp_path):
+    assert "must be the question" in said(run("ask", scene, " ", code=2))
+    wanted = f"`--output` must be a file, and {tmp_path} is a folder: give {tmp_path / 'latents.safetensors'}."
+    assert run_json("encode", scene, "--output", tmp_path, code=1)["error"] == wanted
+
+
+def test_a_text_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "notes.ckpt").write_text("Remember the milk.")
+    error = run_json("convert", tmp_path / "notes.ckpt", tmp_path / "out", "--kind", "spa3r", code=1)["error"]
+    assert "notes.ckpt can't be read: only pickles of tensors and plain values are loaded" in error
+
+
+def test_python_runs_the_package():
+    done = subprocess.run([sys.executable, "-m", "spa3r", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"spa3r {spa3r.__version__}\n"
+
+
+def test_scenes_of_one_name_are_refused(tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent / "room").mkdir(parents=True)
+    result = run("encode", tmp_path / "a/room", tmp_path / "b/room", "--scene-per-folder", code=1)
+    assert "Scenes must have names of their own" in said(result)
+
+
+def test_a_file_that_can_not_be_written_leaves_nothing_behind(scene, tmp_path):
+    (tmp_path / "taken").mkdir()
+    assert "error: " in run("encode", scene / "view2.png", "--output", tmp_path / "taken", code=1).stderr
+    assert list((tmp_path).glob(".taken*")) == []
+
+
+# convert
+
+
+def test_convert_reports_what_the_library_says(tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
+    result = run("convert", tmp_path / "other.pt", tmp_path / "out", "--kind", "vggt", code=1)
+    assert "keys that the converter doesn't know: weight" in said(result)
+    assert (
+        "doesn't exist" in run_json("convert", tmp_path / "no.pt", tmp_path / "out", "--kind", "spa3r", code=1)["error"]
+    )
+
+
+def test_convert_an_unknown_kind(tmp_path):
+    result = run("convert", tmp_path / "a.pt", tmp_path / "out", "--kind", "dust3r", code=2)
+    assert "'dust3r' is not one of 'vggt', 'spa3r', 'spa3-vlm'" in said(result)
+    assert "Missing option '--kind'" in said(run("convert", tmp_path / "a.pt", tmp_path / "out", code=2))
+
+
+@pytest.mark.parametrize("config", ['{"rope_theta": }', "[1]", "missing.json"])
+def test_convert_with_a_bad_config(config, tmp_path):
+    result = run("convert", tmp_path / "a.pt", tmp_path / "out", "--kind", "vggt", "--config", config, code=1)
+    assert f"`--config` must be a JSON object or a file of one, got {config}: " in said(result)
+
+
+def test_convert_hands_source_kind_and_config_to_the_library(tmp_path, monkeypatch):
+    calls = []
+
+    def convert(source, output, kind, config):
+        calls.append((source, output, kind, config))
+        embedded.embedded_model()[0].spa3r.backbone.save_pretrained(output)
+
+    monkeypatch.setattr(spa3r, "convert_checkpoint", convert)
+    (tmp_path / "fields.json").write_text('{"rope_theta": 10}')
+    for config in ('{"rope_theta": 10}', tmp_path / "fields.json"):
+        report = run_json("convert", tmp_path / "a.pt", tmp_path / "out", "--kind", "spa3-vlm", "--config", config)
+    assert calls == [(tmp_path / "a.pt", tmp_path / "out", "spa3-vlm", {"rope_theta": 10})] * 2
+    assert report["kind"] == "spa3-vlm" and report["files"] == ["README.md", "config.json", "model.safetensors"]
+    assert isinstance(VggtModel.from_pretrained(tmp_path / "out"), VggtModel)
+
+
+# info, demo
+
+
+def test_info_tells_what_works():
+    report = run_json("info")
+    assert report["versions"]["spa3r"] == spa3r.__version__ and report["versions"]["torch"]
+    assert "cpu" in report["devices"] and report["dtypes"]["float32"]["works"]
+    attention = report["attention"]
+    assert set(attention) == {"xformers", "sdpa", "eager", "flash_attention_2"}
+    assert attention["sdpa"]["works"] and attention["eager"]["works"]
+    assert sum("(the default)" in entry["note"] for entry in attention.values()) == 1
+    text = run("info").stdout
+    for words in ("Versions", "Devices", f"Attention on {report['device']}", *attention):
+        assert words in text
+
+
+def test_info_says_why_a_back_end_does_not_work(monkeypatch):
+    asked = attention_module.why_unusable
+    monkeypatch.setattr(
+        attention_module, "why_unusable", lambda name: "it is away" if name == "xformers" else asked(name)
+    )
+    attention = run_json("info")["attention"]
+    assert attention["xformers"] == {"works": False, "note": "it is away"}
+    assert "(the default)" in attention["sdpa"]["note"]
+    if not torch.cuda.is_available():
+        assert attention["flash_attention_2"]["works"] is False
+
+
+QUESTION_KEYS = {
+    *("question_type", "question", "answer", "truth", "score"),
+    *("answer_without_spa3r", "score_without_spa3r"),
+}
+
+
+def test_demo_shows_everything(tmp_path):
+    arguments = ("demo", "--seed", 3, "--level", 3, "--views", 7, "--output", tmp_path / "pictures")
+    report = run_json(*arguments)
+    assert (report["seed"], report["level"], report["num_views"]) == (3, 3, 7)
+    assert 1_000_300 <= report["room"] < 1_000_400
+    assert report["cameras"] == "given" and report["held_out"] == [1, 3, 5]
+    assert report["latents_shape"][0] == 1 and len(report["latents_shape"]) == 3
+    assert report["pictures"] == [str(tmp_path / "pictures" / name) for name in ("views.png", "field.png")]
+    field = report["field"]
+    assert (field["num_scenes"], field["num_views"], field["skipped"]) == (2, 6, 0)
+    for row in ("model", "context_mean", "nearest_view", "shuffled_latents", "shuffled_cameras"):
+        assert -1 <= field["rows"][row]["geometry_cosine"]["mean"] <= 1
+        assert field["rows"][row]["semantic_error"]["scenes"] == 2
+    assert field["gap_closed"]["geometry_cosine"] <= 1
+    for file in report["pictures"]:
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        assert min(pixels.shape[:2]) > 300 and pixels.std() > 20
+    assert len(list(Path(report["photos"]).glob("*.png"))) == 7
+
+    assert [asked["question_type"] for asked in report["questions"]] == list(QUESTION_TYPES)
+    for asked in report["questions"]:
+        assert asked.keys() == QUESTION_KEYS
+        row = {"question_type": asked["question_type"], "ground_truth": asked["truth"]}
+        assert asked["score"] == score_prediction(row, asked["answer"])
+        assert asked["score_without_spa3r"] == score_prediction(row, asked["answer_without_spa3r"])
+    assert report["scores"].keys() == {"with_spa3r", "without_spa3r"}
+    page = Path(report["report"]).read_text(encoding="utf-8")
+    assert Path(report["report"]) == tmp_path / "pictures" / "report.html"
+    assert f"seed {report['room']}, level 3; 7 views" in page and "spa3r demo --seed 3 --level 3 --views 7" in page
+    assert page.count("data:image/png;base64,") == 8  # the views and the field
+
+    text = run(*arguments).stdout
+    assert "learnt from rendered rooms only" in text and "cameras: given" in text and "not asked" not in text
+    mean, error = (field["rows"]["nearest_view"]["geometry_cosine"][key] for key in ("mean", "standard_error"))
+    assert f"| nearest context view    | {mean:.3f} ± {error:.3f}" in text
+    for asked in report["questions"]:
+        question, _, options = asked["question"].partition("\nOptions:\n")
+        assert f"{asked['question_type']}: {question}\n" in text and "   ".join(options.splitlines()) in text
+        assert f"truth {asked['truth']!r}, with Spa3R {cli.one_line(cli.printable(asked['answer']))!r}" in text
+        for told in (question, *options.splitlines()):
+            assert html.escape(told) in page
+
+
+def test_the_demos_questions_are_about_its_pictures():
+    """And their room is the first that allows one of every type."""
+    room, rows = cli._room_of_questions(1_000_000, 1, 8, 112)
+    assert [row["question_type"] for row in rows] == list(QUESTION_TYPES)
+    assert {row["scene_name"] for row in rows} == {str(room.seed)} and room.seed > 1_000_000
+    for seed in range(1_000_000, room.seed + 1):
+        other = generate_room(seed, 1)
+        views = cli._look_around(seed, 1, 8, 112)
+        found = room_questions(RoomWalk.from_instance_ids(other, views.instance_ids))
+        assert len(found) < len(rows) if seed < room.seed else found == rows
+
+
+def test_the_demo_says_which_types_it_could_not_ask(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "ROOMS_PER_SEED", 2)
+    arguments = ("demo", "--views", 2, "--output", tmp_path)
+    text = run(*arguments).stdout
+    told = re.search(r"^not asked +(.*): 2 views of no room near allowed it$", text, re.MULTILINE)[1].split(", ")
+    asked = re.findall(r"^([a-z_]+): ", text, re.MULTILINE)
+    assert "obj_appearance_order" in told and "room_size_estimation" in asked
+    assert sorted(told + asked) == sorted(QUESTION_TYPES)
+
+
+def test_the_vlm_with_spa3r_is_compared_with_one_trained_without():
+    couple, other, note = cli._embedded_vlms()
+    assert "trained on the same questions without Spa3R" in note
+    assert couple[0].config.spatial_source == "spa3r" and other[0].config.spatial_source == "none"
+    room, rows = cli._room_of_questions(1_000_000, 3, 4, 112)
+    frames = list(cli._look_around(room.seed, 3, 4, 112).images)
+    asked, _ = cli._ask_with_and_without(rows, frames, couple, other)
+    examples = [{"messages": make_messages(row, frames)} for row in rows]
+    assert [a.answer for a in asked] == answer(*couple, examples)
+    assert [a.answer_without_spa3r for a in asked] == answer(*other, examples)
+
+
+def noise_file(folder: Path) -> Path:
+    noise(56, 56, 0).save(folder / "noise.png")
+    return folder / "noise.png"
+
+
+def test_the_demos_numbers_are_the_librarys():
+    """With a model of one's own, and the pictures at the size at which it takes them."""
+    model = alive(Spa3RForPreTraining(pretraining_config()))
+    processor = Spa3RImageProcessor(size=5 * PATCH, patch_size=PATCH)
+    rooms = [cli._look_around(room, 0, 4, 140) for room in (7, 8)]
+    inputs, output, metrics = cli._predict_held_out(model, processor, rooms)
+    assert output.target_mask.tolist() == [False, True, False, True]
+    assert inputs["intrinsics"][0, 0, 0] == pytest.approx(rooms[0].intrinsics[0, 0, 0] * 5 * PATCH / 140)
+    report = evaluate_field(model, [inputs]).to_dict()["rows"]
+    both = metrics.to_dict()["rows"]
+    assert both["model"]["geometry_cosine"]["scenes"] == 2
+    assert both["model"]["geometry_cosine"]["mean"] != report["model"]["geometry_cosine"]["mean"]
+    true, predicted = (
+        torch.cat([values.split(25)[view] for view in (1, 3)])
+        for values in (output.geometry_targets, output.geometry_features)
+    )
+    cosine = torch.nn.functional.cosine_similarity(predicted, true).mean().item()
+    assert report["model"]["geometry_cosine"]["mean"] == pytest.approx(cosine, rel=1e-4)
+
+
+def test_the_demos_views_are_spread_over_one_walk():
+    few, many = cli._look_around(7, 0, 4, 28), cli._look_around(7, 0, 8, 28)
+    np.testing.assert_array_equal(few.extrinsics, many.extrinsics[::2])
+    assert len(cli._look_around(7, 0, 60, 28).images) == 60
+
+
+def test_demo_refuses_what_it_can_not_do(tmp_path):
+    assert "--views" in said(run("demo", "--views", 1, code=2))
+    for option in ("--level", "--seed"):
+        assert option in said(run("demo", option, -1, code=2))
+    assert "--level" in said(run("demo", "--level", 9, code=2))
+
+
+# What all commands share
+
+
+def test_version_and_help():
+    assert run("--version").stdout == f"spa3r {spa3r.__version__}\n"
+    text = " ".join(run("--help").stdout.split())
+    assert all(command in text for command in ("ask", "encode", "convert", "info", "demo", "eval"))
+    assert "rendered rooms only" in text
+    assert "\x1b" not in text
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_devices", lambda: {}["lost"])
+    with pytest.raises(KeyError, match="lost"):
+        run("info")
+
+
+@pytest.mark.filterwarnings("ignore:more chatter")
+def test_standard_output_and_logs_are_left_as_they_were(monkeypatch):
+    levels = [logging.getLogger(name).level for name in ("transformers", "huggingface_hub", "spa3r.models.attention")]
+
+    def noisy():
+        print("chatter")
+        warnings.warn("more chatter", stacklevel=1)
+        return {"cpu": "one"}
+
+    monkeypatch.setattr(cli, "_devices", noisy)
+    result = run("info", "--json")
+    assert json.loads(result.stdout)["devices"] == {"cpu": "one"}
+    assert "chatter" in result.stderr and "more chatter" not in result.stderr
+    assert "chatter" not in run("info", "--verbose").stdout
+    assert [logging.getLogger(n).level for n in ("transformers", "huggingface_hub", "spa3r.models.attention")] == levels
+
+
+def test_the_installed_command_prints_json_alone(scene):
+    """In a process of its own: the answer is the same, and nothing else is on either stream but the note."""
+    command = [Path(sys.executable).parent / "spa3r", "ask", scene, QUESTION, "--max-new-tokens", "6", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"TERM": "dumb"})
+    answer = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == "note: the embedded models learnt from rendered rooms only: they know no photographs\n"
+    assert answer["answer"] == run_json("ask", scene, QUESTION, "--max-new-tokens", 6)["answer"]
+
+
+def test_a_spa3_vlm_is_what_ask_loads(checkpoint):
+    model, _ = cli.load_vlm(str(checkpoint), "cpu", cli.Dtype.auto, "sdpa")
+    assert isinstance(model, Spa3VLMForConditionalGeneration) and not model.training
+    assert model.spa3r.config._attn_implementation == model.vlm.config._attn_implementation == "sdpa"

@@ -1,0 +1,180 @@
+"""The page of a demo: one file that needs no other, shows everything once, and takes any words of a model."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from spa3r.rooms import camera_walk, generate_room, render
+from spa3r.rooms.demo import TYPE_TITLES, AskedQuestion, floor_plan, room_report
+from spa3r.vsi_bench.format import CHOICE_TYPES, NUMBER_TYPES
+
+HOSTILE = '</td><script>alert("&")</script>'
+QUESTIONS = [
+    AskedQuestion("object_counting", "How many chairs are in this room?", "3", "4", 0.5, HOSTILE, 0.0),
+    AskedQuestion(
+        "object_rel_direction_easy", "Where is it?\nOptions:\nA. left\nB. right", "b. right", "B", 1.0, "", 0.0
+    ),
+]
+TABLE = "|         | cosine ↑ |\n|---------|----------|\n| model   | 0.75     |\n| nearest | 0.25     |"
+
+
+class Outline(HTMLParser):
+    """Elements of a page, with a check that every one is closed where it has to be."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.elements, self.texts = [], [], []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(" ".join(data.split()))
+
+    def of(self, tag: str, css: str | None = None) -> list[dict]:
+        return [a for name, a in self.elements if name == tag and (css is None or css in a.get("class", "").split())]
+
+
+@pytest.fixture(scope="module")
+def room():
+    return generate_room(seed=11, level=1)
+
+
+@pytest.fixture(scope="module")
+def walk(room):
+    return camera_walk(room, 24, size=(48, 64))[::6]
+
+
+@pytest.fixture(scope="module")
+def views(room, walk):
+    return list(render(room, walk, antialias=1).images)
+
+
+@pytest.fixture(scope="module")
+def page(room, walk, views):
+    figure = Figure(figsize=(2, 1), dpi=100)
+    figure.subplots().plot([0, 1])
+    return room_report(
+        *(views, room, walk, QUESTIONS, (75.4, 0.0), {"Room": "seed 11", "Model": "<tiny>"}),
+        note="the model is untrained: its answers mean nothing",
+        figures={"Features": figure},
+        table=TABLE,
+        command="spa3r demo --seed 11",
+    )
+
+
+def test_a_page_needs_nothing_else(page):
+    outline = Outline(page)
+    for tag, attributes in outline.elements:
+        assert tag not in ("script", "link", "iframe", "object", "base")
+        assert not any(name.startswith("on") for name in attributes)
+        assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "href"))
+    assert "http" not in page and "url(" not in page and "@import" not in page and "$" not in page
+
+
+def test_pictures_are_in_the_page(page, views):
+    pictures = []
+    for attributes in Outline(page).of("img"):
+        assert attributes["alt"]
+        data = attributes["src"].removeprefix("data:image/png;base64,")
+        pictures.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("RGB")))
+    *small, figure = pictures
+    assert figure.shape == (100, 200, 3)
+    assert len(small) == len(views) == 4
+    for picture, view in zip(small, views):
+        assert picture.shape == (144, 192, 3)  # three times as large, without blur
+        np.testing.assert_array_equal(picture[1::3, 1::3], view)
+
+
+def test_everything_is_told_once(page):
+    texts = Outline(page).texts
+    once = ("How many chairs are in this room?", "Where is it?", "A. left", "B. right", "b. right", HOSTILE, "nothing")
+    assert [
+        words for words in (*once, "How many", "Direction, easy", "seed 11", "<tiny>") if texts.count(words) != 1
+    ] == []
+    assert "The model is untrained: its answers mean nothing." in texts
+    assert "spa3r demo --seed 11" in texts and "Features" in texts
+    assert texts.count("With Spa3R") == texts.count("Without") == texts.count("Truth") == 2
+    assert texts[texts.index("75") + 1] == "with Spa3R"
+
+
+def test_the_true_option_stands_out(page):
+    marked = re.findall(r'<li class="(true|false)">([^<]*)</li>', page)
+    assert marked == [("false", "A. left"), ("true", "B. right")]
+
+
+def test_bars_are_as_long_as_the_scores(page):
+    widths = [a["style"] for a in Outline(page).of("span") if "style" in a]
+    assert widths == [f"width:{width}%" for width in (75, 0, 50, 0, 100, 0)]
+
+
+def test_a_markdown_table_becomes_one_of_the_page(page):
+    cells = re.search(r'<table class="numbers">(.*?)</table>', page, re.DOTALL)[1]
+    assert re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", cells) == ["", "cosine ↑", "model", "0.75", "nearest", "0.25"]
+
+
+def test_what_is_not_given_is_not_on_the_page(room, walk, views):
+    page = room_report(views, room, walk, QUESTIONS, (0.0, 0.0), {})
+    outline = Outline(page)
+    assert outline.of("p", "note") == [] and outline.of("code") == []
+    assert [attributes["id"] for attributes in outline.of("section")] == ["room", "questions"]
+
+
+def test_the_plan_is_to_scale(room, walk):
+    plan = ElementTree.fromstring(floor_plan(room, walk))
+
+    def places(element) -> np.ndarray:  # back to metres, y up
+        pairs = [pair.split(",") for pair in element.get("points").split()]
+        return np.array(pairs, float) / 100 * [1, -1]
+
+    floor = next(e for e in plan if e.get("class") == "floor")
+    np.testing.assert_allclose(np.abs(places(floor)), np.broadcast_to(np.array(room.size[:2]) / 2, (4, 2)), atol=0.01)
+    drawn = [e for e in plan if e.get("class") == "object"]
+    for item, element in zip(room.objects, drawn, strict=True):
+        np.testing.assert_allclose(places(element), item.footprint(), atol=0.01)
+        assert element[0].text.startswith(f"{item.colour} {item.name}, ")
+    assert [e.text for e in plan if e.tag == "text"] == [item.name for item in room.objects]
+
+    way = places(next(e for e in plan if e.get("class") == "walk"))
+    assert len(way) == 4 and (room.clearance(way) > 0.2).all()
+    pose = np.linalg.inv(walk.extrinsics[2].astype(float))
+    np.testing.assert_allclose(way[2], pose[:2, 3], atol=0.01)
+    wedge = places([e for e in plan if e.get("class") == "camera"][2])
+    looks = wedge[1:].mean(0) - wedge[0]
+    assert looks @ pose[:2, 2] / np.linalg.norm(looks) / np.linalg.norm(pose[:2, 2]) > 0.99
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_doors_and_windows_are_in_their_walls(seed):
+    """Where the mesh of the room has them."""
+    room = generate_room(seed, 2)
+    plan = ElementTree.fromstring(floor_plan(room, camera_walk(room, 1)))
+    drawn = [e for e in plan if e.tag == "polyline" and e.get("class") != "walk"]
+    frames = room.background()[6::2]
+    assert len(drawn) == len(frames) == len(room.fixtures) > 0
+    for element, frame in zip(drawn, frames):
+        ends = np.array([pair.split(",") for pair in element.get("points").split()], float) / 100 * [1, -1]
+        seen = frame.triangles[..., :2].reshape(-1, 2)
+        np.testing.assert_allclose(np.sort(ends, 0), [seen.min(0), seen.max(0)], atol=0.04)
+
+
+def test_every_type_has_a_title():
+    assert set(TYPE_TITLES) == {*CHOICE_TYPES, *NUMBER_TYPES}

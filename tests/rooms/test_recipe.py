@@ -1,0 +1,191 @@
+"""The steps of examples/rooms from pictures to a Spa3-VLM: a few steps of each, on a few rooms."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from spa3r import Spa3RForPreTraining, Spa3VLM, Spa3VLMProcessor
+from spa3r.evaluation import answer
+from spa3r.rooms import generate_room
+from spa3r.rooms.embedded import embedded_spa3r
+from spa3r.rooms.instructions import RoomQuestions
+
+RECIPE = Path(__file__).parents[2] / "examples" / "rooms"
+ROOMS = 6
+
+pytestmark = pytest.mark.slow
+
+
+def run(folder: Path, program: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, RECIPE / program, *arguments], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    run(folder, "render.py", "data", "--rooms", str(ROOMS))
+    run(folder, "conversations.py", "data", "--rooms", str(ROOMS))
+    few = "--vision-steps 3 --vision-rooms 4 --vision-batch 4 --place-steps 3 --looking-steps 3 --steps 3 --batch 4"
+    run(folder, "train_vlm.py", "data", "run", *few.split(), "--test-rooms", "1", "--threads", "1")
+    return folder
+
+
+def test_conversations_are_about_what_is_there(folder):
+    rows = [json.loads(line) for line in (folder / "data" / "conversations.jsonl").open()]
+    assert len({row["id"] for row in rows}) == len(rows) >= 3 * ROOMS
+    for row in rows:
+        assert len(row["images"]) == 8 and all((folder / "data" / name).is_file() for name in row["images"])
+        assert row["messages"][0]["content"].startswith("<image>" * 8)
+        lines = [message["content"].split("\n") for message in row["messages"][::2]]
+        tasks = [line[1][:20] + "which" * ("which of these" in line[1]) for line in lines if len(line) > 1]
+        assert len(tasks) == len(set(tasks)), "of every task one at most"
+    descriptions = [row for row in rows if any("Which objects does" in m["content"] for m in row["messages"])]
+    assert len(descriptions) == ROOMS
+    asked = [
+        (row["messages"][i]["content"], row["messages"][i + 1]["content"])
+        for row in rows
+        for i in range(0, 4, 2)
+        if i + 1 < len(row["messages"])
+    ]
+    letters = [answer for question, answer in asked if "\nOptions:\n" in question]
+    assert letters and set(letters) <= set("ABCD")
+    opened = [answer for question, answer in asked if "is the closest to" in question and "Options" not in question]
+    assert opened and all(len(answer) > 2 for answer in opened), "the option itself"
+
+
+def test_conversations_in_own_words_tell_what_is_seen(folder):
+    rows = [json.loads(line) for line in (folder / "data" / "conversations.jsonl").open()]
+    rows = [row for row in rows if any("What" in m["content"] and "\n" not in m["content"] for m in row["messages"])]
+    assert len(rows) == ROOMS
+    for row in rows:
+        room = generate_room(int(row["id"].partition("/")[0]), 0)
+        kinds = [item.name for item in room.objects]
+        said = [message["content"].replace("<image>", "") for message in row["messages"]]
+        (seen,) = (told.split(", ") for question, told in zip(said[::2], said[1::2]) if question.startswith("What"))
+        assert set(seen) <= set(kinds)
+        for question, told in zip(said[::2], said[1::2]):
+            if found := re.fullmatch("Is there a (.+)[?]", question):
+                assert (found[1] in seen) is (told == "yes")
+            elif found := re.fullmatch("How many (.+?)s are (there|in the room)[?]", question):
+                kind = {"bookshelve": "bookshelf"}.get(found[1], found[1])
+                assert kind in seen and 1 <= int(told) <= kinds.count(kind)
+            elif found := re.fullmatch("How far is the (.+) from the (.+)[?]", question):
+                assert found[1] != found[2] and {found[1], found[2]} <= set(seen)
+                assert re.fullmatch(r"\d+[.]\d metres", told) and float(told.split()[0]) < np.hypot(*room.size[:2])
+            else:
+                assert question.startswith("What")
+
+
+def test_questions_share_pictures_and_do_not_see_each_other(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    from conversations import FRAMES, Conversations
+    from questions import Questions
+
+    vlm = AutoModelForImageTextToText.from_pretrained(folder / "run" / "vlm", attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "vlm")
+    conversations, seen = Conversations(folder / "data"), load_file(folder / "run" / "seen.safetensors")["made"]
+    grids = torch.tensor([[1, 8, 8]] * FRAMES)
+
+    def logits(rooms: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        looked = BaseModelOutputWithPooling(pooler_output=seen[rooms].float().flatten(0, 1).split(16))
+        output = vlm(**inputs, image_grid_thw=grids.repeat(len(rooms), 1), mm_encoder_outputs={"image": looked})
+        return output.logits.detach()
+
+    rooms, packed = Questions(conversations, vlm, tokenizer, 16).draw(np.random.default_rng(0), 2, 5)
+    together, labels = logits(rooms, packed), packed["labels"]
+    picture = f"<|vision_start|>{'<|image_pad|>' * 16}<|vision_end|>"
+    found = 0
+    for row, room in enumerate(rooms):
+        for question, truth in conversations.turns[room]:
+            turns = [{"role": "user", "content": picture * FRAMES + question}, {"role": "assistant", "content": truth}]
+            ids = tokenizer.apply_chat_template(turns, return_dict=True, return_tensors="pt").input_ids
+            first = 2 + FRAMES * 18 + 1  # of the question; before it "<|im_start|>user\n" and pictures
+            own = ids[0, first:-1]  # a line break follows the answer
+            windows = packed["input_ids"][row].unfold(0, len(own), 1)
+            for start in (windows == own).all(1).nonzero()[:, 0].tolist():
+                alone = logits(
+                    rooms[row : row + 1],
+                    {"input_ids": ids, "mm_token_type_ids": (ids == tokenizer.image_token_id).int()},
+                )[0, first:-1]
+                assert torch.allclose(together[row, start : start + len(own)], alone, atol=1e-4)
+                told = labels[row, start : start + len(own)]
+                assert tokenizer.decode(told[told >= 0]) == f"{truth}<|im_end|>"
+                found += 1
+    assert found >= 10
+
+
+@pytest.mark.parametrize(
+    ("source", "integration", "width"),
+    [
+        ("none", "cross_attention", 0),
+        ("vggt", "cross_attention", 192),
+        ("spa3r", "append", 128),
+        ("spa3r", "cross_attention", 128),
+    ],
+)
+def test_every_variant_is_trained_on_what_was_encoded_before(folder, source, integration, width):
+    out = f"{source}-{integration}"
+    kind = ("--spatial-source", source, "--integration", integration)
+    few = ("--align-steps", "3", "--steps", "3", "--batch", "2", "--test-rooms", "1", "--threads", "1")
+    run(folder, "train_spa3_vlm.py", "data", "run", out, *kind, *few)
+    model = Spa3VLM.from_pretrained(folder / out)
+    processor = Spa3VLMProcessor.from_pretrained(folder / out)
+    before, after = AutoModelForImageTextToText.from_pretrained(folder / "run" / "vlm"), model.vlm.state_dict()
+    for name, tensor in before.state_dict().items():
+        learns = any(
+            part in name for part in ("layers.2.", "layers.3.", "layers.4.", "layers.5.", "language_model.norm")
+        )
+        assert torch.equal(tensor, after[name]) is not learns, "what looks is held fast, the rest learns"
+    questions = RoomQuestions(0, 1, rendered=folder / "data")
+    assert len(answer(model, processor, [questions[0]], max_new_tokens=2)) == 1
+    if source == "none":
+        return
+    frozen = embedded_spa3r()[0].spa3r.state_dict()
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in model.spa3r.state_dict().items())
+    # What was encoded before is what the processor's views give.
+    encoded = load_file(folder / "run" / f"encoded_by_{source}.safetensors")["made"]
+    assert encoded.shape == (ROOMS, 64 if source == "spa3r" else 8 * 64, width)
+    views = processor.view_image_processor.pack([questions.pictures(0)])
+    layout = views["view_pixel_values"], views["view_grid_hw"], views["views_per_scene"]
+    with torch.no_grad():
+        own = model.spa3r.encode(*layout)[0] if source == "spa3r" else model.spa3r.backbone_features(*layout)
+    assert (encoded[0].float() - own).std() < 0.03 * own.std()  # it was encoded in bfloat16
+
+
+def test_the_script_for_a_gpu_is_rehearsed_on_the_cpu(tmp_path):
+    settings = {"DEVICE": "cpu", "REHEARSE": "1", "FROZEN": "embedded", "PYTHON": sys.executable}
+    done = subprocess.run(
+        [RECIPE / "gpu.sh", tmp_path / "out"],
+        env=os.environ | settings | {"WORK": str(tmp_path / "work")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+    packed = {file.name for file in (tmp_path / "out").iterdir()}
+    models = {"frozen", "spa3r-large-both-0", "arms-0"}
+    assert packed == {f"{name}.safetensors" for name in models} | {"logs.json", "log.txt"}
+    run(tmp_path, "collect.py", "unpack", "out", "again")
+    frozen = embedded_spa3r()[0].spa3r.backbone.state_dict()
+    for name, targets in (("spa3r-large-both-0", ("geometry", "semantic")), ("spa3r-small-geometry-0", ("geometry",))):
+        model = Spa3RForPreTraining.from_pretrained(tmp_path / "again" / name)
+        assert model.config.targets == targets
+        backbone = model.spa3r.backbone.state_dict()
+        assert all(torch.equal(backbone[key], tensor) for key, tensor in frozen.items())
+        trained = load_file(tmp_path / "work" / "run" / name / "model.safetensors")
+        state = model.state_dict()
+        assert all(torch.equal(state[key], tensor.half().float()) for key, tensor in trained.items())
+        rows = [json.loads(line) for line in (tmp_path / "again" / name / "many.jsonl").open()]
+        assert rows and all(np.isfinite(row["geometry_cosine"]) for row in rows)
