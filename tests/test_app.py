@@ -59,21 +59,21 @@ def command(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def couple(command):
+def composed(command):
     return embedded_model()
 
 
 @pytest.fixture(scope="module")
-def num_bytes(couple) -> int:
+def num_bytes(composed) -> int:
     """Of the scene of a room."""
-    model, processor = couple
+    model, processor = composed
     return model.encode_scene(processor, UnseenRoom(1_000_000, 112).views()).num_bytes
 
 
 @contextmanager
-def launched(couple, cache_bytes: int, limits: Limits | None = None):
+def launched(composed, cache_bytes: int, limits: Limits | None = None):
     """The page's address."""
-    page = build_app(*couple, about="A model of the tests.", cache_bytes=cache_bytes, limits=limits)
+    page = build_app(*composed, about="A model of the tests.", cache_bytes=cache_bytes, limits=limits)
     try:
         yield page.launch(prevent_thread_lock=True, quiet=True)[1]
     finally:
@@ -90,9 +90,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(couple, num_bytes, folder):
+def url(composed, num_bytes, folder):
     """A page whose memory holds one scene of a room, not two."""
-    with launched(couple, int(1.5 * num_bytes)) as url:
+    with launched(composed, int(1.5 * num_bytes)) as url:
         yield url
 
 
@@ -128,9 +128,9 @@ class Visitor:
 
 
 @pytest.fixture
-def passes(couple):
+def passes(composed):
     """Names of the encoders, one for each time that they ran."""
-    model, ran = couple[0], []
+    model, ran = composed[0], []
     parts = {"encoder": model.spa3r.encoder, "tower": model.vlm.model.visual}
     hooks = [part.register_forward_hook(lambda *_, name=name: ran.append(name)) for name, part in parts.items()]
     yield ran
@@ -144,12 +144,12 @@ def error_of(call) -> str:
     return unescape(str(caught.value))  # as a browser shows it
 
 
-def answers_of(couple, views, questions) -> list[str]:
-    model, processor = couple
+def answers_of(composed, views, questions) -> list[str]:
+    model, processor = composed
     return model.ask(model.encode_scene(processor, views), questions)
 
 
-def test_a_room_is_encoded_once_and_answered_as_by_the_model(couple, visitor, passes):
+def test_a_room_is_encoded_once_and_answered_as_by_the_model(composed, visitor, passes):
     shown = visitor.look(3)
     assert sorted(passes) == ["encoder", "tower"]
     assert re.fullmatch(
@@ -166,7 +166,7 @@ def test_a_room_is_encoded_once_and_answered_as_by_the_model(couple, visitor, pa
 
     views = source.pictures(1_000_003)
     np.testing.assert_array_equal(shown.views, np.stack(views))
-    answers = answers_of(couple, views, questions)
+    answers = answers_of(composed, views, questions)
     assert len(set(answers)) > 1
     assert ["\n".join(lines[:-3]) for lines in told[:-1]] == answers[:-1]
     assert "\n".join(told[-1][:-2]) == answers[-1]
@@ -213,11 +213,11 @@ def test_a_place_that_left_memory_is_encoded_again(visitor, url, passes, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def rooms_apart(couple) -> dict[int, str]:
+def rooms_apart(composed) -> dict[int, str]:
     """Two rooms about which the model answers differently, and its answers: that it says the same proves nothing."""
     told = {}
     for seed in range(20, 30):
-        answer = answers_of(couple, UnseenRoom(1_000_000 + seed, 112).views(), QUESTION)
+        answer = answers_of(composed, UnseenRoom(1_000_000 + seed, 112).views(), QUESTION)
         if answer not in told.values():
             told[seed] = answer
         if len(told) == 2:
@@ -274,14 +274,14 @@ def test_a_playlist_opens_no_file_of_the_server(visitor, folder, tmp_path):
     )
 
 
-def test_what_a_visitor_may_ask_at_once_has_limits(couple, folder, passes, tmp_path):
+def test_what_a_visitor_may_ask_at_once_has_limits(composed, folder, passes, tmp_path):
     limits = Limits(question_length=200, views=3, file_bytes=40_000, pixels=5000)
     noise(80, 60, 1).save(tmp_path / "good.png")
     noise(80, 63, 2).save(tmp_path / "large.png")
     noise(110, 110, 3).save(tmp_path / "heavy.png")
     noise(300, 300, 4).save(tmp_path / "huge.bmp")
     walk = counting_video(tmp_path / "walk.mp4", 9)
-    with launched(couple, 2**28, limits) as url:
+    with launched(composed, 2**28, limits) as url:
         visitor = Visitor(url, tmp_path)
         for names, num_frames, words in (
             (["good.png"] * 4, 0, "A place must have at most 3 pictures and frames, got 4. Give fewer files"),
@@ -305,9 +305,9 @@ def test_what_a_visitor_may_ask_at_once_has_limits(couple, folder, passes, tmp_p
 
 
 @pytest.fixture(scope="module")
-def small_url(couple, folder):
+def small_url(composed, folder):
     """A page of a small limit on files."""
-    with launched(couple, 0, Limits(file_bytes=2**21, question_length=100)) as url:
+    with launched(composed, 0, Limits(file_bytes=2**21, question_length=100)) as url:
         yield url
 
 
@@ -357,9 +357,9 @@ def test_a_long_chat_is_no_large_request(small_url, tmp_path):
     assert visitor.ask("How many chairs are there?")
 
 
-def test_large_pictures_do_not_add_up(couple, tmp_path):
+def test_large_pictures_do_not_add_up(composed, tmp_path):
     """Of each picture only what the model sees is kept, which is the same."""
-    model, processor = couple
+    model, processor = composed
     noise(400, 300).save(tmp_path / "a.png")
     demo = Demo(model, processor, 2**28)
     place, (view,), *_ = demo.look_at_files([str(tmp_path / "a.png")], 0)
@@ -381,18 +381,18 @@ def test_pictures_that_the_server_no_longer_keeps_are_asked_for(visitor, url, fo
     assert "The server no longer keeps the pictures of this place (old.png). Give them again." in told
 
 
-def test_a_memory_too_small_for_any_scene_is_told(couple, folder, passes, tmp_path):
-    with launched(couple, cache_bytes=0) as url:
+def test_a_memory_too_small_for_any_scene_is_told(composed, folder, passes, tmp_path):
+    with launched(composed, cache_bytes=0) as url:
         visitor = Visitor(url, tmp_path)
         words = r"; too large for the memory for scenes \(\d+\.\d of 0\.0 MiB\), so each question encodes it again"
         assert re.search(words, visitor.look(1).facts)
         assert re.search(words, visitor.ask(QUESTION)[-1]) and len(passes) == 4
     with pytest.raises(ValueError, match="`max_bytes` must be 0 or more, got -1"):
-        build_app(*couple, cache_bytes=-1)
+        build_app(*composed, cache_bytes=-1)
 
 
-def test_the_model_serves_one_at_a_time(couple, num_bytes):
-    model, inside, most = couple[0], [], []
+def test_the_model_serves_one_at_a_time(composed, num_bytes):
+    model, inside, most = composed[0], [], []
 
     def enter(*_):
         inside.append(threading.get_ident())
@@ -402,7 +402,7 @@ def test_the_model_serves_one_at_a_time(couple, num_bytes):
         model.vlm.register_forward_pre_hook(enter),
         model.vlm.register_forward_hook(lambda *_: inside.remove(threading.get_ident())),
     ]
-    demo, answers = Demo(*couple, 4 * num_bytes), {}
+    demo, answers = Demo(*composed, 4 * num_bytes), {}
 
     def visit(seed: int):
         answers[seed] = demo.ask(UnseenRoom(1_000_000 + seed, 112), QUESTION, [])[0]
@@ -431,8 +431,8 @@ def test_the_page_asks_no_other_server(url):
     assert len(queued) == 3 and all(event["queue"] for event in queued)
 
 
-def test_files_are_kept_for_a_day(couple):
-    assert build_app(*couple).delete_cache == (DAY, DAY)
+def test_files_are_kept_for_a_day(composed):
+    assert build_app(*composed).delete_cache == (DAY, DAY)
 
 
 def test_the_command_serves_until_it_is_interrupted(command):

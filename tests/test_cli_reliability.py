@@ -16,7 +16,7 @@ from media import noise, served
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_cli import run, run_json
-from tiny_benchmark import build_couple, write_vsi_bench
+from tiny_benchmark import build_composed, write_vsi_bench
 
 from spa3r import EncodedScene, Spa3VLMForConditionalGeneration, cli, console
 from spa3r.conversion import save_together
@@ -64,7 +64,7 @@ def on_a_small_disk(size: int, act) -> str:
 @forks
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scene_is_saved_whole_or_not_at_all(tmp_path):
-    model, processor = build_couple()
+    model, processor = build_composed()
     scene = model.encode_scene(processor, [noise(56, 56)])
     file = tmp_path / "scene.safetensors"
     scene.save(file)
@@ -79,7 +79,7 @@ def test_scene_is_saved_whole_or_not_at_all(tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_model_is_saved_whole_or_not_at_all(tmp_path):
     """As conversions and merged models are: into a new folder, an empty one, and one that holds another model."""
-    model, processor = build_couple()
+    model, processor = build_composed()
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "new", tmp_path / "empty"):
         words = on_a_small_disk(100_000, lambda folder=folder: save_together(folder, model, processor))

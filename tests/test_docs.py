@@ -99,7 +99,7 @@ def test_example_runs(example, calm, monkeypatch, capsys):
     runpy.run_path(str(example), run_name="__main__")
     output = capsys.readouterr().out
     assert output.strip()
-    assert ("untrained" in output) == (example.stem == "marry_a_vlm")
+    assert ("untrained" in output) == (example.stem == "compose_vlm")
     assert len(example.read_text(encoding="utf-8").splitlines()) < 60
     with pytest.raises(SystemExit) as stopped:
         sys.argv[1:] = ["--help"]
@@ -190,12 +190,12 @@ def table_below(text: str, heading: str) -> list[list[str]]:
 
 
 def test_families_are_those_that_are_run():
-    page = read("docs", "guides", "marry.md")
+    page = read("docs", "guides", "combine.md")
     told = {row[0].strip("`"): row[2].strip("`") for row in table_below(page, "## What was run")}
     assert told == {name: family.processor[0] for name, family in FAMILIES.items()}
     refused = {row[0].strip("`"): row[1] for row in table_below(page, "## What is refused, and why")}
     assert refused == CLOSED_DOORS
-    assert read("docs", "guides", "marry.md").count("tests/models/test_spa3_vlm_families.py") == 1
+    assert read("docs", "guides", "combine.md").count("tests/models/test_spa3_vlm_families.py") == 1
     assert (ROOT / "tests" / "models" / "test_spa3_vlm_families.py").is_file()
 
 

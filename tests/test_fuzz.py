@@ -114,18 +114,18 @@ def dice() -> random.Random:
 
 
 @dataclass
-class Couple:
+class Composed:
     model: Spa3VLM
     processor: Spa3VLMProcessor
 
 
 @pytest.fixture(scope="module")
-def couple() -> Couple:
+def composed() -> Composed:
     vlm, vlm_processor = build("qwen2_5_vl")
     sizes = {"patch_size": 14, "image_size": 56}
     model = Spa3VLM.from_vlm_and_spa3r(vlm, alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(**sizes)))))
     views = Spa3RImageProcessor(size=56)
-    return Couple(model, Spa3VLMProcessor(vlm_processor, views, image_token_id=vlm.config.image_token_id))
+    return Composed(model, Spa3VLMProcessor(vlm_processor, views, image_token_id=vlm.config.image_token_id))
 
 
 # Configurations -------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_model_calls(dice):
 
 
 @torch.no_grad()
-def test_calls_of_the_whole(couple, dice):
+def test_calls_of_the_whole(composed, dice):
     messages = [
         [
             {
@@ -268,7 +268,7 @@ def test_calls_of_the_whole(couple, dice):
             }
         ]
     ]
-    right = dict(couple.processor.apply_chat_template(messages, tokenize=True, return_dict=True))
+    right = dict(composed.processor.apply_chat_template(messages, tokenize=True, return_dict=True))
     cases = []
     for name in ("views_per_scene", "view_grid_hw", "view_pixel_values", "image_tokens_per_scene", "input_ids"):
         for index, wrong in enumerate(wrong_tensors(right[name], dice)):
@@ -286,7 +286,7 @@ def test_calls_of_the_whole(couple, dice):
                 continue
             words = (name, "view", "image placeholders", "image tokens", "`input_ids`")
             cases.append(
-                Case(f"forward({name}: {index})", lambda n=name, w=wrong: couple.model(**{**right, n: w}), words)
+                Case(f"forward({name}: {index})", lambda n=name, w=wrong: composed.model(**{**right, n: w}), words)
             )
     check(cases, 50)
 
@@ -294,7 +294,7 @@ def test_calls_of_the_whole(couple, dice):
 # Messages -------------------------------------------------------------------------------------------------------------
 
 
-def test_messages(couple, dice, tmp_path):
+def test_messages(composed, dice, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     cases = []
     contents = [*JUNK, [None], [3], ["text"], [[]], [{}], [{"type": None}], [{"type": "audio", "audio": "a.wav"}]]
@@ -315,7 +315,7 @@ def test_messages(couple, dice, tmp_path):
             cases.append(
                 Case(
                     f"content {str(content)[:60]}",
-                    lambda m=message: couple.processor.apply_chat_template([m], tokenize=True, return_dict=True),
+                    lambda m=message: composed.processor.apply_chat_template([m], tokenize=True, return_dict=True),
                     ("essage", "content", "item", "picture", "video", "image"),
                     (lambda out, c=content: isinstance(c, str)),
                 )
@@ -332,7 +332,7 @@ def test_messages(couple, dice, tmp_path):
         cases.append(
             Case(
                 f"conversation {conversation!r}",
-                lambda c=conversation: couple.processor.apply_chat_template(c, tokenize=True, return_dict=True),
+                lambda c=conversation: composed.processor.apply_chat_template(c, tokenize=True, return_dict=True),
                 ("essage", "onversation"),
             )
         )
@@ -372,9 +372,9 @@ def test_pictures(dice, tmp_path):
     check(cases, 60)
 
 
-def test_scenes(couple, dice, tmp_path):
-    scene = couple.model.encode_scene(
-        couple.processor, [PIL.Image.new("RGB", (56, 56), color) for color in ("red", "blue")]
+def test_scenes(composed, dice, tmp_path):
+    scene = composed.model.encode_scene(
+        composed.processor, [PIL.Image.new("RGB", (56, 56), color) for color in ("red", "blue")]
     )
     whole = tmp_path / "whole.safetensors"
     scene.save(whole)
@@ -425,8 +425,8 @@ def test_scenes(couple, dice, tmp_path):
         return torch.equal(loaded.image_tokens, scene.image_tokens) and torch.equal(loaded.input_ids, scene.input_ids)
 
     load = EncodedScene.load
-    assert same(load(whole, couple.model, couple.processor))
-    check([Case(n, lambda f=f: load(f, couple.model, couple.processor), (f.name,)) for n, f in files.items()], 80)
+    assert same(load(whole, composed.model, composed.processor))
+    check([Case(n, lambda f=f: load(f, composed.model, composed.processor), (f.name,)) for n, f in files.items()], 80)
 
 
 def test_checkpoints(dice, tmp_path):
@@ -470,8 +470,8 @@ def test_checkpoints(dice, tmp_path):
     check(cases, 50)
 
 
-def test_processors_of_a_folder(couple, dice, tmp_path):
-    couple.processor.save_pretrained(tmp_path / "whole")
+def test_processors_of_a_folder(composed, dice, tmp_path):
+    composed.processor.save_pretrained(tmp_path / "whole")
     file = tmp_path / "whole" / "processor_config.json"
     content, cases = file.read_bytes(), []
     for index in range(25):

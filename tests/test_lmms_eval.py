@@ -70,8 +70,8 @@ metric_list: [{metric: length, aggregation: mean, higher_is_better: true}]
 """
 
 
-def make_couple(family):
-    """A tiny couple whose short answers depend on every picture."""
+def make_composed(family):
+    """A tiny composed whose short answers depend on every picture."""
     vlm, vlm_processor = build(family, seed=2)
     tokenizer = vlm_processor.tokenizer
     allowed = set(tokenizer.convert_tokens_to_ids(tokenizer.tokenize("".join(WORDS))))
@@ -85,21 +85,21 @@ def make_couple(family):
 
 
 @pytest.fixture(scope="module")
-def couple():
-    return make_couple("qwen2_5_vl")
+def composed():
+    return make_composed("qwen2_5_vl")
 
 
 @pytest.fixture(scope="module")
-def folder(couple, tmp_path_factory):
+def folder(composed, tmp_path_factory):
     """Of everything: a model, videos of rooms where lmms-eval's vsibench looks for them, and tasks."""
     folder = tmp_path_factory.mktemp("lmms_eval")
-    for part in couple:
+    for part in composed:
         part.save_pretrained(folder / "model")
     videos = folder / "home" / "vsibench"
     export_rooms(RoomQuestions(FIRST_TEST_SEED, num_rooms=2, frames=4), videos, "vsi_bench")
     (folder / "tasks").mkdir()
     (folder / "tasks" / "utils.py").write_text(TEXT_FUNCTIONS)
-    rows = with_truths_that_are_met(couple, rows_of(videos), videos)
+    rows = with_truths_that_are_met(composed, rows_of(videos), videos)
     rows = [row | {"id": number} for number, row in enumerate(rows)]  # a room may lend another a question
     (videos / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (videos / "test.parquet").unlink()  # with the truths as they were
@@ -115,11 +115,11 @@ def rows_of(videos):
     return [json.loads(line) for line in (videos / "test.jsonl").read_text().splitlines()]
 
 
-def with_truths_that_are_met(couple, rows, videos):
+def with_truths_that_are_met(composed, rows, videos):
     """The rows of the first room with truths that the model meets, or nearly: scores of 0 alone would tell little."""
     half = rows[: len(rows) // 2]
     frames = [sample_frames(videos / row["dataset"] / f"{row['scene_name']}.mp4", FRAMES) for row in half]
-    said_of_half = answer(*couple, [{"messages": make_messages(*pair)} for pair in zip(half, frames)])
+    said_of_half = answer(*composed, [{"messages": make_messages(*pair)} for pair in zip(half, frames)])
     for row, said in zip(half, said_of_half):
         if is_choice(row["question_type"]):
             row["ground_truth"] = parse_prediction(said)
@@ -254,9 +254,9 @@ def ask(lm, *contents, **generation_kwargs):
     return lm.generate_until([request(doc_id) for doc_id in range(len(contents))])
 
 
-def generated(couple, content, **arguments):
+def generated(composed, content, **arguments):
     """What transformers' `generate` gives, white space and all."""
-    model, processor = couple
+    model, processor = composed
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
     )
@@ -291,10 +291,10 @@ def test_lmms_eval_finds_the_model_by_the_entry_point(name):
 
 
 @pytest.fixture(scope="module")
-def our_run(folder, couple):
+def our_run(folder, composed):
     """The same folder through our own runner."""
     settings = EvaluationSettings(num_frames=FRAMES, batch_size=3)
-    return run_benchmark(*couple, VsiBench(folder / "home" / "vsibench"), folder / "run", settings)
+    return run_benchmark(*composed, VsiBench(folder / "home" / "vsibench"), folder / "run", settings)
 
 
 def test_the_command_gives_the_answers_of_our_runner(asked_by_command, our_run):
@@ -349,7 +349,7 @@ def test_where_the_parsers_differ_is_named(said, truth, ours, theirs):
 
 
 @pytest.mark.parametrize("name", (VIEW_SPATIAL, CV_BENCH, SPAR_BENCH, TEXT))
-def test_tasks_of_pictures_and_of_text_get_what_generate_gives(name, alone, folder, couple):
+def test_tasks_of_pictures_and_of_text_get_what_generate_gives(name, alone, folder, composed):
     docs = datasets.Dataset.from_parquet(str(folder / f"{name}.parquet"), cache_dir=str(folder / "cache"))
     length = {VIEW_SPATIAL: 128, CV_BENCH: 1024, SPAR_BENCH: 100, TEXT: 30}[name]
     said = []
@@ -357,7 +357,7 @@ def test_tasks_of_pictures_and_of_text_get_what_generate_gives(name, alone, fold
         pictures = doc.get("images") or doc.get("image") or []
         pictures = pictures if isinstance(pictures, list) else [pictures]
         content = [*({"type": "image", "image": picture} for picture in pictures), words(sample["arguments"][0])]
-        said.append(generated(couple, content, do_sample=False, min_new_tokens=24, max_new_tokens=length).strip())
+        said.append(generated(composed, content, do_sample=False, min_new_tokens=24, max_new_tokens=length).strip())
     assert answers_in(alone[name]) == said
     assert len(set(said)) == len(said)
 
@@ -375,7 +375,7 @@ def test_batches_change_no_answer(batch_size, alone, evaluate):
 
 @pytest.mark.parametrize("family", ("qwen2_5_vl", "internvl"))
 def test_a_batch_may_mix_pictures_videos_and_text(family, folder, tmp_path):
-    for part in make_couple(family):
+    for part in make_composed(family):
         part.save_pretrained(tmp_path)
     video = {"type": "video", "url": str(next((folder / "home").rglob("*.mp4")))}
     contents = ["What is two plus two?", QUESTION, [words("And three?")], [video, words("Where is the lamp?")]]
@@ -422,12 +422,12 @@ def test_two_processes_give_what_one_gives(asked_by_command, folder, tmp_path):
     ),
     ids=str,
 )
-def test_generation_kwargs_are_those_of_generate(asked, means, lm, couple):
+def test_generation_kwargs_are_those_of_generate(asked, means, lm, composed):
     torch.manual_seed(3)
     said = ask(lm, QUESTION, **asked)
     content = [item if item["type"] == "text" else {"type": "image", "image": item["url"]} for item in QUESTION]
     torch.manual_seed(3)
-    assert said == [generated(couple, content, **({"do_sample": False} | means)).strip()]
+    assert said == [generated(composed, content, **({"do_sample": False} | means)).strip()]
 
 
 def test_a_scene_is_encoded_once_for_all_that_is_asked_about_it(lm, folder):

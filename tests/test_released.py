@@ -200,11 +200,11 @@ def shard(folder: Path, count: int = 3) -> None:
 def hub(request, tmp_path_factory):
     """A hub cache with Spa3-VLM and VGGT-1B in miniature, as they were released."""
     root = tmp_path_factory.mktemp("hub")
-    couple, vggt = root / "couple", root / "vggt"
-    couple.mkdir()
+    composed, vggt = root / "composed", root / "vggt"
+    composed.mkdir()
     vggt.mkdir()
-    folder, _ = write_released(couple, processor=True)
-    write_ckpt(couple / "spa3r.ckpt", with_authors_teacher())
+    folder, _ = write_released(composed, processor=True)
+    write_ckpt(composed / "spa3r.ckpt", with_authors_teacher())
     tensors = golden("vggt", "weights.") | {"track_head.corr_mlp.fc1.weight": torch.ones(2, 2)}
     save_file(tensors, vggt / "model.safetensors")
     (vggt / "config.json").write_text(json.dumps({"img_size": 70, "patch_size": 14, "embed_dim": 32}))
@@ -212,9 +212,9 @@ def hub(request, tmp_path_factory):
         shard(folder)
         shard(vggt)
     cache = root / "cache"
-    publish(cache, "hustvl/Spa3-VLM", couple)
+    publish(cache, "hustvl/Spa3-VLM", composed)
     publish(cache, "facebook/VGGT-1B", vggt)
-    return {"cache": cache, "couple": couple, "vggt": vggt}
+    return {"cache": cache, "composed": composed, "vggt": vggt}
 
 
 def same(model, other) -> bool:
@@ -228,8 +228,8 @@ def converted(hub, tmp_path_factory):
     root = tmp_path_factory.mktemp("converted")
     sources = {
         "vggt": (hub["vggt"], GOLDEN_VGGT_FIELDS),
-        "spa3r": (hub["couple"] / "spa3r.ckpt", SIZES),
-        "spa3-vlm": (hub["couple"] / "spa3_vlm", FIELDS),
+        "spa3r": (hub["composed"] / "spa3r.ckpt", SIZES),
+        "spa3-vlm": (hub["composed"] / "spa3_vlm", FIELDS),
     }
     return {kind: convert_checkpoint(source, root / kind, kind, f) for kind, (source, f) in sources.items()}
 
@@ -243,7 +243,7 @@ def test_models_load_by_their_names(hub, converted):
         (Spa3VLMForConditionalGeneration, "spa3-vlm", "hustvl/Spa3-VLM", FIELDS),
     ):
         reference = model_class.from_pretrained(converted[kind])
-        local = {"vggt": hub["vggt"]}.get(kind, hub["couple"])
+        local = {"vggt": hub["vggt"]}.get(kind, hub["composed"])
         for source, hub_kwargs in ((name, where), (local, {})):
             model, info = model_class.from_pretrained(source, **hub_kwargs, **fields, output_loading_info=True)
             assert type(model) is model_class and same(model, reference) and not model.training
@@ -260,12 +260,12 @@ def test_models_load_by_their_names(hub, converted):
 
 def test_other_forms_of_the_same_files(hub, converted):
     """A single file, the folder inside, `subfolder`, the Spa3R inside a whole Spa3-VLM."""
-    folder, where = hub["couple"] / "spa3_vlm", {"cache_dir": hub["cache"]}
+    folder, where = hub["composed"] / "spa3_vlm", {"cache_dir": hub["cache"]}
     reference = Spa3VLMForConditionalGeneration.from_pretrained(converted["spa3-vlm"])
     for source, kwargs in ((folder, {}), ("hustvl/Spa3-VLM", where | {"subfolder": "spa3_vlm"})):
         assert same(Spa3VLMForConditionalGeneration.from_pretrained(source, **kwargs, **FIELDS), reference)
     assert same(Spa3RModel.from_pretrained(folder, **SIZES), reference.spa3r)
-    spa3r = Spa3RModel.from_pretrained(hub["couple"] / "spa3r.ckpt", **SIZES)
+    spa3r = Spa3RModel.from_pretrained(hub["composed"] / "spa3r.ckpt", **SIZES)
     assert same(spa3r, Spa3RModel.from_pretrained(converted["spa3r"]))
     assert_golden_latents(spa3r)
     if (weights := hub["vggt"] / "model.safetensors").is_file():
@@ -277,16 +277,16 @@ def test_other_forms_of_the_same_files(hub, converted):
 
 def test_processors_load_by_their_names(hub):
     where = {"cache_dir": hub["cache"]}
-    sources = [("facebook/VGGT-1B", where), ("hustvl/Spa3-VLM", where), (hub["couple"] / "spa3_vlm", {})]
-    for source, kwargs in [*sources, (hub["couple"] / "spa3r.ckpt", {})]:
+    sources = [("facebook/VGGT-1B", where), ("hustvl/Spa3-VLM", where), (hub["composed"] / "spa3_vlm", {})]
+    for source, kwargs in [*sources, (hub["composed"] / "spa3r.ckpt", {})]:
         processor = Spa3RImageProcessor.from_pretrained(source, mode="pad", **kwargs)
         assert (processor.size, processor.patch_size, processor.mode) == (70, 14, "pad")
-    for source, kwargs in (("hustvl/Spa3-VLM", where), (hub["couple"], {}), (hub["couple"] / "spa3_vlm", {})):
+    for source, kwargs in (("hustvl/Spa3-VLM", where), (hub["composed"], {}), (hub["composed"] / "spa3_vlm", {})):
         processor = Spa3VLMProcessor.from_pretrained(source, images="native", **kwargs)
         assert processor.view_image_processor.size == 70 and processor.images == "native"
         assert (
             processor.image_token_id
-            == json.loads((hub["couple"] / "spa3_vlm/config.json").read_text())["image_token_id"]
+            == json.loads((hub["composed"] / "spa3_vlm/config.json").read_text())["image_token_id"]
         )
         assert processor.chat_template is not None
 
@@ -308,9 +308,9 @@ def test_a_new_revision_is_loaded_and_the_old_one_stays(hub, tmp_path):
 
 
 def test_parts_that_configurations_name_may_be_released(hub, converted, tmp_path, monkeypatch):
-    """A Spa3R without its backbone, a couple combined by names, pretraining on a named backbone."""
+    """A Spa3R without its backbone, a composed combined by names, pretraining on a named backbone."""
     model = Spa3RModel.from_pretrained(converted["spa3r"])
-    model.config.backbone_name_or_path = str(hub["couple"] / "spa3r.ckpt")
+    model.config.backbone_name_or_path = str(hub["composed"] / "spa3r.ckpt")
     # Names alone say the sizes of the full models only.
     monkeypatch.setattr(released_vggt, "vggt_config", lambda weights, _: vggt_config(weights, GOLDEN_VGGT_FIELDS))
     model.save_pretrained(tmp_path / "light", include_backbone=False)
@@ -319,13 +319,13 @@ def test_parts_that_configurations_name_may_be_released(hub, converted, tmp_path
         "facebook/VGGT-1B", targets=("geometry",), cache_dir=hub["cache"]
     )
     assert pretraining.spa3r.config.backbone_name_or_path == "facebook/VGGT-1B"
-    combined = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(make_vlm(), hub["couple"] / "spa3r.ckpt")
+    combined = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(make_vlm(), hub["composed"] / "spa3r.ckpt")
     assert same(combined.spa3r, model)
 
 
 def test_placement_precision_and_saving_work_as_with_any_checkpoint(hub, converted, tmp_path):
     arguments = {"dtype": torch.bfloat16, "device_map": "cpu", "attn_implementation": "sdpa"}
-    model = Spa3VLMForConditionalGeneration.from_pretrained(hub["couple"], **arguments, **FIELDS)
+    model = Spa3VLMForConditionalGeneration.from_pretrained(hub["composed"], **arguments, **FIELDS)
     reference = Spa3VLMForConditionalGeneration.from_pretrained(converted["spa3-vlm"], **arguments)
     assert same(model, reference)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -338,11 +338,11 @@ def test_placement_precision_and_saving_work_as_with_any_checkpoint(hub, convert
 
 
 def test_another_kind_is_named(hub):
-    couple = hub["couple"]
+    composed = hub["composed"]
     for model_class, source, words in (
         (
             VggtModel,
-            couple / "spa3r.ckpt",
+            composed / "spa3r.ckpt",
             r"ckpt holds a Spa3R in its released layout, and VggtModel wants a VGGT",
         ),
         (
@@ -351,7 +351,7 @@ def test_another_kind_is_named(hub):
             r"holds a VGGT .*wants a Spa3R or a Spa3-VLM\. Load it with VggtModel",
         ),
         (Spa3VLMForConditionalGeneration, hub["vggt"], r"holds a VGGT in its released layout, and Spa3VLMFor"),
-        (Spa3VLMForConditionalGeneration, couple / "spa3r.ckpt", r"holds a Spa3R .*Load it with Spa3RModel"),
+        (Spa3VLMForConditionalGeneration, composed / "spa3r.ckpt", r"holds a Spa3R .*Load it with Spa3RModel"),
     ):
         with pytest.raises(ValueError, match=words):
             model_class.from_pretrained(source)
@@ -371,12 +371,12 @@ def test_what_is_no_released_checkpoint_is_left_to_transformers(hub, converted, 
 
 
 def test_damaged_and_incomplete_files_are_named(hub, tmp_path):
-    shutil.copytree(hub["couple"], tmp_path / "couple")
-    ckpt = tmp_path / "couple" / "spa3r.ckpt"
+    shutil.copytree(hub["composed"], tmp_path / "composed")
+    ckpt = tmp_path / "composed" / "spa3r.ckpt"
     ckpt.write_bytes(ckpt.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"spa3r\.ckpt can't be read: only pickles of tensors"):
-        Spa3RModel.from_pretrained(tmp_path / "couple")
-    files = sorted((tmp_path / "couple" / "spa3_vlm").glob("*.safetensors"))
+        Spa3RModel.from_pretrained(tmp_path / "composed")
+    files = sorted((tmp_path / "composed" / "spa3_vlm").glob("*.safetensors"))
     if len(files) > 1:
         files[1].unlink()
         error, words = FileNotFoundError, rf"names 3 files of weights, and {files[1].name} are missing"
@@ -384,7 +384,7 @@ def test_damaged_and_incomplete_files_are_named(hub, tmp_path):
         files[0].write_bytes(files[0].read_bytes()[:-50])
         error, words = ValueError, r"safetensors can't be read as safetensors .*truncated or damaged"
     with pytest.raises(error, match=words):
-        Spa3VLMForConditionalGeneration.from_pretrained(tmp_path / "couple", **FIELDS)
+        Spa3VLMForConditionalGeneration.from_pretrained(tmp_path / "composed", **FIELDS)
     tensors = golden("vggt", "weights.")
     del tensors["aggregator.camera_token"]
     save_file(tensors, tmp_path / "model.safetensors")
@@ -404,11 +404,11 @@ def test_commands_take_released_names(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(released_vggt, "vggt_config", lambda weights, _: vggt_config(weights, GOLDEN_VGGT_FIELDS))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub["cache"]))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(hub["cache"]))
-    for name in ("hustvl/Spa3-VLM", str(hub["couple"] / "spa3_vlm")):
+    for name in ("hustvl/Spa3-VLM", str(hub["composed"] / "spa3_vlm")):
         for load in (load_vlm, _load_any_vlm):
             model, processor = load(name, "cpu", Dtype.auto, None)
             assert type(model) is Spa3VLMForConditionalGeneration and type(processor) is Spa3VLMProcessor
-    for name in ("hustvl/Spa3-VLM", str(hub["couple"] / "spa3r.ckpt"), str(hub["couple"] / "spa3_vlm")):
+    for name in ("hustvl/Spa3-VLM", str(hub["composed"] / "spa3r.ckpt"), str(hub["composed"] / "spa3_vlm")):
         model, processor = _load_spa3r(name, "cpu", Dtype.auto, None)
         assert type(model) is Spa3RModel and processor.size == 70
     with pytest.raises(ValueError, match=r"holds a VGGT in its released layout, and `--model` wants a Spa3R"):

@@ -19,8 +19,8 @@ SETTINGS = EvaluationSettings(num_frames=2, max_new_tokens=4, batch_size=2)
 
 
 @cache
-def build_couple(family: str = "qwen2_5_vl", **fields) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    """A couple of random weights whose scene has a say."""
+def build_composed(family: str = "qwen2_5_vl", **fields) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
+    """A composed of random weights whose scene has a say."""
     vlm, vlm_processor = build(family)
     spa3r = alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(patch_size=14, image_size=14))))
     model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r, **fields)

@@ -1,4 +1,4 @@
-"""Tiny fine-tunings: the embedded couple on small views, instructions made by hand."""
+"""Tiny fine-tunings: the embedded composed on small views, instructions made by hand."""
 
 from pathlib import Path
 
@@ -39,8 +39,8 @@ def examples(count: int = 8, shapes=SHAPES) -> list[dict]:
     return [example(row, shapes) for row in range(count)]
 
 
-def couple():
-    """The embedded couple, on views of 4 x 4 patches."""
+def composed():
+    """The embedded composed, on views of 4 x 4 patches."""
     model, processor = embedded_model()
     processor.view_image_processor.size = 56
     return model, processor
@@ -57,7 +57,7 @@ def trainer(output_dir: Path, data=None, model=None, processor=None, **fields) -
     own = {"eval_dataset", "psfm", "evaluation", "callbacks"}
     others = {key: fields.pop(key) for key in own & fields.keys()}
     if model is None:
-        model, processor = couple()
+        model, processor = composed()
     args = arguments(output_dir, **fields)
     return FinetuningTrainer(model, args, data or examples(), processing_class=processor, **others)
 

@@ -1,6 +1,6 @@
 """Tiny vision-language models of transformers with their real processors, built offline.
 
-A wrapper that claims to marry *any* vision-language model must be run on many: families differ in how pictures become
+A wrapper that claims to combine *any* vision-language model must be run on many: families differ in how pictures become
 placeholder tokens, in what `get_image_features` needs and returns, and in what the language model wants besides. Here
 each family is one row of a table: a configuration of two layers and a processor of the family's own classes, over one
 byte-level tokenizer trained on a few sentences. Nothing is downloaded, and a build takes a fraction of a second.

@@ -1,7 +1,7 @@
 """Step 9 of the rooms recipe: the small VLM of step 8 and the Spa3R in the package become a Spa3-VLM.
 
-Vision tower, Spa3R and the layers that look are held fast. The adapter learns to tell where that stands which an image
-token shows, and is held fast from then on, while the other layers learn; one that appends tokens learns with them.
+Vision tower, Spa3R and the layers that look are frozen. The adapter learns to tell where that stands which an image
+token shows, and is frozen from then on, while the other layers learn; one that appends tokens learns with them.
 `spa3r finetune` trains with any data; here every room is asked about many times, so each is encoded once, before the
 training.
 """

@@ -330,7 +330,7 @@ def main() -> None:
         if not shown_file.exists():
             save_file(walks.cells(FRAMES * cells), shown_file)
         if not seen_file.exists():
-            with torch.no_grad():  # the tower is held fast, so it looks once
+            with torch.no_grad():  # the tower is frozen, so it looks once
                 seen = torch.stack([eyes.tokens(pictures) for pictures in walks.pictures()])
             save_file({"made": seen.half()}, seen_file)
     seen, shown = load_file(args.output / "seen.safetensors")["made"], load_file(args.output / "cells.safetensors")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from media import noise
 from peft import LoraConfig, get_peft_model
-from tiny_benchmark import build_couple
+from tiny_benchmark import build_composed
 from transformers.utils import logging
 
 from spa3r.answering.engine import AnswerReport, answer, evaluate_answers, score_answer, score_table
@@ -35,12 +35,12 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def couple():
-    return build_couple("qwen2_5_vl")
+def composed():
+    return build_composed("qwen2_5_vl")
 
 
-def test_answers_are_those_of_generate_one_by_one(couple):
-    model, processor = couple
+def test_answers_are_those_of_generate_one_by_one(composed):
+    model, processor = composed
     alone = []
     for one in EXAMPLES:
         inputs = processor.apply_chat_template(
@@ -58,15 +58,15 @@ def test_answers_are_those_of_generate_one_by_one(couple):
 @pytest.mark.parametrize("family", ("qwen3_vl", "internvl", "gemma3", "llava"))
 def test_other_families_are_asked_alike(family):
     """With pictures in every row: some processors want that."""
-    model, processor = build_couple(family)
+    model, processor = build_composed(family)
     examples = [one for one in EXAMPLES if len(one["messages"][0]["content"]) > 1]
     for use_spa3r in (True, False):
         asked = {"max_new_tokens": 6, "use_spa3r": use_spa3r}
         assert answer(model, processor, examples, **asked) == answer(model, processor, examples, 1, **asked)
 
 
-def test_appended_tokens_are_left_out_with_spa3r(couple):
-    model, processor = build_couple("qwen2_5_vl", integration="append")
+def test_appended_tokens_are_left_out_with_spa3r(composed):
+    model, processor = build_composed("qwen2_5_vl", integration="append")
     processor.spatial_tokens = model.config.spatial_tokens
     appended = answer(model, processor, EXAMPLES)
     assert appended == answer(model, processor, EXAMPLES, batch_size=1)
@@ -75,32 +75,32 @@ def test_appended_tokens_are_left_out_with_spa3r(couple):
     assert processor.spatial_tokens == model.config.spatial_tokens is not None
 
 
-def test_a_model_with_lora_is_asked_with_and_without_spa3r(couple):
-    model, processor = couple
+def test_a_model_with_lora_is_asked_with_and_without_spa3r(composed):
+    model, processor = composed
     tuned = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     for use_spa3r in (True, False):  # fresh LoRA changes nothing
         plain = answer(model, processor, EXAMPLES, use_spa3r=use_spa3r)
         assert answer(tuned, processor, EXAMPLES, use_spa3r=use_spa3r) == plain
 
 
-def test_the_answer_is_not_shown_to_the_model(couple):
+def test_the_answer_is_not_shown_to_the_model(composed):
     questions = [{**one, "messages": one["messages"][:1]} for one in EXAMPLES]
     lies = [
         example(e["question_type"], e["row"], "a lie", [i["image"] for i in e["messages"][0]["content"][:-1]])
         for e in EXAMPLES
     ]
-    assert answer(*couple, questions) == answer(*couple, EXAMPLES) == answer(*couple, lies)
+    assert answer(*composed, questions) == answer(*composed, EXAMPLES) == answer(*composed, lies)
 
 
-def test_without_spa3r_it_is_the_plain_vlm(couple):
-    model, processor = couple
+def test_without_spa3r_it_is_the_plain_vlm(composed):
+    model, processor = composed
     without = answer(model, processor, EXAMPLES, use_spa3r=False)
     assert without == answer(model.vlm, processor, EXAMPLES) == answer(model.vlm, processor.vlm_processor, EXAMPLES)
     assert without != answer(model, processor, EXAMPLES)
 
 
-def test_modes_are_left_as_they_were(couple):
-    model, processor = couple
+def test_modes_are_left_as_they_were(composed):
+    model, processor = composed
     fresh = copy.deepcopy(model).train()
     before = {name: module.training for name, module in fresh.named_modules()}
     assert len(set(before.values())) == 2
@@ -118,26 +118,26 @@ class EndlessRows(torch.utils.data.Dataset):
         return EXAMPLES[index % len(EXAMPLES)]
 
 
-def test_data_sets_and_iterators_are_read(couple):
-    answers = answer(*couple, EXAMPLES[:2])
-    assert answer(*couple, EndlessRows()) == answer(*couple, iter(EXAMPLES[:2])) == answers
-    assert answer(*couple, []) == []
+def test_data_sets_and_iterators_are_read(composed):
+    answers = answer(*composed, EXAMPLES[:2])
+    assert answer(*composed, EndlessRows()) == answer(*composed, iter(EXAMPLES[:2])) == answers
+    assert answer(*composed, []) == []
 
 
-def test_progress_is_shown(couple, capsys):
+def test_progress_is_shown(composed, capsys):
     try:
-        answer(*couple, EXAMPLES[:2], batch_size=1)
+        answer(*composed, EXAMPLES[:2], batch_size=1)
         assert "Answering" in capsys.readouterr().err
         logging.disable_progress_bar()
-        answer(*couple, EXAMPLES[:2], batch_size=1)
+        answer(*composed, EXAMPLES[:2], batch_size=1)
         assert capsys.readouterr().err == ""
     finally:
         logging.enable_progress_bar()
 
 
-def test_a_report_scores_every_answer(couple):
-    report = evaluate_answers(*couple, EXAMPLES, batch_size=2)
-    assert [scored.answer for scored in report.answers] == answer(*couple, EXAMPLES)
+def test_a_report_scores_every_answer(composed):
+    report = evaluate_answers(*composed, EXAMPLES, batch_size=2)
+    assert [scored.answer for scored in report.answers] == answer(*composed, EXAMPLES)
     assert [scored.truth for scored in report.answers] == ["3", "A", "a lamp", "12.5"]
     assert [scored.question for scored in report.answers] == [one["row"] for one in EXAMPLES]
     assert report.scores["overall"] == 0.0 and len(report.scores) == 5  # random weights hit nothing
@@ -189,21 +189,21 @@ def test_a_table_puts_reports_side_by_side():
     )
 
 
-def test_what_can_not_be_asked_or_scored_is_refused(couple):
+def test_what_can_not_be_asked_or_scored_is_refused(composed):
     question = {"messages": EXAMPLES[0]["messages"][:1], "row": "seventh"}
     with pytest.raises(
         ValueError, match=r"`messages` of example 'seventh' must end with .* the truth; got the roles \['user'\]"
     ):
-        evaluate_answers(*couple, [question])
+        evaluate_answers(*composed, [question])
     with pytest.raises(ValueError, match=r"`messages` of example 'seventh' must hold a question, got none"):
-        answer(*couple, [{"messages": EXAMPLES[0]["messages"][1:], "row": "seventh"}])
+        answer(*composed, [{"messages": EXAMPLES[0]["messages"][1:], "row": "seventh"}])
     with pytest.raises(ValueError, match=r"`examples` must hold at least one example, got none"):
-        evaluate_answers(*couple, [])
+        evaluate_answers(*composed, [])
     with pytest.raises(ValueError, match=r"`batch_size` must be at least 1, got 0"):
-        answer(*couple, EXAMPLES, batch_size=0)
+        answer(*composed, EXAMPLES, batch_size=0)
 
 
-def test_what_can_not_be_asked_is_left_out_and_named(couple):
+def test_what_can_not_be_asked_is_left_out_and_named(composed):
     """Wherever it stands in a batch, and whatever is wrong: the others are answered as without it."""
     (question, truth), tiny = EXAMPLES[0]["messages"], PIL.Image.new("RGB", (5, 5))
     bad = {
@@ -213,10 +213,10 @@ def test_what_can_not_be_asked_is_left_out_and_named(couple):
         "no question": [truth],
     }
     rows = [*EXAMPLES[:1], *({"messages": messages, "row": row} for row, messages in bad.items()), *EXAMPLES[1:2]]
-    report = evaluate_answers(*couple, rows, batch_size=3, skip=True)
+    report = evaluate_answers(*composed, rows, batch_size=3, skip=True)
     assert {entry["row"] for entry in report.skipped} == set(bad)
     assert all(entry["reason"] for entry in report.skipped)
-    assert report.answers == evaluate_answers(*couple, EXAMPLES[:2], batch_size=1).answers
+    assert report.answers == evaluate_answers(*composed, EXAMPLES[:2], batch_size=1).answers
     for row in rows[1:-1]:
         with pytest.raises(ValueError):
-            evaluate_answers(*couple, [row])
+            evaluate_answers(*composed, [row])

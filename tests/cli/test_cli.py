@@ -511,14 +511,14 @@ def test_the_demo_says_which_types_it_could_not_ask(tmp_path, monkeypatch):
 
 
 def test_the_vlm_with_spa3r_is_compared_with_one_trained_without():
-    couple, other, note = cli._embedded_vlms()
+    composed, other, note = cli._embedded_vlms()
     assert "trained on the same questions without Spa3R" in note
-    assert couple[0].config.spatial_source == "spa3r" and other[0].config.spatial_source == "none"
+    assert composed[0].config.spatial_source == "spa3r" and other[0].config.spatial_source == "none"
     room, rows = cli._room_of_questions(1_000_000, 3, 4, 112)
     frames = list(cli._look_around(room.seed, 3, 4, 112).images)
-    asked, _ = cli._ask_with_and_without(rows, frames, couple, other)
+    asked, _ = cli._ask_with_and_without(rows, frames, composed, other)
     examples = [{"messages": make_messages(row, frames)} for row in rows]
-    assert [a.answer for a in asked] == answer(*couple, examples)
+    assert [a.answer for a in asked] == answer(*composed, examples)
     assert [a.answer_without_spa3r for a in asked] == answer(*other, examples)
 
 

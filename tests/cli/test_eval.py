@@ -43,7 +43,7 @@ def test_presets_are_overridden_by_options(data, tmp_path):
     assert told["benchmark"]["subset"] == "debiased" and told["benchmark"]["questions"] == 2
 
 
-def test_a_plain_vlm_and_a_couple_without_spa3r(data, checkpoint, tmp_path, monkeypatch):  # noqa: F811
+def test_a_plain_vlm_and_a_composed_without_spa3r(data, checkpoint, tmp_path, monkeypatch):  # noqa: F811
     vlm, processor = build("qwen2_5_vl")
     vlm.save_pretrained(tmp_path / "plain")
     processor.save_pretrained(tmp_path / "plain")

@@ -299,8 +299,8 @@ def test_what_a_chat_template_refuses_is_left_out():
     assert learnt(processor, batch["labels"][0]) == ["Four<|im_end|>"]
 
 
-def test_examples_whose_columns_were_removed_are_refused(couple, tmp_path):
-    model, processor = couple
+def test_examples_whose_columns_were_removed_are_refused(composed, tmp_path):
+    model, processor = composed
     arguments = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
     trainer = Trainer(model, arguments, train_dataset=ROWS, data_collator=Spa3VLMCollator(processor))
     with pytest.raises(ValueError, match=r"must have `messages`, got the keys \[\].* `remove_unused_columns=False`"):
@@ -441,7 +441,7 @@ def test_pictures_are_processed_once(marked):
 
 
 @pytest.fixture(scope="module")
-def couple():
+def composed():
     vlm, vlm_processor = build("qwen2_5_vl")
     spa3r = alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(patch_size=14, image_size=70))))
     model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r)
@@ -455,9 +455,9 @@ def inputs_of(batch: dict) -> dict:
 
 
 @torch.no_grad()
-def test_the_loss_of_a_batch_is_that_of_its_rows(couple):
+def test_the_loss_of_a_batch_is_that_of_its_rows(composed):
     """Weighted by their labels, so padding and neighbours change nothing."""
-    model, processor = couple
+    model, processor = composed
     collator = Spa3VLMCollator(processor)
     together = model(**inputs_of(collator(ROWS))).loss
     alone = [collator([row]) for row in ROWS]
@@ -466,8 +466,8 @@ def test_the_loss_of_a_batch_is_that_of_its_rows(couple):
     assert abs(together - (losses * weights).sum() / weights.sum()) < 1e-5
 
 
-def test_a_plain_trainer_trains_on_batches_of_like_length(couple, tmp_path):
-    model, processor = couple
+def test_a_plain_trainer_trains_on_batches_of_like_length(composed, tmp_path):
+    model, processor = composed
 
     class Rows(torch.utils.data.Dataset):
         """Rows with the lengths that they have."""

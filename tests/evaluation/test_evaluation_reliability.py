@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_benchmark import SETTINGS, build_couple, make_rows, write_vsi_bench
+from tiny_benchmark import SETTINGS, build_composed, make_rows, write_vsi_bench
 
 from spa3r.disk import WriteError, alone_in
 from spa3r.evaluation import EvaluationRun, EvaluationSettings, RoomsBenchmark, VsiBench, compare_runs, run_benchmark
@@ -31,7 +31,7 @@ def benchmark(tmp_path_factory) -> VsiBench:
 
 @pytest.fixture(scope="module")
 def whole(benchmark, tmp_path_factory) -> Path:
-    return run_benchmark(*build_couple(), benchmark, tmp_path_factory.mktemp("runs") / "whole", SETTINGS).folder
+    return run_benchmark(*build_composed(), benchmark, tmp_path_factory.mktemp("runs") / "whole", SETTINGS).folder
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def go_on(benchmark, folder: Path, **more) -> tuple[EvaluationRun, list[str], li
     """The run, what it noted, and what it asked."""
     notes, asked = [], []
     run = run_benchmark(
-        *build_couple(),
+        *build_composed(),
         benchmark,
         folder,
         SETTINGS,
@@ -231,7 +231,7 @@ def test_run_holds_its_folder_until_its_end(benchmark, tmp_path):
         thread.start()
         thread.join()
 
-    run_benchmark(*build_couple(), benchmark, tmp_path, SETTINGS, progress=come_in)
+    run_benchmark(*build_composed(), benchmark, tmp_path, SETTINGS, progress=come_in)
     assert held and all(held)
 
 
@@ -260,7 +260,7 @@ def run_on_a_disk_that_fills(kind: str, folder: Path, benchmark, told) -> None:
     if kind == "run.json":
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     try:
-        run_benchmark(*build_couple(), benchmark, folder, SETTINGS, progress=fill)
+        run_benchmark(*build_composed(), benchmark, folder, SETTINGS, progress=fill)
     except Exception as error:
         told.put((type(error).__name__, str(error)))
     else:
@@ -291,7 +291,7 @@ def test_signal_ends_a_run_that_goes_on(number, benchmark, whole, tmp_path):
         os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt, match=f"{number.name}: what is finished stays"), ending_on_signals():
-        run_benchmark(*build_couple(), benchmark, tmp_path, SETTINGS, progress=send)
+        run_benchmark(*build_composed(), benchmark, tmp_path, SETTINGS, progress=send)
     assert len((tmp_path / "answers-00000.jsonl").read_text().splitlines()) == 2 and not (tmp_path / ".lock").exists()
     assert go_on(benchmark, tmp_path)[2][-1] == (3, 3)
     assert (tmp_path / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
@@ -308,8 +308,8 @@ def test_secrets_reach_no_file(tmp_path, monkeypatch):
     (benchmark.root / "scannet" / "scene0.mp4").write_bytes(b"no video")
     name = f"https://me:{password}@example.org/model?X-Amz-Signature=abcdef0123&token={token}"
     settings = dataclasses.replace(SETTINGS, missing="zero", system=f"Bearer {token}")
-    run = run_benchmark(*build_couple(), benchmark, tmp_path / "run", settings, name)
-    again = run_benchmark(*build_couple(), benchmark, tmp_path / "run", settings, name)
+    run = run_benchmark(*build_composed(), benchmark, tmp_path / "run", settings, name)
+    again = run_benchmark(*build_composed(), benchmark, tmp_path / "run", settings, name)
     assert again.answers == run.answers and run.about["missing"]["questions"] == 3
     page = run_report(again, benchmark, command=f"spa3r eval report {tmp_path / token}")
     texts = [file.read_text() for file in (tmp_path / "run").iterdir()] + [page, json.dumps(again.about)]
@@ -349,7 +349,7 @@ def test_settings_of_wrong_types_or_ranges(fields, words):
 )
 def test_arguments_of_wrong_types(arguments, benchmark, tmp_path):
     with pytest.raises(ValueError, match=rf"`{next(iter(arguments))}` must be "):
-        run_benchmark(*build_couple(), benchmark, **({"output": tmp_path / "run"} | arguments))
+        run_benchmark(*build_composed(), benchmark, **({"output": tmp_path / "run"} | arguments))
     with pytest.raises(ValueError, match="`folder` must be a text or a Path, got None"):
         EvaluationRun.load(None)
 

@@ -9,7 +9,7 @@ from html import unescape
 import pytest
 from PIL import Image
 from test_report import Outline
-from tiny_benchmark import SETTINGS, build_couple, write_vsi_bench
+from tiny_benchmark import SETTINGS, build_composed, write_vsi_bench
 
 from spa3r.evaluation import VsiBench, run_benchmark
 from spa3r.evaluation.report import run_report
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     benchmark = VsiBench(write_vsi_bench(folder / "data"))
     (folder / "data" / "arkitscenes" / "scene1.mp4").unlink()
     settings = dataclasses.replace(SETTINGS, missing="skip", num_frames=4)
-    return run_benchmark(*build_couple(), benchmark, folder / "run", settings, name="tiny & random")
+    return run_benchmark(*build_composed(), benchmark, folder / "run", settings, name="tiny & random")
 
 
 @pytest.fixture(scope="module")

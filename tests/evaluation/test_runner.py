@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from media import counting_video
-from tiny_benchmark import SETTINGS, build_couple, write_vsi_bench
+from tiny_benchmark import SETTINGS, build_composed, write_vsi_bench
 from vlm_families import build
 
 from spa3r import Spa3VLMProcessor
@@ -43,7 +43,7 @@ def benchmark(tmp_path_factory) -> VsiBench:
 @pytest.fixture(scope="module")
 def whole(benchmark, tmp_path_factory) -> EvaluationRun:
     """A run that nothing disturbed."""
-    return run_benchmark(*build_couple(), benchmark, tmp_path_factory.mktemp("runs") / "whole", SETTINGS)
+    return run_benchmark(*build_composed(), benchmark, tmp_path_factory.mktemp("runs") / "whole", SETTINGS)
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -54,7 +54,7 @@ def lines_of(folder: Path) -> list[dict]:
 
 
 def test_every_question_is_answered_as_if_asked_alone(benchmark, whole):
-    model, processor = build_couple()
+    model, processor = build_composed()
     assert [line["id"] for line in whole.answers] == [row["id"] for row in benchmark.rows]
     for row, line in zip(benchmark.rows, whole.answers):
         numbers, frames = benchmark.frames(f"{row['dataset']}/{row['scene_name']}", 2)
@@ -74,7 +74,7 @@ def test_a_line_holds_everything_about_its_question(benchmark, whole):
 
 
 def test_a_run_says_what_it_depends_on(benchmark, whole):
-    model, _ = build_couple()
+    model, _ = build_composed()
     about = json.loads((whole.folder / "run.json").read_text())
     assert about["benchmark"] == benchmark.about | {"questions": 11, "scenes": 4, "rows_sha256": benchmark.fingerprint}
     assert about["settings"] == dataclasses.asdict(SETTINGS) and about["settings"]["seed"] == 0
@@ -116,14 +116,14 @@ def test_a_plain_vlm_is_asked_about_the_frames_as_they_are(benchmark, tmp_path):
     vlm, processor = build("qwen2_5_vl")
     run = run_benchmark(vlm, processor, benchmark, tmp_path / "plain", SETTINGS, "a name")
     assert run.about["model"]["name"] == "a name" and list(run.about["model"]["dtype"]) == ["vlm"]
-    couple, couple_processor = build_couple()
+    composed, composed_processor = build_composed()
     alone = dataclasses.replace(SETTINGS, use_spa3r=False, images="native")
-    without = run_benchmark(couple, couple_processor, benchmark, tmp_path / "without", alone)
+    without = run_benchmark(composed, composed_processor, benchmark, tmp_path / "without", alone)
     assert [line["prediction"] for line in run.answers] == [line["prediction"] for line in without.answers]
 
 
 def test_settings_reach_the_model_and_leave_the_processor_as_it_is(tmp_path):
-    model, processor = build_couple()
+    model, processor = build_composed()
     benchmark = VsiBench(write_vsi_bench(tmp_path, (2,)))
     before = processor.to_json_string(), processor.image_processor.to_json_string()
     texts = []
@@ -170,13 +170,13 @@ def test_a_question_with_a_token_is_named_before_any_is_asked(tmp_path):
     file = folder / "test.jsonl"
     file.write_text(file.read_text().replace("thing 1", "<|image_pad|>"))
     with pytest.raises(ValueError, match=r"^Question 101 can't be asked. .* must not contain '<\|image_pad\|>'"):
-        run_benchmark(*build_couple(), VsiBench(folder), tmp_path / "run", SETTINGS)
+        run_benchmark(*build_composed(), VsiBench(folder), tmp_path / "run", SETTINGS)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("family", "images"), [("paligemma", None), ("qwen2_5_vl", "aligned")])
 def test_a_plain_vlm_of_any_family_is_asked(family, images, tmp_path):
-    """PaliGemma's pictures look at the question: it is asked in whole prompts. Any VLM may see what a couple's sees."""
+    """PaliGemma's pictures look at the question: it is asked in whole prompts. Any VLM may see what that of a Spa3-VLM sees."""
     vlm, processor = build(family)
     benchmark = VsiBench(write_vsi_bench(tmp_path, (1,)))
     trained = [parameter.requires_grad for parameter in vlm.parameters()]
@@ -204,7 +204,7 @@ def killed_after(count: int, benchmark, folder: Path, settings=SETTINGS) -> None
             os.kill(os.getpid(), signal.SIGKILL)
 
     process = multiprocessing.get_context("fork").Process(
-        target=run_benchmark, args=(*build_couple(), benchmark, folder, settings), kwargs={"progress": kill}
+        target=run_benchmark, args=(*build_composed(), benchmark, folder, settings), kwargs={"progress": kill}
     )
     process.start()
     process.join(60)
@@ -224,7 +224,7 @@ def test_a_killed_run_goes_on_to_the_same_file(benchmark, whole, tmp_path):
     cut = len([json.loads(line) for line in part.read_text().splitlines()[:-1] if line])
     asked = []
     run = run_benchmark(
-        *build_couple(), benchmark, tmp_path, SETTINGS, progress=lambda done, total: asked.append((done, total))
+        *build_composed(), benchmark, tmp_path, SETTINGS, progress=lambda done, total: asked.append((done, total))
     )
     assert cut == 5 and asked[-1] == (7, 7)  # the whole batch of the question that was cut
     assert (tmp_path / "answers.jsonl").read_bytes() == (whole.folder / "answers.jsonl").read_bytes()
@@ -238,12 +238,12 @@ def test_a_killed_run_goes_on_to_the_same_file(benchmark, whole, tmp_path):
 def test_a_finished_run_asks_nothing_again(benchmark, whole, monkeypatch):
     before = (whole.folder / "answers.jsonl").read_bytes()
     monkeypatch.setattr(VsiBench, "frames", None)
-    again = run_benchmark(*build_couple(), benchmark, whole.folder, SETTINGS)
+    again = run_benchmark(*build_composed(), benchmark, whole.folder, SETTINGS)
     assert again.answers == whole.answers and (whole.folder / "answers.jsonl").read_bytes() == before
 
 
 def test_another_run_in_the_folder_is_refused(benchmark, whole, tmp_path):
-    model, processor = build_couple()
+    model, processor = build_composed()
     other = VsiBench(write_vsi_bench(tmp_path, (1,)))
     for changed, words in (
         ((benchmark, {"num_frames": 3}), r"settings.num_frames was 2 and is 3"),
@@ -258,11 +258,11 @@ def test_another_run_in_the_folder_is_refused(benchmark, whole, tmp_path):
 
 def test_fresh_starts_over(benchmark, tmp_path):
     small = VsiBench(write_vsi_bench(tmp_path / "data", (1, 1)))
-    run_benchmark(*build_couple(), small, tmp_path / "run", SETTINGS)
+    run_benchmark(*build_composed(), small, tmp_path / "run", SETTINGS)
     asked = []
     again = dataclasses.replace(SETTINGS, num_frames=1)
     run = run_benchmark(
-        *build_couple(), small, tmp_path / "run", again, fresh=True, progress=lambda *done: asked.append(done)
+        *build_composed(), small, tmp_path / "run", again, fresh=True, progress=lambda *done: asked.append(done)
     )
     assert asked[-1] == (2, 2) and len(run.about["environments"]) == 1 and run.answers[0]["frames"] == [0]
 
@@ -296,7 +296,7 @@ def test_fail_stops_with_the_name_and_keeps_the_answers(kind, tmp_path):
         "broken": r"Frames of the scene scannet/scene0 can't be read: The video \S+scene0.mp4 can't be decoded",
     }[kind]
     with pytest.raises(ValueError, match=words):
-        run_benchmark(*build_couple(), benchmark, tmp_path / "run", SETTINGS)
+        run_benchmark(*build_composed(), benchmark, tmp_path / "run", SETTINGS)
     kept = list((tmp_path / "run").glob("answers-*"))
     assert sum(len(file.read_text().splitlines()) for file in kept) == (3 if kind == "broken" else 0)
 
@@ -306,7 +306,7 @@ def test_fail_stops_with_the_name_and_keeps_the_answers(kind, tmp_path):
 def test_what_can_not_be_seen_is_named_counted_and_scored_as_chosen(kind, choice, tmp_path):
     benchmark = spoilt(tmp_path / "data", kind)
     settings = dataclasses.replace(SETTINGS, missing=choice)
-    run = run_benchmark(*build_couple(), benchmark, tmp_path / "run", settings)
+    run = run_benchmark(*build_composed(), benchmark, tmp_path / "run", settings)
     unseen, seen = run.answers[:2], run.answers[2:]
     assert all(line["prediction"] is None and line["frames"] == [] for line in unseen)
     assert all("scene0.mp4" in line["missing"] for line in unseen) and not any("missing" in line for line in seen)
@@ -322,7 +322,7 @@ def test_what_can_not_be_seen_is_named_counted_and_scored_as_chosen(kind, choice
 def test_a_repaired_video_is_asked_about_when_the_run_goes_on(tmp_path):
     """Whatever was chosen before, and another choice may be made."""
     benchmark = spoilt(tmp_path / "data", "broken")
-    model, processor = build_couple()
+    model, processor = build_composed()
     skipped = run_benchmark(
         model, processor, benchmark, tmp_path / "run", dataclasses.replace(SETTINGS, missing="skip")
     )
@@ -341,7 +341,7 @@ def test_nothing_to_see_at_all_is_no_score(tmp_path):
     benchmark = VsiBench(write_vsi_bench(tmp_path / "data", (1,)))
     (tmp_path / "data" / "scannet" / "scene0.mp4").unlink()
     with pytest.raises(ValueError, match=r"At least one question must have frames to be scored, and none of 1 has"):
-        run_benchmark(*build_couple(), benchmark, tmp_path, dataclasses.replace(SETTINGS, missing="skip"))
+        run_benchmark(*build_composed(), benchmark, tmp_path, dataclasses.replace(SETTINGS, missing="skip"))
 
 
 # Many processes, and reading ahead ------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_reading_ahead_ends_with_its_reader():
 def test_two_processes_are_one(benchmark, whole, tmp_path):
     """By the command, which goes on with a run of one process that was killed: the same files to the byte."""
     killed_after(2, benchmark, tmp_path / "run")
-    model, processor = build_couple()
+    model, processor = build_composed()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     command = ["-m", "spa3r", "eval", "vsi-bench", "--model", tmp_path / "model", "--data", benchmark.root]

@@ -22,7 +22,7 @@ def spa3r():
 
 
 @pytest.fixture
-def couple():
+def composed():
     return make()
 
 
@@ -73,9 +73,9 @@ def test_latents(spa3r):
 
 
 @pytest.mark.parametrize("part", ("spa3r", "adapter", "language", "vision"))
-def test_spa3_vlm_answers_nothing(part, couple):
+def test_spa3_vlm_answers_nothing(part, composed):
     """By whole prompts, by encoded scenes, and where answers are scored."""
-    model, processor = couple.model, couple.processor
+    model, processor = composed.model, composed.processor
     place = {"spa3r": model.spa3r.encoder, "adapter": model.adapter, "language": model.vlm.lm_head}
     spoil(place[part]) if part in place else spoil(model.vlm.base_model.visual)
     if part == "language":
@@ -90,7 +90,7 @@ def test_spa3_vlm_answers_nothing(part, couple):
     with pytest.raises(ValueError, match=words), torch.no_grad():
         model(**inputs)
     with pytest.raises(ValueError, match=words):
-        model.ask(couple.encode(PICTURES), "What?")  # of the language model, the answer tells
+        model.ask(composed.encode(PICTURES), "What?")  # of the language model, the answer tells
     if part == "language":
         with pytest.raises(ValueError, match=words):
             answer(model.vlm, processor, [{"messages": messages}], max_new_tokens=2)

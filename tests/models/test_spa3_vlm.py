@@ -43,7 +43,7 @@ def make_spa3r(**fields) -> Spa3RModel:
 
 
 def make(attn_implementation=None, **kwargs) -> Spa3VLMForConditionalGeneration:
-    """A couple whose adapter has been trained, so to speak."""
+    """A composed whose adapter has been trained, so to speak."""
     model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(build("qwen2_5_vl")[0], make_spa3r(), **kwargs)
     alive(model.adapter)
     if attn_implementation is not None:
@@ -83,8 +83,8 @@ def batch(processor):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, processor):
-    """A saved couple with its processor."""
-    path = tmp_path_factory.mktemp("couple")
+    """A saved composed with its processor."""
+    path = tmp_path_factory.mktemp("composed")
     make().save_pretrained(path)
     processor.save_pretrained(path)
     return path
@@ -138,7 +138,7 @@ def test_scenes_packed_are_the_scenes_alone(choice, folder, batch, processor):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_back_ends_are_chosen_when_married_too(choice, tmp_path):
+def test_back_ends_are_chosen_when_combined_too(choice, tmp_path):
     choice = CHOICES[choice]
     build("qwen2_5_vl")[0].save_pretrained(tmp_path / "vlm")
     make_spa3r().save_pretrained(tmp_path / "spa3r")
@@ -264,7 +264,7 @@ def test_the_parts_of_the_language_model_are_the_vlms():
 
 
 def test_the_configuration_holds_the_parts_own():
-    """What is set on a part's configuration is what the couple saves."""
+    """What is set on a part's configuration is what the composed saves."""
     vlm, spa3r = build("qwen2_5_vl")[0], make_spa3r()
     copied = Spa3VLMConfig(vlm_config=vlm.config.to_dict(), spa3r_config=spa3r.config)
     for model in (make(), Spa3VLM(Spa3VLMConfig(**make().config.to_dict())), Spa3VLM(copied, vlm=vlm, spa3r=spa3r)):
@@ -445,8 +445,8 @@ def test_parts_of_another_configuration_are_what_is_saved(tmp_path):
     config = Spa3VLMConfig(vlm_config=vlm.config.to_dict(), spa3r_config=spa3r.config.to_dict())
     model = Spa3VLMForConditionalGeneration(config, vlm=vlm, spa3r=spa3r)
     assert model.config.spa3r_config is spa3r.config and model.config.vlm_config is vlm.config
-    model.save_pretrained(tmp_path / "couple", include_backbone=False)
-    loaded = Spa3VLM.from_pretrained(tmp_path / "couple")
+    model.save_pretrained(tmp_path / "composed", include_backbone=False)
+    loaded = Spa3VLM.from_pretrained(tmp_path / "composed")
     assert torch.equal(loaded.spa3r.backbone.camera_token, spa3r.backbone.camera_token)
 
 
@@ -458,7 +458,7 @@ def test_generate_takes_its_configuration_in_second_place(model, batch):
     assert words.shape[1] == batch["input_ids"].shape[1] + 3
 
 
-def test_automodel_knows_the_couple(model, tmp_path):
+def test_automodel_knows_the_composed(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert type(AutoModel.from_pretrained(tmp_path)) is Spa3VLMForConditionalGeneration
 
@@ -613,13 +613,16 @@ def blip2() -> transformers.PreTrainedModel:
 @pytest.mark.parametrize(
     ("make_vlm", "words"),
     [
-        (blip2, "The VLM family 'blip-2' can't be married to a Spa3R: its generate takes pixels only"),
-        (llama4, "The VLM family 'llama4' can't be married to a Spa3R: it projects image features inside its forward"),
-        (fuyu, "The VLM family 'fuyu' can't be married to a Spa3R: "),
-        (blip, "The VLM family 'blip' can't be married to a Spa3R: its forward takes no `mm_encoder_outputs`"),
+        (blip2, "The VLM family 'blip-2' can't be combined with a Spa3R: its generate takes pixels only"),
+        (
+            llama4,
+            "The VLM family 'llama4' can't be combined with a Spa3R: it projects image features inside its forward",
+        ),
+        (fuyu, "The VLM family 'fuyu' can't be combined with a Spa3R: "),
+        (blip, "The VLM family 'blip' can't be combined with a Spa3R: its forward takes no `mm_encoder_outputs`"),
         (
             language_model,
-            "The VLM family 'llama' can't be married to a Spa3R: its forward takes no `mm_encoder_outputs`",
+            "The VLM family 'llama' can't be combined with a Spa3R: its forward takes no `mm_encoder_outputs`",
         ),
     ],
 )
@@ -632,7 +635,7 @@ def test_families_without_the_door_are_refused(make_vlm, words):
 def test_a_folder_of_a_family_without_the_door_is_refused_before_weights_are_read(make_vlm, tmp_path):
     vlm = make_vlm()
     vlm.config.save_pretrained(tmp_path)  # no weights: reading them would fail with other words
-    with pytest.raises(ValueError, match=f"The VLM family '{vlm.config.model_type}' can't be married"):
+    with pytest.raises(ValueError, match=f"The VLM family '{vlm.config.model_type}' can't be combined"):
         Spa3VLM.from_vlm_and_spa3r(tmp_path, make_spa3r())
 
 
@@ -656,7 +659,7 @@ def test_latents_of_another_width():
 
 @pytest.fixture
 def checkpoint(folder, tmp_path):
-    """A copy of a saved couple that may be spoilt."""
+    """A copy of a saved composed that may be spoilt."""
     for file in folder.iterdir():
         if file.is_file():
             (tmp_path / file.name).write_bytes(file.read_bytes())

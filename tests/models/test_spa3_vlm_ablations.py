@@ -43,7 +43,7 @@ def make_spa3r() -> Spa3RModel:
 
 
 @dataclass
-class Couple:
+class Composed:
     name: str
     model: Spa3VLM
     processor: Spa3VLMProcessor
@@ -82,8 +82,8 @@ def inputs_of(processor, conversations, **kwargs) -> dict:
     return {key: value for key, value in inputs.items() if key != "labels"}  # PaliGemma's makes labels, too
 
 
-def make(integration="append", spatial_source="spa3r", name="qwen2_5_vl", **kwargs) -> Couple:
-    """A couple whose adapter has random weights, so that whatever reaches the wrong place changes the words."""
+def make(integration="append", spatial_source="spa3r", name="qwen2_5_vl", **kwargs) -> Composed:
+    """A composed whose adapter has random weights, so that whatever reaches the wrong place changes the words."""
     vlm, vlm_processor = build(name)
     model = Spa3VLM.from_vlm_and_spa3r(
         vlm, make_spa3r(), integration=integration, spatial_source=spatial_source, **kwargs
@@ -96,7 +96,7 @@ def make(integration="append", spatial_source="spa3r", name="qwen2_5_vl", **kwar
         image_token_id=vlm.config.image_token_id,
         spatial_tokens=model.config.spatial_tokens,
     )
-    return Couple(name, model, processor)
+    return Composed(name, model, processor)
 
 
 def without_views(inputs: dict) -> dict:
@@ -108,9 +108,9 @@ def logits_of(model, inputs) -> torch.Tensor:
         return model(**inputs).logits
 
 
-def labels_of(couple: Couple) -> torch.Tensor:
+def labels_of(composed: Composed) -> torch.Tensor:
     """Every word of the prompts, and no place or padding."""
-    ids, processor = couple.batch["input_ids"], couple.processor
+    ids, processor = composed.batch["input_ids"], composed.processor
     return ids.masked_fill((ids == processor.spatial_token_id) | (ids == processor.image_token_id), -100)
 
 
@@ -118,31 +118,31 @@ def labels_of(couple: Couple) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def couple(request) -> Couple:
+def composed(request) -> Composed:
     return make(name=request.param)
 
 
-def test_appended_tokens_reach_the_words_of_their_own_row(couple):
+def test_appended_tokens_reach_the_words_of_their_own_row(composed):
     """Alone and in a batch with a text; with gradients for all that is trained, and for nothing else."""
-    model, batch, rows = couple.model, couple.batch, len(couple.conversations)
+    model, batch, rows = composed.model, composed.batch, len(composed.conversations)
     assert batch["spatial_tokens_per_scene"].tolist() == [6, 6, 0][:rows]
     logits, mask = logits_of(model, batch), batch["attention_mask"].bool()
     assert not mask.all()
-    for row, inputs in enumerate(couple.alone):
+    for row, inputs in enumerate(composed.alone):
         assert relative_error(logits[row][mask[row]], logits_of(model, inputs)[0]) <= 1e-5, row
     changed = batch["view_pixel_values"].clone()
     changed[: PATCHES[0]] = changed[: PATCHES[0]].flip(0)
     seen = (logits_of(model, batch | {"view_pixel_values": changed}) - logits)[:, -1].abs().amax(-1)
     assert seen[0] > 1e-3 and (seen[1:] == 0).all()
     # What precedes a scene's places can't have seen them, and is the plain VLM's.
-    place = (couple.alone[1]["input_ids"][0] == couple.processor.spatial_token_id).int().argmax()
-    plain = logits_of(model.vlm, without_views(couple.alone[1]))[0]
-    ours = logits_of(model, couple.alone[1])[0]
-    if couple.name != "paligemma":  # a prompt of its own sees itself both ways
+    place = (composed.alone[1]["input_ids"][0] == composed.processor.spatial_token_id).int().argmax()
+    plain = logits_of(model.vlm, without_views(composed.alone[1]))[0]
+    ours = logits_of(model, composed.alone[1])[0]
+    if composed.name != "paligemma":  # a prompt of its own sees itself both ways
         assert place and relative_error(ours[:place], plain[:place]) <= 1e-6
     assert relative_error(ours[place:], plain[place:]) > 1e-3
 
-    labels = labels_of(couple)
+    labels = labels_of(composed)
     model.train()(**batch, labels=labels).loss.backward()
     model.eval()
     frozen = {id(parameter) for parameter in (*model.spa3r.parameters(), *model.vision_parameters())}
@@ -156,31 +156,31 @@ def test_appended_tokens_reach_the_words_of_their_own_row(couple):
 
 
 @torch.no_grad()
-def test_greedy_words_with_appended_tokens_are_the_definitions(couple):
+def test_greedy_words_with_appended_tokens_are_the_definitions(composed):
     """The best next token, again and again, each time from the whole row; and one step with a cache."""
-    together = couple.generate(couple.batch)
-    for row, inputs in enumerate(couple.alone):
+    together = composed.generate(composed.batch)
+    for row, inputs in enumerate(composed.alone):
         ids, inputs = inputs["input_ids"], dict(inputs)
         per_token = [key for key, value in inputs.items() if torch.is_tensor(value) and value.shape == ids.shape]
         for step in range(WORDS):
-            logits = couple.model(**inputs).logits[:, -1]
+            logits = composed.model(**inputs).logits[:, -1]
             assert relative_error(together.logits[step][row], logits[0]) <= 1e-5, (row, step)
             allowed = logits.clone()
-            allowed[:, couple.special_tokens] = -torch.inf
+            allowed[:, composed.special_tokens] = -torch.inf
             ids = torch.cat([ids, allowed.argmax(-1, keepdim=True)], 1)
             for key in per_token:
                 # (PaliGemma) what follows the prompt is causal and of type 1.
-                one = key == "attention_mask" or (couple.name == "paligemma" and key == "token_type_ids")
+                one = key == "attention_mask" or (composed.name == "paligemma" and key == "token_type_ids")
                 more = ids[:, -1:] if key == "input_ids" else torch.full_like(ids[:, -1:], one)
                 inputs[key] = torch.cat([inputs[key], more], 1)
         assert torch.equal(together.words[row], ids[0, -WORDS:]), row
 
 
-def test_beams_of_appended_rows_are_their_own(couple):
+def test_beams_of_appended_rows_are_their_own(composed):
     beams = {"num_beams": 3, "num_return_sequences": 2}
-    together = couple.generate(couple.batch, **beams).words.split(2)
-    for row, inputs in enumerate(couple.alone):
-        assert torch.equal(together[row], couple.generate(inputs, **beams).words), row
+    together = composed.generate(composed.batch, **beams).words.split(2)
+    for row, inputs in enumerate(composed.alone):
+        assert torch.equal(together[row], composed.generate(inputs, **beams).words), row
 
 
 # What is appended -----------------------------------------------------------------------------------------------------
@@ -192,8 +192,8 @@ def test_beams_of_appended_rows_are_their_own(couple):
 )
 def test_appended_tokens_are_words_with_these_embeddings(name, source):
     """The plain VLM, with a vocabulary in which the projected tokens are words, reads the same prompt."""
-    couple = make(name=name, spatial_source=source)
-    inputs, model = couple.alone[0], couple.model
+    composed = make(name=name, spatial_source=source)
+    inputs, model = composed.alone[0], composed.model
     views = [inputs[key] for key in ("view_pixel_values", "view_grid_hw", "views_per_scene")]
     with torch.no_grad():
         if source == "spa3r":
@@ -206,10 +206,10 @@ def test_appended_tokens_are_words_with_these_embeddings(name, source):
         words = torch.arange(100, 100 + len(projected))  # of bytes that the prompt doesn't contain
         assert not torch.isin(inputs["input_ids"], words).any()
         vlm.get_input_embeddings().weight[words] = projected
-    places = inputs["input_ids"] == couple.processor.spatial_token_id
+    places = inputs["input_ids"] == composed.processor.spatial_token_id
     spelled = inputs["input_ids"].clone()
     spelled[places] = words
-    end_of_pictures = (inputs["input_ids"][0] == couple.processor.image_token_id).nonzero().max()
+    end_of_pictures = (inputs["input_ids"][0] == composed.processor.image_token_id).nonzero().max()
     assert (places[0].nonzero() - end_of_pictures).min() in (1, 2, 3)  # an end of image, a line break
     ours, reference = logits_of(model, inputs), logits_of(vlm, without_views(inputs) | {"input_ids": spelled})
     others = ~torch.isin(torch.arange(ours.shape[-1]), words)  # heads may be tied to the embeddings
@@ -219,8 +219,8 @@ def test_appended_tokens_are_words_with_these_embeddings(name, source):
 @torch.no_grad()
 def test_vggt_tokens_are_the_backbones_features_of_all_views():
     """The scenes' own, one after the other, with the views of a scene having seen one another."""
-    couple = make("cross_attention", "vggt")
-    model, batch, heard = couple.model, couple.batch, {}
+    composed = make("cross_attention", "vggt")
+    model, batch, heard = composed.model, composed.batch, {}
     model.adapter.register_forward_pre_hook(lambda module, args: heard.update(args=args))
     logits = logits_of(model, batch)
     _, tokens, tokens_per_scene, per_scene = heard["args"]
@@ -228,7 +228,7 @@ def test_vggt_tokens_are_the_backbones_features_of_all_views():
     assert (tokens_per_scene, per_scene) == (counts[:2], PATCHES[:2])
     backbone = model.spa3r.backbone
     for row, scene_tokens in enumerate(tokens.split(PATCHES[:2])):
-        views = {key: couple.alone[row][key] for key in ("view_pixel_values", "view_grid_hw", "views_per_scene")}
+        views = {key: composed.alone[row][key] for key in ("view_pixel_values", "view_grid_hw", "views_per_scene")}
         layout = ViewLayout.from_inputs(views["view_grid_hw"], views["views_per_scene"])
         features = backbone.patch_tokens(backbone(**views, output_layers=[-1]).tokens[0], layout)
         assert scene_tokens.shape == features.shape == (PATCHES[row], 2 * backbone.config.hidden_size)
@@ -240,8 +240,8 @@ def test_vggt_tokens_are_the_backbones_features_of_all_views():
 
 
 def test_a_mask_of_who_sees_whom_finds_the_same_places():
-    couple = make("append", "spa3r")
-    model, batch = couple.model, couple.batch
+    composed = make("append", "spa3r")
+    model, batch = composed.model, composed.batch
     is_text, ids = batch["attention_mask"].bool(), batch["input_ids"]
     sees = (is_text[:, None, :] & torch.ones(ids.shape[1], ids.shape[1]).tril().bool())[:, None]
     mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
@@ -255,19 +255,19 @@ def test_a_mask_of_who_sees_whom_finds_the_same_places():
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_scenes_of_different_lengths_are_the_scenes_alone(back_end):
-    couple = make("cross_attention", "vggt")
-    couple.model.set_attn_implementation(back_end)
-    logits, mask = logits_of(couple.model, couple.batch), couple.batch["attention_mask"].bool()
-    for row, inputs in enumerate(couple.alone):
-        assert relative_error(logits[row][mask[row]], logits_of(couple.model, inputs)[0]) <= 1e-5
-    moved = logits - logits_of(couple.model.vlm, without_views(couple.batch))
+    composed = make("cross_attention", "vggt")
+    composed.model.set_attn_implementation(back_end)
+    logits, mask = logits_of(composed.model, composed.batch), composed.batch["attention_mask"].bool()
+    for row, inputs in enumerate(composed.alone):
+        assert relative_error(logits[row][mask[row]], logits_of(composed.model, inputs)[0]) <= 1e-5
+    moved = logits - logits_of(composed.model.vlm, without_views(composed.batch))
     assert (moved[:, -1].abs().amax(-1) > 1e-3).tolist() == [True, True, False]
 
 
 def test_a_fresh_adapter_on_vggt_tokens_is_the_identity():
-    couple = make("cross_attention", "vggt")
-    fresh = Spa3VLM.from_vlm_and_spa3r(couple.model.vlm, couple.model.spa3r, spatial_source="vggt")
-    assert torch.equal(logits_of(fresh, couple.batch), logits_of(fresh.vlm, without_views(couple.batch)))
+    composed = make("cross_attention", "vggt")
+    fresh = Spa3VLM.from_vlm_and_spa3r(composed.model.vlm, composed.model.spa3r, spatial_source="vggt")
+    assert torch.equal(logits_of(fresh, composed.batch), logits_of(fresh.vlm, without_views(composed.batch)))
 
 
 # The VLM alone --------------------------------------------------------------------------------------------------------
@@ -275,16 +275,16 @@ def test_a_fresh_adapter_on_vggt_tokens_is_the_identity():
 
 def test_the_vlm_alone_is_the_vlm(tmp_path):
     vlm, _ = build("qwen2_5_vl")
-    couple = make("cross_attention", "none")
+    composed = make("cross_attention", "none")
     model = Spa3VLM.from_vlm_and_spa3r(vlm, tmp_path / "never_looked_for", spatial_source="none")
     assert model.spa3r is None and model.adapter is None
     assert Spa3VLM.from_vlm_and_spa3r(vlm, spatial_source="none").spa3r is None
-    plain, labels = without_views(couple.batch), labels_of(couple)
-    for inputs in (couple.batch, plain):  # of a Spa3VLMProcessor, or of the VLM's own
+    plain, labels = without_views(composed.batch), labels_of(composed)
+    for inputs in (composed.batch, plain):  # of a Spa3VLMProcessor, or of the VLM's own
         output, reference = model(**inputs, labels=labels), vlm(**plain, labels=labels)
         assert torch.equal(output.logits, reference.logits) and torch.equal(output.loss, reference.loss)
-        assert torch.equal(couple.generate(inputs, model).words, couple.generate(plain, vlm).words)
-    text = couple.alone[2]
+        assert torch.equal(composed.generate(inputs, model).words, composed.generate(plain, vlm).words)
+    text = composed.alone[2]
     model.train()(**text, labels=text["input_ids"]).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     vision = {id(parameter) for parameter in model.vision_parameters()}
@@ -294,7 +294,7 @@ def test_the_vlm_alone_is_the_vlm(tmp_path):
     model.eval().save_pretrained(tmp_path / "alone", include_backbone=False)
     assert all(key.startswith("vlm.") for key in load_file(tmp_path / "alone" / "model.safetensors"))
     loaded = realigned(AutoModelForImageTextToText.from_pretrained(tmp_path / "alone"))
-    assert loaded.spa3r is None and torch.equal(logits_of(loaded, couple.batch), logits_of(vlm, plain))
+    assert loaded.spa3r is None and torch.equal(logits_of(loaded, composed.batch), logits_of(vlm, plain))
 
 
 # Saving, training -----------------------------------------------------------------------------------------------------
@@ -302,31 +302,31 @@ def test_the_vlm_alone_is_the_vlm(tmp_path):
 
 @pytest.mark.parametrize(("integration", "source"), COMBINATIONS[1:])
 def test_saved_and_loaded_is_the_same(integration, source, tmp_path):
-    couple = make(integration, source)
-    couple.model.save_pretrained(tmp_path)
-    couple.processor.save_pretrained(tmp_path)
+    composed = make(integration, source)
+    composed.model.save_pretrained(tmp_path)
+    composed.processor.save_pretrained(tmp_path)
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert not any(info.values()) and (loaded.config.integration, loaded.config.spatial_source) == (integration, source)
     wanted = {"cross_attention": None, "append": 6 if source == "spa3r" else "patches"}[integration]
     assert processor.spatial_tokens == loaded.config.spatial_tokens == wanted
     again = inputs_of(processor, CONVERSATIONS)
-    assert again.keys() == couple.batch.keys()
-    assert all(torch.equal(again[key], value) for key, value in couple.batch.items())
+    assert again.keys() == composed.batch.keys()
+    assert all(torch.equal(again[key], value) for key, value in composed.batch.items())
     again = realigned(again)
-    assert torch.equal(logits_of(realigned(loaded), again), logits_of(couple.model, couple.batch))
+    assert torch.equal(logits_of(realigned(loaded), again), logits_of(composed.model, composed.batch))
 
     half = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
     inputs = {key: value.bfloat16() if torch.is_floating_point(value) else value for key, value in again.items()}
     mask = again["attention_mask"].bool()
-    error = relative_error(logits_of(half, inputs)[mask], logits_of(couple.model, couple.batch)[mask])
+    error = relative_error(logits_of(half, inputs)[mask], logits_of(composed.model, composed.batch)[mask])
     assert 0 < error < 0.1
 
 
 def test_a_folder_saved_before_there_were_ablations_is_cross_attention_on_latents(tmp_path):
-    couple = make("cross_attention", "spa3r")
-    couple.model.save_pretrained(tmp_path)
-    couple.processor.save_pretrained(tmp_path)
+    composed = make("cross_attention", "spa3r")
+    composed.model.save_pretrained(tmp_path)
+    composed.processor.save_pretrained(tmp_path)
     for name, new in (
         ("config.json", ("integration", "spatial_source", "spatial_token_id")),
         ("processor_config.json", ("spatial_tokens", "spatial_token")),
@@ -337,7 +337,7 @@ def test_a_folder_saved_before_there_were_ablations_is_cross_attention_on_latent
     assert (loaded.config.integration, loaded.config.spatial_source) == ("cross_attention", "spa3r")
     assert processor.spatial_tokens is None and "spatial_tokens_per_scene" not in inputs_of(processor, CONVERSATIONS)
     assert Spa3VLMProcessor.from_pretrained(tmp_path, spatial_tokens="patches").spatial_tokens == "patches"
-    assert torch.equal(logits_of(realigned(loaded), couple.batch), logits_of(couple.model, couple.batch))
+    assert torch.equal(logits_of(realigned(loaded), composed.batch), logits_of(composed.model, composed.batch))
 
 
 @pytest.mark.parametrize(
@@ -349,13 +349,13 @@ def test_a_folder_saved_before_there_were_ablations_is_cross_attention_on_latent
     ],
 )
 def test_the_plain_trainer_trains_it(integration, source, tmp_path):
-    couple = make(integration, source)
-    model, before = couple.model, {k: v.clone() for k, v in couple.model.state_dict().items()}
+    composed = make(integration, source)
+    model, before = composed.model, {k: v.clone() for k, v in composed.model.state_dict().items()}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "A chair."}]}
 
     def collate(rows: list) -> dict:
         inputs = inputs_of(
-            couple.processor,
+            composed.processor,
             rows,
             add_generation_prompt=False,
             return_assistant_tokens_mask=True,
@@ -391,8 +391,8 @@ def test_the_plain_trainer_trains_it(integration, source, tmp_path):
 
 def test_the_projector_of_appended_tokens_learns_what_a_frozen_vlm_needs():
     """With the projector alone trained, two scenes with the same question come to have two answers."""
-    couple = make(initializer_range=0.2)
-    model, processor = couple.model, couple.processor
+    composed = make(initializer_range=0.2)
+    model, processor = composed.model, composed.processor
     model.requires_grad_(False)
     model.adapter.requires_grad_(True)
     picture = noise(42, 42, 0)  # the VLM sees the same; only the views differ
@@ -407,67 +407,67 @@ def test_the_projector_of_appended_tokens_learns_what_a_frozen_vlm_needs():
         loss.backward()
         optimizer.step()
     assert torch.equal(logits_of(model, inputs)[:, -1].argmax(-1), answers)
-    assert torch.equal(couple.generate(inputs, max_new_tokens=1).words[:, 0], answers)
+    assert torch.equal(composed.generate(inputs, max_new_tokens=1).words[:, 0], answers)
 
 
 @pytest.mark.parametrize(("integration", "source"), APPENDED)
 def test_lora_with_appended_tokens(integration, source, tmp_path):
-    couple = make(integration, source)
+    composed = make(integration, source)
     target = r"vlm\.model\.language_model\..*\.(q_proj|v_proj)"
-    peft_model = get_peft_model(couple.model, LoraConfig(r=4, target_modules=target, modules_to_save=["adapter"]))
+    peft_model = get_peft_model(composed.model, LoraConfig(r=4, target_modules=target, modules_to_save=["adapter"]))
     trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name or ".adapter." in name for name in trained)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
     before = {name: p.clone() for name, p in peft_model.named_parameters() if p.requires_grad}
     for _ in range(2):  # a LoRA's first matrix has no gradient while the second is zero
         optimizer.zero_grad()
-        peft_model(**couple.batch, labels=labels_of(couple)).loss.backward()
+        peft_model(**composed.batch, labels=labels_of(composed)).loss.backward()
         optimizer.step()
     assert all(not torch.equal(p, before[n]) for n, p in peft_model.named_parameters() if n in before)
     peft_model.eval().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make(integration, source).model, tmp_path).eval()
-    assert torch.equal(logits_of(loaded, couple.batch), logits_of(peft_model, couple.batch))
+    assert torch.equal(logits_of(loaded, composed.batch), logits_of(peft_model, composed.batch))
     merged = loaded.merge_and_unload()
-    assert relative_error(logits_of(merged, couple.batch), logits_of(peft_model, couple.batch)) <= 1e-5
+    assert relative_error(logits_of(merged, composed.batch), logits_of(peft_model, composed.batch)) <= 1e-5
 
 
 def test_gradient_checkpointing_changes_nothing():
     results = []
     for checkpointing in (False, True):
-        couple = make()
+        composed = make()
         if checkpointing:
-            couple.model.gradient_checkpointing_enable()
-        loss = couple.model.train()(**couple.batch, labels=labels_of(couple)).loss
+            composed.model.gradient_checkpointing_enable()
+        loss = composed.model.train()(**composed.batch, labels=labels_of(composed)).loss
         loss.backward()
-        results.append({n: p.grad for n, p in couple.model.named_parameters() if p.requires_grad} | {"loss": loss})
+        results.append({n: p.grad for n, p in composed.model.named_parameters() if p.requires_grad} | {"loss": loss})
     assert all(relative_error(results[1][key], results[0][key]) <= 1e-6 for key in results[0])
 
 
 def test_a_spa3r_that_is_trained_gets_gradients_through_appended_tokens():
-    couple = make()
-    couple.model.spa3r.encoder.requires_grad_(True)
-    couple.model.train()(**couple.batch, labels=labels_of(couple)).loss.backward()
-    assert all(p.grad is not None and p.grad.any() for p in couple.model.spa3r.encoder.parameters())
+    composed = make()
+    composed.model.spa3r.encoder.requires_grad_(True)
+    composed.model.train()(**composed.batch, labels=labels_of(composed)).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in composed.model.spa3r.encoder.parameters())
 
 
 @pytest.mark.parametrize(("integration", "source"), COMBINATIONS[1:])
 def test_a_batch_of_text_alone_gives_the_adapter_a_gradient_of_zero(integration, source):
-    couple = make(integration, source)
-    inputs = couple.alone[2]
-    couple.model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert all(not parameter.grad.any() for parameter in couple.model.adapter.parameters())
+    composed = make(integration, source)
+    inputs = composed.alone[2]
+    composed.model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(not parameter.grad.any() for parameter in composed.model.adapter.parameters())
 
 
 # How it enters --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def appended() -> Couple:
+def appended() -> Composed:
     return make()
 
 
-def hooks_of(couple: Couple) -> int:
-    return len(couple.model.get_input_embeddings()._forward_hooks)
+def hooks_of(composed: Composed) -> int:
+    return len(composed.model.get_input_embeddings()._forward_hooks)
 
 
 def test_counts_may_be_missing_and_masks_too(appended):
@@ -590,8 +590,8 @@ def test_places_follow_the_last_picture(source, padding_side):
 @pytest.mark.parametrize("source", ["spa3r", "vggt"])
 def test_text_and_pictures_are_the_conversation(source):
     """The text holds one place; all of them are there once the pictures are."""
-    couple = make(spatial_source=source)
-    processor = couple.processor
+    composed = make(spatial_source=source)
+    processor = composed.processor
     texts = processor.apply_chat_template(CONVERSATIONS, add_generation_prompt=True)
     assert [text.count(processor.spatial_token) for text in texts] == [1, 1, 0]
     pictures = [
@@ -599,20 +599,20 @@ def test_text_and_pictures_are_the_conversation(source):
         for conversation in CONVERSATIONS
     ]
     inputs = processor(images=pictures, text=texts, padding=True, padding_side="left")
-    assert inputs.keys() == couple.batch.keys()
-    assert all(torch.equal(inputs[key], value) for key, value in couple.batch.items())
+    assert inputs.keys() == composed.batch.keys()
+    assert all(torch.equal(inputs[key], value) for key, value in composed.batch.items())
     single = processor(images=pictures[1], text=texts[1])
-    assert all(torch.equal(single[key], value) for key, value in couple.alone[1].items())
+    assert all(torch.equal(single[key], value) for key, value in composed.alone[1].items())
     lists = processor.apply_chat_template(CONVERSATIONS, tokenize=True, return_dict=True, return_tensors=None)
-    assert list(lists["spatial_tokens_per_scene"]) == couple.batch["spatial_tokens_per_scene"].tolist()
+    assert list(lists["spatial_tokens_per_scene"]) == composed.batch["spatial_tokens_per_scene"].tolist()
 
 
 @pytest.mark.parametrize("source", ["spa3r", "vggt"])
 def test_places_that_a_message_has_are_widened(source):
     """So says the collator, which writes the template's words itself; words of users have none."""
-    couple = make(spatial_source=source)
-    processor = couple.processor
-    for conversation, reference in zip(CONVERSATIONS, couple.alone):
+    composed = make(spatial_source=source)
+    processor = composed.processor
+    for conversation, reference in zip(CONVERSATIONS, composed.alone):
         text = processor.apply_chat_template(conversation, add_generation_prompt=True)
         pictures = [item for item in conversation[0]["content"] if item["type"] == "image"]
         written = [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
@@ -632,8 +632,8 @@ ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "Three chair
 @pytest.mark.parametrize("source", ["spa3r", "vggt"])
 def test_places_are_the_same_in_training(name, source):
     """The collator writes the template's words itself, and must put the places where the processor does."""
-    couple = make(name=name, spatial_source=source)
-    processor, rows = couple.processor, [[*conversation, ANSWER] for conversation in CONVERSATIONS]
+    composed = make(name=name, spatial_source=source)
+    processor, rows = composed.processor, [[*conversation, ANSWER] for conversation in CONVERSATIONS]
     batch = Spa3VLMCollator(processor)([{"messages": row} for row in rows])
     right = {"padding": True, "padding_side": "right"}
     reference = inputs_of(processor, rows, add_generation_prompt=False, processor_kwargs=right)
@@ -643,7 +643,7 @@ def test_places_are_the_same_in_training(name, source):
         assert torch.equal(batch[key], reference[key])
     assert batch["skipped"] == [] and not (batch["labels"] == processor.spatial_token_id).any()
     model_inputs = {key: value for key, value in batch.items() if key not in ("skipped", "num_rows")}
-    assert couple.model(**model_inputs).loss.isfinite()
+    assert composed.model(**model_inputs).loss.isfinite()
 
     # Cut in the answer; never among the places.
     start = int((batch["labels"][1] != -100).int().argmax())

@@ -1,6 +1,6 @@
-"""Every family of vision-language models marries: the couple is the plain VLM until trained, then it sees the scene.
+"""Every family of vision-language models combines: the composed is the plain VLM until trained, then it sees the scene.
 
-The adapter of the `couple` has random weights, so that whatever reaches the wrong row, picture or beam changes the
+The adapter of the `composed` has random weights, so that whatever reaches the wrong row, picture or beam changes the
 words. Tolerances are relative, ||ours - reference|| / ||reference||.
 """
 
@@ -35,7 +35,7 @@ CONVERSATIONS = [
 
 
 @dataclass
-class Couple:
+class Composed:
     name: str
     vlm: PreTrainedModel
     spa3r: Spa3RModel
@@ -68,7 +68,7 @@ class Couple:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def couple(request) -> Couple:
+def composed(request) -> Composed:
     vlm, vlm_processor = build(request.param)
     spa3r = alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(patch_size=14, image_size=70))))
     model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r)
@@ -76,17 +76,17 @@ def couple(request) -> Couple:
     processor = Spa3VLMProcessor(
         vlm_processor, Spa3RImageProcessor(size=SIZE), image_token_id=vlm.config.image_token_id
     )
-    return Couple(request.param, vlm, spa3r, model, processor)
+    return Composed(request.param, vlm, spa3r, model, processor)
 
 
 def without_views(inputs: dict) -> dict:
     return {key: value for key, value in inputs.items() if key not in VIEW_KEYS}
 
 
-def generate(couple: Couple, inputs: dict, model=None, **kwargs):
+def generate(composed: Composed, inputs: dict, model=None, **kwargs):
     """Tokens and the logits that they were chosen by (copies of a row one after the other)."""
-    choice = {"max_new_tokens": WORDS, "do_sample": False, "suppress_tokens": couple.special_tokens} | kwargs
-    output = (model or couple.model).generate(
+    choice = {"max_new_tokens": WORDS, "do_sample": False, "suppress_tokens": composed.special_tokens} | kwargs
+    output = (model or composed.model).generate(
         **inputs, **choice, return_dict_in_generate=True, output_logits=True, output_scores=True
     )
     output.words = output.sequences[:, inputs["input_ids"].shape[1] :]
@@ -95,67 +95,69 @@ def generate(couple: Couple, inputs: dict, model=None, **kwargs):
 
 
 @torch.no_grad()
-def decode_step_by_step(couple: Couple, inputs: dict, cached: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def decode_step_by_step(composed: Composed, inputs: dict, cached: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Greedy decoding of one row as it is defined: the best next token (no special one), again and again."""
     inputs, ids, all_logits = dict(inputs), inputs["input_ids"], []
     per_token = [key for key, value in inputs.items() if torch.is_tensor(value) and value.shape == ids.shape]
     step = inputs
     for _ in range(WORDS):
-        output = couple.model(**step, use_cache=cached)
+        output = composed.model(**step, use_cache=cached)
         all_logits.append(output.logits[:, -1])
         allowed = output.logits[:, -1].clone()
-        allowed[:, couple.special_tokens] = -torch.inf
+        allowed[:, composed.special_tokens] = -torch.inf
         ids = torch.cat([ids, allowed.argmax(-1, keepdim=True)], 1)
         for key in per_token:
             # (PaliGemma) what follows the prompt is causal and of type 1.
-            one = key == "attention_mask" or (couple.name == "paligemma" and key == "token_type_ids")
+            one = key == "attention_mask" or (composed.name == "paligemma" and key == "token_type_ids")
             more = ids[:, -1:] if key == "input_ids" else torch.full_like(ids[:, -1:], one)
             inputs[key] = torch.cat([inputs[key], more], 1)
         step = {"input_ids": ids[:, -1:], "past_key_values": output.past_key_values} if cached else inputs
     return ids[:, -WORDS:], all_logits
 
 
-def labels_of(couple: Couple) -> torch.Tensor:
+def labels_of(composed: Composed) -> torch.Tensor:
     """Every word of the prompts."""
-    ids, mask = couple.batch["input_ids"], couple.batch["attention_mask"].bool()
-    return ids.masked_fill(~mask | (ids == couple.vlm.config.image_token_id), -100)
+    ids, mask = composed.batch["input_ids"], composed.batch["attention_mask"].bool()
+    return ids.masked_fill(~mask | (ids == composed.vlm.config.image_token_id), -100)
 
 
 # Before training ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_untouched_it_is_the_plain_vlm_to_the_bit(couple, tmp_path):
-    fresh = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(couple.vlm, couple.spa3r)
-    plain, labels = without_views(couple.batch), labels_of(couple)
-    reference = couple.vlm(**plain, labels=labels)
-    output, logits = fresh(**couple.batch, labels=labels), reference.logits
+def test_untouched_it_is_the_plain_vlm_to_the_bit(composed, tmp_path):
+    fresh = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(composed.vlm, composed.spa3r)
+    plain, labels = without_views(composed.batch), labels_of(composed)
+    reference = composed.vlm(**plain, labels=labels)
+    output, logits = fresh(**composed.batch, labels=labels), reference.logits
     assert torch.equal(output.logits, logits) and torch.equal(output.loss, reference.loss)
 
     # Of a row with one picture: the copies of a row with more see wrong pictures in some families (GLM) left alone.
-    row = couple.alone[1]
+    row = composed.alone[1]
     for kwargs in (
         {},
         {"num_beams": 3},
         {"do_sample": True, "num_return_sequences": 2, "top_k": 0, "temperature": 2.0},
     ):
         words = []
-        for model, inputs in ((fresh, row), (couple.vlm, without_views(row))):
+        for model, inputs in ((fresh, row), (composed.vlm, without_views(row))):
             torch.manual_seed(3)
-            words.append(generate(couple, inputs, model, **kwargs).words)
+            words.append(generate(composed, inputs, model, **kwargs).words)
         assert torch.equal(*words), kwargs
     assert not torch.equal(*words[0])
 
     fresh.save_pretrained(tmp_path)
-    couple.processor.save_pretrained(tmp_path)
+    composed.processor.save_pretrained(tmp_path)
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is Spa3VLMForConditionalGeneration and not any(info.values())
-    assert type(loaded.vlm) is type(couple.vlm)
+    assert type(loaded.vlm) is type(composed.vlm)
     processor = AutoProcessor.from_pretrained(tmp_path)
-    assert type(processor) is Spa3VLMProcessor and type(processor.vlm_processor) is type(couple.processor.vlm_processor)
-    again = couple.inputs_of(couple.conversations, processor)
-    assert again.keys() == couple.batch.keys()
-    assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(couple.batch[key])) for key in again)
+    assert type(processor) is Spa3VLMProcessor and type(processor.vlm_processor) is type(
+        composed.processor.vlm_processor
+    )
+    again = composed.inputs_of(composed.conversations, processor)
+    assert again.keys() == composed.batch.keys()
+    assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(composed.batch[key])) for key in again)
     again = realigned(again)
     assert torch.equal(realigned(loaded)(**again).logits, logits)
 
@@ -172,75 +174,75 @@ def test_untouched_it_is_the_plain_vlm_to_the_bit(couple, tmp_path):
 
 
 @torch.no_grad()
-def test_the_views_reach_the_words_of_their_own_row(couple):
+def test_the_views_reach_the_words_of_their_own_row(composed):
     def difference(a, b):  # of the last position, by row
         return (a - b)[:, -1].abs().amax(-1)
 
-    batch, logits = couple.batch, couple.model(**couple.batch).logits
+    batch, logits = composed.batch, composed.model(**composed.batch).logits
     has_views = batch["views_per_scene"] > 0
-    assert torch.equal(difference(logits, couple.vlm(**without_views(batch)).logits) > 1e-3, has_views)
+    assert torch.equal(difference(logits, composed.vlm(**without_views(batch)).logits) > 1e-3, has_views)
 
     patches = int(batch["view_grid_hw"][:3].prod(-1).sum())  # of the first row's three views
     changed = batch["view_pixel_values"].clone()
     changed[:patches] = changed[:patches].flip(0)
-    seen = difference(couple.model(**batch | {"view_pixel_values": changed}).logits, logits)
+    seen = difference(composed.model(**batch | {"view_pixel_values": changed}).logits, logits)
     assert seen[0] > 1e-3 and (seen[1:] == 0).all()
 
-    counted = couple.model(**{key: value for key, value in batch.items() if key != "image_tokens_per_scene"}).logits
+    counted = composed.model(**{key: value for key, value in batch.items() if key != "image_tokens_per_scene"}).logits
     assert torch.equal(counted, logits)
 
 
 @torch.no_grad()
-def test_a_batch_is_its_rows_alone(couple):
-    logits, mask = couple.model(**couple.batch).logits, couple.batch["attention_mask"].bool()
+def test_a_batch_is_its_rows_alone(composed):
+    logits, mask = composed.model(**composed.batch).logits, composed.batch["attention_mask"].bool()
     assert not mask.all()
-    for row, inputs in enumerate(couple.alone):
-        error = relative_error(logits[row][mask[row]], couple.model(**inputs).logits[0])
+    for row, inputs in enumerate(composed.alone):
+        error = relative_error(logits[row][mask[row]], composed.model(**inputs).logits[0])
         assert error <= 1e-5, f"row {row}: {error:.1e}"
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_words_are_the_definitions(couple):
-    together = generate(couple, couple.batch)
-    plain = generate(couple, without_views(couple.batch), couple.vlm)
-    for row, inputs in enumerate(couple.alone):
+def test_greedy_words_are_the_definitions(composed):
+    together = generate(composed, composed.batch)
+    plain = generate(composed, without_views(composed.batch), composed.vlm)
+    for row, inputs in enumerate(composed.alone):
         for cached in (False, True):
-            words, logits = decode_step_by_step(couple, inputs, cached)
+            words, logits = decode_step_by_step(composed, inputs, cached)
             assert torch.equal(together.words[row], words[0]), (row, cached)
             for ours, reference in zip(together.logits, logits, strict=True):
                 assert relative_error(ours[row], reference[0]) <= 1e-5, (row, cached)
         moved = relative_error(together.logits[0][row], plain.logits[0][row])
-        assert moved > 1e-3 if couple.batch["views_per_scene"][row] else moved == 0
+        assert moved > 1e-3 if composed.batch["views_per_scene"][row] else moved == 0
 
 
-def test_beams_of_a_batch_are_the_beams_of_its_rows(couple):
+def test_beams_of_a_batch_are_the_beams_of_its_rows(composed):
     beams = {"num_beams": 3, "num_return_sequences": 2}
-    together = generate(couple, couple.batch, **beams)
+    together = generate(composed, composed.batch, **beams)
     words, scores, moved = together.words.split(2), together.sequences_scores.split(2), []
-    for row, inputs in enumerate(couple.alone):
-        alone = generate(couple, inputs, **beams)
+    for row, inputs in enumerate(composed.alone):
+        alone = generate(composed, inputs, **beams)
         assert torch.equal(words[row], alone.words), row
         assert relative_error(scores[row], alone.sequences_scores) <= 1e-5, row
-        plain = generate(couple, without_views(inputs), couple.vlm, **beams)
+        plain = generate(composed, without_views(inputs), composed.vlm, **beams)
         moved.append(relative_error(alone.sequences_scores, plain.sequences_scores))
     assert len(words) == len(moved)
     assert min(moved[:2]) > 1e-4 and sum(moved[2:]) <= 1e-6
 
 
-def test_samples_of_a_row_see_its_own_scene(couple):
+def test_samples_of_a_row_see_its_own_scene(composed):
     """Samples with the best token only are greedy; equal seeds give equal samples, other seeds others."""
-    greedy = generate(couple, couple.batch)
+    greedy = generate(composed, composed.batch)
     sample = {"do_sample": True, "num_return_sequences": 2}
-    best = generate(couple, couple.batch, top_k=1, **sample)
+    best = generate(composed, composed.batch, top_k=1, **sample)
     assert torch.equal(best.words, greedy.words.repeat_interleave(2, 0))
     for ours, reference in zip(best.logits, greedy.logits, strict=True):
         assert relative_error(ours, reference.repeat_interleave(2, 0)) <= 1e-5
     drawn = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        drawn.append(generate(couple, couple.batch, temperature=2.0, top_k=0, **sample).words)
+        drawn.append(generate(composed, composed.batch, temperature=2.0, top_k=0, **sample).words)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
@@ -255,26 +257,26 @@ class Collector(BaseStreamer):
         self.ended = True
 
 
-def test_streamers_are_heard(couple):
-    inputs, streamer = couple.alone[0], Collector()
-    words = generate(couple, inputs, streamer=streamer).words[0].tolist()
+def test_streamers_are_heard(composed):
+    inputs, streamer = composed.alone[0], Collector()
+    words = generate(composed, inputs, streamer=streamer).words[0].tolist()
     assert streamer.ended and streamer.tokens == [*inputs["input_ids"][0].tolist(), *words]
-    texts = TextIteratorStreamer(couple.processor.tokenizer, skip_prompt=True)
-    generate(couple, inputs, streamer=texts)
-    assert "".join(texts) == couple.processor.tokenizer.decode(words)
+    texts = TextIteratorStreamer(composed.processor.tokenizer, skip_prompt=True)
+    generate(composed, inputs, streamer=texts)
+    assert "".join(texts) == composed.processor.tokenizer.decode(words)
 
 
 @torch.no_grad()
-def test_the_base_model_gives_what_the_head_reads(couple):
+def test_the_base_model_gives_what_the_head_reads(composed):
     """Trainers that project hidden states themselves call it in place of the model."""
     read = []
-    head = couple.model.get_output_embeddings()
+    head = composed.model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    couple.model(**couple.batch)
+    composed.model(**composed.batch)
     handle.remove()
-    states = couple.model.base_model(**couple.batch).last_hidden_state
+    states = composed.model.base_model(**composed.batch).last_hidden_state
     assert relative_error(states, read[0]) < 1e-6
-    assert couple.model.base_model is not couple.model and not [*couple.model.base_model.parameters()]
+    assert composed.model.base_model is not composed.model and not [*composed.model.base_model.parameters()]
 
 
 @pytest.mark.slow
@@ -301,14 +303,14 @@ def test_a_compiled_model_takes_scenes_of_any_shape(integration):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def test_gradients_reach_adapter_and_language_model_and_nothing_else(couple):
-    model = couple.model.train()
+def test_gradients_reach_adapter_and_language_model_and_nothing_else(composed):
+    model = composed.model.train()
     frozen = [*model.spa3r.parameters(), *model.vision_parameters()]
     assert not any(parameter.requires_grad for parameter in frozen)
     assert model.training and model.vlm.get_decoder().training and model.adapter.training
     assert not any(module.training for part in (model.spa3r, *model.vision_modules()) for module in part.modules())
 
-    loss = model(**couple.batch, labels=labels_of(couple)).loss
+    loss = model(**composed.batch, labels=labels_of(composed)).loss
     assert loss.isfinite()
     loss.backward()
     names = {id(parameter): name for name, parameter in model.named_parameters()}

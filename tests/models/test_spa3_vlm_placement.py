@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import accelerate
 import pytest
 import torch
-from test_spa3_vlm_scenes import PICTURES, QUESTIONS, Couple, make
+from test_spa3_vlm_scenes import PICTURES, QUESTIONS, Composed, make
 from test_spa3_vlm_state import prompt
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
@@ -18,12 +18,12 @@ from spa3r.rooms.embedded import embedded_model
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory) -> tuple[Couple, str]:
-    couple = Couple(*embedded_model())
+def embedded(tmp_path_factory) -> tuple[Composed, str]:
+    composed = Composed(*embedded_model())
     folder = tmp_path_factory.mktemp("placement") / "model"
-    couple.model.save_pretrained(folder)
-    couple.model.vlm.save_pretrained(folder / "vlm")
-    return couple, str(folder)
+    composed.model.save_pretrained(folder)
+    composed.model.vlm.save_pretrained(folder / "vlm")
+    return composed, str(folder)
 
 
 CPU = {"vlm": "cpu", "adapter": "cpu", "spa3r": "cpu"}
@@ -42,27 +42,27 @@ CPU = {"vlm": "cpu", "adapter": "cpu", "spa3r": "cpu"}
 )
 @torch.no_grad()
 def test_any_part_can_be_offloaded(embedded, places, tmp_path):
-    couple, folder = embedded
+    composed, folder = embedded
     places = {path: place for path, place in places.items() if path != "vlm" or "vlm.lm_head" not in places}
     if "spa3r.backbone" in places:
-        parts = [name for name, _ in couple.model.spa3r.named_children()]
+        parts = [name for name, _ in composed.model.spa3r.named_children()]
         places = {key: value for key, value in places.items() if key != "spa3r"} | {
             f"spa3r.{part}": places.get(f"spa3r.{part}", "cpu") for part in parts
         }
     model = Spa3VLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
     assert any(p.device.type == "meta" for p in model.parameters()) and model.device.type == "cpu"
-    inputs = prompt(couple)
-    torch.testing.assert_close(model(**inputs).logits, couple.model(**inputs).logits)
-    assert model_fingerprint(model) == model_fingerprint(couple.model)
-    scene = model.encode_scene(couple.processor, PICTURES)
+    inputs = prompt(composed)
+    torch.testing.assert_close(model(**inputs).logits, composed.model(**inputs).logits)
+    assert model_fingerprint(model) == model_fingerprint(composed.model)
+    scene = model.encode_scene(composed.processor, PICTURES)
     few = {"max_new_tokens": 3}
-    answers = couple.ask(couple.encode(), **few)
-    assert Couple(model, couple.processor).ask(scene, **few) == answers
+    answers = composed.ask(composed.encode(), **few)
+    assert Composed(model, composed.processor).ask(scene, **few) == answers
     scene.save(tmp_path / "scene.safetensors")
-    loaded = EncodedScene.load(tmp_path / "scene.safetensors", model, couple.processor)
-    assert couple.ask(loaded, **few) == answers
+    loaded = EncodedScene.load(tmp_path / "scene.safetensors", model, composed.processor)
+    assert composed.ask(loaded, **few) == answers
     model.save_pretrained(tmp_path / "again")
-    assert model_fingerprint(Spa3VLM.from_pretrained(tmp_path / "again")) == model_fingerprint(couple.model)
+    assert model_fingerprint(Spa3VLM.from_pretrained(tmp_path / "again")) == model_fingerprint(composed.model)
 
 
 def vggt_on_disk(folder: str, tmp_path) -> tuple[VggtModel, VggtModel]:
@@ -74,9 +74,9 @@ def vggt_on_disk(folder: str, tmp_path) -> tuple[VggtModel, VggtModel]:
 
 @torch.no_grad()
 def test_geometry_alone_can_be_offloaded(embedded, tmp_path):
-    couple, folder = embedded
-    views = couple.processor.view_image_processor([PICTURES[0], PICTURES[1]])
-    spa3r = couple.model.spa3r
+    composed, folder = embedded
+    views = composed.processor.view_image_processor([PICTURES[0], PICTURES[1]])
+    spa3r = composed.model.spa3r
     spa3r.save_pretrained(tmp_path / "spa3r")
     offloaded = Spa3RModel.from_pretrained(tmp_path / "spa3r", device_map={"": "disk"}, offload_folder=tmp_path / "o")
     torch.testing.assert_close(offloaded.encode(**views), spa3r.encode(**views))
@@ -100,20 +100,22 @@ def test_geometry_alone_can_be_offloaded(embedded, tmp_path):
 @torch.no_grad()
 def test_offloaded_families(name):
     """Some have weights of their own in the module that makes image features."""
-    couple = make(name)
-    inputs = prompt(couple)
-    wanted = couple.model(**inputs).logits
-    offloaded = accelerate.cpu_offload(copy.deepcopy(couple.model), execution_device=torch.device("cpu"))
+    composed = make(name)
+    inputs = prompt(composed)
+    wanted = composed.model(**inputs).logits
+    offloaded = accelerate.cpu_offload(copy.deepcopy(composed.model), execution_device=torch.device("cpu"))
     assert all(parameter.device.type == "meta" for parameter in offloaded.parameters())
     torch.testing.assert_close(offloaded(**inputs).logits, wanted)
-    assert model_fingerprint(offloaded) == model_fingerprint(couple.model)
+    assert model_fingerprint(offloaded) == model_fingerprint(composed.model)
 
 
 @torch.no_grad()
 def test_threads_share_an_offloaded_model():
-    couple = make("qwen2_5_vl")
-    wanted = couple.alone(QUESTIONS[:1])
-    offloaded = Couple(accelerate.cpu_offload(couple.model, execution_device=torch.device("cpu")), couple.processor)
+    composed = make("qwen2_5_vl")
+    wanted = composed.alone(QUESTIONS[:1])
+    offloaded = Composed(
+        accelerate.cpu_offload(composed.model, execution_device=torch.device("cpu")), composed.processor
+    )
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(lambda _: (offloaded.alone(QUESTIONS[:1]), offloaded.encode().rope_delta), range(8)))
     assert got == [(wanted, got[0][1])] * 8
@@ -122,24 +124,24 @@ def test_threads_share_an_offloaded_model():
 @pytest.mark.parametrize("disk", ["model.visual", "model.language_model.layers"])
 @torch.no_grad()
 def test_an_offloaded_vlm_takes_a_spa3r_and_leaves_it_whole(embedded, disk, tmp_path):
-    couple, folder = embedded
-    language = [f"model.language_model.{name}" for name, _ in couple.model.vlm.get_decoder().named_children()]
+    composed, folder = embedded
+    language = [f"model.language_model.{name}" for name, _ in composed.model.vlm.get_decoder().named_children()]
     places = dict.fromkeys(("model.visual", "lm_head", *language), "cpu") | {disk: "disk"}
     vlm = AutoModelForImageTextToText.from_pretrained(f"{folder}/vlm", device_map=places, offload_folder=tmp_path)
-    spa3r = copy.deepcopy(couple.model.spa3r)
+    spa3r = copy.deepcopy(composed.model.spa3r)
     model = Spa3VLM.from_vlm_and_spa3r(vlm, spa3r)
     assert model.spa3r is spa3r and {p.device.type for p in spa3r.parameters()} == {"cpu"}
     assert {p.device.type for p in model.adapter.parameters()} == {"cpu"}
-    model.adapter.load_state_dict(couple.model.adapter.state_dict())
-    inputs = prompt(couple)
-    wanted = couple.model(**inputs).logits
+    model.adapter.load_state_dict(composed.model.adapter.state_dict())
+    inputs = prompt(composed)
+    wanted = composed.model(**inputs).logits
     torch.testing.assert_close(model(**inputs).logits, wanted)
     model.save_pretrained(tmp_path / "saved")
     torch.testing.assert_close(Spa3VLM.from_pretrained(tmp_path / "saved")(**inputs).logits, wanted)
     spa3r.save_pretrained(tmp_path / "spa3r")
     offloaded = Spa3RModel.from_pretrained(tmp_path / "spa3r", device_map={"": "disk"}, offload_folder=tmp_path / "o")
     both = Spa3VLM.from_vlm_and_spa3r(vlm, offloaded)
-    both.adapter.load_state_dict(couple.model.adapter.state_dict())
+    both.adapter.load_state_dict(composed.model.adapter.state_dict())
     torch.testing.assert_close(both(**inputs).logits, wanted)
 
 
@@ -154,23 +156,23 @@ def quantized_parts(model: nn.Module) -> set[str]:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("skip", [None, ["lm_head"]])
 def test_only_the_vlm_is_quantized(embedded, bits, skip):
-    couple, folder = embedded
+    composed, folder = embedded
     given = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=skip)
     model = Spa3VLM.from_pretrained(folder, quantization_config=given)
     assert quantized_parts(model) == {"vlm"} and given.llm_int8_skip_modules == skip
     assert type(model.get_output_embeddings()) is nn.Linear
     for part in ("spa3r", "adapter"):
-        wanted = getattr(couple.model, part).state_dict()
+        wanted = getattr(composed.model, part).state_dict()
         assert all(torch.equal(value, wanted[name]) for name, value in getattr(model, part).state_dict().items()), part
-    assert model(**prompt(couple)).logits.isfinite().all()
+    assert model(**prompt(composed)).logits.isfinite().all()
 
 
 def test_a_vlm_is_quantized_while_it_is_combined(embedded, tmp_path):
-    couple, folder = embedded
-    spa3r = copy.deepcopy(couple.model.spa3r)
+    composed, folder = embedded
+    spa3r = copy.deepcopy(composed.model.spa3r)
     model = Spa3VLM.from_vlm_and_spa3r(f"{folder}/vlm", spa3r, quantization_config={"load_in_4bit": True})
     assert quantized_parts(model) == {"vlm"}
-    appends = Spa3VLM.from_vlm_and_spa3r(couple.model.vlm, spa3r, integration="append")
+    appends = Spa3VLM.from_vlm_and_spa3r(composed.model.vlm, spa3r, integration="append")
     appends.save_pretrained(tmp_path)
     again = Spa3VLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     assert quantized_parts(again) == {"vlm"} and type(again.adapter.projector.fc1) is nn.Linear
@@ -200,9 +202,9 @@ def test_quantizations_that_can_leave_nothing_out_are_refused(embedded):
 
 @torch.no_grad()
 def test_tuples_and_outputs_that_are_refused(embedded):
-    couple, _ = embedded
-    views = couple.processor.view_image_processor([PICTURES[0], PICTURES[1]])
-    spa3r = couple.model.spa3r
+    composed, _ = embedded
+    views = composed.processor.view_image_processor([PICTURES[0], PICTURES[1]])
+    spa3r = composed.model.spa3r
     for model in (spa3r, spa3r.backbone):
         named, plain = model(**views), model(**views, return_dict=False)
         assert type(plain) is tuple
@@ -214,15 +216,15 @@ def test_tuples_and_outputs_that_are_refused(embedded):
         assert type(model(**views, output_hidden_states=False, output_attentions=None)) is type(named)
     layers = spa3r.backbone(**views, output_layers=range(spa3r.backbone.config.num_hidden_layers)).tokens
     assert len(layers) == spa3r.backbone.config.num_hidden_layers
-    inputs = prompt(couple)
+    inputs = prompt(composed)
     with pytest.raises(ValueError, match=r"`output_attentions` needs .* 'eager', got .*set_attn_implementation"):
-        couple.model(**inputs, output_attentions=True)
-    model = copy.deepcopy(couple.model)
+        composed.model(**inputs, output_attentions=True)
+    model = copy.deepcopy(composed.model)
     model.vlm.set_attn_implementation("eager")
     output = model(**inputs, output_hidden_states=True, output_attentions=True)
-    text = couple.model.config.get_text_config()
+    text = composed.model.config.get_text_config()
     assert len(output.hidden_states) == text.num_hidden_layers + 1
     assert len(output.attentions) == text.num_hidden_layers
-    plain = couple.model(**inputs, labels=inputs["input_ids"], return_dict=False)
+    plain = composed.model(**inputs, labels=inputs["input_ids"], return_dict=False)
     assert type(plain) is tuple
-    torch.testing.assert_close(plain[:2], couple.model(**inputs, labels=inputs["input_ids"]).to_tuple()[:2])
+    torch.testing.assert_close(plain[:2], composed.model(**inputs, labels=inputs["input_ids"]).to_tuple()[:2])

@@ -50,7 +50,7 @@ NAMES = ("qwen2_5_vl", "qwen3_vl", "internvl")
 
 
 @dataclass
-class Couple:
+class Composed:
     model: Spa3VLM
     processor: Spa3VLMProcessor
 
@@ -83,8 +83,8 @@ class Couple:
         return answers
 
 
-def make(name="qwen2_5_vl", integration="cross_attention", spatial_source="spa3r", seed=0) -> Couple:
-    """A couple whose adapter has random weights: what isn't fused, or not as it should be, changes the answers."""
+def make(name="qwen2_5_vl", integration="cross_attention", spatial_source="spa3r", seed=0) -> Composed:
+    """A composed whose adapter has random weights: what isn't fused, or not as it should be, changes the answers."""
     vlm, vlm_processor = build(name, seed=seed)
     spa3r = None if spatial_source == "none" else make_spa3r()
     model = Spa3VLM.from_vlm_and_spa3r(vlm, spa3r, integration=integration, spatial_source=spatial_source)
@@ -96,27 +96,27 @@ def make(name="qwen2_5_vl", integration="cross_attention", spatial_source="spa3r
         image_token_id=vlm.config.image_token_id,
         spatial_tokens=model.config.spatial_tokens,
     )
-    return Couple(model, processor)
+    return Composed(model, processor)
 
 
-def make_talkative(*args) -> tuple[Couple, list[str]]:
-    """A couple that answers questions differently, and its answers: that some say the same to all proves nothing."""
+def make_talkative(*args) -> tuple[Composed, list[str]]:
+    """A composed that answers questions differently, and its answers: that some say the same to all proves nothing."""
     for seed in range(8):
-        couple = make(*args, seed=seed)
-        alone = couple.alone()
+        composed = make(*args, seed=seed)
+        alone = composed.alone()
         if len(set(alone)) > 1:
-            return couple, alone
+            return composed, alone
     raise AssertionError("No seed gives a VLM that answers questions differently.")
 
 
 @pytest.fixture(scope="module")
-def couple() -> Couple:
+def composed() -> Composed:
     return make()
 
 
 @pytest.fixture(scope="module")
-def scene(couple) -> EncodedScene:
-    return couple.encode()
+def scene(composed) -> EncodedScene:
+    return composed.encode()
 
 
 # The same answers -----------------------------------------------------------------------------------------------------
@@ -127,9 +127,9 @@ def scene(couple) -> EncodedScene:
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_those_of_asking_alone(name, integration, source):
-    couple, alone = make_talkative(name, integration, source)
-    scene = couple.encode()
-    assert couple.ask(scene) == alone
+    composed, alone = make_talkative(name, integration, source)
+    scene = composed.encode()
+    assert composed.ask(scene) == alone
     assert scene.rope_delta is None if name == "internvl" else scene.rope_delta < -3
 
 
@@ -137,130 +137,130 @@ def test_answers_are_those_of_asking_alone(name, integration, source):
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - UNSHARED_PREFIXES.keys()))
 def test_answers_are_those_of_asking_alone_in_every_family(name):
     """Sliding windows, linear attention and convolutions among them; with tokens appended."""
-    couple, alone = make_talkative(name, "append", "spa3r")
-    assert couple.ask(couple.encode()) == alone
-    assert couple.ask(couple.encode(PICTURES[::-1])) == couple.alone(pictures=PICTURES[::-1])
+    composed, alone = make_talkative(name, "append", "spa3r")
+    assert composed.ask(composed.encode()) == alone
+    assert composed.ask(composed.encode(PICTURES[::-1])) == composed.alone(pictures=PICTURES[::-1])
 
 
 @pytest.mark.parametrize("name", ("gemma3", "qwen3_5"))
 def test_caches_that_take_no_padding_are_asked_by_length(name, tmp_path):
     """A window (32 tokens here, fewer than the prefix and a question have) counts padding; a state swallows it."""
-    couple = make(name)
-    scene, alone = couple.encode(), couple.alone()
+    composed = make(name)
+    scene, alone = composed.encode(), composed.alone()
     assert {type(layer).__name__ for layer in scene.cache.layers} - {"DynamicLayer"}
     batches = []
-    hook = couple.model.vlm.register_forward_pre_hook(
+    hook = composed.model.vlm.register_forward_pre_hook(
         lambda _, args, kwargs: batches.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    assert couple.ask(scene) == alone
+    assert composed.ask(scene) == alone
     hook.remove()
     rows = [rows for rows, tokens in batches if tokens > 1]
     assert sorted(rows) == [1, 1, 1, 2]  # two questions are equally long
     scene.save(tmp_path / "scene.safetensors")
-    assert couple.ask(EncodedScene.load(tmp_path / "scene.safetensors", couple.model, couple.processor)) == alone
+    assert composed.ask(EncodedScene.load(tmp_path / "scene.safetensors", composed.model, composed.processor)) == alone
 
 
-def test_with_the_systems_words(couple, scene):
+def test_with_the_systems_words(composed, scene):
     system = "Answer in one word."
-    with_system = couple.encode(system=system)
+    with_system = composed.encode(system=system)
     assert len(with_system) > len(scene)
-    assert couple.ask(with_system) == couple.alone(system=system) != couple.ask(scene)
+    assert composed.ask(with_system) == composed.alone(system=system) != composed.ask(scene)
 
 
 @pytest.mark.parametrize("batch_size", (1, 2, 3))
-def test_batches_of_any_size(couple, scene, batch_size):
+def test_batches_of_any_size(composed, scene, batch_size):
     rows = []
-    hook = couple.model.vlm.register_forward_pre_hook(
+    hook = composed.model.vlm.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    answers = couple.ask(scene, batch_size=batch_size)
+    answers = composed.ask(scene, batch_size=batch_size)
     hook.remove()
-    assert answers == couple.ask(scene) and max(rows) == batch_size
+    assert answers == composed.ask(scene) and max(rows) == batch_size
 
 
-def test_one_question_has_one_answer(couple, scene):
-    many = couple.ask(scene)
-    assert couple.ask(scene, QUESTIONS[2]) == many[2] and couple.ask(scene, QUESTIONS[2:3]) == many[2:3]
-    assert couple.ask(scene, []) == []
-    assert couple.ask(couple.encode(PICTURES[0]), "What?") == couple.alone(["What?"], PICTURES[:1])[0]
+def test_one_question_has_one_answer(composed, scene):
+    many = composed.ask(scene)
+    assert composed.ask(scene, QUESTIONS[2]) == many[2] and composed.ask(scene, QUESTIONS[2:3]) == many[2:3]
+    assert composed.ask(scene, []) == []
+    assert composed.ask(composed.encode(PICTURES[0]), "What?") == composed.alone(["What?"], PICTURES[:1])[0]
 
 
-def test_answers_end_where_they_end_alone(couple, scene):
+def test_answers_end_where_they_end_alone(composed, scene):
     """With different lengths in a batch, and not a step after the last has ended."""
-    tokens = couple.processor.tokenizer(couple.ask(scene, max_new_tokens=8), add_special_tokens=False)["input_ids"]
+    tokens = composed.processor.tokenizer(composed.ask(scene, max_new_tokens=8), add_special_tokens=False)["input_ids"]
     steps = []
     for end in dict.fromkeys(token for answer in tokens for token in answer):
-        hook = couple.model.vlm.register_forward_pre_hook(lambda *_: steps.append(0))
-        answers = couple.ask(scene, max_new_tokens=8, eos_token_id=end)
+        hook = composed.model.vlm.register_forward_pre_hook(lambda *_: steps.append(0))
+        answers = composed.ask(scene, max_new_tokens=8, eos_token_id=end)
         hook.remove()
-        assert answers == couple.alone(max_new_tokens=8, eos_token_id=end)
+        assert answers == composed.alone(max_new_tokens=8, eos_token_id=end)
         steps.append(len(set(map(len, answers))))
         if steps[-1] > 2:
             break
     assert steps[-1] > 2
-    assert couple.ask(scene, max_new_tokens=1) == couple.alone(max_new_tokens=1)
+    assert composed.ask(scene, max_new_tokens=1) == composed.alone(max_new_tokens=1)
 
 
-def test_everything_else_that_generate_offers(couple, scene):
+def test_everything_else_that_generate_offers(composed, scene):
     few = QUESTIONS[1:3]  # of different lengths
     for choice in ({"num_beams": 3}, {"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 1}):
-        assert couple.ask(scene, few, **choice) == couple.alone(few, **choice), choice
+        assert composed.ask(scene, few, **choice) == composed.alone(few, **choice), choice
     seen: list[torch.Tensor] = []
 
     def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         seen.append(ids)
         return scores
 
-    couple.ask(scene, few, max_new_tokens=1, logits_processor=LogitsProcessorList([watch]))
+    composed.ask(scene, few, max_new_tokens=1, logits_processor=LogitsProcessorList([watch]))
     for question in few:
-        couple.alone([question], max_new_tokens=1, logits_processor=LogitsProcessorList([watch]))
+        composed.alone([question], max_new_tokens=1, logits_processor=LogitsProcessorList([watch]))
     batch, *alone = ([set(row.tolist()) for row in ids] for ids in seen)
     assert batch == sorted((words for (words,) in alone), key=len)  # padding adds no word that a penalty would see
     torch.manual_seed(0)
-    sampled = couple.ask(scene, do_sample=True, temperature=5.0, top_k=0)
-    assert sampled != couple.ask(scene)
+    sampled = composed.ask(scene, do_sample=True, temperature=5.0, top_k=0)
+    assert sampled != composed.ask(scene)
 
 
-def test_long_answers_outgrow_the_store(couple, scene):
+def test_long_answers_outgrow_the_store(composed, scene):
     """The copies of a prefix have room for 64 tokens, and are copied again for more."""
-    answers = couple.ask(scene, QUESTIONS[:2], max_new_tokens=70)
-    assert answers == couple.alone(QUESTIONS[:2], max_new_tokens=70)
+    answers = composed.ask(scene, QUESTIONS[:2], max_new_tokens=70)
+    assert answers == composed.alone(QUESTIONS[:2], max_new_tokens=70)
 
 
 # What is done once, and what is left alone ----------------------------------------------------------------------------
 
 
-def test_a_scene_is_looked_at_once(couple):
+def test_a_scene_is_looked_at_once(composed):
     looks = []
-    parts = (couple.model.spa3r.encoder, couple.model.adapter, *couple.model.vision_modules())
+    parts = (composed.model.spa3r.encoder, composed.model.adapter, *composed.model.vision_modules())
     hooks = [part.register_forward_hook(lambda *_: looks.append(1)) for part in parts]
-    scene = couple.encode()
+    scene = composed.encode()
     first = len(looks)
-    couple.ask(scene)
-    couple.ask(scene, "What?")
+    composed.ask(scene)
+    composed.ask(scene, "What?")
     for hook in hooks:
         hook.remove()
     assert first == len(looks) == len(parts)
 
 
-def test_asking_changes_no_scene_and_nothing_else_changes_answers(couple, scene):
+def test_asking_changes_no_scene_and_nothing_else_changes_answers(composed, scene):
     """Whatever the model does in between: families keep the offset of the last prompt's positions."""
-    kept, answers = [(layer.keys.clone(), layer.values.clone()) for layer in scene.cache.layers], couple.ask(scene)
-    other = couple.encode(PICTURES[:1])
-    couple.alone(["What?"], [PICTURES[1]] * 4)
-    assert couple.ask(scene) == answers != couple.ask(other)
+    kept, answers = [(layer.keys.clone(), layer.values.clone()) for layer in scene.cache.layers], composed.ask(scene)
+    other = composed.encode(PICTURES[:1])
+    composed.alone(["What?"], [PICTURES[1]] * 4)
+    assert composed.ask(scene) == answers != composed.ask(other)
     for layer, (keys, values) in zip(scene.cache.layers, kept):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
 
 
-def test_a_scene_holds_views_fused_tokens_and_the_cache(couple, scene):
-    views = [couple.processor.view_image_processor.process_view(picture) for picture in PICTURES]
+def test_a_scene_holds_views_fused_tokens_and_the_cache(composed, scene):
+    views = [composed.processor.view_image_processor.process_view(picture) for picture in PICTURES]
     assert len(scene.views) == 3
     for ours, view in zip(scene.views, views):
         assert ours.size == view.size and np.abs(np.asarray(ours, int) - np.asarray(view, int)).max() <= 1
     conversation = [{"role": "user", "content": [{"type": "image", "image": picture} for picture in PICTURES]}]
-    inputs = couple.processor.apply_chat_template([conversation], tokenize=True, return_dict=True)
-    fused, _ = couple.model._fuse(inputs.pop("input_ids"), inputs.pop("attention_mask"), dict(inputs))
+    inputs = composed.processor.apply_chat_template([conversation], tokenize=True, return_dict=True)
+    fused, _ = composed.model._fuse(inputs.pop("input_ids"), inputs.pop("attention_mask"), dict(inputs))
     assert torch.equal(scene.image_tokens, torch.cat(fused["mm_encoder_outputs"]["image"].pooler_output))
     assert scene.cache.get_seq_length() == len(scene) == len(scene.input_ids)
     tensors = [t for layer in scene.cache.layers for t in (layer.keys, layer.values)]
@@ -269,40 +269,40 @@ def test_a_scene_holds_views_fused_tokens_and_the_cache(couple, scene):
     assert f"3 views, {len(scene.image_tokens)} image tokens" in repr(scene)
 
 
-def test_modes_are_left_as_they_were_and_dropout_is_off(couple, scene):
-    answers, model = couple.ask(scene), couple.model
+def test_modes_are_left_as_they_were_and_dropout_is_off(composed, scene):
+    answers, model = composed.ask(scene), composed.model
     model.train()
     model.adapter.eval()
     modes = [module.training for module in model.modules()]
     try:
-        again = couple.encode()
-        assert couple.ask(again) == answers and [module.training for module in model.modules()] == modes
+        again = composed.encode()
+        assert composed.ask(again) == answers and [module.training for module in model.modules()] == modes
         assert any(modes) and not all(modes)
         with pytest.raises(ValueError):
-            couple.model.ask(again, "What?", max_new_tokens=-1)
+            composed.model.ask(again, "What?", max_new_tokens=-1)
         assert [module.training for module in model.modules()] == modes
     finally:
         model.eval()
 
 
 def test_low_rank_updates_ask_too():
-    couple = make()
-    peft = get_peft_model(couple.model, LoraConfig(target_modules=r"vlm.*\.(q_proj|v_proj)", init_lora_weights=False))
-    scene = peft.encode_scene(couple.processor, PICTURES)
-    answers = peft.ask(scene, QUESTIONS, max_new_tokens=WORDS, **couple.words)
-    assert answers == couple.alone()
+    composed = make()
+    peft = get_peft_model(composed.model, LoraConfig(target_modules=r"vlm.*\.(q_proj|v_proj)", init_lora_weights=False))
+    scene = peft.encode_scene(composed.processor, PICTURES)
+    answers = peft.ask(scene, QUESTIONS, max_new_tokens=WORDS, **composed.words)
+    assert answers == composed.alone()
     with peft.disable_adapter():
-        assert couple.alone() != answers
+        assert composed.alone() != answers
 
 
-def test_a_scene_kept_elsewhere(couple, scene):
+def test_a_scene_kept_elsewhere(composed, scene):
     moved = scene.to("cpu")
-    assert couple.ask(moved) == couple.ask(scene) and moved.cache is not scene.cache
+    assert composed.ask(moved) == composed.ask(scene) and moved.cache is not scene.cache
     assert scene.to("meta").cache.layers[0].keys.device.type == "meta" != scene.cache.layers[0].keys.device.type
 
 
-def test_half_precision(couple):
-    half = Couple(copy.deepcopy(couple.model).bfloat16(), couple.processor)
+def test_half_precision(composed):
+    half = Composed(copy.deepcopy(composed.model).bfloat16(), composed.processor)
     scene = half.encode()
     assert scene.cache.layers[0].keys.dtype == torch.bfloat16 and all(half.ask(scene))
 
@@ -331,12 +331,12 @@ def test_the_store_of_copies_is_a_cache_layer():
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_scene_gives_the_same_answers(couple, scene, tmp_path):
+def test_a_saved_scene_gives_the_same_answers(composed, scene, tmp_path):
     file = tmp_path / "scenes" / "room.safetensors"
     scene.save(file)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
-    loaded = EncodedScene.load(file, couple.model, couple.processor)
-    assert couple.ask(loaded) == couple.ask(scene)
+    loaded = EncodedScene.load(file, composed.model, composed.processor)
+    assert composed.ask(loaded) == composed.ask(scene)
     assert torch.equal(loaded.image_tokens, scene.image_tokens) and torch.equal(loaded.input_ids, scene.input_ids)
     assert [view.tobytes() for view in loaded.views] == [view.tobytes() for view in scene.views]
     assert loaded.num_bytes == scene.num_bytes and loaded.rope_delta == scene.rope_delta
@@ -346,39 +346,39 @@ def test_a_saved_scene_gives_the_same_answers(couple, scene, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_checkpoint_loaded_again_takes_its_scenes(name, tmp_path):
-    couple = make(name)
-    scene = couple.encode(system="You see.")
+    composed = make(name)
+    scene = composed.encode(system="You see.")
     scene.save(tmp_path / "scene.safetensors")
-    couple.model.save_pretrained(tmp_path / "model")
-    couple.processor.save_pretrained(tmp_path / "model")
+    composed.model.save_pretrained(tmp_path / "model")
+    composed.processor.save_pretrained(tmp_path / "model")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", attn_implementation="eager")
-    again = Couple(model, AutoProcessor.from_pretrained(tmp_path / "model"))
+    again = Composed(model, AutoProcessor.from_pretrained(tmp_path / "model"))
     loaded = EncodedScene.load(tmp_path / "scene.safetensors", again.model, again.processor)
-    assert loaded.system == "You see." and again.ask(loaded) == couple.ask(scene)
+    assert loaded.system == "You see." and again.ask(loaded) == composed.ask(scene)
 
 
-def test_a_scene_of_another_model_or_processor_is_refused(couple, scene, tmp_path):
+def test_a_scene_of_another_model_or_processor_is_refused(composed, scene, tmp_path):
     file = tmp_path / "scene.safetensors"
     scene.save(file)
-    trained = Couple(copy.deepcopy(couple.model), couple.processor)
+    trained = Composed(copy.deepcopy(composed.model), composed.processor)
     with torch.no_grad():  # a step of training, however small
         for parameter in trained.model.adapter.parameters():
             parameter.mul_(1.001)
     words = r"must be a scene of this model \(fingerprint [0-9a-f]{32}\), got one of another model .*encode the scene"
     with pytest.raises(ValueError, match=words):
-        EncodedScene.load(file, trained.model, couple.processor)
+        EncodedScene.load(file, trained.model, composed.processor)
     with pytest.raises(ValueError, match="`scene` " + words):
         trained.ask(scene)
     with pytest.raises(ValueError, match=words):
         make("qwen3_vl").ask(scene)
-    other = copy.copy(couple.processor)
+    other = copy.copy(composed.processor)
     other.images = "native"
     with pytest.raises(ValueError, match=r"must be a scene of this processor .* got one of another processor"):
-        EncodedScene.load(file, couple.model, other)
+        EncodedScene.load(file, composed.model, other)
 
 
-def test_fingerprints_tell_what_matters(couple):
-    model, processor = couple.model, couple.processor
+def test_fingerprints_tell_what_matters(composed):
+    model, processor = composed.model, composed.processor
     before = model_fingerprint(model)
     model.set_attn_implementation("eager")
     assert model_fingerprint(model) == before
@@ -395,20 +395,20 @@ def test_fingerprints_tell_what_matters(couple):
         assert processor_fingerprint(other) != before, change
 
 
-def test_files_that_are_no_scenes(couple, scene, tmp_path):
+def test_files_that_are_no_scenes(composed, scene, tmp_path):
     file = tmp_path / "scene.safetensors"
     save_file({"latents": torch.zeros(2)}, file)
     with pytest.raises(ValueError, match=r"must be a scene as `EncodedScene.save` writes it .*, got None"):
-        EncodedScene.load(file, couple.model, couple.processor)
+        EncodedScene.load(file, composed.model, composed.processor)
     scene.save(file)
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"can't be read as safetensors .* encode the scene again"):
-        EncodedScene.load(file, couple.model, couple.processor)
+        EncodedScene.load(file, composed.model, composed.processor)
     with pytest.raises(FileNotFoundError):
-        EncodedScene.load(tmp_path / "none.safetensors", couple.model, couple.processor)
+        EncodedScene.load(tmp_path / "none.safetensors", composed.model, composed.processor)
 
 
-def test_changed_files_are_refused_in_words(couple, scene, tmp_path):
+def test_changed_files_are_refused_in_words(composed, scene, tmp_path):
     """Some of each kind; the fuzz test among the slow tests has many."""
     scene.save(tmp_path / "whole.safetensors")
     tensors, file = load_file(tmp_path / "whole.safetensors"), tmp_path / "changed.safetensors"
@@ -451,14 +451,16 @@ def test_changed_files_are_refused_in_words(couple, scene, tmp_path):
         kept = {name: tensor for name, tensor in (tensors | tensors_of).items() if tensor is not None}
         save_file(kept, file, metadata | {"scene": json.dumps(about | said)})
         with pytest.raises(ValueError, match=f"{re.escape(str(file))} .*{words}.*[eE]ncode the scene again") as refused:
-            EncodedScene.load(file, couple.model, couple.processor)
+            EncodedScene.load(file, composed.model, composed.processor)
         assert len(str(refused.value)) < 600
     for more, words in (({"scene": "{"}, entries), ({"scene": "[" * 10**5}, entries), ({"format": "0"}, "got '0'")):
         save_file(tensors, file, metadata | more)
         with pytest.raises(ValueError, match=words):
-            EncodedScene.load(file, couple.model, couple.processor)
+            EncodedScene.load(file, composed.model, composed.processor)
     save_file(tensors, file, metadata)
-    assert couple.ask(EncodedScene.load(file, couple.model, couple.processor), "What?") == couple.ask(scene, "What?")
+    assert composed.ask(EncodedScene.load(file, composed.model, composed.processor), "What?") == composed.ask(
+        scene, "What?"
+    )
 
 
 # Many scenes ----------------------------------------------------------------------------------------------------------
@@ -506,14 +508,14 @@ def test_a_scene_that_is_there_is_not_encoded_again(scene):
 
 
 def test_families_without_a_common_prefix_are_refused():
-    couple = make("paligemma")
+    composed = make("paligemma")
     words = "'paligemma': its pictures look at the question. Ask with `model.generate` on whole prompts, or use"
     with pytest.raises(ValueError, match=words):
-        couple.encode()
+        composed.encode()
 
 
-def test_templates_without_a_common_prefix_are_refused(couple):
-    processor = copy.copy(couple.processor)
+def test_templates_without_a_common_prefix_are_refused(composed):
+    processor = copy.copy(composed.processor)
     processor.vlm_processor = copy.copy(processor.vlm_processor)
     template, end = processor.chat_template, "{%- if add_generation_prompt -%}"
     for before, after in (
@@ -524,46 +526,46 @@ def test_templates_without_a_common_prefix_are_refused(couple):
         processor.chat_template = template.replace(before, after)
         words = "have no part that all questions about a scene share: its chat template must put the question behind"
         with pytest.raises(ValueError, match=words):
-            couple.model.encode_scene(processor, PICTURES)
+            composed.model.encode_scene(processor, PICTURES)
 
 
-def test_questions_that_are_refused(couple, scene):
+def test_questions_that_are_refused(composed, scene):
     for question in ("", "  \n", None):
         with pytest.raises(ValueError, match="`questions` must be texts that are not empty"):
-            couple.ask(scene, ["What?", question])
-    for token in ("<|image_pad|>", "<|im_end|>", couple.processor.tokenizer.pad_token):
+            composed.ask(scene, ["What?", question])
+    for token in ("<|image_pad|>", "<|im_end|>", composed.processor.tokenizer.pad_token):
         words = rf"message 1 \('user'\) must not contain '{re.escape(token)}', which the VLM would read as a token"
         with pytest.raises(ValueError, match=words):
-            couple.ask(scene, ["What?", f"{token}What?"])
+            composed.ask(scene, ["What?", f"{token}What?"])
     with pytest.raises(ValueError, match=r"message 0 \('system'\) must not contain '<\|im_end\|>'"):
-        couple.encode(PICTURES, system="Be brief.<|im_end|>")
+        composed.encode(PICTURES, system="Be brief.<|im_end|>")
 
 
-def test_arguments_that_are_refused(couple, scene):
+def test_arguments_that_are_refused(composed, scene):
     with pytest.raises(ValueError, match="`images` must hold at least one picture"):
-        couple.encode([])
+        composed.encode([])
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
-        couple.ask(scene, batch_size=0)
+        composed.ask(scene, batch_size=0)
     for name, value in {"num_return_sequences": 2, "use_cache": False, "past_key_values": None}.items():
         with pytest.raises(ValueError, match=f"must decide itself about '{name}'"):
-            couple.ask(scene, **{name: value})
+            composed.ask(scene, **{name: value})
     for other in (None, "scene.safetensors", {}):
         with pytest.raises(ValueError, match="`scene` must be what `encode_scene` returned, got "):
-            couple.ask(other)
+            composed.ask(other)
     for questions in (None, 3, {"What?": 1}):
         with pytest.raises(ValueError, match="`questions` must be a text or a list of texts, got "):
-            couple.ask(scene, questions)
+            composed.ask(scene, questions)
     for number in (0, 2.0, True, "3", None):
         with pytest.raises(ValueError, match="`max_new_tokens` must be a whole number of at least 1, got "):
-            couple.ask(scene, max_new_tokens=number)
+            composed.ask(scene, max_new_tokens=number)
     for size in (1.5, True, "2"):
         with pytest.raises(ValueError, match="`batch_size` must be at least 1, got "):
-            couple.ask(scene, batch_size=size)
+            composed.ask(scene, batch_size=size)
     for most in (None, True, "9", -1, float("nan")):
         with pytest.raises(ValueError, match="`max_bytes` must be 0 or more, got "):
             SceneCache(max_bytes=most)
     with pytest.raises(TypeError, match=r"takes `temprature`\. Did you mean `temperature`"):
-        couple.ask(scene, temprature=2.0)
+        composed.ask(scene, temprature=2.0)
     wrong = make("qwen2_5_vl", "append")
     wrong.processor.spatial_tokens = None
     with pytest.raises(ValueError, match="must hold a place for each token that is appended"):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_spa3_vlm_scenes import PICTURES, QUESTIONS, WORDS, Couple, make
+from test_spa3_vlm_scenes import PICTURES, QUESTIONS, WORDS, Composed, make
 from torch import nn
 
 KEEPERS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
@@ -15,14 +15,14 @@ KEEPERS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
 
 
 @pytest.fixture(scope="module", params=KEEPERS)
-def couple(request) -> Couple:
+def composed(request) -> Composed:
     return make(request.param)
 
 
-def prompt(couple: Couple, pictures=PICTURES, question=QUESTIONS[0], **kwargs) -> dict:
+def prompt(composed: Composed, pictures=PICTURES, question=QUESTIONS[0], **kwargs) -> dict:
     content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
     return dict(
-        couple.processor.apply_chat_template(
+        composed.processor.apply_chat_template(
             [[{"role": "user", "content": content}]], tokenize=True, return_dict=True, add_generation_prompt=True
         )
     )
@@ -50,23 +50,25 @@ def interrupted(model: nn.Module, call, between):
     return got[0]
 
 
-def test_scenes_that_are_encoded_at_the_same_time(couple):
-    alone, answers = couple.encode(), couple.alone()
-    scene = interrupted(couple.model, couple.encode, lambda: couple.encode(PICTURES[:1]))
-    assert scene.rope_delta == alone.rope_delta != couple.encode(PICTURES[:1]).rope_delta
-    assert couple.ask(scene) == answers
-    others = interrupted(couple.model, lambda: couple.ask(alone), lambda: couple.alone(["What?"], [PICTURES[1]] * 4))
+def test_scenes_that_are_encoded_at_the_same_time(composed):
+    alone, answers = composed.encode(), composed.alone()
+    scene = interrupted(composed.model, composed.encode, lambda: composed.encode(PICTURES[:1]))
+    assert scene.rope_delta == alone.rope_delta != composed.encode(PICTURES[:1]).rope_delta
+    assert composed.ask(scene) == answers
+    others = interrupted(
+        composed.model, lambda: composed.ask(alone), lambda: composed.alone(["What?"], [PICTURES[1]] * 4)
+    )
     assert others == answers
 
 
-def test_generating_at_the_same_time(couple):
-    other = lambda: (couple.alone(["What?"], PICTURES[:1]), couple.encode(PICTURES[:2]))  # noqa: E731
-    assert interrupted(couple.model, lambda: couple.alone(QUESTIONS[:1]), other) == couple.alone(QUESTIONS[:1])
+def test_generating_at_the_same_time(composed):
+    other = lambda: (composed.alone(["What?"], PICTURES[:1]), composed.encode(PICTURES[:2]))  # noqa: E731
+    assert interrupted(composed.model, lambda: composed.alone(QUESTIONS[:1]), other) == composed.alone(QUESTIONS[:1])
 
 
 @torch.no_grad()
-def test_going_on_from_a_cache_after_another_prompt(couple):
-    model, inputs = couple.model, prompt(couple)
+def test_going_on_from_a_cache_after_another_prompt(composed):
+    model, inputs = composed.model, prompt(composed)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     end = 3  # tokens of the question that come later
     first = {
@@ -76,13 +78,13 @@ def test_going_on_from_a_cache_after_another_prompt(couple):
     wanted = model(**inputs).logits[:, -end:]
     output = model(**first, use_cache=True)
     caches = [copy.deepcopy(output.cache) for _ in range(3)]
-    for between in (lambda: None, lambda: model(**prompt(couple, PICTURES[:1], "What is it?"))):
+    for between in (lambda: None, lambda: model(**prompt(composed, PICTURES[:1], "What is it?"))):
         between()
         got = model(input_ids=ids[:, -end:], attention_mask=mask, cache=caches.pop()).logits
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
-    words = {"do_sample": False, "max_new_tokens": WORDS} | couple.words
+    words = {"do_sample": False, "max_new_tokens": WORDS} | composed.words
     answer = model.generate(**inputs, **words)
-    model(**prompt(couple, PICTURES[:1]))
+    model(**prompt(composed, PICTURES[:1]))
     assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, cache=caches.pop(), **words), answer)
     with pytest.raises(ValueError, match=r"Pictures must come with the first tokens of a prompt, got some behind the"):
         model(**inputs, cache=output.cache)
@@ -92,14 +94,14 @@ def test_going_on_from_a_cache_after_another_prompt(couple):
 
 
 @torch.no_grad()
-def test_going_on_from_a_generated_answer(couple):
-    model, inputs = couple.model, prompt(couple)
-    words = {"do_sample": False} | couple.words
+def test_going_on_from_a_generated_answer(composed):
+    model, inputs = composed.model, prompt(composed)
+    words = {"do_sample": False} | composed.words
     whole = model.generate(**inputs, max_new_tokens=2 * WORDS, min_new_tokens=2 * WORDS, **words)
     part = model.generate(
         **inputs, max_new_tokens=WORDS, min_new_tokens=WORDS, return_dict_in_generate=True, use_cache=True, **words
     )
-    couple.alone(["What?"], PICTURES[:1])
+    composed.alone(["What?"], PICTURES[:1])
     rest = model.generate(
         input_ids=part.sequences,
         attention_mask=torch.ones_like(part.sequences),
@@ -112,65 +114,65 @@ def test_going_on_from_a_generated_answer(couple):
 
 
 @torch.no_grad()
-def test_embeddings_of_text_after_a_prompt_with_pictures(couple):
-    fresh = Couple(copy.deepcopy(couple.model), couple.processor)
+def test_embeddings_of_text_after_a_prompt_with_pictures(composed):
+    fresh = Composed(copy.deepcopy(composed.model), composed.processor)
     fresh.model.vlm.base_model.rope_deltas = None
-    embeddings = couple.model.get_input_embeddings()(torch.arange(5)[None])
+    embeddings = composed.model.get_input_embeddings()(torch.arange(5)[None])
     wanted = fresh.model(inputs_embeds=embeddings, image_tokens_per_scene=[0]).logits
-    couple.model(**prompt(couple))
-    got = couple.model(inputs_embeds=embeddings, image_tokens_per_scene=[0]).logits
+    composed.model(**prompt(composed))
+    got = composed.model(inputs_embeds=embeddings, image_tokens_per_scene=[0]).logits
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
-def with_changing_rope(kind: str) -> Couple:
-    couple = make("qwen2_5_vl")
-    text = couple.model.vlm.config.text_config
+def with_changing_rope(kind: str) -> Composed:
+    composed = make("qwen2_5_vl")
+    text = composed.model.vlm.config.text_config
     half = text.hidden_size // text.num_attention_heads // 2
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "mrope_section": text.rope_parameters["mrope_section"]}
     if kind == "longrope":
         rope |= {"original_max_position_embeddings": 80, "short_factor": [1.0] * half, "long_factor": [3.0] * half}
     text.rope_parameters, text.max_position_embeddings = rope, 80
-    decoder = couple.model.vlm.get_decoder()
+    decoder = composed.model.vlm.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(text)
-    return couple
+    return composed
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_frequencies_of_a_longer_prompt(kind):
     """RoPE that adapts to the longest prompt so far, or the last one."""
-    couple = with_changing_rope(kind)
+    composed = with_changing_rope(kind)
     long, longer = PICTURES * 3, PICTURES * 6
-    assert prompt(couple, long)["input_ids"].shape[1] > 80 > prompt(couple, [])["input_ids"].shape[1]
-    wanted = couple.alone(pictures=long)
-    logits = couple.model(**prompt(couple, long)).logits
-    couple.alone(["What?"], longer)
-    assert torch.equal(couple.model(**prompt(couple, long)).logits, logits)
-    assert couple.alone(pictures=long) == wanted
+    assert prompt(composed, long)["input_ids"].shape[1] > 80 > prompt(composed, [])["input_ids"].shape[1]
+    wanted = composed.alone(pictures=long)
+    logits = composed.model(**prompt(composed, long)).logits
+    composed.alone(["What?"], longer)
+    assert torch.equal(composed.model(**prompt(composed, long)).logits, logits)
+    assert composed.alone(pictures=long) == wanted
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda pictures: couple.alone(QUESTIONS[:1], pictures), [long, longer] * 4))
+        answers = list(pool.map(lambda pictures: composed.alone(QUESTIONS[:1], pictures), [long, longer] * 4))
     assert answers[::2] == [wanted[:1]] * 4
     with pytest.raises(ValueError, match=r"must have at most 80 tokens with this VLM, whose RoPE changes .* got \d+"):
-        couple.encode(long)
-    short = couple.encode(PICTURES[2:])
+        composed.encode(long)
+    short = composed.encode(PICTURES[2:])
     with pytest.raises(ValueError, match="must have at most 80 tokens"):
-        couple.ask(short, max_new_tokens=80)
+        composed.ask(short, max_new_tokens=80)
     few = {"max_new_tokens": 2}
-    assert couple.ask(short, QUESTIONS[1:2], **few) == couple.alone(QUESTIONS[1:2], PICTURES[2:], **few)
+    assert composed.ask(short, QUESTIONS[1:2], **few) == composed.alone(QUESTIONS[1:2], PICTURES[2:], **few)
 
 
 def test_modes_of_a_model_that_is_asked_by_several_threads():
-    couple = make("qwen2_5_vl")
-    model = couple.model
-    scene = couple.encode()
+    composed = make("qwen2_5_vl")
+    model = composed.model
+    scene = composed.encode()
     model.train()
     modes = [module.training for module in model.modules()]
     inside: list[bool] = []
 
     def other():  # it begins later and would end earlier
-        couple.ask(scene, "What?")
+        composed.ask(scene, "What?")
         inside.append(any(module.training for module in model.modules()))
 
-    interrupted(model, lambda: couple.ask(scene), other)
+    interrupted(model, lambda: composed.ask(scene), other)
     assert inside == [False] and [module.training for module in model.modules()] == modes and any(modes)
 
 

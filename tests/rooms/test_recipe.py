@@ -148,7 +148,7 @@ def test_every_variant_is_trained_on_what_was_encoded_before(folder, source, int
         learns = any(
             part in name for part in ("layers.2.", "layers.3.", "layers.4.", "layers.5.", "language_model.norm")
         )
-        assert torch.equal(tensor, after[name]) is not learns, "what looks is held fast, the rest learns"
+        assert torch.equal(tensor, after[name]) is not learns, "what looks is frozen, the rest learns"
     questions = RoomQuestions(0, 1, rendered=folder / "data")
     assert len(answer(model, processor, [questions[0]], max_new_tokens=2)) == 1
     if source == "none":

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_finetuning import couple
+from tiny_finetuning import composed
 from tiny_finetuning import trainer as finetuning_trainer
 from tiny_training import Kill, arguments, same_files, trainer, write_scenes
 from torch import nn
@@ -83,7 +83,7 @@ def test_pretraining_gives_muon_the_layers(scenes, tmp_path):
 
 
 def test_finetuning_gives_muon_the_adapter_and_the_language_model(tmp_path):
-    model, processor = couple()
+    model, processor = composed()
     ours = finetuning_trainer(tmp_path / "run", model=model, processor=processor, muon_learning_rate=0.02)
     of_adamw, of_muon = names_of(ours.create_optimizer(), ours.model)
     assert {"adapter.bottleneck.fc2.weight", "adapter.cross_attention.proj.weight"} <= of_muon
@@ -117,7 +117,7 @@ def test_unlike_adamw(scenes, tmp_path):
 
 
 def test_matrices_are_named_once():
-    model, _ = couple()
+    model, _ = composed()
     matrices = layer_matrices(model)
     assert len(matrices) == len({id(one) for one in matrices}) and all(one.ndim == 2 for one in matrices)
 

@@ -99,7 +99,7 @@ def answer(
     Args:
         model: A Spa3-VLM, or a VLM of transformers. Its modules are left in the mode in which they were.
         processor: The model's: a :class:`~spa3r.Spa3VLMProcessor`, or a processor of transformers for a VLM. Of a
-            couple with ``images="aligned"`` the VLM alone sees the same pictures as with Spa3R.
+            Spa3-VLM with ``images="aligned"`` the VLM alone sees the same pictures as with Spa3R.
         examples: With ``messages``; an assistant's message at the end is what is asked for, and the model does not see
             it. A data set of map style, a list, or anything else to iterate over; read batch by batch.
         batch_size: Examples answered at once, padded on the left.
@@ -216,9 +216,9 @@ def _answers(
     """Every example with its answer; but for those that can't be asked, if there is a list for their names."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    is_couple = hasattr(model, "vlm")  # also below a peft model
-    asked = model if use_spa3r or not is_couple else model.vlm
-    left_out = () if is_couple and use_spa3r else VIEW_KEYS
+    is_spa3_vlm = hasattr(model, "vlm")  # also below a peft model
+    asked = model if use_spa3r or not is_spa3_vlm else model.vlm
+    left_out = () if is_spa3_vlm and use_spa3r else VIEW_KEYS
     if left_out and getattr(processor, "spatial_tokens", None) is not None:
         processor = copy(processor)
         processor.spatial_tokens = None  # no places for tokens that nobody appends

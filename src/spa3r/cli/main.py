@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from spa3r.rooms import Cameras, Room, RoomViews
     from spa3r.rooms.demo import AskedQuestion
 
-    Couple = tuple[Any, Any]  # a VLM and its processor
+    Loaded = tuple[Any, Any]  # a VLM and its processor
 
 PACKAGES = (
     *("spa3r", "torch", "torchvision", "transformers", "xformers", "flash-attn", "accelerate", "peft", "safetensors"),
@@ -739,7 +739,7 @@ def _room_of_questions(first: int, level: int, views: int, size: int) -> tuple[R
     return best, most
 
 
-def _embedded_vlms() -> tuple[Couple, Couple, str]:
+def _embedded_vlms() -> tuple[Loaded, Loaded, str]:
     """The embedded Spa3-VLM, a VLM to compare it with, each with its processor, and what the other one is."""
     from spa3r.rooms.embedded import embedded_model, embedded_vlm
 
@@ -747,7 +747,7 @@ def _embedded_vlms() -> tuple[Couple, Couple, str]:
 
 
 def _ask_with_and_without(
-    rows: list[dict[str, Any]], frames: Sequence[np.ndarray], with_spa3r: Couple, without: Couple
+    rows: list[dict[str, Any]], frames: Sequence[np.ndarray], with_spa3r: Loaded, without: Loaded
 ) -> tuple[list[AskedQuestion], dict[str, float]]:
     """Two answers to every question, and the overall scores, per cent."""
     import PIL.Image
@@ -841,7 +841,7 @@ def demo(
             photos.mkdir(parents=True, exist_ok=True)
         with report.status("Making the models"):
             model, processor = embedded_spa3r()
-            couple, alone, alone_note = _embedded_vlms()
+            spa3_vlm, alone, alone_note = _embedded_vlms()
         with report.status("Looking for a room, and rendering it and another one"):
             first = FIRST_UNSEEN_ROOM + ROOMS_PER_SEED * seed
             room, rows = _room_of_questions(first, level, views, processor.size)
@@ -853,7 +853,7 @@ def demo(
         held_out = [view for view, target in enumerate(predicted.target_mask.tolist()) if target]
         context = [view for view in range(views) if view not in held_out]
         with report.status("Answering, with Spa3R and without"):
-            questions, scores = _ask_with_and_without(rows, images, couple, alone)
+            questions, scores = _ask_with_and_without(rows, images, spa3_vlm, alone)
 
         facts = {
             "room": f"seed {room.seed}, level {level}; {views} views",

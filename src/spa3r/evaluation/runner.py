@@ -229,7 +229,7 @@ def check_missing(benchmark: Benchmark, settings: EvaluationSettings) -> None:
 
 
 def _as_set(model: PreTrainedModel, processor: Any, settings: EvaluationSettings) -> Spa3VLMProcessor:
-    """A copy of the processor with the settings' choices; a plain VLM's in a couple's clothes."""
+    """A copy of the processor with the settings' choices; that of a plain VLM becomes a Spa3-VLM's."""
     processor = copy.deepcopy(processor)
     if not isinstance(processor, Spa3VLMProcessor):
         # Views are of use only where they are what the VLM sees; else they shall cost nothing.
@@ -345,22 +345,22 @@ class _Asker:
 
     def __init__(self, model: PreTrainedModel, processor: Any, settings: EvaluationSettings):
         self.model, self.processor, self.settings = model, processor, settings
-        self.couple = self.couple_processor = None
+        self.spa3_vlm = self.spa3_vlm_processor = None
         asked = [*self._before, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "PROMPT"}]}]
         self.chat = processor.apply_chat_template(asked, add_generation_prompt=True)
         try:
-            self.couple, self.couple_processor = _as_couple(model, processor, settings.use_spa3r)
+            self.spa3_vlm, self.spa3_vlm_processor = _as_spa3_vlm(model, processor, settings.use_spa3r)
             self._encode([PIL.Image.new("RGB", (56, 56))])
             self.way = "a scene is encoded once"
         except ValueError as error:
-            self.couple, self.way = None, f"whole prompts: {error}"
+            self.spa3_vlm, self.way = None, f"whole prompts: {error}"
 
     def look(self, frames: list[PIL.Image.Image]) -> Callable[[list[Row]], list[str]]:
         """What answers questions about these frames."""
-        if self.couple is None:
+        if self.spa3_vlm is None:
             return lambda rows: self._ask_alone(frames, rows)
         scene, settings = self._encode(frames), self.settings
-        return lambda rows: self.couple.ask(
+        return lambda rows: self.spa3_vlm.ask(
             scene, [make_prompt(row) for row in rows], max_new_tokens=settings.max_new_tokens, batch_size=len(rows)
         )
 
@@ -370,7 +370,7 @@ class _Asker:
         return [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
 
     def _encode(self, frames: list[PIL.Image.Image]) -> EncodedScene:
-        return self.couple.encode_scene(self.couple_processor, frames, system=self.settings.system)
+        return self.spa3_vlm.encode_scene(self.spa3_vlm_processor, frames, system=self.settings.system)
 
     def _ask_alone(self, frames: list[PIL.Image.Image], rows: list[Row]) -> list[str]:
         examples = [{"messages": [*self._before, *make_messages(row, frames)[:1]]} for row in rows]
@@ -378,10 +378,10 @@ class _Asker:
         return answer(self.model, self.processor, examples, len(rows), **asked, show_progress=False)
 
 
-def _as_couple(
+def _as_spa3_vlm(
     model: PreTrainedModel, processor: Spa3VLMProcessor, use_spa3r: bool
 ) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    """The model as one that encodes scenes: a VLM alone is a couple without a Spa3R, which fuses nothing."""
+    """The model as one that encodes scenes: a VLM alone becomes a Spa3-VLM without a Spa3R, which fuses nothing."""
     if hasattr(model, "encode_scene"):
         if use_spa3r:
             return model, processor
@@ -389,7 +389,7 @@ def _as_couple(
         processor.spatial_tokens = None
     model.eval()
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    couple = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(model, spatial_source="none")  # freezes parts
+    spa3_vlm = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(model, spatial_source="none")  # freezes parts
     for parameter, is_trained in trained.items():
         parameter.requires_grad_(is_trained)
-    return couple, processor
+    return spa3_vlm, processor

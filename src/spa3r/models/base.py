@@ -234,7 +234,7 @@ class PackedPreTrainedModel(PreTrainedModel):
                 raise ValueError(
                     f"{source} holds a model of type {kind!r}, and {cls.__name__} loads "
                     f"{cls.config_class.model_type!r}. Load it with its own class (AutoModel finds it); the Spa3R of a "
-                    "couple is `Spa3VLM.from_pretrained(...).spa3r`."
+                    "Spa3-VLM is `Spa3VLM.from_pretrained(...).spa3r`."
                 )
         if (quantization := kwargs.get("quantization_config")) is not None:
             config = kwargs.get("config")

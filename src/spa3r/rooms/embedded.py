@@ -25,7 +25,7 @@ def embedded_model() -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]
     Returns:
         The model, in eval mode on the CPU in float32, and its processor; its views are 112 pixels wide.
     """
-    return _couple(EMBEDDED)
+    return _load(EMBEDDED)
 
 
 def embedded_vlm() -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
@@ -34,7 +34,7 @@ def embedded_vlm() -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
     Returns:
         As :func:`embedded_model`.
     """
-    return _couple(VLM)
+    return _load(VLM)
 
 
 def embedded_spa3r() -> tuple[Spa3RForPreTraining, Spa3RImageProcessor]:
@@ -46,5 +46,5 @@ def embedded_spa3r() -> tuple[Spa3RForPreTraining, Spa3RImageProcessor]:
     return Spa3RForPreTraining.from_pretrained(EMBEDDED), Spa3RImageProcessor.from_pretrained(EMBEDDED)
 
 
-def _couple(checkpoint) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
+def _load(checkpoint) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
     return Spa3VLMForConditionalGeneration.from_pretrained(checkpoint), Spa3VLMProcessor.from_pretrained(checkpoint)

@@ -189,7 +189,7 @@ class FinetuningArguments(RunArguments):
             of 4 bits by bitsandbytes. ``"end_to_end"``: as the paper, and Spa3R's encoder.
         spa3r_learning_rate: That of Spa3R's encoder in ``"end_to_end"``.
         psfm_weight: Weight of Spa3R's own pretraining loss on the same views, which guards the encoder in
-            ``"end_to_end"`` against forgetting; decoder and heads are held fast in it. 0: without.
+            ``"end_to_end"`` against forgetting; decoder and heads are frozen in it. 0: without.
         lora_rank: Rank of the updates.
         lora_alpha: Their scale, alpha / rank.
         lora_dropout: Share of a LoRA layer's inputs that is dropped in training.

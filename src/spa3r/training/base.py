@@ -150,8 +150,8 @@ class ResumableTrainer(Trainer):
     """transformers' Trainer for whole batches from a data set of its own order.
 
     The loss of a step is a mean over all that it covers in all processes and accumulated batches. A step whose gradient
-    is not finite is dropped, by all processes alike, and who is to blame is named. Checkpoints hold no pickles, appear
-    at once, and a resumed run goes on exactly where the saved one was, in the data too.
+    is not finite is dropped, by all processes alike, and the samples that caused it are named. Checkpoints hold no
+    pickles, appear at once, and a resumed run goes on exactly where the saved one was, in the data too.
 
     A subclass makes the batches of a step ready (``get_batch_samples``), computes the loss, and says what a checkpoint
     holds (``_save_weights``, ``_load_weights``).
@@ -325,12 +325,12 @@ class ResumableTrainer(Trainer):
         if 0 < self.state.global_step <= self.nonfinite_steps:
             raise ValueError(
                 f"All {self.nonfinite_steps} steps were dropped because their gradient is not finite: nothing was "
-                f"learnt, and no model is saved. Look in {JsonLinesCallback.FILE} for the {self.UNIT} to blame, lower "
-                "`learning_rate`, or train in float32."
+                f"learnt, and no model is saved. Look in {JsonLinesCallback.FILE} for the {self.UNIT} that caused it, "
+                "lower `learning_rate`, or train in float32."
             )
 
     def _nonfinite_parts(self) -> list[str]:
-        """Who in this process's batches of the step is to blame for a gradient that is not finite."""
+        """The samples in this process's batches of the step that caused a gradient that is not finite."""
         raise NotImplementedError
 
     # Logs

@@ -62,7 +62,7 @@ def test_trains_scores_answers_and_leaves_a_model(config, tmp_path):
     assert again["evaluation"] == told["evaluation"]
     last, whole = (load_file(folder / "model.safetensors") for folder in (out / "checkpoint-4", out))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in last.items())
-    assert whole.keys() == last.keys()  # of a couple from one folder no part has another home
+    assert whole.keys() == last.keys()  # of a composed from one folder no part has another home
     words = finetune_json(config, "--training.learning_rate=1e-4", code=1)["error"]
     assert "training.learning_rate: 0.001 -> 0.0001" in words
 
@@ -105,7 +105,7 @@ def test_lora_run_is_merged(config, tmp_path):
         merge_lora(tmp_path)
 
 
-def test_a_couple_is_married_from_its_parts(tmp_path):
+def test_a_composed_is_combined_from_its_parts(tmp_path):
     model, processor = embedded_model()
     model.vlm.save_pretrained(tmp_path / "vlm")
     processor.vlm_processor.save_pretrained(tmp_path / "vlm")
@@ -128,7 +128,7 @@ def test_a_backbone_that_has_a_home_stays_out_of_checkpoints(tmp_path):
         "training": {"output_dir": str(tmp_path / "run"), "policy": "adapter_only", "use_cpu": True, "max_steps": 1},
     }
     sections["training"] |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-    file = tmp_path / "married.yaml"
+    file = tmp_path / "combined.yaml"
     file.write_text(yaml.safe_dump(sections))
     assert finetune_json(file)["finished"]
     folders = (tmp_path / "run" / "checkpoint-1", tmp_path / "run")
@@ -143,13 +143,16 @@ def test_a_backbone_that_has_a_home_stays_out_of_checkpoints(tmp_path):
         ({"model": {"vlm": "x"}}, r"`model\.vlm` .* or `model\.init_from` .* got both"),
         ({"model": {"init_from": None}}, r"got neither"),
         ({"model": {"init_from": None, "vlm": "x"}}, r"`model\.spa3r` must name the Spa3R"),
-        ({"model": {"integration": "append"}}, r"`model\.integration` can be chosen where a VLM is married"),
+        ({"model": {"integration": "append"}}, r"`model\.integration` can be chosen where a VLM is combined"),
         ({"data": {"train": {}}}, r"`data\.train` must say which instructions"),
         ({"data": {"max_length": "long"}}, r"`data`: .*'max_length'"),
         ({"training": {"policy": "all"}}, r"`policy` must be one of paper, adapter_only"),
         ({"training": {"train_sampling_strategy": "x"}}, r"is said in another place: data\.group_by_length"),
         ({"training": {"output_dir": None}}, r"`training\.output_dir` must name the folder"),
-        ({"training": {"policy": "qlora"}}, r"'qlora' quantises a VLM where a couple is married: .* not `init_from`"),
+        (
+            {"training": {"policy": "qlora"}},
+            r"'qlora' quantises a VLM where .* are combined: .* not `init_from`",
+        ),
         ({"data": {"group_by_length": True}}, r"`group_by_length` needs a data set with `lengths`"),
     ],
 )

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_finetuning import couple, examples
+from tiny_finetuning import composed, examples
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from spa3r.data import Spa3VLMCollator
@@ -47,7 +47,7 @@ def sft(folder, rows, model, processor, **kwargs):
 @needs_trl
 @pytest.mark.parametrize("kind", ROWS)
 def test_trls_sft_trains_the_adapter(kind, tmp_path):
-    model, processor = couple()
+    model, processor = composed()
     seen = []
     model.spa3r.encoder.register_forward_hook(lambda *args: seen.append(1))
     before = model.adapter.gate.weight.clone()
@@ -58,7 +58,7 @@ def test_trls_sft_trains_the_adapter(kind, tmp_path):
 
 @needs_trl
 def test_trls_sft_takes_low_rank_updates_and_its_loss_is_the_models(tmp_path):
-    model, processor = couple()
+    model, processor = composed()
     lora = LoraConfig(r=2, target_modules=r"vlm\..*language_model.*\.(q|v)_proj", modules_to_save=["adapter"])
     trainer = sft(tmp_path, ROWS["prompt and completion"], model, processor, peft_config=lora)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -72,7 +72,7 @@ def test_trls_sft_takes_low_rank_updates_and_its_loss_is_the_models(tmp_path):
 
 def test_a_collated_batch_is_answered(tmp_path):
     """As its prompts alone are; and by Seq2SeqTrainer, whose loss is that of the answers."""
-    model, processor = couple()
+    model, processor = composed()
     rows = examples(4, shapes=((2, 3), (1, 9), (3, 2), (0, 1)))  # the order that a batch has
     rows[1]["messages"] = rows[0]["messages"][:2] + rows[1]["messages"]  # an earlier answer belongs to the prompt
     collator = Spa3VLMCollator(processor)
@@ -100,7 +100,7 @@ def test_a_collated_batch_is_answered(tmp_path):
 
 
 def test_what_a_prompt_can_not_be_made_of():
-    model, processor = couple()
+    model, processor = composed()
     rows = examples(2, shapes=((1, 1), (0, 1)))
     rows[0]["messages"] += [{"role": "user", "content": [{"type": "image", "image": PICTURES[0]}]}]
     with pytest.raises(ValueError, match="has a picture behind its last answer"):
@@ -113,13 +113,13 @@ def test_what_a_prompt_can_not_be_made_of():
 @pytest.mark.slow
 def test_a_compiled_training_takes_batches_of_any_shape(tmp_path):
     torch._dynamo.reset()
-    model, processor = couple()
+    model, processor = composed()
     rows = examples(3, shapes=((2, 3), (0, 1), (1, 9)))
     fields = {"per_device_train_batch_size": 1, "max_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
     fields |= {"use_cpu": True, "report_to": [], "remove_unused_columns": False, "save_strategy": "no", "seed": 0}
     losses = []
     for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
-        model, processor = couple()
+        model, processor = composed()
         arguments = TrainingArguments(str(tmp_path), **fields, **compiled)
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=Spa3VLMCollator(processor))
         trainer.train()

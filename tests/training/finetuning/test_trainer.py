@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny import PATCH, realigned, relative_error, spa3r_config
-from tiny_finetuning import arguments, couple, example, examples, trainer
+from tiny_finetuning import arguments, composed, example, examples, trainer
 from tiny_training import Kill, same_files
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -115,7 +115,7 @@ def test_groups_and_their_sizes(tmp_path):
 
 
 def test_policies_that_the_model_or_the_machine_does_not_allow(tmp_path):
-    vlm = couple()[0].vlm
+    vlm = composed()[0].vlm
     alone = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spatial_source="none")
     with pytest.raises(ValueError, match=r"'adapter_only' trains the adapter, and this model has none"):
         apply_policy(alone, arguments(tmp_path, policy="adapter_only"))
@@ -158,7 +158,7 @@ def test_accumulated_gradient_is_that_of_all_tokens_at_once(policy, tmp_path):
 
 
 def test_loss_is_the_mean_over_tokens_and_not_over_batches(tmp_path):
-    model, processor = couple()
+    model, processor = composed()
     collate = Spa3VLMCollator(processor)
     sums = tokens = 0.0
     for row in examples():
@@ -198,7 +198,7 @@ def test_the_guard_against_forgetting_reaches_the_encoder_and_no_further(tmp_pat
     """The gradient is that of both losses; decoder, heads and probe stay as they are."""
     results = {}
     for weight in (0.0, 100.0):
-        model, processor = couple()
+        model, processor = composed()
         psfm, _ = embedded_spa3r()
         psfm.spa3r = model.spa3r
         watch = Watch()
@@ -410,14 +410,14 @@ def test_lora_checkpoint_is_small_loads_and_merges(tmp_path):
     learnt = sum(p.numel() for p in ours.model.parameters() if p.requires_grad)
     assert saved["adapter_model.safetensors"] < 4 * learnt * 1.2
     same_files(tmp_path, tmp_path / "checkpoint-2", "adapter_model.safetensors")
-    fresh, processor = couple()
+    fresh, processor = composed()
     loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
     batch = Spa3VLMCollator(processor)([example(0), example(1), example(3)])
     batch = {key: value for key, value in batch.items() if key not in ("skipped", "num_rows", "labels")}
     with torch.no_grad():
         trained = ours.model.eval()(**batch).logits
         before = loaded(**batch).logits
-        untrained = couple()[0](**batch).logits
+        untrained = composed()[0](**batch).logits
         merged = loaded.merge_and_unload()
         after = merged(**batch).logits
     assert relative_error(before, trained) < 1e-6 and relative_error(after, before) < 1e-5
@@ -435,7 +435,7 @@ def test_resumed_run_ends_in_the_same_weights_and_log(policy, workers, tmp_path)
     fields |= {"gradient_accumulation_steps": 2, "dataloader_num_workers": workers, "data": examples(6)}
 
     def ready(folder, **more):
-        model, processor = couple()
+        model, processor = composed()
         torch.manual_seed(0)
         return trainer(folder, model=realigned(model), processor=processor, **(fields | more))
 

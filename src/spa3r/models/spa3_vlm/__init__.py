@@ -1,1 +1,1 @@
-"""Spa3-VLM: any vision-language model of transformers, married to a Spa3R."""
+"""Spa3-VLM: any vision-language model of transformers, combined with a Spa3R."""

@@ -123,7 +123,7 @@ def processor_fingerprint(processor: Spa3VLMProcessor) -> str:
     """Tells a processor's settings, chat template and tokenizer from others.
 
     Args:
-        processor: The couple's.
+        processor: The processor of the Spa3-VLM.
     """
     tokenizer = processor.tokenizer
     with TOKENIZING:

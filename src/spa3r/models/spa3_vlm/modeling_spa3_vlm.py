@@ -1,7 +1,7 @@
 """Spa3-VLM: a VLM's image tokens look at the scene's latents before the language model reads them.
 
-The marriage goes through the door that transformers gives every VLM: ``get_image_features`` makes the image tokens, and
-``mm_encoder_outputs`` takes them back. So there is no subclass for each VLM and no patch of one.
+The parts are combined by the hooks that transformers gives every VLM: ``get_image_features`` makes the image tokens,
+and ``mm_encoder_outputs`` takes them back. So there is no subclass for each VLM and no patch of one.
 
 Tokens that are appended to a scene (``integration="append"``) can't go through that door: families count the image
 tokens of a picture, cut them into blocks and give them positions by its grid. The processor therefore writes ordinary
@@ -295,7 +295,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         trust_remote_code: bool | None = None,
         **kwargs,
     ) -> Spa3VLMForConditionalGeneration:
-        """Marry a VLM to a Spa3R; the adapter is fresh.
+        """Combine a VLM with a Spa3R; the adapter is newly initialized.
 
         Args:
             vlm: Folder or hub id of any VLM of transformers that takes ``mm_encoder_outputs``, or the model.
@@ -314,7 +314,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         Raises:
             TypeError: A keyword is neither, or is about loading a part that is passed as a model; or a part is neither
                 a name nor a model of transformers.
-            ValueError: The VLM's family can't be married (the message says why), or there is no Spa3R.
+            ValueError: The VLM's family can't be combined with a Spa3R (the message says why), or there is no Spa3R.
         """
         hub_kwargs, fields = split_hub_kwargs(kwargs, cls.config_class)
         alone = fields.get("spatial_source") == "none"
@@ -982,8 +982,8 @@ def check_vlm(family: str, vlm_class: type | None) -> None:
         reason = "its forward takes no `mm_encoder_outputs`"
     if reason:
         raise ValueError(
-            f"The VLM family {family!r} can't be married to a Spa3R: {reason}. Use a family whose fused image tokens "
-            "are taken back, such as qwen2_5_vl, qwen3_vl, internvl, llava or gemma3 (the documentation lists them)."
+            f"The VLM family {family!r} can't be combined with a Spa3R: {reason}. Use a family whose fused image "
+            "tokens are taken back, such as qwen2_5_vl, qwen3_vl, internvl, llava or gemma3 (the documentation lists them)."
         )
 
 

@@ -21,7 +21,7 @@ class FinetuningModelSection:
 
     Args:
         vlm: Folder or hub id of the VLM, with `spa3r`.
-        spa3r: Folder or hub id of the Spa3R to marry it to; ``embedded``: the one in the package.
+        spa3r: Folder or hub id of the Spa3R to combine it with; ``embedded``: the one in the package.
         init_from: Folder or hub id of a Spa3-VLM to go on from, instead of `vlm` and `spa3r`; ``embedded``: the small
             one in the package.
         dtype: Type of the frozen weights; the trained ones are float32.
@@ -140,18 +140,18 @@ class FinetuningConfig(RunConfig):
             raise ValueError("`data.train` must say which instructions are trained on, got nothing.")
         if (model.init_from is None) == (model.vlm is None):
             raise ValueError(
-                "`model.vlm` (and `model.spa3r`) must name what is to be married, or `model.init_from` the Spa3-VLM to "
-                f"go on from; got {'neither' if model.vlm is None else 'both'}."
+                "`model.vlm` (and `model.spa3r`) must name what is to be combined, or `model.init_from` the Spa3-VLM "
+                f"to go on from; got {'neither' if model.vlm is None else 'both'}."
             )
         if model.vlm is not None and model.spa3r is None and model.fields.get("spatial_source") != "none":
             raise ValueError(
-                "`model.spa3r` must name the Spa3R that the VLM is married to, got none. A folder, a hub id, or "
+                "`model.spa3r` must name the Spa3R that the VLM is combined with, got none. A folder, a hub id, or "
                 "`embedded`; only spatial_source: none goes without."
             )
         if model.init_from is not None and model.fields:
             raise ValueError(
-                f"`model.{next(iter(model.fields))}` can be chosen where a VLM is married (`model.vlm`), and "
-                "`model.init_from` names a couple that has chosen. Leave it out."
+                f"`model.{next(iter(model.fields))}` can be chosen where a VLM is combined with a Spa3R (`model.vlm`), "
+                "and `model.init_from` names a Spa3-VLM, whose choices are made. Leave it out."
             )
 
 

@@ -170,7 +170,9 @@ def make_model(
         quantizes = args is not None and args.policy == "qlora"
         if quantizes or (guards and section.init_from != EMBEDDED):
             what = "`policy` 'qlora' quantises a VLM" if quantizes else "`psfm_weight` takes Spa3R's teacher"
-            raise ValueError(f"{what} where a couple is married: give `model.vlm` and `model.spa3r`, not `init_from`.")
+            raise ValueError(
+                f"{what} where a VLM and a Spa3R are combined: give `model.vlm` and `model.spa3r`, not `init_from`."
+            )
         model = Spa3VLMForConditionalGeneration.from_pretrained(section.init_from, **loading)
         processor = Spa3VLMProcessor.from_pretrained(section.init_from)
         if guards:

@@ -107,7 +107,7 @@ class FinetuningTrainer(ResumableTrainer):
         if args.psfm_weight and (psfm is None or psfm.spa3r is not model.spa3r):
             raise ValueError(
                 "`psfm` must be the Spa3RForPreTraining whose `spa3r` is the model's, since `psfm_weight` is "
-                f"{args.psfm_weight}; got {'none' if psfm is None else 'that of another model'}. Marry the VLM to "
+                f"{args.psfm_weight}; got {'none' if psfm is None else 'that of another model'}. Combine the VLM with "
                 "`psfm.spa3r`."
             )
         self.whole_model = model
@@ -125,7 +125,7 @@ class FinetuningTrainer(ResumableTrainer):
         if self.psfm is not None and self.psfm.semantic_teacher is not None:
             self.psfm.semantic_teacher.requires_grad_(False).eval().to(args.device)
         self.evaluation = dict(evaluation or {})
-        self._step_batches: list[tuple[list[str], Tensor]] = []  # to name who is to blame
+        self._step_batches: list[tuple[list[str], Tensor]] = []  # to name the cause of a bad gradient
         self._patches_in_step = 1.0
 
     # Groups
@@ -209,7 +209,7 @@ class FinetuningTrainer(ResumableTrainer):
         if not _has_views(inputs):
             return torch.zeros((), device=self.args.device)
         scenes = [count for count in inputs["views_per_scene"] if count]
-        # The depth probe learns from nothing but its own loss, and is held fast here.
+        # The depth probe learns from nothing but its own loss, and is frozen here.
         losses = self.psfm(inputs["view_pixel_values"], inputs["view_grid_hw"], scenes).losses
         return sum(loss for name, loss in losses.items() if name != "depth_probe")
 

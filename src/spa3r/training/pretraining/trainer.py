@@ -72,7 +72,7 @@ class PretrainingTrainer(ResumableTrainer):
     - The loss of a step is the mean over all patches of all processes and accumulated batches, whatever their sizes:
       how a batch is spread changes nothing but rounding.
     - Every loss term, the views per second and the skipped pictures are logged, also as JSON lines.
-    - A step whose gradient is not finite is dropped, by all processes alike, and the scenes whose loss is to blame are
+    - A step whose gradient is not finite is dropped, by all processes alike, and the scenes whose loss caused it are
       named. More than ``args.max_nonfinite_steps`` are an error.
     - Checkpoints leave the frozen parts out when it is known where they come from, hold no pickles, appear at once, and
       a resumed run goes on exactly where the saved one was, in the data too.
@@ -108,7 +108,9 @@ class PretrainingTrainer(ResumableTrainer):
             **kwargs,
         )
         self.held_out_skipped = SkippedReport()  # of the last evaluation
-        self._step_batches: list[tuple[dict[str, Any], dict[str, Tensor]]] = []  # to name who is to blame
+        self._step_batches: list[
+            tuple[dict[str, Any], dict[str, Tensor]]
+        ] = []  # to name the samples that caused a gradient that is not finite
 
     # Data
 

@@ -1,8 +1,8 @@
-"""Marry a vision-language model to a Spa3R, check that nothing has changed yet, and save the couple.
+"""Combine a vision-language model with a Spa3R, check that nothing has changed yet, and save the Spa3-VLM.
 
-    python marry_a_vlm.py --model Qwen/Qwen3-VL-4B-Instruct --spa3r path/to/spa3r --output my-couple
+    python compose_vlm.py --model Qwen/Qwen3-VL-4B-Instruct --spa3r path/to/spa3r --output my-spa3-vlm
 
-Without --model it marries the parts of the embedded model anew.
+Without --model it combines the parts of the embedded model anew.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id of a VLM; default: the embedded one")
     parser.add_argument("--spa3r", help="folder or hub id of a Spa3R; wanted with --model")
-    parser.add_argument("--output", help="folder to save the couple in")
+    parser.add_argument("--output", help="folder to save the Spa3-VLM in")
     args = parser.parse_args()
     if bool(args.model) != bool(args.spa3r):
         parser.error("--model and --spa3r go together")
@@ -36,10 +36,10 @@ def main() -> None:
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
     ours = {*processor.view_image_processor.model_input_names, "image_tokens_per_scene"}
     with torch.no_grad():
-        married = model(**inputs).logits
+        combined = model(**inputs).logits
         plain = model.vlm(**{name: value for name, value in inputs.items() if name not in ours}).logits
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print(f"{model.vlm.config.model_type}: logits as before: {torch.equal(married, plain)}")
+    print(f"{model.vlm.config.model_type}: logits as before: {torch.equal(combined, plain)}")
     print(f"parameters: {model.num_parameters():,}, of which {trained:,} are trained; the adapter is untrained")
     if args.output:
         model.save_pretrained(args.output)
