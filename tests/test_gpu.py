@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attention import SEGMENTS, Caller, dense_definition, tensors
+from attention_definition import SEGMENTS, Caller, dense_definition, tensors
 from tiny import TARGETS, alive, assert_close, pretraining_config, relative_error, view_inputs
 
 from spa3r import Spa3RForPreTraining

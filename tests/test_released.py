@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from released_spa3_vlm import FIELDS, make_vlm, write_released
 from safetensors.torch import load_file, save_file
-from test_conversion_spa3_vlm import FIELDS, make_vlm, write_released
 from tiny import GOLDEN, GOLDEN_VGGT_FIELDS, golden, golden_inputs
 
 from spa3r import (
@@ -397,8 +397,8 @@ def test_damaged_and_incomplete_files_are_named(hub, tmp_path):
 
 def test_commands_take_released_names(hub, tmp_path, monkeypatch):
     """`ask`, `encode` and `eval` load the Spa3-VLM, not the plain VLM that its folder also looks like."""
-    from spa3r.cli.evaluate import _load_any_vlm
-    from spa3r.cli.main import _load_spa3r
+    from spa3r.cli.encode import _load_spa3r
+    from spa3r.cli.eval import _load_any_vlm
     from spa3r.console import Dtype, load_vlm
 
     monkeypatch.setattr(released_vggt, "vggt_config", lambda weights, _: vggt_config(weights, GOLDEN_VGGT_FIELDS))
@@ -424,7 +424,7 @@ def test_adapter_folders_load_and_merge(tmp_path):
     from typer.testing import CliRunner
 
     from spa3r.checkpoints import SPA3_VLM
-    from spa3r.cli.evaluate import _load_any_vlm
+    from spa3r.cli.eval import _load_any_vlm
     from spa3r.cli.main import app
     from spa3r.console import Dtype, load_vlm
 
@@ -466,7 +466,7 @@ def test_adapters_on_the_hub_load_and_merge_without_a_network(tmp_path, monkeypa
     from typer.testing import CliRunner
 
     from spa3r.checkpoints import SPA3_VLM
-    from spa3r.cli.evaluate import _load_any_vlm
+    from spa3r.cli.eval import _load_any_vlm
     from spa3r.cli.main import app
     from spa3r.console import Dtype, load_vlm
 

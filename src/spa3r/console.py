@@ -51,6 +51,9 @@ class Images(StrEnum):
     native = "native"
 
 
+NumFrames = Annotated[
+    int | None, typer.Option(min=1, help="Frames of each video, uniformly sampled; by its length if not given (4-8).")
+]
 Model = Annotated[str, typer.Option("--model", metavar="ID", help="A folder, a hub id, or 'embedded'.")]
 Device = Annotated[str, typer.Option(help="auto (the first of cuda, mps, cpu), or a device such as cuda:1.")]
 WeightType = Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto: as saved.")]

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import run, run_json, said
 from media import counting_video, data_url, encoded, noise, smooth
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import PATCH, alive, pretraining_config
-from typer.testing import CliRunner
 
 import spa3r
 from spa3r import (
@@ -27,36 +27,17 @@ from spa3r import (
     Spa3RImageProcessor,
     Spa3VLMForConditionalGeneration,
     VggtModel,
-    cli,
     console,
-    embedded,
 )
+from spa3r.cli import demo, encode, info
 from spa3r.evaluation import answer, evaluate_field, score_prediction
 from spa3r.models import attention as attention_module
-from spa3r.rooms import generate_room
+from spa3r.rooms import embedded, generate_room
 from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
 from spa3r.vsi_bench.format import make_messages
 
 # As VSI-Bench asks: to other words the small model may say nothing.
 QUESTION = "How many chair(s) are in this room?\nPlease answer the question using a single word or phrase."
-
-
-def run(*arguments, code: int = 0):
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def run_json(*arguments, code: int = 0) -> dict:
-    """The one JSON object on standard output; anything else there is an error."""
-    return json.loads(run(*arguments, "--json", code=code).stdout)
-
-
-def said(result) -> str:
-    """Standard error without the frames and breaks of usage errors."""
-    return " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
 
 
 @pytest.fixture
@@ -69,16 +50,6 @@ def scene(tmp_path) -> Path:
     counting_video(folder / "walk.mp4", 6)
     (folder / "notes.txt").write_text("not a view")
     (folder / ".hidden.png").write_text("not a view either")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
-    """The embedded model as a folder."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model, processor = embedded.embedded_model()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
     return folder
 
 
@@ -136,7 +107,7 @@ def test_ask_in_half_precision(scene):
 
 
 def test_control_characters_stay_out_of_the_terminal():
-    assert cli.printable("a\x1b[31mb\n\tc\x18é🪑") == "a�[31mb\n\tc�é🪑"
+    assert console.printable("a\x1b[31mb\n\tc\x18é🪑") == "a�[31mb\n\tc�é🪑"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +204,7 @@ def scenes(tmp_path) -> list[Path]:
 def test_encode_many_scenes_and_again_after_an_interruption(scenes, tmp_path, monkeypatch):
     out = tmp_path / "latents"
     arguments = ("encode", *scenes, "--scene-per-folder", "--output", out, "--batch-size", 2)
-    write = cli._encode_and_save
+    write = encode._encode_and_save
     calls = []
 
     def interrupted(*args):
@@ -243,7 +214,7 @@ def test_encode_many_scenes_and_again_after_an_interruption(scenes, tmp_path, mo
         return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_encode_and_save", interrupted)
+        patch.setattr(encode, "_encode_and_save", interrupted)
         run(*arguments, code=130)
     assert sorted(file.name for file in out.iterdir()) == ["scene0.safetensors", "scene1.safetensors"]
     written = {file: file.stat().st_mtime_ns for file in out.iterdir()}
@@ -483,25 +454,25 @@ def test_demo_shows_everything(tmp_path):
     for asked in report["questions"]:
         question, _, options = asked["question"].partition("\nOptions:\n")
         assert f"{asked['question_type']}: {question}\n" in text and "   ".join(options.splitlines()) in text
-        assert f"truth {asked['truth']!r}, with Spa3R {cli.one_line(cli.printable(asked['answer']))!r}" in text
+        assert f"truth {asked['truth']!r}, with Spa3R {console.one_line(console.printable(asked['answer']))!r}" in text
         for told in (question, *options.splitlines()):
             assert html.escape(told) in page
 
 
 def test_the_demos_questions_are_about_its_pictures():
     """And their room is the first that allows one of every type."""
-    room, rows = cli._room_of_questions(1_000_000, 1, 8, 112)
+    room, rows = demo._room_of_questions(1_000_000, 1, 8, 112)
     assert [row["question_type"] for row in rows] == list(QUESTION_TYPES)
     assert {row["scene_name"] for row in rows} == {str(room.seed)} and room.seed > 1_000_000
     for seed in range(1_000_000, room.seed + 1):
         other = generate_room(seed, 1)
-        views = cli._look_around(seed, 1, 8, 112)
+        views = demo._look_around(seed, 1, 8, 112)
         found = room_questions(RoomWalk.from_instance_ids(other, views.instance_ids))
         assert len(found) < len(rows) if seed < room.seed else found == rows
 
 
 def test_the_demo_says_which_types_it_could_not_ask(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "ROOMS_PER_SEED", 2)
+    monkeypatch.setattr(demo, "ROOMS_PER_SEED", 2)
     arguments = ("demo", "--views", 2, "--output", tmp_path)
     text = run(*arguments).stdout
     told = re.search(r"^not asked +(.*): 2 views of no room near allowed it$", text, re.MULTILINE)[1].split(", ")
@@ -511,12 +482,12 @@ def test_the_demo_says_which_types_it_could_not_ask(tmp_path, monkeypatch):
 
 
 def test_the_vlm_with_spa3r_is_compared_with_one_trained_without():
-    composed, other, note = cli._embedded_vlms()
+    composed, other, note = demo._embedded_vlms()
     assert "trained on the same questions without Spa3R" in note
     assert composed[0].config.spatial_source == "spa3r" and other[0].config.spatial_source == "none"
-    room, rows = cli._room_of_questions(1_000_000, 3, 4, 112)
-    frames = list(cli._look_around(room.seed, 3, 4, 112).images)
-    asked, _ = cli._ask_with_and_without(rows, frames, composed, other)
+    room, rows = demo._room_of_questions(1_000_000, 3, 4, 112)
+    frames = list(demo._look_around(room.seed, 3, 4, 112).images)
+    asked, _ = demo._ask_with_and_without(rows, frames, composed, other)
     examples = [{"messages": make_messages(row, frames)} for row in rows]
     assert [a.answer for a in asked] == answer(*composed, examples)
     assert [a.answer_without_spa3r for a in asked] == answer(*other, examples)
@@ -531,8 +502,8 @@ def test_the_demos_numbers_are_the_librarys():
     """With a model of one's own, and the pictures at the size at which it takes them."""
     model = alive(Spa3RForPreTraining(pretraining_config()))
     processor = Spa3RImageProcessor(size=5 * PATCH, patch_size=PATCH)
-    rooms = [cli._look_around(room, 0, 4, 140) for room in (7, 8)]
-    inputs, output, metrics = cli._predict_held_out(model, processor, rooms)
+    rooms = [demo._look_around(room, 0, 4, 140) for room in (7, 8)]
+    inputs, output, metrics = demo._predict_held_out(model, processor, rooms)
     assert output.target_mask.tolist() == [False, True, False, True]
     assert inputs["intrinsics"][0, 0, 0] == pytest.approx(rooms[0].intrinsics[0, 0, 0] * 5 * PATCH / 140)
     report = evaluate_field(model, [inputs]).to_dict()["rows"]
@@ -548,9 +519,9 @@ def test_the_demos_numbers_are_the_librarys():
 
 
 def test_the_demos_views_are_spread_over_one_walk():
-    few, many = cli._look_around(7, 0, 4, 28), cli._look_around(7, 0, 8, 28)
+    few, many = demo._look_around(7, 0, 4, 28), demo._look_around(7, 0, 8, 28)
     np.testing.assert_array_equal(few.extrinsics, many.extrinsics[::2])
-    assert len(cli._look_around(7, 0, 60, 28).images) == 60
+    assert len(demo._look_around(7, 0, 60, 28).images) == 60
 
 
 def test_demo_refuses_what_it_can_not_do(tmp_path):
@@ -572,7 +543,7 @@ def test_version_and_help():
 
 
 def test_unexpected_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "_devices", lambda: {}["lost"])
+    monkeypatch.setattr(info, "_devices", lambda: {}["lost"])
     with pytest.raises(KeyError, match="lost"):
         run("info")
 
@@ -586,7 +557,7 @@ def test_standard_output_and_logs_are_left_as_they_were(monkeypatch):
         warnings.warn("more chatter", stacklevel=1)
         return {"cpu": "one"}
 
-    monkeypatch.setattr(cli, "_devices", noisy)
+    monkeypatch.setattr(info, "_devices", noisy)
     result = run("info", "--json")
     assert json.loads(result.stdout)["devices"] == {"cpu": "one"}
     assert "chatter" in result.stderr and "more chatter" not in result.stderr
@@ -605,6 +576,6 @@ def test_the_installed_command_prints_json_alone(scene):
 
 
 def test_a_spa3_vlm_is_what_ask_loads(checkpoint):
-    model, _ = cli.load_vlm(str(checkpoint), "cpu", cli.Dtype.auto, "sdpa")
+    model, _ = console.load_vlm(str(checkpoint), "cpu", console.Dtype.auto, "sdpa")
     assert isinstance(model, Spa3VLMForConditionalGeneration) and not model.training
     assert model.spa3r.config._attn_implementation == model.vlm.config._attn_implementation == "sdpa"

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_cli import checkpoint, run, run_json  # noqa: F401
+from command_line import run, run_json
 from tiny_benchmark import write_vsi_bench
 from vlm_families import build
 
@@ -43,7 +43,7 @@ def test_presets_are_overridden_by_options(data, tmp_path):
     assert told["benchmark"]["subset"] == "debiased" and told["benchmark"]["questions"] == 2
 
 
-def test_a_plain_vlm_and_a_composed_without_spa3r(data, checkpoint, tmp_path, monkeypatch):  # noqa: F811
+def test_a_plain_vlm_and_a_composed_without_spa3r(data, checkpoint, tmp_path, monkeypatch):
     vlm, processor = build("qwen2_5_vl")
     vlm.save_pretrained(tmp_path / "plain")
     processor.save_pretrained(tmp_path / "plain")

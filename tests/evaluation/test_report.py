@@ -7,8 +7,8 @@ import re
 from html import unescape
 
 import pytest
+from html_outline import Outline
 from PIL import Image
-from test_report import Outline
 from tiny_benchmark import SETTINGS, build_composed, write_vsi_bench
 
 from spa3r.evaluation import VsiBench, run_benchmark

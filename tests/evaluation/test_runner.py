@@ -176,7 +176,7 @@ def test_a_question_with_a_token_is_named_before_any_is_asked(tmp_path):
 
 @pytest.mark.parametrize(("family", "images"), [("paligemma", None), ("qwen2_5_vl", "aligned")])
 def test_a_plain_vlm_of_any_family_is_asked(family, images, tmp_path):
-    """PaliGemma's pictures look at the question: it is asked in whole prompts. Any VLM may see what that of a Spa3-VLM sees."""
+    """PaliGemma's pictures look at the question: it is asked in whole prompts. Any VLM may see the views."""
     vlm, processor = build(family)
     benchmark = VsiBench(write_vsi_bench(tmp_path, (1,)))
     trained = [parameter.requires_grad for parameter in vlm.parameters()]

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from media import noise
-from test_spa3_vlm_scenes import make
 from tiny import alive, pretraining_config
+from tiny_spa3_vlm import make
 
 from spa3r import Spa3RForPreTraining, Spa3RImageProcessor
 from spa3r.answering.engine import answer

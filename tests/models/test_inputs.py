@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_spa3r import some_cameras
 from tiny import TARGETS, alive, pretraining_config, spa3r_config, vggt_config, view_inputs
+from tiny_cameras import some_cameras
 
 from spa3r import Spa3RForPreTraining, Spa3RModel, VggtModel
 from spa3r.models.cameras import check_cameras

@@ -15,11 +15,12 @@ import torch
 from media import noise, user
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import BACK_ENDS, alive, realigned, relative_error, spa3r_config, vggt_config
+from tiny import BACK_ENDS, alive, realigned, relative_error
+from tiny_spa3_vlm import make_spa3r
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, Trainer, TrainingArguments
 from vlm_families import FAMILIES, build, build_processor
 
-from spa3r import Spa3RConfig, Spa3RImageProcessor, Spa3RModel, Spa3VLM, Spa3VLMConfig, Spa3VLMProcessor
+from spa3r import Spa3RConfig, Spa3RImageProcessor, Spa3VLM, Spa3VLMConfig, Spa3VLMProcessor
 from spa3r.data.collator import Spa3VLMCollator
 from spa3r.models.packing import ViewLayout
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import VIEW_KEYS
@@ -36,10 +37,6 @@ CONVERSATIONS = [
 PATCHES = [2 * 3 + 3 * 3 + 3 * 3, 1 * 3, 0]  # of each row's views, 42 pixels wide
 COMBINATIONS = [("cross_attention", "spa3r"), ("cross_attention", "vggt"), ("append", "spa3r"), ("append", "vggt")]
 APPENDED = [combination for combination in COMBINATIONS if combination[0] == "append"]
-
-
-def make_spa3r() -> Spa3RModel:
-    return alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(patch_size=14, image_size=70))))
 
 
 @dataclass

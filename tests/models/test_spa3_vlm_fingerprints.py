@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from test_spa3_vlm_scenes import PICTURES, WORDS, Composed, make
+from tiny_spa3_vlm import PICTURES, WORDS, Composed, make
 
 from spa3r.models.spa3_vlm.fingerprints import model_fingerprint
 from spa3r.models.spa3_vlm.scenes import EncodedScene, SceneCache

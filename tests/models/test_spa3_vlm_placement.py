@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import accelerate
 import pytest
 import torch
-from test_spa3_vlm_scenes import PICTURES, QUESTIONS, Composed, make
-from test_spa3_vlm_state import prompt
+from tiny_spa3_vlm import PICTURES, QUESTIONS, Composed, make, prompt
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 

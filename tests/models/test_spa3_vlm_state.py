@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_spa3_vlm_scenes import PICTURES, QUESTIONS, WORDS, Composed, make
+from tiny_spa3_vlm import PICTURES, QUESTIONS, WORDS, Composed, make, prompt
 from torch import nn
 
 KEEPERS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
@@ -17,15 +17,6 @@ KEEPERS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
 @pytest.fixture(scope="module", params=KEEPERS)
 def composed(request) -> Composed:
     return make(request.param)
-
-
-def prompt(composed: Composed, pictures=PICTURES, question=QUESTIONS[0], **kwargs) -> dict:
-    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
-    return dict(
-        composed.processor.apply_chat_template(
-            [[{"role": "user", "content": content}]], tokenize=True, return_dict=True, add_generation_prompt=True
-        )
-    )
 
 
 def interrupted(model: nn.Module, call, between):

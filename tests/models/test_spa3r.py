@@ -22,6 +22,7 @@ from tiny import (
     vggt_config,
     view_inputs,
 )
+from tiny_cameras import some_cameras
 from transformers import AutoModel
 
 from spa3r import Spa3RConfig, Spa3RForPreTraining, Spa3RModel, VggtModel
@@ -29,14 +30,6 @@ from spa3r.models.attention import Segments
 from spa3r.models.cameras import pluecker_rays, pose_encoding_to_cameras
 from spa3r.models.encodings import RotaryEncoding
 from spa3r.models.packing import ViewLayout
-
-
-def some_cameras(inputs) -> dict:
-    """A rigid camera for every view."""
-    pose = torch.randn(len(inputs["view_grid_hw"]), 9)
-    pose[:, 7:] = 0.8
-    extrinsics, intrinsics = pose_encoding_to_cameras(pose, (inputs["view_grid_hw"] * PATCH).tolist())
-    return {"extrinsics": extrinsics, "intrinsics": intrinsics}
 
 
 class TestSpa3RModel(ModelTests):

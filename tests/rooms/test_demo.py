@@ -3,11 +3,11 @@
 import base64
 import io
 import re
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from html_outline import Outline
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -23,34 +23,6 @@ QUESTIONS = [
     ),
 ]
 TABLE = "|         | cosine ↑ |\n|---------|----------|\n| model   | 0.75     |\n| nearest | 0.25     |"
-
-
-class Outline(HTMLParser):
-    """Elements of a page, with a check that every one is closed where it has to be."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.open, self.elements, self.texts = [], [], []
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(" ".join(data.split()))
-
-    def of(self, tag: str, css: str | None = None) -> list[dict]:
-        return [a for name, a in self.elements if name == tag and (css is None or css in a.get("class", "").split())]
 
 
 @pytest.fixture(scope="module")

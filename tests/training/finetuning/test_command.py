@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_training_command import started, wait_for_step
 from tiny_finetuning import ROOMS, write_config
 from tiny_training import run, same_files
+from training_processes import started, wait_for_step
 from typer.testing import CliRunner
 
-from spa3r import Spa3VLMForConditionalGeneration, cli
+from spa3r import Spa3VLMForConditionalGeneration
+from spa3r.cli.main import app
 from spa3r.rooms.embedded import embedded_model
 from spa3r.training import FinetuningArguments, FinetuningConfig, merge_lora, read_log
 from spa3r.training.finetuning.run import make_arguments, make_model
@@ -32,7 +33,7 @@ def config(tmp_path) -> Path:
 
 
 def finetune(*arguments, code: int = 0):
-    result = CliRunner().invoke(cli.app, ["finetune", *map(str, arguments)])
+    result = CliRunner().invoke(app, ["finetune", *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output

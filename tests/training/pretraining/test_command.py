@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,11 @@ import torch
 import yaml
 from scene_files import look_around, write_folders, write_scannet, write_scannetpp, write_videos
 from tiny_training import command, environment, run, same_files, write_config, write_parts, write_scenes
+from training_processes import started, wait_for_step
 from typer.testing import CliRunner
 
-from spa3r import Spa3RForPreTraining, Spa3RModel, cli
+from spa3r import Spa3RForPreTraining, Spa3RModel
+from spa3r.cli.main import app
 from spa3r.training import (
     DataSection,
     EvaluationSection,
@@ -52,7 +53,7 @@ def config(tmp_path, parts, source) -> Path:
 
 
 def pretrain(*arguments, code: int = 0):
-    result = CliRunner().invoke(cli.app, ["pretrain", *map(str, arguments)])
+    result = CliRunner().invoke(app, ["pretrain", *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output
@@ -324,23 +325,6 @@ def test_unreadable_held_out_pictures_are_told(config, parts, tmp_path):
 
 
 # Kills ----------------------------------------------------------------------------------------------------------------
-
-
-def started(*arguments, cache: Path, **variables: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(*arguments),
-        env=environment(cache, **variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_step(process: subprocess.Popen, log: Path, step: int) -> None:
-    end = time.monotonic() + 200
-    while not (log.exists() and any(line["step"] >= step for line in read_log(log))):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

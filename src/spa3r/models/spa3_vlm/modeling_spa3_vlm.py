@@ -983,7 +983,8 @@ def check_vlm(family: str, vlm_class: type | None) -> None:
     if reason:
         raise ValueError(
             f"The VLM family {family!r} can't be combined with a Spa3R: {reason}. Use a family whose fused image "
-            "tokens are taken back, such as qwen2_5_vl, qwen3_vl, internvl, llava or gemma3 (the documentation lists them)."
+            "tokens are taken back, such as qwen2_5_vl, qwen3_vl, internvl, llava or gemma3 (the documentation lists "
+            "them)."
         )
 
 

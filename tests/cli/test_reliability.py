@@ -12,13 +12,14 @@ import threading
 import pytest
 import torch
 import typer
+from command_line import run, run_json
 from media import noise, served
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_cli import run, run_json
 from tiny_benchmark import build_composed, write_vsi_bench
 
-from spa3r import EncodedScene, Spa3VLMForConditionalGeneration, cli, console
+from spa3r import EncodedScene, Spa3VLMForConditionalGeneration, console
+from spa3r.cli import encode
 from spa3r.conversion import save_together
 from spa3r.disk import WriteError, alone_in
 
@@ -172,7 +173,7 @@ def test_signal_ends_encoding_and_what_is_done_stays(number, scenes, tmp_path, m
     """It comes after the first scene."""
     out = tmp_path / "latents"
     command = ("encode", *scenes, "--scene-per-folder", "-o", out, "--batch-size", 1)
-    write = cli._encode_and_save
+    write = encode._encode_and_save
 
     def written(*args):
         if out.exists():
@@ -181,7 +182,7 @@ def test_signal_ends_encoding_and_what_is_done_stays(number, scenes, tmp_path, m
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_encode_and_save", written)
+        patch.setattr(encode, "_encode_and_save", written)
         stopped = run(*command, code=130)
     assert f"{number.name}: what is finished stays; the same command goes on" in stopped.stderr
     assert [file.name for file in out.iterdir()] == ["scene0.safetensors"] and signal.getsignal(number) == before

@@ -1,0 +1,107 @@
+"""``spa3r ask``: answer a question about photos or videos."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from spa3r.checkpoints import EMBEDDED
+from spa3r.checks import shorten
+from spa3r.console import (
+    AsJson,
+    Attention,
+    Device,
+    Dtype,
+    Images,
+    Model,
+    NumFrames,
+    Verbose,
+    WeightType,
+    embedded_note,
+    load_vlm,
+    plural,
+    printable,
+    read_views,
+    reporting,
+)
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+    from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+
+
+def ask(
+    photos_and_question: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PHOTOS... QUESTION",
+            help="Pictures, videos, folders of them, or URLs, all of one scene; and last the question.",
+            show_default=False,
+        ),
+    ],
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--question", "-q", help="One more question about the same scene, which is encoded once for all."),
+    ] = None,
+    model: Model = EMBEDDED,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 128,
+    num_frames: NumFrames = None,
+    images: Annotated[
+        Images, typer.Option(help="What the VLM sees: the views as Spa3R sees them, or the pictures as they are.")
+    ] = Images.aligned,
+    device: Device = "auto",
+    dtype: WeightType = Dtype.auto,
+    attention: Attention = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Ask a Spa3-VLM questions about photos of a scene."""
+    *photos, question = photos_and_question
+    if not photos or os.path.exists(question) or not question.strip():
+        raise typer.BadParameter(
+            f"The last argument must be the question, after at least one photo; got {shorten(question)}.",
+            param_hint="PHOTOS... QUESTION",
+        )
+    questions = [question, *(more or [])]
+    with reporting(as_json, verbose) as report:
+        with report.status("Reading the photos"):
+            names, views = read_views(photos, num_frames)
+        with report.status(f"Loading {model}"):
+            vlm, processor = load_vlm(model, device, dtype, attention)
+        if model == EMBEDDED:
+            report.note(embedded_note())
+        processor.images = images.value
+        with report.status(f"Looking at {plural(len(views), 'view')}"):
+            if more:
+                answers = vlm.ask(vlm.encode_scene(processor, views), questions, max_new_tokens=max_new_tokens)
+            else:
+                answers = [_answer(vlm, processor, views, question, max_new_tokens)]
+        told = [f"{asked}\n    {printable(answer)}" for asked, answer in zip(questions, answers)]
+        report.finish(
+            "\n".join(told) if more else printable(answers[0]),
+            model=model,
+            question=question,
+            answer=answers[0],
+            answers=[{"question": asked, "answer": answer} for asked, answer in zip(questions, answers)],
+            views=names,
+            num_views=len(names),
+        )
+
+
+def _answer(
+    model: Spa3VLMForConditionalGeneration,
+    processor: Spa3VLMProcessor,
+    views: list[PIL.Image.Image],
+    question: str,
+    max_new_tokens: int,
+) -> str:
+    content = [*({"type": "image", "image": view} for view in views), {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+    ).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -1,0 +1,124 @@
+"""``spa3r info``: print what works on this machine."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from spa3r.console import (
+    AsJson,
+    Verbose,
+    one_line,
+    plural,
+    reporting,
+    torch_device,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+PACKAGES = (
+    *("spa3r", "torch", "torchvision", "transformers", "xformers", "flash-attn", "accelerate", "peft", "safetensors"),
+    *("huggingface-hub", "tokenizers", "numpy", "pillow", "av", "matplotlib", "embreex", "typer"),
+)
+
+
+def info(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """What is installed, and what works here: devices, types, attention back ends. Each one is tried."""
+    with reporting(as_json, verbose) as report:
+        versions: dict[str, str | None] = {"python": sys.version.split()[0]}
+        for name in PACKAGES:
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                versions[name] = None
+        device = torch_device("auto")
+        devices, dtypes, attention = _devices(), _try_dtypes(device), _try_attention(device)
+        sections = {
+            "Versions": {name: version or "not installed" for name, version in versions.items()},
+            "Devices": devices,
+            f"Types on {device}": {name: note for name, (_, note) in dtypes.items()},
+            f"Attention on {device}": {name: note for name, (_, note) in attention.items()},
+        }
+        width = max(len(name) for section in sections.values() for name in section)
+        report.finish(
+            "\n\n".join(
+                "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in section.items())])
+                for title, section in sections.items()
+            ),
+            versions=versions,
+            devices=devices,
+            device=str(device),
+            dtypes={name: {"works": works, "note": note} for name, (works, note) in dtypes.items()},
+            attention={name: {"works": works, "note": note} for name, (works, note) in attention.items()},
+        )
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    devices = {"cpu": plural(torch.get_num_threads(), "thread")}
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = (
+            f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute {card.major}.{card.minor}"
+        )
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple GPU"
+    return devices
+
+
+def _try_dtypes(device: torch.device) -> dict[str, tuple[bool, str]]:
+    """Of every type of weights whether it works, and what there is to say."""
+    import torch
+
+    found = {}
+    for name in ("float32", "bfloat16", "float16"):
+        try:
+            square = torch.ones(16, 16, device=device, dtype=getattr(torch, name))
+            (square @ square).softmax(-1).sum().item()
+            found[name] = (True, "works")
+        except RuntimeError as error:
+            found[name] = (False, f"fails: {one_line(error)}")
+    return found
+
+
+def _try_attention(device: torch.device) -> dict[str, tuple[bool, str]]:
+    """Of every back end whether it works, on segments of unequal lengths and against the definition; and why not."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from spa3r.models.attention import Segments, check_attention_implementation, packed_attention, why_unusable
+
+    segments = Segments.within([3, 5, 1])
+    tokens = torch.randn(9, 2, 32, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def attend(name: str, dtype: torch.dtype) -> Tensor:
+        layer = torch.nn.Module()
+        layer.config = SimpleNamespace(_attn_implementation=name)
+        layer.is_causal = False
+        return packed_attention(layer, *[tokens.to(dtype)] * 3, segments).float()
+
+    found = {}
+    for name in ("xformers", "sdpa", "eager", "flash_attention_2"):
+        if reason := why_unusable(name):
+            found[name] = (False, reason)
+            continue
+        try:
+            half = device.type == "cuda"
+            error = (
+                (attend(name, torch.float16 if half else torch.float32) - attend("eager", torch.float32)).abs().max()
+            )
+            note = f"works, within {error:.0e} of the definition"
+            if name == "xformers" and not half:
+                note += "; here it is PyTorch's SDPA, xformers' own kernels run on CUDA only"
+            found[name] = (True, note) if error < (1e-2 if half else 1e-4) else (False, f"is off by {error:.0e}")
+        except Exception as error:  # whatever it is, it is the answer
+            found[name] = (False, f"fails: {one_line(error)}")
+    default = check_attention_implementation(None)
+    found[default] = (found[default][0], f"{found[default][1]} (the default)")
+    return found

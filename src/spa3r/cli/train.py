@@ -1,0 +1,108 @@
+"""``spa3r pretrain`` and ``spa3r finetune``: train by a configuration file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spa3r.console import (
+    AsJson,
+    Report,
+    Verbose,
+    end_processes,
+    plural,
+    reporting,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Sections model, data, evaluation, training.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete the checkpoints, model and logs of the run.")]
+
+
+def pretrain(
+    context: typer.Context,
+    config: ConfigFile,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Pretrain a Spa3R as a configuration file says, or go on with a run that was stopped."""
+    with reporting(as_json, verbose) as report:
+        from spa3r.training import PretrainingConfig
+        from spa3r.training import pretrain as run_pretraining
+
+        settings = PretrainingConfig.from_yaml(config, context.args)
+        result = _train(report, settings, run_pretraining, fresh)
+        text = f"Of the held-out scenes: {result.held_out_skipped}" if result.held_out_skipped.entries() else ""
+        _tell_training(
+            report,
+            result,
+            text,
+            pictures=result.skipped.pictures_tried,
+            skipped_pictures=result.skipped.pictures_bad,
+            held_out_skipped=result.held_out_skipped.entries(),
+        )
+
+
+def finetune(
+    context: typer.Context,
+    config: ConfigFile,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune a VLM with Spa3R on instructions as a configuration file says, or go on with a run that was stopped."""
+    with reporting(as_json, verbose) as report:
+        from spa3r.training import FinetuningConfig
+        from spa3r.training import finetune as run_finetuning
+
+        result = _train(report, FinetuningConfig.from_yaml(config, context.args), run_finetuning, fresh)
+        _tell_training(
+            report,
+            result,
+            rows=result.skipped.scenes_tried,
+            skipped_rows=result.skipped.scenes_bad,
+            parameters=result.parameters,
+        )
+
+
+def _train(report: Report, settings: Any, run: Callable[..., Any], fresh: bool) -> Any:
+    """Run a training; only the first process comes back, and speaks for all."""
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    if is_main_process:
+        report.line(settings.to_yaml())
+    result = run(settings, fresh=fresh, note=report.note, progress=report.line)
+    end_processes()
+    if not is_main_process:
+        raise typer.Exit
+    return result
+
+
+def _tell_training(report: Report, result: Any, text: str = "", **more: Any) -> None:
+    lines = [f"{result.output_dir}: {result.step} of {result.max_steps} steps"]
+    lines += [f"  {name} {value:.4g}" for name, value in result.evaluation.items() if value is not None]
+    lines.append(str(result.skipped))
+    if text:
+        lines.append(text)
+    if result.nonfinite_steps:
+        lines.append(f"{plural(result.nonfinite_steps, 'step')} dropped, their gradient was not finite")
+    if not result.is_finished:
+        lines.append(f"stopped by {result.interrupted_by}; the same command goes on from {result.checkpoint}")
+    report.finish(
+        "\n".join(lines),
+        exit_code=0 if result.is_finished else 130,
+        output_dir=result.output_dir,
+        step=result.step,
+        max_steps=result.max_steps,
+        finished=result.is_finished,
+        interrupted_by=result.interrupted_by,
+        resumed_from=result.resumed_from,
+        checkpoint=result.checkpoint,
+        evaluation=result.evaluation,
+        nonfinite_steps=result.nonfinite_steps,
+        skipped=result.skipped.entries(),
+        **more,
+    )
