@@ -20,7 +20,7 @@ myst_heading_anchors = 3
 
 default_role = "literal"
 add_module_names = False
-autodoc_mock_imports = ["gradio"]  # an extra of its own
+autodoc_mock_imports = ["gradio", "starlette"]  # an extra of its own
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.request import urlopen
 
-import httpx
 import numpy as np
 import pytest
 from media import counting_video, noise, read_number
@@ -26,6 +25,7 @@ if importlib.util.find_spec("gradio") is None:
         "gradio is not installed; in an environment of its own: pip install -e '.[test,app]'", allow_module_level=True
     )
 
+import httpx
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 

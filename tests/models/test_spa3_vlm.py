@@ -814,3 +814,11 @@ def test_a_token_goes_to_the_hub_and_not_into_the_configuration(tmp_path):
     spa3r.save_pretrained(tmp_path / "spa3r")
     model = Spa3VLM.from_vlm_and_spa3r(tmp_path / "vlm", tmp_path / "spa3r", token="a_secret", local_files_only=True)
     assert "a_secret" not in model.config.to_json_string(use_diff=False)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "labels"])
+def test_what_is_by_token_has_the_shape_of_the_tokens(batch, name):
+    model, ids = make(), batch["input_ids"]
+    words = rf"`{name}` must have the shape of `input_ids`, \({len(ids)}, {ids.shape[1]}\), got \({len(ids)}, 3\)"
+    with pytest.raises(ValueError, match=words):
+        model(**{**batch, name: torch.ones(len(ids), 3, dtype=torch.long)})

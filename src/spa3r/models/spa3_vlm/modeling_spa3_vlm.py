@@ -790,6 +790,14 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             others = {"pixel_values": list, "attention_mask": dict | BlockMask}.get(name, Tensor)
             if value is not None and not isinstance(value, Tensor | others):
                 raise ValueError(f"`{name}` must be a tensor, got {shorten(value)}. {cure}")
+            is_by_token = name == "labels" or (name == "attention_mask" and _cache_in(kwargs) is None)
+            if not is_by_token or input_ids is None or not isinstance(value, Tensor):
+                continue
+            if value.ndim == 2 and value.shape != input_ids.shape:
+                raise ValueError(
+                    f"`{name}` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got {tuple(value.shape)}. "
+                    f"{cure}"
+                )
         views = kwargs.get("view_pixel_values")
         if views is not None and views.is_meta and self.device.type != "meta":
             raise ValueError(f"`view_pixel_values` must have values, got a tensor on the meta device. {cure}")
