@@ -190,12 +190,12 @@ def table_below(text: str, heading: str) -> list[list[str]]:
 
 
 def test_families_are_those_that_are_run():
-    page = read("docs", "guides", "combine.md")
+    page = read("docs", "guides", "compose.md")
     told = {row[0].strip("`"): row[2].strip("`") for row in table_below(page, "## What was run")}
     assert told == {name: family.processor[0] for name, family in FAMILIES.items()}
     refused = {row[0].strip("`"): row[1] for row in table_below(page, "## What is refused, and why")}
     assert refused == CLOSED_DOORS
-    assert read("docs", "guides", "combine.md").count("tests/models/test_spa3_vlm_families.py") == 1
+    assert read("docs", "guides", "compose.md").count("tests/models/test_spa3_vlm_families.py") == 1
     assert (ROOT / "tests" / "models" / "test_spa3_vlm_families.py").is_file()
 
 

@@ -143,11 +143,12 @@ def test_errors_of_ask_are_one_line(arguments, words, tmp_path):
     assert error == {"error": lines[0].removeprefix("error: ")}
 
 
-def test_a_missing_question_is_a_usage_error(scene):
+def test_a_missing_question_is_a_usage_error(scene, monkeypatch):
     result = run("ask", scene / "view2.png", code=2)
     assert result.stdout == "" and "The last argument must be the question, after at least one photo" in said(result)
-    result = run("ask", scene / "view2.png", scene / "view10.jpg", code=2)
-    assert f"got'{scene}" in said(result).replace(" ", "")  # a long path is broken over lines
+    monkeypatch.chdir(scene)  # long paths are shortened
+    result = run("ask", "view2.png", "view10.jpg", code=2)
+    assert "got 'view10.jpg'" in said(result)
 
 
 @pytest.mark.parametrize("option", [("--images", "small"), ("--dtype", "int4"), ("--max-new-tokens", "0"), ("--what",)])

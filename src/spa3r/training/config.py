@@ -81,7 +81,7 @@ class DataSection:
     """Which scenes are seen, and how much of them at a time.
 
     Args:
-        sources: What :func:`~spa3r.training.sources.make_source` takes, one after the other.
+        sources: What :func:`~spa3r.training.make_source` takes, one after the other.
         views: Views of a scene: one number, or fewest and most, of which one is drawn for each step.
         pictures_per_device: Budget of pictures of one batch.
         cameras: Where cameras come from.

@@ -48,7 +48,7 @@ class InstructionSection:
     """Which instructions are seen.
 
     Args:
-        train: What :func:`~spa3r.training.sources.make_instructions` takes.
+        train: What :func:`~spa3r.training.make_instructions` takes.
         max_length: Tokens of a row at most; None: any.
         max_bad_share: Share of rows that may be broken or too long.
         group_by_length: Whether rows of like length come together.
