@@ -83,7 +83,7 @@ REPORT_KEYS = ("skipped", "num_rows")
 IGNORED = -100
 """The label of a token whose loss is not taken."""
 
-CLOSED_DOORS = {
+UNSUPPORTED_FAMILIES = {
     "blip-2": "its generate takes pixels only",
     "fuyu": "its forward reads raw patch embeddings",
     "granite4_vision": "its image tokens enter between layers",
@@ -983,7 +983,7 @@ def check_vlm(family: str, vlm_class: type | None) -> None:
     Raises:
         ValueError: With the reason.
     """
-    reason = CLOSED_DOORS.get(family)
+    reason = UNSUPPORTED_FAMILIES.get(family)
     if vlm_class is None:
         reason = "transformers has no image-text-to-text model of it"
     elif "mm_encoder_outputs" not in inspect.signature(vlm_class.forward).parameters:
