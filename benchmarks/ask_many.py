@@ -110,7 +110,7 @@ def build(family: str, texts: list[str]) -> tuple[AutoConfig, transformers.Proce
     return config, processor
 
 
-def couple(family: str, width: int, texts: list[str], device: str) -> tuple[Spa3VLM, Spa3VLMProcessor]:
+def composed(family: str, width: int, texts: list[str], device: str) -> tuple[Spa3VLM, Spa3VLMProcessor]:
     """With random weights of which every one matters."""
     torch.manual_seed(0)
     config, vlm_processor = build(family, texts)
@@ -156,7 +156,7 @@ def main() -> int:
     generation = {"do_sample": False, "max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
     differ = 0
     for family in args.family:
-        model, processor = couple(family, args.width, questions, device)
+        model, processor = composed(family, args.width, questions, device)
         # Of random words an image token would ask for one more picture.
         special = sorted(processor.tokenizer.get_added_vocab().values())
         generation["suppress_tokens"] = [*special, *range(len(processor.tokenizer), VOCABULARY)]

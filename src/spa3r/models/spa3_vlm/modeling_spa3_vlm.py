@@ -3,7 +3,7 @@
 The parts are combined by the hooks that transformers gives every VLM: ``get_image_features`` makes the image tokens,
 and ``mm_encoder_outputs`` takes them back. So there is no subclass for each VLM and no patch of one.
 
-Tokens that are appended to a scene (``integration="append"``) can't go through that door: families count the image
+Tokens that are appended to a scene (``integration="append"``) can't be given by that hook: families count the image
 tokens of a picture, cut them into blocks and give them positions by its grid. The processor therefore writes ordinary
 tokens into the prompt, to hold their places. Everything that a family makes of a prompt (positions, masks, token types,
 padding) is then right without a word about them, and all that is left to do is to put other vectors there when the
