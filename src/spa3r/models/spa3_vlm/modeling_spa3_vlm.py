@@ -1,14 +1,15 @@
-"""Spa3-VLM: a VLM's image tokens look at the scene's latents before the language model reads them.
+"""Spa3-VLM: fuses a VLM's image tokens with a scene's latents before they enter the language model.
 
-The parts are combined by the hooks that transformers gives every VLM: ``get_image_features`` makes the image tokens,
-and ``mm_encoder_outputs`` takes them back. So there is no subclass for each VLM and no patch of one.
+The parts are combined through hooks that transformers gives every VLM: ``get_image_features`` computes the image
+tokens, and ``mm_encoder_outputs`` passes them back in. No VLM needs a subclass or a patch.
 
-Tokens that are appended to a scene (``integration="append"``) can't be given by that hook: families count the image
-tokens of a picture, cut them into blocks and give them positions by its grid. The processor therefore writes ordinary
-tokens into the prompt, to hold their places. Everything that a family makes of a prompt (positions, masks, token types,
-padding) is then right without a word about them, and all that is left to do is to put other vectors there when the
-input embeddings are looked up: a forward hook on the embedding table, for the time of one call. The padding token holds
-the places: every vocabulary has one, no chat template writes it, and padding has another attention mask.
+Appended tokens (``integration="append"``) can't be passed through that hook: families count the image tokens of a
+picture, split them into blocks and compute their positions from its grid. The processor therefore inserts ordinary
+tokens into the prompt as placeholders, so everything that a family derives from a prompt (positions, masks, token
+types, padding) is correct without special cases. The model then only replaces the vectors of these tokens when the
+input embeddings are looked up, with a forward hook on the embedding table that is active during one call. The
+placeholder is the padding token: every vocabulary has one, no chat template writes it, and the attention mask tells it
+from padding.
 """
 
 from __future__ import annotations
@@ -75,13 +76,13 @@ VIEW_KEYS = (
     "image_tokens_per_scene",
     "spatial_tokens_per_scene",
 )
-"""What :class:`~spa3r.Spa3VLMProcessor` adds to the VLM's own inputs."""
+"""Keys that :class:`~spa3r.Spa3VLMProcessor` adds to the VLM's own inputs."""
 
 REPORT_KEYS = ("skipped", "num_rows")
-"""What :class:`~spa3r.data.Spa3VLMCollator` tells beside the inputs; the model has no use for it."""
+"""Keys that :class:`~spa3r.data.Spa3VLMCollator` adds for logging; the model ignores them."""
 
 IGNORED = -100
-"""The label of a token whose loss is not taken."""
+"""Label of a token that is excluded from the loss."""
 
 UNSUPPORTED_FAMILIES = {
     "blip-2": "its generate takes pixels only",
@@ -91,11 +92,11 @@ UNSUPPORTED_FAMILIES = {
     "instructblipvideo": "it takes videos only",
     "llama4": "it projects image features inside its forward",
 }
-"""Families that accept ``mm_encoder_outputs`` and yet would ignore fused image tokens, in forward or in generate."""
+"""Families that accept ``mm_encoder_outputs`` but would ignore fused image tokens, in forward or in generate."""
 
 
 class Spa3VLMCrossAttention(nn.Module):
-    """Image tokens of a scene (queries) look at its projected spatial tokens (keys and values)."""
+    """Cross-attention from a scene's image tokens (queries) to its projected spatial tokens (keys and values)."""
 
     is_causal = False
 
@@ -122,7 +123,7 @@ class Spa3VLMCrossAttention(nn.Module):
 
 
 class Spa3VLMAdapter(nn.Module):
-    """Residual cross-attention with a gated bottleneck; its last layer starts at zero, so it starts as the identity."""
+    """Residual cross-attention with a gated bottleneck. Its last layer is initialized to zero (identity mapping)."""
 
     def __init__(self, config: Spa3VLMConfig):
         super().__init__()
@@ -142,10 +143,10 @@ class Spa3VLMAdapter(nn.Module):
     ) -> Tensor:
         """
         Args:
-            image_tokens: (sum of tokens, h), of all scenes one after the other.
-            spatial_tokens: (scenes, L, D), latents; or with `spatial_tokens_per_scene` (sum of spatial tokens, D).
-            tokens_per_scene: Image tokens of each scene.
-            spatial_tokens_per_scene: Spatial tokens of each scene; None: L.
+            image_tokens: (sum of tokens, h), all scenes concatenated.
+            spatial_tokens: (scenes, L, D), latents; (sum of spatial tokens, D) if `spatial_tokens_per_scene` is given.
+            tokens_per_scene: Number of image tokens of each scene.
+            spatial_tokens_per_scene: Number of spatial tokens of each scene; None: L.
 
         Returns:
             (sum of tokens, h), the fused image tokens.
@@ -161,7 +162,7 @@ class Spa3VLMAdapter(nn.Module):
 
 
 class Spa3VLMAppendAdapter(nn.Module):
-    """Projects spatial tokens to tokens of the prompt; all that ``integration="append"`` adds to a VLM."""
+    """Projects spatial tokens to prompt tokens. This is the only module that ``integration="append"`` adds to a VLM."""
 
     def __init__(self, config: Spa3VLMConfig):
         super().__init__()
@@ -174,19 +175,19 @@ class Spa3VLMAppendAdapter(nn.Module):
 
 @dataclass
 class AppendedTokens:
-    """Vectors that stand in the prompt in place of embeddings."""
+    """Vectors that replace embeddings in the prompt."""
 
     places: Tensor  # (batch, sequence, 1), bool
-    vectors: Tensor  # (batch, sequence, h), of any value elsewhere
+    vectors: Tensor  # (batch, sequence, h), values elsewhere are unused
 
     @contextmanager
     def entering(self, embeddings: nn.Module) -> Iterator[None]:
-        """While it lasts, looking up the prompt's embeddings gives these vectors in their places."""
+        """Context manager: inside it, looking up the prompt's embeddings returns these vectors in their places."""
         thread, length, entered = threading.get_ident(), self.places.shape[1], False
 
         def enter(module: nn.Module, args: tuple, embedded: Tensor) -> Tensor:
             nonlocal entered
-            # Models look up single tokens besides; another thread's prompt is its own affair.
+            # Models also look up single tokens. Prompts of other threads are left alone.
             if embedded.ndim != 3 or threading.get_ident() != thread:
                 return embedded
             if embedded.shape[1] < length:
@@ -195,9 +196,9 @@ class AppendedTokens:
                         f"Appended tokens need the whole prompt, {length} tokens, in one forward pass, got "
                         f"{embedded.shape[1]} of them. Leave `prefill_chunk_size` and earlier `past_key_values` out."
                     )
-                return embedded  # the next words, one by one
+                return embedded  # the next tokens, one by one
             entered = True
-            copies = len(embedded) // len(self.places)  # beams and samples: of each row one after the other
+            copies = len(embedded) // len(self.places)  # beams and samples: copies of a row are adjacent
             places, vectors = (part.repeat_interleave(copies, 0) for part in (self.places, self.vectors))
             prompt = torch.where(places.to(embedded.device), vectors.to(embedded), embedded[:, :length])
             return torch.cat([prompt, embedded[:, length:]], 1) if embedded.shape[1] > length else prompt
@@ -212,22 +213,22 @@ class AppendedTokens:
 
 
 class Spa3VLMBackbone(nn.Module):
-    """All of a Spa3-VLM but its head, as ``model.base_model``: trainers that project hidden states themselves, such as
+    """A Spa3-VLM without its head, as ``model.base_model``. Trainers that project hidden states themselves, such as
     TRL's, call it in place of the model.
 
-    It owns no part: what it runs is the model's.
+    It owns no submodules: it runs those of the model.
     """
 
-    _tp_plan = _pp_plan = None  # transformers asks
+    _tp_plan = _pp_plan = None  # transformers reads these
 
     def __init__(self, model: Spa3VLMForConditionalGeneration):
         super().__init__()
-        self._model = (model,)  # a module would be a part, and its parameters counted twice
+        self._model = (model,)  # a tuple, so that the model is not registered as a submodule and counted twice
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs
     ) -> ModelOutput | tuple:
-        """As the model's ``forward``, with ``last_hidden_state`` (batch, sequence, h) for ``logits``, and no loss."""
+        """Like the model's ``forward``, with ``last_hidden_state`` (batch, sequence, h) for ``logits``, and no loss."""
         (model,) = self._model
         return model._run(model.vlm.base_model, input_ids, attention_mask, kwargs)
 
@@ -235,15 +236,15 @@ class Spa3VLMBackbone(nn.Module):
 class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, GenerationMixin):
     """Any vision-language model of transformers whose image tokens are fused with the latents of a Spa3R.
 
-    ``model.vlm`` is the VLM, ``model.spa3r`` the Spa3R, ``model.adapter`` what joins them. The adapter and the language
-    model are trained; Spa3R and the VLM's vision side (tower and projector) are frozen and stay in eval mode, until
-    their parameters are given ``requires_grad_(True)``.
+    ``model.vlm`` is the VLM, ``model.spa3r`` the Spa3R, and ``model.adapter`` connects them. The adapter and the
+    language model are trained. Spa3R and the VLM's vision side (tower and projector) are frozen and stay in eval mode
+    until their parameters are given ``requires_grad_(True)``.
 
-    Before training the adapter is the identity: logits equal the plain VLM's, bit for bit.
+    Before training, the adapter is the identity: logits equal the plain VLM's, bit for bit.
 
-    ``config.integration`` and ``config.spatial_source`` are the paper's ablations. With ``"append"`` the adapter is a
-    projector alone and changes the logits from the first step; the processor has to know (``spatial_tokens``). With
-    ``"vggt"`` the Spa3R lends its backbone only. With ``"none"`` both ``spa3r`` and ``adapter`` are None.
+    ``config.integration`` and ``config.spatial_source`` are the paper's ablations. With ``"append"`` the adapter is
+    only a projector and changes the logits from the first step; the processor must be told (``spatial_tokens``). With
+    ``"vggt"`` only the backbone of the Spa3R is used. With ``"none"`` both ``spa3r`` and ``adapter`` are None.
     """
 
     config_class = Spa3VLMConfig
@@ -251,14 +252,14 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
     main_input_name = "input_ids"
     _keep_in_fp32_modules_strict = ["camera_head"]
     _released_kinds = ("spa3-vlm",)
-    _no_split_modules = ["Spa3RModel", "Spa3VLMAdapter"]  # and what the VLM names
+    _no_split_modules = ["Spa3RModel", "Spa3VLMAdapter"]  # plus those of the VLM
     _skip_quantization = ("spa3r", "adapter")
 
     def __init__(self, config: Spa3VLMConfig, vlm: PreTrainedModel | None = None, spa3r: Spa3RModel | None = None):
         super().__init__(config)
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
         check_vlm(self.vlm.config.model_type, type(self.vlm))
-        config.vlm_config = self.vlm.config  # parts may hold copies: one truth
+        config.vlm_config = self.vlm.config  # the VLM may hold a copy: keep one
         self.spa3r = self.adapter = None
         if config.spatial_source != "none":
             self.spa3r = spa3r if spa3r is not None else Spa3RModel(config.spa3r_config)
@@ -299,22 +300,21 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
 
         Args:
             vlm: Folder or hub id of any VLM of transformers that takes ``mm_encoder_outputs``, or the model.
-            spa3r: Folder or hub id of a Spa3R, or the model. With ``spatial_source="none"`` it is neither needed nor
-                loaded.
-            dtype: Of both, where they are loaded here; the adapter gets the VLM's.
+            spa3r: Folder or hub id of a Spa3R, or the model. Neither needed nor loaded with ``spatial_source="none"``.
+            dtype: Dtype of the parts that are loaded here; the adapter gets the VLM's.
             attn_implementation: Attention back end of both, or ``{"vlm_config": ..., "spa3r_config": ...}``.
             device_map: Where the VLM is placed; Spa3R and adapter go to the VLM's first device.
-            revision: Branch, tag or commit of the VLM's repository; of both, ``{"vlm_config": ..., "spa3r_config":
+            revision: Branch, tag or commit of the VLM's repository, or of both: ``{"vlm_config": ..., "spa3r_config":
                 ...}``.
-            quantization_config: Of the VLM, as in transformers. Spa3R and adapter are never quantized.
-            trust_remote_code: Whether the VLM may bring code of its own.
+            quantization_config: Applied to the VLM, as in transformers. Spa3R and adapter are never quantized.
+            trust_remote_code: Whether to run custom code from the VLM's repository.
             **kwargs: Other fields of :class:`Spa3VLMConfig`; and ``token``, ``cache_dir``, ``local_files_only``,
-                ``force_download`` for the hub. For anything else load the parts yourself.
+                ``force_download`` for the hub. For anything else, load the parts yourself.
 
         Raises:
-            TypeError: A keyword is neither, or is about loading a part that is passed as a model; or a part is neither
+            TypeError: A keyword is unknown, or concerns loading a part that is passed as a model; or a part is neither
                 a name nor a model of transformers.
-            ValueError: The VLM's family can't be combined with a Spa3R (the message says why), or there is no Spa3R.
+            ValueError: The VLM's family can't be combined with a Spa3R (the message says why), or no Spa3R is given.
         """
         hub_kwargs, fields = split_hub_kwargs(kwargs, cls.config_class)
         alone = fields.get("spatial_source") == "none"
@@ -361,7 +361,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
                 **hub_kwargs,
                 **({} if revisions.get("spa3r_config") is None else {"revision": revisions["spa3r_config"]}),
             )
-        # The dictionary form says what the adapter uses and leaves the loaded parts' own choice alone.
+        # The dictionary form sets the adapter's implementation and leaves that of the loaded parts unchanged.
         own = by_part.get("") if by_part else attn_implementation
         config = cls.config_class(
             vlm_config=vlm.config,
@@ -369,7 +369,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             attn_implementation={"": own},
             **fields,
         )
-        device = execution_device(vlm)  # an offloaded VLM's own tensors have none
+        device = execution_device(vlm)  # tensors of an offloaded VLM have no real device
         if spa3r is not None and not is_offloaded(spa3r):
             spa3r = spa3r.to(device)
         model = cls(config, vlm=vlm, spa3r=spa3r)
@@ -393,15 +393,15 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         return translate_spa3_vlm(released.tensors(), vlm_fields, fields)
 
     def save_pretrained(self, save_directory, include_backbone: bool = True, **kwargs) -> None:
-        """As transformers' ``save_pretrained``; optionally without Spa3R's frozen backbone.
+        """Like transformers' ``save_pretrained``; optionally without Spa3R's frozen backbone.
 
         Args:
-            save_directory: Folder.
-            include_backbone: False leaves the backbone out; the configuration then names where it comes from, and
-                ``from_pretrained`` fetches it there.
+            save_directory: Target folder.
+            include_backbone: False leaves out the backbone; the configuration then records its source, and
+                ``from_pretrained`` loads it from there.
             **kwargs: As in transformers.
         """
-        # Names as they are in memory: trainers load what they saved by name, and the layout is ours anyway.
+        # Keep the names in memory: trainers load what they saved by name, and the layout is ours.
         kwargs.setdefault("save_original_format", False)
         if self.spa3r is None:
             super().save_pretrained(save_directory, **kwargs)
@@ -421,21 +421,21 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         if isinstance(self.adapter, Spa3VLMAdapter) and module is self.adapter.bottleneck.fc2:
             init.zeros_(module.weight)
 
-    # Which part is what
+    # Submodules
 
     @property
     def base_model(self) -> nn.Module:
-        """The model without its head: called with the model's arguments, it gives hidden states."""
+        """The model without its head: takes the model's arguments and returns hidden states."""
         return Spa3VLMBackbone(self)
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """The VLM's."""
+        """The VLM's generation configuration."""
         return self.vlm.generation_config if "vlm" in self._modules else None
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
-        if "vlm" in self._modules:  # the constructor of PreTrainedModel sets a default before there is a VLM
+        if "vlm" in self._modules:  # PreTrainedModel's constructor sets a default before the VLM exists
             self.vlm.generation_config = value
 
     def get_input_embeddings(self) -> nn.Module:
@@ -459,7 +459,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         return {part for part in parts if part is not None}
 
     def vision_modules(self) -> list[nn.Module]:
-        """The VLM's vision side: its largest modules that hold no part of the language model."""
+        """The VLM's vision side: its largest modules that contain no part of the language model."""
         language = self._language_modules()
 
         def walk(module: nn.Module) -> Iterator[nn.Module]:
@@ -474,7 +474,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         return list(walk(self.vlm))
 
     def vision_parameters(self) -> list[nn.Parameter]:
-        """The VLM's parameters outside its language model: vision tower, projector, learnt separators."""
+        """The VLM's parameters outside its language model: vision tower, projector, learned separators."""
         language = {id(parameter) for part in self._language_modules() for parameter in part.parameters()}
         return [parameter for parameter in self.vlm.parameters() if id(parameter) not in language]
 
@@ -491,14 +491,14 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         self.train(self.training)
 
     def train(self, mode: bool = True):
-        """As ``nn.Module.train``; frozen parts stay in eval mode."""
+        """Like ``nn.Module.train``; frozen parts stay in eval mode."""
         super().train(mode)
         for module in (self.spa3r, *self.vision_modules()):
             if module is not None and not any(parameter.requires_grad for parameter in module.parameters()):
                 module.eval()
         return self
 
-    # Running
+    # Forward and generate
 
     def forward(
         self,
@@ -512,28 +512,27 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         labels: Tensor | None = None,
         **kwargs,
     ) -> ModelOutput:
-        """The VLM's forward, on fused image tokens.
+        """Run the VLM's forward on fused image tokens.
 
         Args:
-            input_ids: (batch, sequence), one scene a row, with the VLM's image placeholders.
-            attention_mask: (batch, sequence); or (batch, 1, sequence, sequence), added to attention's logits, for
-                example where several questions share pictures and don't see each other.
+            input_ids: (batch, sequence), one scene per row, with the VLM's image placeholders.
+            attention_mask: (batch, sequence); or (batch, 1, sequence, sequence), added to the attention logits, for
+                example when several questions share pictures and must not attend to each other.
             view_pixel_values: (sum of N, 3 * p * p), patches of all views of all rows.
             view_grid_hw: (views, 2), patch grid of every view.
-            views_per_scene: (batch,), how many views each row has; 0 for a text-only row.
-            image_tokens_per_scene: (batch,), image placeholders in each row; None: counted in `input_ids`.
-            spatial_tokens_per_scene: (batch,), places for appended tokens in each row, with ``integration="append"``;
-                None: counted in `input_ids`.
-            labels: (batch, sequence), token ids, -100 where the loss is not taken.
-            **kwargs: Everything else that the processor made for the VLM (``pixel_values`` and so on), and any other
-                argument of the VLM's forward.
-
+            views_per_scene: (batch,), number of views of each row; 0 for a text-only row.
+            image_tokens_per_scene: (batch,), number of image placeholders in each row; None: counted in `input_ids`.
+            spatial_tokens_per_scene: (batch,), number of places for appended tokens in each row, with
+                ``integration="append"``; None: counted in `input_ids`.
+            labels: (batch, sequence), token ids; -100 excludes a token from the loss.
+            **kwargs: Everything else that the processor returned for the VLM (``pixel_values`` and so on), and any
+                other argument of the VLM's forward.
         Returns:
             The VLM's own output: ``loss`` (with labels), ``logits``, ``past_key_values``, ...
 
         Raises:
-            TypeError: A keyword is known neither here nor to the VLM, which would ignore it.
-            ValueError: Pictures without views or the other way round, or counts that contradict one another.
+            TypeError: Neither this method nor the VLM knows a keyword; the VLM would ignore it.
+            ValueError: Pictures come without views or vice versa, or counts contradict each other.
         """
         kwargs |= {
             "view_pixel_values": view_pixel_values,
@@ -546,7 +545,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             self.vlm, input_ids, attention_mask, kwargs | {"labels": labels}, is_training=labels is not None
         )
 
-    # Only what it calls is compiled, not the lines themselves: they deal with Python numbers, locks and caches.
+    # Only the called functions are compiled. The lines here handle Python numbers, locks and caches.
     @torch.compiler.disable(recursive=False)
     def _run(
         self,
@@ -556,7 +555,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         kwargs: dict[str, Any],
         is_training: bool = True,
     ) -> ModelOutput | tuple:
-        """The VLM, or its part without the head, on fused image tokens."""
+        """Run the VLM, or its part without the head, on fused image tokens."""
         self._check_keywords(kwargs, _forward_keywords(self.vlm))
         with turn(self):
             inputs, appended = self._fuse(input_ids, attention_mask, kwargs)
@@ -570,11 +569,11 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             remember_offset(next((value for value in outputs if isinstance(value, Cache)), None), offsets)
         is_idle = self.adapter is not None and "mm_encoder_outputs" not in inputs
         if is_training and is_idle and torch.is_grad_enabled():
-            # Distributed training waits for a gradient of every parameter, also of a batch that has text only.
+            # Distributed training expects a gradient for every parameter, even for a text-only batch.
             idle = 0.0 * sum(parameter.sum() for parameter in self.adapter.parameters() if parameter.requires_grad)
             if isinstance(output, tuple):
                 return (output[0] + idle, *output[1:])
-            first = next(iter(output))  # the loss, or without a head the hidden states
+            first = next(iter(output))  # the loss, or the hidden states without a head
             output[first] = output[first] + idle
         return output
 
@@ -582,20 +581,20 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
     def generate(
         self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
     ) -> Tensor | ModelOutput:
-        """The VLM's ``generate``, on fused image tokens, with everything that it offers.
+        """Run the VLM's ``generate`` on fused image tokens; all its features are supported.
 
-        A batch of :class:`~spa3r.data.Spa3VLMCollator` may be given: with `labels`, the prompt of each row is what
-        comes before its last answer, or all of a row without answers. All prompts then end at the end of the sequence,
-        so that what is behind it was generated.
+        A batch of :class:`~spa3r.data.Spa3VLMCollator` is accepted: with `labels`, the prompt of each row is the part
+        before its last answer, or the whole row if it has no answers. Prompts are padded on the left, so generated
+        tokens follow them directly.
 
         Args:
-            inputs: (batch, sequence), the prompt; or as ``input_ids=``.
+            inputs: (batch, sequence), the prompt; may also be passed as ``input_ids=``.
             generation_config: As in transformers; None: the VLM's.
-            **kwargs: What the processor or the collator made, and any argument of the VLM's ``generate``.
+            **kwargs: Outputs of the processor or the collator, and any argument of the VLM's ``generate``.
 
         Raises:
-            TypeError: A keyword is known neither here nor to the VLM.
-            ValueError: A row has a picture behind its last answer.
+            TypeError: Neither this method nor the VLM knows a keyword.
+            ValueError: A row has a picture after its last answer.
         """
         self._check_generate_keywords(kwargs, generation_config)
         input_ids = kwargs.pop("input_ids", inputs)
@@ -622,8 +621,8 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
     def _positions(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs: dict[str, Any], keep: bool
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What `forward` says about positions where the family would use what it kept of an earlier prompt; and the
-        offsets of this prompt, if it begins here and `keep` says that its cache may be used again."""
+        """Position arguments for `forward` where the family would otherwise reuse those of an earlier prompt; and the
+        offsets of this prompt, if it starts here and `keep` says that its cache may be used again."""
         if not keeps_offset(self.vlm) or inputs.get("position_ids") is not None:
             return {}, None
         given, cache = inputs.get("inputs_embeds") if input_ids is None else input_ids, _cache_in(inputs)
@@ -648,7 +647,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
     def _positions_of_whole_prompt(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """What `generate` says about positions, likewise."""
+        """Position arguments for `generate`, for the same reason."""
         cache = _cache_in(inputs)
         seen = 0 if cache is None or not keeps_offset(self.vlm) else cache.get_seq_length()
         if not seen or input_ids is None or inputs.get("position_ids") is not None:
@@ -656,18 +655,18 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         types, offsets = inputs.get("mm_token_type_ids"), None
         if types is not None and types.any():
             if types[:, seen:].any():
-                return {}  # the family computes them all from the prompt
+                return {}  # the family computes all positions from the prompt
             offsets = position_offsets(self.vlm, input_ids, attention_mask, inputs)
         positions = positions_behind(self.vlm, cache, offsets, attention_mask, tuple(input_ids.shape))
         return {"position_ids": positions.to(input_ids.device)}
 
-    @torch.compiler.disable  # compiled code of an earlier call doesn't look for new hooks
+    @torch.compiler.disable  # code compiled in an earlier call doesn't check for new hooks
     def _run_appending(self, part: nn.Module, inputs: dict[str, Any], appended: AppendedTokens) -> ModelOutput | tuple:
         with self._entering(appended):
             return part(**inputs)
 
     def _prompts(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A collated batch without its last answers: padded on the left, as long as before."""
+        """A collated batch without its last answers: padded on the left, with the same length."""
         batch = dict(batch)
         labels, input_ids = batch.pop("labels"), batch["input_ids"]
         mask = batch.setdefault("attention_mask", torch.ones_like(input_ids))
@@ -680,7 +679,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
                 "A row has a picture behind its last answer, which is where its prompt ends. Leave out what follows "
                 "the last answer."
             )
-        shifted = places - (labels.shape[1] - ends)[:, None]  # where each token comes from; below 0: padding
+        shifted = places - (labels.shape[1] - ends)[:, None]  # source index of each token; below 0: padding
         pad = self._pad_token_id()
         padding = {"input_ids": input_ids[:, :1] if pad is None else pad}
         for name, value in batch.items():
@@ -692,12 +691,12 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
     def _entering(self, appended: AppendedTokens | None) -> AbstractContextManager:
         return nullcontext() if appended is None else appended.entering(self.get_input_embeddings())
 
-    # Ragged: other shapes with each scene, which are Python numbers. Under `torch.compile` it runs as it stands.
+    # Ragged: shapes are Python numbers that change with each scene. `torch.compile` runs it uncompiled.
     @torch.compiler.disable
     def _fuse(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], AppendedTokens | None]:
-        """The VLM's arguments, with fused image tokens in place of pixels and views; and what the prompt is given."""
+        """The VLM's arguments, with fused image tokens in place of pixels and views; and tokens to append, if any."""
         kwargs = {key: value for key, value in kwargs.items() if key not in REPORT_KEYS}
         self._check_inputs(input_ids, attention_mask, kwargs)
         back_end = self.config.get_text_config()._attn_implementation
@@ -748,9 +747,9 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         return kwargs | {"mm_encoder_outputs": {"image": fused}}, appended
 
     def _check_keywords(self, given: Mapping[str, Any], known: Collection[str]) -> None:
-        """Refuse keywords that neither we nor the VLM know: VLMs pass them from layer to layer and use them nowhere.
+        """Raise for keywords that neither this class nor the VLM knows. VLMs pass them on without using them.
 
-        As in transformers, None is not given.
+        As in transformers, None counts as not given.
         """
         known = {*VIEW_KEYS, *REPORT_KEYS, *known}
         unknown = sorted(str(name) for name, value in given.items() if name not in known and value is not None)
@@ -764,12 +763,12 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             )
 
     def _check_generate_keywords(self, given: Mapping[str, Any], generation_config: GenerationConfig | None) -> None:
-        """Likewise of ``generate``; transformers looks at some of them, once the pictures are encoded."""
-        if given.get("custom_generate") is None:  # a function of one's own has arguments of its own
+        """The same check for ``generate``; transformers itself checks only some keywords, after encoding pictures."""
+        if given.get("custom_generate") is None:  # a custom function has its own arguments
             self._check_keywords(given, _generate_keywords(self.vlm, generation_config))
 
     def _check_inputs(self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Refuse what is no input, before any work. Values of tensors are not looked at."""
+        """Raise for invalid inputs before any work. Tensor values are not checked."""
         cure = "Pass what Spa3VLMProcessor returned."
         if input_ids is not None:
             check_tensor("input_ids", input_ids, cure)
@@ -786,7 +785,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             ("pixel_values", kwargs.get("pixel_values")),
             ("view_pixel_values", kwargs.get("view_pixel_values")),
         ):
-            # Pictures of several sizes are a list in some families, and masks of attention have other forms too.
+            # Some families take pictures of several sizes as a list, and attention masks have other forms too.
             others = {"pixel_values": list, "attention_mask": dict | BlockMask}.get(name, Tensor)
             if value is not None and not isinstance(value, Tensor | others):
                 raise ValueError(f"`{name}` must be a tensor, got {shorten(value)}. {cure}")
@@ -819,7 +818,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             raise ValueError("`image_tokens_per_scene` must be given where `input_ids` is not (with `inputs_embeds`).")
         given = None if given is None else as_list(given)
         if given is not None and (input_ids is None or input_ids.device.type != "cpu"):
-            return given  # counting would make the host wait for the device
+            return given  # counting would synchronize host and device
         counted = (input_ids == self.vlm.config.image_token_id).sum(dim=1).tolist()
         if given is not None and given != counted:
             raise ValueError(
@@ -829,7 +828,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         return counted
 
     def _encode_views(self, views: dict[str, Any], tokens_per_row: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Packed spatial tokens of the rows that have views, and how many each row has."""
+        """Packed spatial tokens of the rows that have views, and the number of tokens of each row."""
         counts = as_list(views["views_per_scene"])
         if len(counts) != len(tokens_per_row):
             raise ValueError(
@@ -862,9 +861,9 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         attention_mask: Tensor | None,
         given: Tensor | Sequence[int] | None,
     ) -> AppendedTokens:
-        """The projected spatial tokens in the places that the processor made for them: `wanted` in each row."""
+        """Put the projected spatial tokens into the places that the processor reserved: `wanted` in each row."""
         token_id = self.config.spatial_token_id
-        if attention_mask is not None and attention_mask.dim() == 4:  # padding doesn't see itself
+        if attention_mask is not None and attention_mask.dim() == 4:  # padding doesn't attend to itself
             attention_mask = attention_mask.diagonal(dim1=-2, dim2=-1)[:, 0] == 0
         if input_ids is None or (attention_mask is not None and attention_mask.shape != input_ids.shape):
             raise ValueError(
@@ -874,9 +873,9 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
                 "returned."
             )
         places = input_ids == token_id
-        if attention_mask is not None:  # the same token pads
+        if attention_mask is not None:  # padding uses the same token
             places &= attention_mask.bool().to(places.device)
-        # Counting would make the host wait for the device.
+        # Counting would synchronize host and device.
         counted = as_list(given) if given is not None and places.device.type != "cpu" else places.sum(1).tolist()
         if counted != list(wanted):
             raise ValueError(
@@ -896,9 +895,9 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         tokens_per_row: Sequence[int],
         spatial: tuple[Tensor, list[int]] | None,
     ) -> Tensor | list[Tensor]:
-        """Fused image tokens in the form that the VLM wants them back: one tensor, or a list with an item a row.
+        """Fused image tokens in the form that the VLM expects: one tensor, or a list with one item per row.
 
-        `spatial` holds packed spatial tokens and how many each row has; None leaves the image tokens as they are.
+        `spatial` holds packed spatial tokens and the number of each row; None returns the image tokens unchanged.
         """
         shape = features.shape if isinstance(features, Tensor) else None
         tokens = features.flatten(0, -2) if shape is not None else torch.cat([f.flatten(0, -2) for f in features])
@@ -912,12 +911,12 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             spatial_tokens, spatial_per_row = spatial
             per_scene = ([count for count in counts if count] for counts in (tokens_per_row, spatial_per_row))
             fused = self.adapter(tokens, spatial_tokens.to(tokens.device), *per_scene)
-        # Row by row, since some families expand lists for beams picture by picture, which would mix rows up.
+        # One item per row: some families expand lists for beams item by item; one item per picture would mix rows up.
         return fused.reshape(shape) if shape is not None else list(fused.split(list(tokens_per_row)))
 
 
 def _check_part(name: str, part: Any, loading: dict[str, Any]) -> None:
-    """A part is a name or a model; what is about loading it goes with a name only."""
+    """A part is a name or a model; loading arguments are allowed with a name only."""
     if isinstance(part, PreTrainedModel):
         if given := sorted(key for key, value in loading.items() if value is not None):
             raise TypeError(
@@ -933,7 +932,7 @@ def _check_part(name: str, part: Any, loading: dict[str, Any]) -> None:
 
 
 def _parameters(call: Callable) -> set[str]:
-    """Names of a function's parameters, but for those that stand for any."""
+    """Names of a function's parameters, without ``*args`` and ``**kwargs``."""
     return {
         name
         for name, parameter in inspect.signature(call).parameters.items()
@@ -942,7 +941,7 @@ def _parameters(call: Callable) -> set[str]:
 
 
 def _forward_keywords(vlm: PreTrainedModel) -> set[str]:
-    """What a VLM's forward takes: what it doesn't use itself, its decoder and its loss may use."""
+    """Keywords that a VLM's forward takes, including those that its decoder or its loss uses."""
     decoder = vlm.get_decoder()
     way = [module for module in vlm.modules() if any(part is decoder for part in module.modules())]
     calls = [vlm.base_model.get_image_features, *(module.forward for module in way)]
@@ -952,11 +951,11 @@ def _forward_keywords(vlm: PreTrainedModel) -> set[str]:
 
 
 UNSIGNED = {"past_key_values", "return_dict", "use_cache"}
-"""What decorators of transformers take out before a forward, so that it is in no signature."""
+"""Keywords that decorators of transformers remove before a forward, so no signature contains them."""
 
 
 def _generate_keywords(vlm: PreTrainedModel, generation_config: GenerationConfig | None) -> set[str]:
-    """What a VLM's ``generate`` takes."""
+    """Keywords that a VLM's ``generate`` takes."""
     calls = (vlm.generate, GenerationMixin.generate, vlm.prepare_inputs_for_generation)
     settings = vars(GenerationConfig()) | (vars(generation_config) if generation_config is not None else {})
     others = {"tokenizer", "assistant_tokenizer", "trust_remote_code"}
@@ -964,24 +963,24 @@ def _generate_keywords(vlm: PreTrainedModel, generation_config: GenerationConfig
 
 
 def _cache_in(inputs: dict[str, Any]) -> Cache | None:
-    """The cache among a model's inputs, by its name of today or of earlier versions of transformers."""
+    """The cache among a model's inputs, under its current name or that of earlier transformers versions."""
     return next((inputs[name] for name in ("cache", "past_key_values") if inputs.get(name) is not None), None)
 
 
 def _regroup(features: Sequence[Tensor], tokens_per_row: Sequence[int]) -> list[Tensor]:
-    """The deepstack features of one layer, an item a row like the fused tokens."""
+    """The deepstack features of one layer, one item per row like the fused tokens."""
     return list(torch.cat(list(features)).split(list(tokens_per_row)))
 
 
 def check_vlm(family: str, vlm_class: type | None) -> None:
-    """Refuse a VLM whose image tokens can't be fused.
+    """Raise for a VLM whose image tokens can't be fused.
 
     Args:
-        family: Its ``model_type``.
-        vlm_class: Its class; None if transformers has no image-text-to-text model of the family.
+        family: The VLM's ``model_type``.
+        vlm_class: The VLM's class; None if transformers has no image-text-to-text model of the family.
 
     Raises:
-        ValueError: With the reason.
+        ValueError: The family is unsupported; the message gives the reason.
     """
     reason = UNSUPPORTED_FAMILIES.get(family)
     if vlm_class is None:

@@ -1,11 +1,11 @@
-"""Encode a scene once, ask many questions about it.
+"""Encode a scene once and ask many questions about it.
 
-What precedes a question in its prompt is the same for all questions about a scene: the system's words and the pictures,
-nearly all of the tokens. Its keys and values are kept, and each question goes on from them, so the vision tower, Spa3R
-and the language model's pass over the pictures run once.
+The part of a prompt before the question is the same for all questions about a scene: the system prompt and the
+pictures, nearly all of the tokens. Its keys and values are kept, and each question continues from them, so the vision
+tower, Spa3R and the language model's pass over the pictures run once.
 
 Tokens are exactly those of a whole prompt. The prefix ends after the last token of the pictures, which no tokenizer
-merges with what follows; what follows comes from the processor, out of a whole prompt about one tiny picture.
+merges with what follows. The tokens after it are taken from a whole prompt about one tiny picture.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ if TYPE_CHECKING:
     from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 
 MAX_BATCH_SIZE = 32
-"""Questions asked at once where nobody says how many."""
+"""Default number of questions in a batch."""
 
 UNSHARED_PREFIXES = {"paligemma": "its pictures look at the question"}
-"""Families whose prefix is another one with each question, and why."""
+"""Families whose prefix depends on the question, with the reason."""
 
 PADDABLE_LAYERS = {"DynamicLayer", "DummyLayer"}
-"""Layers of a cache that a mask keeps from seeing padding. Windows count padding, and recurrent states swallow it."""
+"""Cache layers that handle padding with a mask. Sliding windows count padding, and recurrent states absorb it."""
 
 CACHE_LAYERS = PADDABLE_LAYERS | {
     "DynamicSlidingWindowLayer",
@@ -65,28 +65,28 @@ CACHE_LAYERS = PADDABLE_LAYERS | {
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionAndSlidingWindowAttentionLayer",
 }
-"""Layers of a cache that many rows can start from: all that they hold is tensors by row, and counters."""
+"""Cache layers that can be expanded to many rows: they hold only tensors with a row dimension, and counters."""
 
 FORMAT = "spa3r scene 2"
 ROOM = 64
-"""Tokens that a layer has room for before it is copied again."""
+"""Number of tokens that a layer can grow by before it is copied again."""
 
 
 @dataclass(repr=False)
 class EncodedScene:
-    """What :meth:`~spa3r.Spa3VLMForConditionalGeneration.encode_scene` keeps of a scene.
+    """The result of :meth:`~spa3r.Spa3VLMForConditionalGeneration.encode_scene`.
 
     Attributes:
-        processor: The one that made it; questions go through it as well.
-        views: The pictures as Spa3R saw them.
+        processor: The processor that made it; it also processes the questions.
+        views: The pictures as passed to Spa3R.
         input_ids: (prefix,), the prompt up to the question.
         image_tokens: (sum of image tokens, h), fused.
-        cache: The language model's keys and values of the prefix; the model's own kind of cache, of one row.
-        rope_delta: What is added to the place of a token behind the pictures to give its rotary position, in families
-            whose pictures have positions in three dimensions; None in others.
-        system: The system's words, or None.
-        model_fingerprint: Tells the model that encoded it from others.
-        processor_fingerprint: Tells its processor from others.
+        cache: The language model's keys and values of the prefix; the model's own kind of cache, with one row.
+        rope_delta: Offset from a token's index to its rotary position after the pictures, in families whose pictures
+            have three-dimensional positions; None in others.
+        system: The system prompt, or None.
+        model_fingerprint: Identifies the model that encoded it.
+        processor_fingerprint: Identifies its processor.
     """
 
     processor: Spa3VLMProcessor
@@ -100,7 +100,7 @@ class EncodedScene:
     processor_fingerprint: str
 
     def __len__(self) -> int:
-        """Tokens of the prefix."""
+        """Number of tokens of the prefix."""
         return len(self.input_ids)
 
     def __repr__(self) -> str:
@@ -111,17 +111,17 @@ class EncodedScene:
 
     @property
     def cache_num_bytes(self) -> int:
-        """Of the keys and values. Each question asked at the same time needs as much again."""
+        """Bytes of the keys and values. Each question of a batch needs the same amount again."""
         return sum(value.nbytes for state in _states(self.cache) for value in state.values() if _is_tensor(value))
 
     @property
     def num_bytes(self) -> int:
-        """Of everything that it holds; for :class:`SceneCache`."""
+        """Bytes of everything that the scene holds; used by :class:`SceneCache`."""
         pixels = sum(3 * view.width * view.height for view in self.views)
         return self.cache_num_bytes + self.image_tokens.nbytes + self.input_ids.nbytes + pixels
 
     def to(self, device: torch.device | str) -> EncodedScene:
-        """A scene on another device, to keep it in the host's memory; it can be asked about from anywhere."""
+        """A copy on another device, for example to keep it in host memory. Questions work from any device."""
         moved = copy.copy(self)
         moved.image_tokens, moved.cache = self.image_tokens.to(device), _changed(self.cache, lambda t: t.to(device))
         return moved
@@ -129,13 +129,13 @@ class EncodedScene:
     # Files
 
     def save(self, file: str | os.PathLike) -> None:
-        """Write a safetensors file; it appears whole or not at all.
+        """Write a safetensors file atomically.
 
         Args:
-            file: Its folder is made if need be.
+            file: Target file; its folder is created if needed.
 
         Raises:
-            WriteError: The system refused.
+            WriteError: The file can't be written.
         """
         tensors = {"input_ids": self.input_ids, "image_tokens": self.image_tokens}
         tensors |= {f"views.{i}": torch.from_numpy(np.array(view)) for i, view in enumerate(self.views)}
@@ -163,16 +163,16 @@ class EncodedScene:
         processor: Spa3VLMProcessor,
         device: torch.device | str | None = None,
     ) -> EncodedScene:
-        """Read what :meth:`save` wrote.
+        """Load a scene written by :meth:`save`.
 
         Args:
-            file: The file.
+            file: The file to read.
             model: The model that encoded it, or the same one loaded again.
             processor: Its processor, with the same settings.
-            device: Where the tensors go; None: the model's.
+            device: Target device of the tensors; None: the model's.
 
         Raises:
-            ValueError: The file holds no scene, a damaged or changed one, or one of another model or processor.
+            ValueError: The file is not a scene, is damaged or changed, or is of another model or processor.
         """
         device = model.device if device is None else device
         try:
@@ -211,7 +211,7 @@ class EncodedScene:
 
 
 def _read_about(text: str | None, file: str) -> dict[str, Any]:
-    """What a scene's file says beside its tensors: all entries, of the right types."""
+    """Metadata of a scene's file: all entries, with the right types."""
     try:
         about = json.loads(text or "null")
         is_right = about.keys() >= ABOUT.keys() and all(
@@ -240,11 +240,11 @@ ABOUT = {
     "layers": (list,),
     "digest": (str,),
 }
-"""Entries of a scene's file, and their types."""
+"""Metadata entries of a scene's file, and their types."""
 
 
 def _digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
-    """Of a scene's tensors, which lie on the CPU, and of what its file says beside them."""
+    """Hash of a scene's tensors (on the CPU) and of the metadata of its file."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -259,7 +259,7 @@ def _fault(
     cache: Cache,
     model: Spa3VLMForConditionalGeneration,
 ) -> str | None:
-    """What is wrong with the tensors and numbers of a scene's file; None: nothing."""
+    """What is wrong with the tensors and numbers of a scene's file; None if nothing is."""
     names = {"input_ids", "image_tokens", *(f"views.{i}" for i in range(min(count, len(tensors))))}
     if count < 1 or not names <= tensors.keys() or len(names) != 2 + count:
         return f"it lacks tensors of its prompt or of its {count} views"
@@ -285,8 +285,8 @@ def _fault(
 
 
 def _layer_fault(layer: Any, numbers: dict[str, int | bool], tensors: dict[str, Tensor], length: int) -> str | None:
-    """What is wrong with a saved layer of a cache, of a prefix of `length` tokens."""
-    for name in (*numbers, *tensors):  # what is set must be there, and nothing that is called
+    """What is wrong with a saved cache layer of a prefix of `length` tokens; None if nothing is."""
+    for name in (*numbers, *tensors):  # names must be existing data attributes
         attribute, _, index = name.partition(".")
         known = attribute in vars(layer) and attribute not in ("dtype", "device")
         if not known or isinstance(vars(layer)[attribute], dict) != bool(index) or not f"0{index}".isdecimal():
@@ -303,22 +303,22 @@ def _layer_fault(layer: Any, numbers: dict[str, int | bool], tensors: dict[str, 
 
 
 class SceneMixin:
-    """Encoding scenes and asking about them, of :class:`~spa3r.Spa3VLMForConditionalGeneration`."""
+    """Scene methods of :class:`~spa3r.Spa3VLMForConditionalGeneration`: encode a scene and ask about it."""
 
     @torch.no_grad()
     def encode_scene(
         self, processor: Spa3VLMProcessor, images: Sequence[Image], *, system: str | None = None
     ) -> EncodedScene:
-        """Everything about a scene that no question changes, to be asked about by :meth:`ask`.
+        """Compute everything about a scene that doesn't depend on the question, for :meth:`ask`.
 
         Args:
-            processor: The model's.
-            images: Pictures of the scene, at least one; whatever the processor takes. For a video, its sampled frames
-                (:func:`spa3r.media.videos.sample_frames`).
-            system: The system's words; None: the chat template's own, if any.
+            processor: The model's processor.
+            images: Pictures of the scene, at least one, in any form that the processor takes. For a video, pass its
+                sampled frames (:func:`spa3r.media.videos.sample_frames`).
+            system: The system prompt; None: the chat template's default, if any.
 
         Returns:
-            The scene, on the model's device. The model's modules are left in the mode in which they were.
+            The scene, on the model's device. The training mode of the modules is restored.
 
         Raises:
             ValueError: There is no picture, the family's prompts have no prefix that questions share, or the processor
@@ -375,27 +375,27 @@ class SceneMixin:
         batch_size: int | None = None,
         **generate_kwargs,
     ) -> list[str] | str:
-        """Answers to questions about a scene, greedy unless told otherwise.
+        """Answer questions about a scene, greedily by default.
 
-        Each is the answer that the question gets alone, by ``generate`` on a prompt of the pictures and the question.
+        Each answer equals that of ``generate`` on a prompt with the pictures and this question alone.
 
         Args:
-            scene: What :meth:`encode_scene` returned; it can be asked any number of times.
-            questions: One, or many.
-            max_new_tokens: Length of an answer at most.
-            batch_size: Questions asked at once; each needs ``scene.cache_num_bytes`` of memory. None: all, up to 32.
-                In families whose caches take no padding (sliding windows, linear attention, convolutions) only
-                questions of equally many tokens share a batch.
-            **generate_kwargs: Anything else that the VLM's ``generate`` takes, but for what concerns caches and the
-                number of answers.
+            scene: The result of :meth:`encode_scene`; it can be used any number of times.
+            questions: One question, or a list.
+            max_new_tokens: Maximum length of an answer.
+            batch_size: Questions per batch; each needs ``scene.cache_num_bytes`` of memory. None: all, up to 32. In
+                families whose caches don't support padding (sliding windows, linear attention, convolutions), only
+                questions with the same number of tokens share a batch.
+            **generate_kwargs: Any other argument of the VLM's ``generate``, except those about caches and the number
+                of answers.
 
         Returns:
-            The answers as a list, in the questions' order; for a single text, its answer.
+            A list of answers in the questions' order; for a single question, its answer.
 
         Raises:
-            TypeError: A keyword is none of ``generate``'s.
-            ValueError: The scene is another model's, a question is empty or holds a special token, or an argument is
-                out of range.
+            TypeError: ``generate`` doesn't take a keyword.
+            ValueError: The scene belongs to another model, a question is empty or contains a special token, or an
+                argument is out of range.
         """
         if not isinstance(scene, EncodedScene):
             raise ValueError(f"`scene` must be what `encode_scene` returned, got {shorten(scene)}.")
@@ -431,10 +431,10 @@ class SceneMixin:
     def _go_on(
         self, scene: EncodedScene, tails: Sequence[list[int]], max_new_tokens: int, generate_kwargs: dict[str, Any]
     ) -> Tensor:
-        """(questions, new tokens), what follows the prefix and each question."""
+        """(questions, new tokens), the tokens generated after the prefix and each question."""
         length, longest = len(scene), max(map(len, tails))
-        # Padding stands between prefix and question, and is a token that the prefix has anyway: what looks at the words
-        # of a prompt, as a repetition penalty does, then sees the same words as without.
+        # Padding lies between prefix and question and uses a token that the prefix contains anyway. Processors that
+        # depend on the prompt's tokens, such as a repetition penalty, then give the same result as without padding.
         pad = next(token for token in scene.input_ids.tolist() if token not in _picture_ids(self, scene.processor))
         ids = torch.full((len(tails), length + longest), pad)
         ids[:, :length] = scene.input_ids
@@ -463,11 +463,11 @@ TAKEN = {
     *("num_return_sequences", "return_dict_in_generate", "inputs_embeds", "prefill_chunk_size", "assistant_model"),
     "prompt_lookup_num_tokens",
 }
-"""Arguments of ``generate`` that :meth:`SceneMixin.ask` sets itself or can't serve."""
+"""Arguments of ``generate`` that :meth:`SceneMixin.ask` sets itself or doesn't support."""
 
 
 class SceneCache(MutableMapping[Hashable, EncodedScene]):
-    """Scenes by name, of at most so many bytes together; the least recently used ones leave. Safe among threads.
+    """Thread-safe mapping from names to scenes with a size limit; the least recently used scenes are evicted first.
 
     .. code-block:: python
 
@@ -475,7 +475,7 @@ class SceneCache(MutableMapping[Hashable, EncodedScene]):
         scene = scenes.get_or_encode("room", lambda: model.encode_scene(processor, photos))
 
     Args:
-        max_bytes: Of all scenes together (``num_bytes`` of each). A scene that is larger alone is not kept.
+        max_bytes: Limit for all scenes together (``num_bytes`` of each). A single larger scene is not kept.
 
     Raises:
         ValueError: `max_bytes` is negative.
@@ -485,12 +485,12 @@ class SceneCache(MutableMapping[Hashable, EncodedScene]):
         if not is_count(max_bytes, 0):
             raise ValueError(f"`max_bytes` must be 0 or more, got {shorten(max_bytes)}.")
         self.max_bytes = max_bytes
-        self._scenes: OrderedDict[Hashable, EncodedScene] = OrderedDict()  # the least recently used first
+        self._scenes: OrderedDict[Hashable, EncodedScene] = OrderedDict()  # least recently used first
         self._lock = threading.RLock()
 
     @property
     def num_bytes(self) -> int:
-        """Of all scenes that are kept."""
+        """Total size of the cached scenes."""
         with self._lock:
             return sum(scene.num_bytes for scene in self._scenes.values())
 
@@ -513,7 +513,7 @@ class SceneCache(MutableMapping[Hashable, EncodedScene]):
         with self._lock:
             del self._scenes[name]
 
-    def __contains__(self, name: object) -> bool:  # looking is not using
+    def __contains__(self, name: object) -> bool:  # doesn't count as a use
         return name in self._scenes
 
     def __iter__(self) -> Iterator[Hashable]:
@@ -524,10 +524,10 @@ class SceneCache(MutableMapping[Hashable, EncodedScene]):
         return len(self._scenes)
 
     def get_or_encode(self, name: Hashable, encode: Callable[[], EncodedScene]) -> EncodedScene:
-        """The scene of this name; if it isn't there, what `encode` returns, which is kept.
+        """Return the scene of this name; if it is missing, call `encode`, keep the result and return it.
 
         Args:
-            name: Anything hashable.
+            name: Any hashable key.
             encode: Called without arguments.
         """
         with self._lock:
@@ -538,12 +538,12 @@ class SceneCache(MutableMapping[Hashable, EncodedScene]):
 
 
 class PrefixLayer(DynamicLayer):
-    """Keys and values of a prefix that many rows go on from: copied for them once, into a store with room for more.
+    """Keys and values of a prefix shared by many rows: copied once, into a buffer that has room to grow.
 
-    A :class:`DynamicLayer` of as many rows would copy all of the prefixes again with each new token.
+    A :class:`DynamicLayer` with as many rows would copy all of the prefixes again with each new token.
 
     Args:
-        prefix: A layer of one row; left as it is.
+        prefix: A layer with one row; it is not changed.
     """
 
     def __init__(self, prefix: DynamicLayer):
@@ -561,9 +561,9 @@ class PrefixLayer(DynamicLayer):
 
 
 def _append(store: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """The store with `new` behind what is held, and its part that is held then."""
+    """The buffer with `new` appended after `held`, and the part of it that is in use."""
     start, end = held.shape[-2], held.shape[-2] + new.shape[-2]
-    # No store yet, none that is large enough, or beams have changed places, which leaves it behind.
+    # There is no buffer yet, it is too small, or it is stale because beams were reordered.
     if store is None or end > store.shape[-2] or held.data_ptr() != store.data_ptr():
         store = new.new_empty(*new.shape[:2], end + ROOM, new.shape[-1])
         store[:, :, :start] = held
@@ -575,7 +575,7 @@ def _append(store: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Te
 
 
 def _empty_cache(vlm: PreTrainedModel) -> Cache:
-    """As ``generate`` makes it."""
+    """An empty cache as ``generate`` makes it."""
     cache = DynamicCache(config=vlm.config.get_text_config(decoder=True))
     unknown = sorted({type(layer).__name__ for layer in cache.layers} - CACHE_LAYERS)
     if unknown:
@@ -587,13 +587,13 @@ def _empty_cache(vlm: PreTrainedModel) -> Cache:
 
 
 def check_shares_prefix(vlm: PreTrainedModel) -> None:
-    """Refuse a VLM to which pictures are something else with each question.
+    """Raise for a VLM whose picture tokens depend on the question.
 
     Args:
-        vlm: Of transformers.
+        vlm: A VLM of transformers.
 
     Raises:
-        ValueError: With the reason.
+        ValueError: The prefix can't be shared; the message gives the reason.
     """
     family = vlm.config.model_type
     reason = UNSHARED_PREFIXES.get(family)
@@ -607,7 +607,7 @@ def check_shares_prefix(vlm: PreTrainedModel) -> None:
 
 
 def _check_length(vlm: PreTrainedModel, length: int) -> None:
-    """Keys of a prefix are only those of a whole prompt as long as RoPE's frequencies don't depend on its length."""
+    """A prefix has the keys of a whole prompt only as long as RoPE's frequencies don't depend on the length."""
     limit = longest_shared_length(vlm)
     if limit is not None and length > limit:
         raise ValueError(
@@ -622,7 +622,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _state(layer: Any) -> dict[str, Any]:
-    """What a layer holds, flat: tensors, numbers and truth values."""
+    """A layer's state as a flat dictionary of tensors, numbers and booleans."""
     state = {}
     for name, value in vars(layer).items():
         items = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
@@ -635,7 +635,7 @@ def _states(cache: Cache) -> list[dict[str, Any]]:
 
 
 def _set_state(layer: Any, state: dict[str, Any]) -> None:
-    """The reverse of :func:`_state`."""
+    """The inverse of :func:`_state`."""
     for key, value in state.items():
         name, _, index = key.partition(".")
         if index:
@@ -647,7 +647,7 @@ def _set_state(layer: Any, state: dict[str, Any]) -> None:
 
 
 def _changed(cache: Cache, change: Callable[[Tensor], Tensor]) -> Cache:
-    """A cache whose tensors are others; the given one is left as it is."""
+    """A copy of the cache with changed tensors; the given one is not changed."""
     changed = copy.copy(cache)
     changed.layers = [_changed_layer(layer, change) for layer in cache.layers]
     return changed
@@ -661,7 +661,7 @@ def _changed_layer(layer: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _shared(cache: Cache, rows: int) -> Cache:
-    """A cache of so many rows that all start from the given one's single row."""
+    """A cache of `rows` rows that all start from the given one's single row."""
 
     def repeat(tensor: Tensor) -> Tensor:
         return tensor.repeat_interleave(rows, 0) if tensor.ndim > 1 else tensor
@@ -683,13 +683,13 @@ def _conversation(images: Sequence[Image], question: str, system: str | None) ->
 
 
 def _picture_ids(model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor) -> set[int]:
-    """Tokens in whose places other vectors stand."""
+    """Tokens whose embeddings are replaced by other vectors."""
     ids = {model.vlm.config.image_token_id}
     return ids | ({processor.spatial_token_id} if processor.spatial_tokens is not None else set())
 
 
 def _prefix_length(ids: Tensor, picture_ids: set[int], processor: Spa3VLMProcessor) -> int:
-    """Tokens of a prompt up to the last that belongs to the pictures, with special tokens right behind it."""
+    """Length of a prompt up to the last picture token, including special tokens directly after it."""
     tokens, special = ids.tolist(), set(processor.tokenizer.get_added_vocab().values())
     length = max((place + 1 for place, token in enumerate(tokens) if token in picture_ids), default=0)
     while length and length < len(tokens) and tokens[length] in special:
@@ -708,7 +708,7 @@ def _check_questions(questions: Sequence[str], processor: Spa3VLMProcessor) -> N
 def _ask_about_one_tiny_picture(
     processor: Spa3VLMProcessor, questions: Sequence[str], system: str | None
 ) -> list[list[int]]:
-    """Whole prompts with as little to do for pictures as can be, since what follows a picture doesn't depend on it."""
+    """Whole prompts with minimal pictures, since the tokens after a picture don't depend on it."""
     side = processor.view_image_processor.patch_size
     processor = copy.copy(processor)
     processor.images = "native"
@@ -720,7 +720,7 @@ def _ask_about_one_tiny_picture(
 
 
 def _tails_behind(prompts: Sequence[list[int]], prefix: Sequence[int], picture_ids: set[int]) -> list[list[int]] | None:
-    """What follows the prefix in prompts about other pictures; None if they don't end their pictures as it does."""
+    """Tokens after the prefix in prompts about other pictures; None if their pictures end in different tokens."""
     ending = len(prefix) - max(place + 1 for place, token in enumerate(prefix) if token in picture_ids)
     tails = []
     for prompt in prompts:
@@ -732,7 +732,7 @@ def _tails_behind(prompts: Sequence[list[int]], prefix: Sequence[int], picture_i
 
 
 def _tails(model: Spa3VLMForConditionalGeneration, scene: EncodedScene, questions: Sequence[str]) -> list[list[int]]:
-    """The tokens of each question's prompt behind the prefix."""
+    """The tokens of each question's prompt after the prefix."""
     prompts = _ask_about_one_tiny_picture(scene.processor, questions, scene.system)
     tails = _tails_behind(prompts, scene.input_ids.tolist(), _picture_ids(model, scene.processor))
     if tails is None:
@@ -746,7 +746,7 @@ def _tails(model: Spa3VLMForConditionalGeneration, scene: EncodedScene, question
 def _check_probe(
     model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor, ids: Tensor, length: int, system: str | None
 ) -> None:
-    """The chat template must put the question behind the pictures, and say nothing there that depends on them."""
+    """Check that the chat template puts the question after the pictures, followed by nothing that depends on them."""
     prompt, picture_ids = ids.tolist(), _picture_ids(model, processor)
     tails = None
     if length:
@@ -761,7 +761,7 @@ def _check_probe(
 
 
 def _batches(lengths: Sequence[int], batch_size: int, pads: bool) -> Iterator[list[int]]:
-    """Questions of like lengths together; of equal lengths if there must be no padding."""
+    """Group questions of similar length; of equal length if padding is not supported."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     groups = [order] if pads else [list(group) for _, group in groupby(order, key=lengths.__getitem__)]
     for group in groups:
@@ -769,7 +769,7 @@ def _batches(lengths: Sequence[int], batch_size: int, pads: bool) -> Iterator[li
             yield group[start : start + batch_size]
 
 
-# Whose scene it is
+# Fingerprints
 
 
 OTHER = {"model": "other weights, other active adapters (LoRA), another dtype", "processor": "another tokenizer"}
@@ -778,7 +778,7 @@ OTHER = {"model": "other weights, other active adapters (LoRA), another dtype", 
 def _check_origin(
     scene: dict[str, Any], model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor, name: str
 ) -> None:
-    """Refuse a scene of another model or processor."""
+    """Raise for a scene of another model or processor."""
     for part, given, wanted in (
         ("model", scene["model_fingerprint"], model_fingerprint(model)),
         ("processor", scene["processor_fingerprint"], processor_fingerprint(processor)),
