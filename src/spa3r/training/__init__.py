@@ -1,4 +1,4 @@
-"""Pretraining and fine-tuning: configuration files, transformers' Trainer for whole batches, and whole checkpoints."""
+"""Pretraining and fine-tuning: configuration files, a Trainer for whole batches, and atomic checkpoints."""
 
 from spa3r.training.arguments import FinetuningArguments, PretrainingArguments
 from spa3r.training.config import DataSection, EvaluationSection, ModelSection, PretrainingConfig

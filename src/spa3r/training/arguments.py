@@ -1,4 +1,4 @@
-"""The arguments of the trainings: transformers' own, with the method's recipes as defaults."""
+"""Training arguments: those of transformers, with the recipes of the method as defaults."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from spa3r.checks import check_ranges, check_types
 COSINE = "cosine_with_min_lr"
 
 POLICIES = ("paper", "adapter_only", "lora", "qlora", "end_to_end")
-"""What a fine-tuning trains, see :class:`FinetuningArguments`."""
+"""What fine-tuning trains, see :class:`FinetuningArguments`."""
 
 
 MAX_SEED = 2**32 - 1
-"""NumPy takes none above."""
+"""The largest seed that NumPy accepts."""
 
 NUMBERS = (int, float, bool, int | None, float | None, bool | None)
 
@@ -37,33 +37,33 @@ RANGES: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(("max_steps", "local_rank"), (-1, None)),
     "dataloader_num_workers": (0, 1024),
 }
-"""Lowest and highest values of numbers among the arguments."""
+"""Lowest and highest values of numeric arguments."""
 
 
 @cache
 def types_of(arguments: type) -> dict[str, Any]:
-    """The annotated types of the trainer's arguments; ``report_to`` may be nothing."""
+    """The annotated types of the trainer's arguments; ``report_to`` may be None."""
     hints = get_type_hints(arguments)
     return {one.name: hints[one.name] for one in dataclasses.fields(arguments) if one.init}
 
 
 def check_arguments(arguments: type, values: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse values of wrong types, and numbers out of range.
+    """Reject values of wrong types, and numbers out of range.
 
     Args:
-        arguments: The class that has them.
-        values: Some of them by name.
-        prefix: Before their names in errors.
+        arguments: The class that defines the arguments.
+        values: Some of the arguments by name.
+        prefix: Prefix of the names in error messages.
 
     Raises:
-        ValueError: With the name, what it may be, and what it is.
+        ValueError: A value is wrong. The message has the name, the accepted values, and the given value.
     """
     check_types(values, types_of(arguments), prefix)
     check_ranges(values, RANGES, prefix)
 
 
 def make_checked(arguments: type[RunArguments], values: Mapping[str, Any]) -> Any:
-    """The trainer's arguments as a configuration has them; whatever they don't go with is an error before any work.
+    """Create the trainer's arguments from a configuration; conflicts raise an error before any work starts.
 
     Raises:
         ValueError: An argument is wrong.
@@ -75,7 +75,7 @@ def make_checked(arguments: type[RunArguments], values: Mapping[str, Any]) -> An
             options = {"scheduler_specific_kwargs": made.lr_scheduler_kwargs}
             get_scheduler(made.lr_scheduler_type, probe, num_warmup_steps=1, num_training_steps=2, **options)
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        if isinstance(error, ValueError) and str(error).startswith("`"):  # our own
+        if isinstance(error, ValueError) and str(error).startswith("`"):  # our own message
             raise
         raise ValueError(f"`training`: {error}. Correct the value.") from error
     return made
@@ -83,16 +83,16 @@ def make_checked(arguments: type[RunArguments], values: Mapping[str, Any]) -> An
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' ``TrainingArguments``, with what both trainings have as defaults.
+    """transformers' ``TrainingArguments`` with the defaults that both trainings share.
 
     Args:
-        max_nonfinite_steps: How many steps of a run may be dropped because their gradient is not finite. One more is
-            an error.
-        muon_learning_rate: Learning rate of the matrices inside transformer layers and adapters, which Muon then trains
-            instead of AdamW; it follows the same schedule. None: AdamW trains all.
+        max_nonfinite_steps: How many steps of a run may be dropped because their gradient is not finite. One more
+            raises an error.
+        muon_learning_rate: Learning rate of the matrices inside transformer layers and adapters, which are then trained
+            by Muon instead of AdamW; it follows the same schedule. None: AdamW trains all parameters.
 
     Raises:
-        ValueError: An argument doesn't suit a training that is counted in steps.
+        ValueError: An argument doesn't fit a training that is counted in steps.
     """
 
     max_grad_norm: float = field(default=1.0)
@@ -113,7 +113,7 @@ class RunArguments(TrainingArguments):
     muon_learning_rate: float | None = field(default=None)
 
     def __post_init__(self):
-        # Texts and dictionaries are transformers' to look at: they come in more forms here than in a file.
+        # transformers checks strings and dictionaries: here they come in more forms than in a file.
         types = {name: kind for name, kind in types_of(type(self)).items() if kind in NUMBERS}
         check_types(vars(self), types)
         check_ranges(vars(self), RANGES)
@@ -137,18 +137,18 @@ class RunArguments(TrainingArguments):
 
 @dataclass
 class PretrainingArguments(RunArguments):
-    """transformers' ``TrainingArguments``, with the recipe of the released Spa3R as defaults.
+    """transformers' ``TrainingArguments`` with the recipe of the released Spa3R as defaults.
 
-    AdamW with a learning rate of 2e-3 that falls along a cosine to a tenth of it, weight decay 1e-4 (not of biases and
-    norms), gradients clipped to 1.0, two batches accumulated, 80 000 steps. A training is counted in steps, not in
+    AdamW with a learning rate of 2e-3 and cosine decay to a tenth of it, weight decay 1e-4 (not for biases and norms),
+    gradients clipped to 1.0, two accumulated batches, 80 000 steps. The length of training is given in steps, not in
     epochs.
 
     Args:
-        max_nonfinite_steps: How many steps of a run may be dropped because their gradient is not finite. One more is
-            an error.
+        max_nonfinite_steps: How many steps of a run may be dropped because their gradient is not finite. One more
+            raises an error.
 
     Raises:
-        ValueError: An argument doesn't suit a training that is counted in steps and reads whole batches.
+        ValueError: An argument doesn't fit a training that is counted in steps and reads whole batches.
     """
 
     max_steps: int = field(default=80_000)
@@ -176,29 +176,29 @@ class PretrainingArguments(RunArguments):
 
 @dataclass
 class FinetuningArguments(RunArguments):
-    """transformers' ``TrainingArguments``, with the paper's instruction tuning as defaults.
+    """transformers' ``TrainingArguments`` with the instruction tuning of the paper as defaults.
 
-    One epoch of AdamW: a learning rate of 1e-5 that rises over 3 % of the steps and falls along a cosine to 0, weight
-    decay 0.01 (not of biases and norms), gradients clipped to 1.0, one row a device accumulated over 8 batches,
-    bfloat16 where the device has it.
+    One epoch of AdamW: warmup to a learning rate of 1e-5 over 3 % of the steps, then cosine decay to 0, weight decay
+    0.01 (not for biases and norms), gradients clipped to 1.0, one row per device accumulated over 8 batches, bfloat16
+    where the device supports it.
 
     Args:
-        policy: What is trained. All leave the VLM's vision tower and merger and Spa3R's backbone as they are.
+        policy: What is trained. Every policy freezes the VLM's vision tower and merger and Spa3R's backbone.
             ``"paper"``: adapter and language model. ``"adapter_only"``: the adapter. ``"lora"``: the adapter, and
             low-rank updates of the language model's linear layers by peft. ``"qlora"``: the same on a language model
-            of 4 bits by bitsandbytes. ``"end_to_end"``: as the paper, and Spa3R's encoder.
-        spa3r_learning_rate: That of Spa3R's encoder in ``"end_to_end"``.
-        psfm_weight: Weight of Spa3R's own pretraining loss on the same views, which guards the encoder in
-            ``"end_to_end"`` against forgetting; decoder and heads are frozen in it. 0: without.
-        lora_rank: Rank of the updates.
-        lora_alpha: Their scale, alpha / rank.
-        lora_dropout: Share of a LoRA layer's inputs that is dropped in training.
-        max_nonfinite_steps: How many steps of a run may be dropped because their gradient is not finite. One more is
-            an error.
-        bf16: Whether to compute in bfloat16; None: on a CUDA device that has it.
+            in 4 bits by bitsandbytes. ``"end_to_end"``: as ``"paper"``, plus Spa3R's encoder.
+        spa3r_learning_rate: Learning rate of Spa3R's encoder in ``"end_to_end"``.
+        psfm_weight: Weight of Spa3R's own pretraining loss on the same views, which protects the encoder from
+            forgetting in ``"end_to_end"``; decoder and heads are frozen. 0: without.
+        lora_rank: Rank of the low-rank updates.
+        lora_alpha: The updates are scaled by alpha / rank.
+        lora_dropout: Dropout rate of the inputs of LoRA layers.
+        max_nonfinite_steps: How many steps of a run may be dropped because their gradient is not finite. One more
+            raises an error.
+        bf16: Whether to compute in bfloat16; None: on CUDA devices that support it.
 
     Raises:
-        ValueError: The policy is unknown, or an argument doesn't suit it.
+        ValueError: The policy is unknown, or an argument doesn't fit it.
     """
 
     policy: str = field(default="paper")
@@ -210,7 +210,7 @@ class FinetuningArguments(RunArguments):
     num_train_epochs: float = field(default=1.0)
     learning_rate: float = field(default=1e-5)
     lr_scheduler_type: str = field(default="cosine")
-    warmup_steps: float = field(default=0.03)  # below 1 it is the share of all steps
+    warmup_steps: float = field(default=0.03)  # below 1 it is a share of all steps
     weight_decay: float = field(default=0.01)
     gradient_accumulation_steps: int = field(default=8)
     bf16: bool | None = field(default=None)
@@ -226,7 +226,7 @@ class FinetuningArguments(RunArguments):
         if self.bf16 is None:
             self.bf16 = not (self.use_cpu or self.fp16) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}  # a frozen layer's input needs no gradient
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}  # inputs of frozen layers need no gradient
         super().__post_init__()
 
 

@@ -1,4 +1,4 @@
-"""What the trainers share: data without an end, whole checkpoints, exact resumption, logs true after a kill."""
+"""What the trainers share: endless data, atomic checkpoints, exact resumption, and logs that survive a kill."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ ARGUMENTS_FILE = "training_args.json"
 
 
 class BatchLoader:
-    """Epoch after epoch of whole batches without an end, from any position on.
+    """Whole batches, epoch after epoch without end, from any position.
 
     Attributes:
-        epoch: Where the batch that was handed out last belongs to, from 0.
-        batch: How many batches of that epoch were handed out.
+        epoch: Epoch of the last batch that was returned, from 0.
+        batch: How many batches of that epoch were returned.
     """
 
     def __init__(self, batches: Any, **options: Any):
-        # A generator of its own: a loader draws a seed from it each time, which must not shift the global one.
+        # The loader has its own generator: it draws a seed from it each time, which must not advance the global one.
         self.loader = DataLoader(batches, batch_size=None, generator=torch.Generator(), **options)
         self.dataset = batches
         self.epoch = self.batch = 0
@@ -86,13 +86,13 @@ class BatchLoader:
             self.epoch, self.batch = self.epoch + 1, 0
 
     def close(self) -> None:
-        """End the worker processes."""
+        """Stop the worker processes."""
         end_workers(self.loader._iterator)
         self.loader._iterator = None
 
     @property
     def progress(self) -> float:
-        """Epochs gone through, with the part of the present one where its length is known."""
+        """Number of epochs completed, including the fraction of the current one where its length is known."""
         try:
             return self.epoch + self.batch / max(1, len(self.dataset))
         except TypeError:  # a stream
@@ -100,13 +100,13 @@ class BatchLoader:
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    # Ctrl-C and schedulers signal the whole group; the main process still needs its batches to end a step.
+    # Ctrl-C and schedulers signal the whole group, but the main process still needs its batches to finish a step.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers(iterator: Any) -> None:
-    """By hand, since they ignore the signal by which Python would end them."""
+    """Terminate the workers explicitly, since they ignore the signal by which Python would stop them."""
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
 
@@ -116,13 +116,13 @@ class Window:
 
     def __init__(self):
         self.names: tuple[str, ...] = ()
-        self.sums: Tensor | None = None  # of every term its weights, then of every term its weighted values
+        self.sums: Tensor | None = None  # the weights of all terms, then their weighted values
         self.counts: Counter[str] = Counter()
         self.start = time.perf_counter()
         self.paused = 0.0
 
     def add(self, loss: Tensor, losses: Mapping[str, Tensor], weights: float | Sequence[float]) -> None:
-        """Add the terms of a batch, each with its weight, unless the loss is not finite."""
+        """Add the terms of a batch with their weights, unless the loss is not finite."""
         self.names = tuple(losses)
         values = torch.stack(list(losses.values())).detach().float()
         weights = torch.as_tensor(weights, dtype=values.dtype).expand_as(values).to(values.device)
@@ -132,7 +132,7 @@ class Window:
 
     @staticmethod
     def means(sums: Sequence[float], names: Sequence[str]) -> dict[str, float]:
-        """The means of the terms, of sums over any number of windows; nan for what has no weight."""
+        """The means of the terms from sums over any number of windows; nan for terms without weight."""
         return {
             name: value / weight if weight else math.nan
             for name, weight, value in zip(names, sums[: len(names)], sums[len(names) :])
@@ -140,34 +140,34 @@ class Window:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """What is done meanwhile doesn't count as training time."""
+        """Exclude the enclosed work from the training time."""
         start = time.perf_counter()
         yield
         self.paused += time.perf_counter() - start
 
 
 class ResumableTrainer(Trainer):
-    """transformers' Trainer for whole batches from a data set of its own order.
+    """transformers' Trainer for whole batches from a data set that defines its own order.
 
-    The loss of a step is a mean over all that it covers in all processes and accumulated batches. A step whose gradient
-    is not finite is dropped, by all processes alike, and the samples that caused it are named. Checkpoints hold no
-    pickles, appear at once, and a resumed run goes on exactly where the saved one was, in the data too.
+    The loss of a step is a mean over all processes and accumulated batches. A step whose gradient is not finite is
+    dropped in all processes, and the samples that caused it are named. Checkpoints hold no pickles and appear
+    atomically. A resumed run continues exactly where the saved one was, in the data too.
 
-    A subclass makes the batches of a step ready (``get_batch_samples``), computes the loss, and says what a checkpoint
-    holds (``_save_weights``, ``_load_weights``).
+    A subclass prepares the batches of a step (``get_batch_samples``), computes the loss, and defines the content of a
+    checkpoint (``_save_weights``, ``_load_weights``).
     """
 
     training_data: Sequence[str] = ()
-    """Names of what the model is trained on, for its card."""
+    """Names of the training data, for the model card."""
 
     UNIT = "scenes"
-    """What a batch is made of, in words to the user."""
+    """What a batch consists of, as shown to the user."""
 
     def __init__(self, model: nn.Module, args: Any, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
         super().__init__(
             model, args, callbacks=[*callbacks, _StopAtTheEndOfTheStep(self), JsonLinesCallback()], **kwargs
         )
-        self.remove_callback(PrinterCallback)  # log.jsonl has it all
+        self.remove_callback(PrinterCallback)  # log.jsonl has everything
         if self.args.muon_learning_rate is not None and self.is_sharded:
             raise ValueError(
                 "`muon_learning_rate` must be None where FSDP or DeepSpeed shards the model: Muon needs whole "
@@ -180,10 +180,10 @@ class ResumableTrainer(Trainer):
         self.skipped = SkippedReport(getattr(self.train_dataset, "max_bad_share", None))
         self._window = Window()
         self._is_stopping = False
-        self._writing_dir: Path | None = None  # while a checkpoint is written
+        self._writing_dir: Path | None = None  # set while a checkpoint is written
         self._host_group = None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # Counts and flags travel from host to host: no accelerator has to be waited for.
+            # Counts and flags are exchanged between hosts, without waiting for an accelerator.
             self._host_group = dist.new_group(backend="gloo")
 
     @property
@@ -191,12 +191,12 @@ class ResumableTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """FSDP2 shards; mixed precision stays with autocast, as everywhere else. FSDP2's own casts whatever passes
-        through a layer: the cameras of PRoPE, poses, and the loss."""
+        """FSDP2 shards only; autocast handles mixed precision, as everywhere else. FSDP2's own mixed precision casts
+        every input of a layer: the cameras of PRoPE, poses, and the loss."""
         args = super()._build_accelerator_args(**kwargs)
         plugin = args["fsdp_plugin"]
         if plugin is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            plugin = FullyShardedDataParallelPlugin()  # of the launcher's configuration file
+            plugin = FullyShardedDataParallelPlugin()  # from the launcher's configuration file
         if plugin is not None and plugin.fsdp_version == 2:
             plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         return args | {"fsdp_plugin": plugin}
@@ -204,7 +204,7 @@ class ResumableTrainer(Trainer):
     # Data
 
     def get_train_dataloader(self) -> BatchLoader:
-        """The batches of all epochs. Not prepared by accelerate, which would cut packed tensors along dimension 0."""
+        """The batches of all epochs, not prepared by accelerate, which slices packed tensors along dimension 0."""
         options = self._loader_options()
         self.loader = BatchLoader(self.train_dataset, persistent_workers="num_workers" in options, **options)
         return self.loader
@@ -223,8 +223,8 @@ class ResumableTrainer(Trainer):
 
     @staticmethod
     def _start_method() -> str | None:
-        """How workers start. Among several processes not by a plain fork: threads wait for the others' messages, and a
-        worker that is forked while one of them holds a lock waits for it for ever."""
+        """How workers start. With several processes a plain fork is not safe: threads wait for messages of the other
+        processes, and a worker that is forked while one of them holds a lock waits for it forever."""
         several = dist.is_initialized() and dist.get_world_size() > 1
         return "forkserver" if several and "forkserver" in multiprocessing.get_all_start_methods() else None
 
@@ -248,19 +248,19 @@ class ResumableTrainer(Trainer):
     def get_optimizer_cls_and_kwargs(
         args: Any, model: nn.Module | None = None
     ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        """As in transformers, with Muon where it is asked for."""
+        """As in transformers, with Muon if requested."""
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if args.muon_learning_rate is None:
             return optimizer, options
         return MuonAndAdamW, options | {"matrices": layer_matrices(model), "muon_lr": args.muon_learning_rate}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None) -> Tensor:
-        """Forward and backward of one batch; its share in the loss of the step, 0 if that is not finite."""
+        """Forward and backward of one batch; returns its share of the loss of the step, 0 if that is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs  # in compute_loss, where it is known what the model takes
+        return inputs  # done in compute_loss, where the model's inputs are known
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | None:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -272,17 +272,17 @@ class ResumableTrainer(Trainer):
         return norm
 
     def _drop_step(self, model: nn.Module, norm: float) -> None:
-        """Let the optimiser do nothing in this step. The norm is that of all processes, so all of them come here."""
+        """Make the optimizer skip this step. The norm is that of all processes, so all of them get here."""
         guilty = sorted({name for part in self._gather_from_hosts(self._nonfinite_parts()) for name in part})
         if self.accelerator.scaler is not None and not guilty:
-            return  # the scaler of float16 probes for the largest factor, and drops the step itself
+            return  # the scaler of float16 searches for the largest factor, and drops the step itself
         blame = f"{self.UNIT} {', '.join(guilty)}" if guilty else "no loss: the gradient alone is not finite"
-        if self.is_deepspeed_enabled:  # it has taken its step inside `backward`
+        if self.is_deepspeed_enabled:  # it has already taken its step inside `backward`
             raise ValueError(
                 f"The gradient of step {self.state.global_step + 1} is not finite ({norm}) because of {blame}, and "
                 "DeepSpeed has already used it. Take them out of the data and resume from the last checkpoint."
             )
-        self._check_finite()  # else it would go on to drop step after step
+        self._check_finite()  # otherwise the run would drop every further step
         self.nonfinite_steps += 1
         logger.warning(
             f"Step {self.state.global_step + 1} is dropped: its gradient is not finite ({norm}) because of {blame}."
@@ -296,13 +296,13 @@ class ResumableTrainer(Trainer):
             )
         if self.accelerator.scaler is None:
             for parameter in model.parameters():
-                parameter.grad = None  # which optimisers leave alone, weight decay included
+                parameter.grad = None  # optimizers skip such parameters, weight decay included
 
     def _check_finite(self) -> None:
-        """Refuse trained weights that are not finite, in all processes alike.
+        """Reject trained weights that are not finite, in all processes.
 
         Raises:
-            ValueError: Some are not. The message says which checkpoint has finite ones.
+            ValueError: Some weights are not finite. The message names the checkpoint with finite ones.
         """
         trained = ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
         names = nonfinite_tensors(trained)
@@ -317,7 +317,7 @@ class ResumableTrainer(Trainer):
         )
 
     def check_learnt(self) -> None:
-        """Refuse the end of a run that has learnt nothing.
+        """Reject a finished run that learned nothing.
 
         Raises:
             ValueError: Every step of the run was dropped.
@@ -330,21 +330,21 @@ class ResumableTrainer(Trainer):
             )
 
     def _nonfinite_parts(self) -> list[str]:
-        """The samples in this process's batches of the step that caused a gradient that is not finite."""
+        """The samples in this process's batches of the step that caused a non-finite gradient."""
         raise NotImplementedError
 
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As transformers' ``log``; entries of the training loss get all terms and the throughput."""
+        """As transformers' ``log``; entries of the training loss also get all terms and the throughput."""
         if self.loader is not None:
             self.state.epoch = self.loader.progress
         if "loss" in logs and "learning_rate" in logs:
             logs = self._training_entry(logs)
-        elif "train_runtime" in logs:  # counted in samples, of which a trainer of whole batches knows nothing
+        elif "train_runtime" in logs:  # counted in samples, which a trainer of whole batches doesn't count
             logs = {key: value for key, value in logs.items() if key in ("train_runtime", "train_steps_per_second")}
         super().log(logs, start_time)
-        self.state.log_history.clear()  # it would grow for ever, and with it every checkpoint; log.jsonl has it all
+        self.state.log_history.clear()  # it would grow without bound, as would every checkpoint; log.jsonl has it all
 
     def _training_entry(self, logs: dict[str, float]) -> dict[str, float]:
         window, self._window = self._window, Window()
@@ -361,11 +361,11 @@ class ResumableTrainer(Trainer):
         return entry
 
     def _counted(self, counts: Mapping[str, float], seconds: float) -> dict[str, float]:
-        """What the window counted, as it stands in the log."""
+        """What the window counted, in the form of the log."""
         raise NotImplementedError
 
     def skipped_by_all(self) -> SkippedReport:
-        """What could not be read, by all processes; all of them have to ask."""
+        """What could not be read in all processes. Every process must call this."""
         total = SkippedReport()
         for counts in self._gather_from_hosts(_counts_of(self.skipped)):
             _count_again(total, counts)
@@ -374,7 +374,7 @@ class ResumableTrainer(Trainer):
     # Evaluation
 
     def _tell_evaluation(self, numbers: Mapping[str, float], prefix: str) -> dict[str, float]:
-        """Log what an evaluation measured, each name with the prefix, and let the callbacks see it."""
+        """Log the results of an evaluation with the prefix before each name, and pass them to the callbacks."""
         metrics = {f"{prefix}_{name}": value for name, value in numbers.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -383,7 +383,7 @@ class ResumableTrainer(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint that appears at once: written elsewhere, flushed to the disk, then moved."""
+        """Save a checkpoint atomically: write it elsewhere, flush it to disk, then move it."""
         self._check_finite()
         output_dir = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
@@ -399,7 +399,7 @@ class ResumableTrainer(Trainer):
                 self._wait_for_everyone()
                 if self.args.should_save:
                     written = unfinished_folder(output_dir) / name
-                    if self.state.best_global_step:  # named where it was written
+                    if self.state.best_global_step:  # its path is the one where it was written
                         best = output_dir / f"checkpoint-{self.state.best_global_step}"
                         self.state.best_model_checkpoint = str(best)
                         self.state.save_to_json(str(written / LAST_FILE))
@@ -419,11 +419,11 @@ class ResumableTrainer(Trainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed holds the model, and writes and reads its checkpoints."""
+        """Whether FSDP or DeepSpeed shards the model and writes and reads its checkpoints."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The model, the processor, and the arguments as JSON."""
+        """Save the model, the processor, and the arguments as JSON."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -439,20 +439,20 @@ class ResumableTrainer(Trainer):
         raise NotImplementedError
 
     def _load_weights(self, model: Any, checkpoint: Path) -> None:
-        """Put the weights of a checkpoint into the model."""
+        """Load the weights of a checkpoint into the model."""
         raise NotImplementedError
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_sharded:  # accelerate's and DeepSpeed's own formats
+        if self.is_sharded:  # formats of accelerate and DeepSpeed
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
             save_state(self.optimizer.state_dict(), Path(output_dir) / OPTIMIZER_FILE)
 
     def _save_scaler(self, output_dir: str) -> None:
-        """With the generators, see below."""
+        """Saved with the random states, see below."""
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Everything small that a resumed run needs, in one file."""
+        """Save all small states that a resumed run needs, in one file."""
         random_states, skipped = self._gather_from_hosts(random_state()), _counts_of(self.skipped_by_all())
         if not self.args.should_save:
             return
@@ -498,36 +498,36 @@ class ResumableTrainer(Trainer):
 
     def _restore_counts(self, state: dict[str, Any]) -> None:
         self.nonfinite_steps = state["nonfinite_steps"]
-        if self.args.process_index == 0:  # they are those of all processes
+        if self.args.process_index == 0:  # the counts cover all processes
             with as_value_error():
                 _count_again(self.skipped, state["skipped"])
 
     def restore(self, checkpoint: str | Path) -> None:
-        """Take the weights of a checkpoint and what its run has counted, without training; with
-        ``args.load_best_model_at_end`` the weights of the best one."""
+        """Load the weights of a checkpoint and the counts of its run, without training; with
+        ``args.load_best_model_at_end``, load the weights of the best checkpoint."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / LAST_FILE))
         best = self.best_checkpoint(self.state) if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(str(best or checkpoint))
         self._restore_counts(load_state(Path(checkpoint) / STATE_FILE))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Done above."""
+        """Loaded above."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             set_random_state(load_state(Path(checkpoint) / STATE_FILE)["random"][self.args.process_index])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """As transformers' ``train``. What a killed run left half-written is removed first, and the folder is this
-        run's alone until it ends.
+        """As transformers' ``train``. Incomplete files of a killed run are removed first, and the folder is locked for
+        this run until it ends.
 
         Args:
-            resume_from_checkpoint: A checkpoint; True: the newest whole one in ``args.output_dir``.
+            resume_from_checkpoint: A checkpoint; True: the newest intact one in ``args.output_dir``.
             *args: As in transformers.
             **kwargs: As in transformers.
 
         Raises:
-            ValueError: The checkpoint is damaged, another run is going on in the folder, the model's weights are not
+            ValueError: The checkpoint is damaged, another run is using the folder, the model's weights are not
                 finite, or every step was dropped.
         """
         if names := nonfinite_tensors(self.model.named_parameters()):
@@ -550,7 +550,7 @@ class ResumableTrainer(Trainer):
         return output
 
     def _checked(self, checkpoint: str | bool) -> str:
-        """A checkpoint that is whole."""
+        """Return the checkpoint after checking that it is intact."""
         output_dir = self.args.output_dir
         if checkpoint is True:
             whole, damaged = newest_whole(output_dir)
@@ -569,7 +569,7 @@ class ResumableTrainer(Trainer):
         return checkpoint
 
     def best_checkpoint(self, state: TrainerState) -> Path | None:
-        """The one that evaluation found best, if it is whole; None, and a warning, if it isn't."""
+        """The checkpoint with the best evaluation, if it is intact; otherwise None, with a warning."""
         if state.best_model_checkpoint is None:
             return None
         best = Path(self.args.output_dir) / Path(state.best_model_checkpoint).name  # the folder may have been moved
@@ -588,11 +588,11 @@ class ResumableTrainer(Trainer):
             self._load_from_checkpoint(str(best))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers' ``save_model``; every file appears whole.
+        """As transformers' ``save_model``; every file is written atomically.
 
         Raises:
             ValueError: Weights are not finite.
-            WriteError: It can't be written.
+            WriteError: The model can't be written.
         """
         if not _internal_call:
             self._check_finite()
@@ -603,19 +603,19 @@ class ResumableTrainer(Trainer):
             cure = "Free space; the same command saves the model from the last checkpoint."
             with writing(place, cure), writing_into(place) as folder:
                 super().save_model(str(folder), _internal_call=True)
-                (folder / CARD).unlink(missing_ok=True)  # it doesn't know the training data
+                (folder / CARD).unlink(missing_ok=True)  # it doesn't list the training data
                 if not is_own_card(place / CARD):
                     write_model_card(self.accelerator.unwrap_model(self.model), folder, self.training_data)
                 for file in sorted(folder.iterdir()):
                     publish(file, place / file.name)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """0: it isn't counted."""
+        """0: they are not counted."""
         return 0
 
 
 class _StopAtTheEndOfTheStep(TrainerCallback):
-    """Saves and ends the training once all processes know that one was asked to stop."""
+    """Saves and ends the training once all processes know that one of them was asked to stop."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
@@ -627,7 +627,7 @@ class _StopAtTheEndOfTheStep(TrainerCallback):
 
 
 def next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """The next batch; what goes wrong in a worker is said without its traceback."""
+    """The next batch; errors of a worker are raised without its traceback."""
     try:
         return next(batches)
     except (RuntimeError, ValueError) as error:
@@ -637,7 +637,7 @@ def next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def as_value_error() -> Iterator[None]:
-    """Too much that can't be read is the user's to mend, as other values are."""
+    """Raise an excess of unreadable data as a ValueError, as other faults that the user can fix."""
     try:
         yield
     except RuntimeError as error:
@@ -645,15 +645,15 @@ def as_value_error() -> Iterator[None]:
 
 
 def load_strictly(model: nn.Module, checkpoint: Path, may_lack: Sequence[str] = ()) -> None:
-    """Put a checkpoint's tensors into a model that has the same names.
+    """Load the tensors of a checkpoint into a model with the same names.
 
     Args:
         model: The model.
-        checkpoint: A folder with ``model.safetensors``, or several parts of it.
-        may_lack: Paths of modules that the checkpoint may leave out.
+        checkpoint: A folder with ``model.safetensors``, or with several shards of it.
+        may_lack: Paths of modules that may be missing from the checkpoint.
 
     Raises:
-        ValueError: Tensors are missing, or there are foreign ones.
+        ValueError: Tensors are missing or unexpected.
     """
     weights: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("model*.safetensors")):
@@ -676,7 +676,7 @@ def load_strictly(model: nn.Module, checkpoint: Path, may_lack: Sequence[str] = 
 
 
 def frozen_parts_have_homes(model: Any, folder: Path) -> bool:
-    """Whether a checkpoint in `folder` can leave the frozen parts of a Spa3R out, as they can be fetched again."""
+    """Whether a checkpoint in `folder` may omit the frozen parts of a Spa3R because they can be loaded again."""
     try:
         with model.naming_frozen_parts(False, folder):
             return True
@@ -688,7 +688,7 @@ def _counts_of(report: SkippedReport) -> dict[str, Any]:
     return {
         "entries": report.entries(),
         "pictures": report.pictures_tried,
-        "scenes": report.scenes_tried - report.scenes_bad,  # those that were read
+        "scenes": report.scenes_tried - report.scenes_bad,  # those that could be read
     }
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: states without pickles, folders that appear at once."""
+"""Atomic checkpoints: states without pickles, and folders that are complete or absent."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from torch import Tensor
 from spa3r.disk import read_json_object, write_whole, writing
 
 UNFINISHED = ".unfinished"
-"""Subfolder of a run in which files are written before they are moved to their places. Left over after a kill, it is
-removed by the next run."""
+"""Subfolder of a run in which files are written before they are moved to their final place. The next run removes it
+if a kill left it behind."""
 
 LAST_FILE = "trainer_state.json"
-"""What transformers writes last into a checkpoint: a folder without it is none."""
+"""The file that transformers writes last: a folder without it is not a checkpoint."""
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "training_state.safetensors"
 
 CHECKSUMS_FILE = "checksums.json"
-"""SHA-256 of every other file of a checkpoint, but for the state, which has a checksum of its own."""
+"""SHA-256 of every other file of a checkpoint, except the state, which has its own checksum."""
 
 DAMAGED = "damaged-"
-"""Before the name of a checkpoint that a run can't go on from: nothing looks for it there, and nothing deletes it."""
+"""Prefix of a checkpoint that can't be resumed: such folders are neither searched nor deleted."""
 
 
 def save_state(state: Any, file: str | Path) -> None:
     """Write nested dicts, lists and tuples of tensors, numbers, strings and None to one safetensors file.
 
-    Tensors are stored as such; the rest is JSON in the file's metadata, with its checksum. Numbers and keys come back
-    as they were.
+    Tensors are stored as tensors; the rest is JSON in the file's metadata, with its checksum. Numbers and keys are
+    restored exactly.
 
     Raises:
         OSError: The file can't be written.
@@ -72,7 +72,7 @@ def _crc32(text: str) -> str:
 
 
 def load_state(file: str | Path) -> Any:
-    """What :func:`save_state` wrote, on the CPU.
+    """Load the state that :func:`save_state` wrote, on the CPU.
 
     Raises:
         ValueError: The file is damaged.
@@ -87,7 +87,7 @@ def _load_state(file: str | Path) -> Any:
     with safe_open(file, framework="pt") as content:
         metadata = content.metadata()
         text = metadata["state"]
-        if metadata.get("crc32", checksum := _crc32(text)) != checksum:  # older files have none
+        if metadata.get("crc32", checksum := _crc32(text)) != checksum:  # older files have no checksum
             raise ValueError("its checksum is another one")
 
         def restored(value: Any) -> Any:
@@ -104,7 +104,7 @@ def _load_state(file: str | Path) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and PyTorch's generators, of the accelerator at hand too."""
+    """The states of the generators of Python, NumPy, PyTorch, and the current accelerator."""
     _, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -118,7 +118,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back to where :func:`random_state` saw them."""
+    """Restore the generators to the states that :func:`random_state` returned."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -129,15 +129,15 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def unfinished_folder(output_dir: str | Path) -> Path:
-    """Where what isn't whole yet is written, on the same file system as its place."""
+    """The folder for incomplete files, on the same file system as the output."""
     return Path(output_dir) / UNFINISHED
 
 
 def publish(written: Path, place: Path) -> None:
-    """Move a file or folder to its place at once, after all of it has reached the disk.
+    """Move a file or folder to its place atomically, after all of it has been flushed to disk.
 
-    What was there before is replaced. A kill or a loss of power at any moment leaves the old, the new, or, between a
-    folder and its successor, neither; never a part.
+    An existing file or folder is replaced. A kill or a power loss at any moment leaves the old one, the new one, or,
+    while a folder is being replaced, neither; never a part.
     """
     for file in [written, *written.rglob("*")] if written.is_dir() else [written]:
         _sync(file)
@@ -154,11 +154,11 @@ def publish(written: Path, place: Path) -> None:
 def _sync(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+    except OSError:  # Windows can't open folders
         return
     try:
         os.fsync(descriptor)
-    except OSError:  # some network file systems sync no folders
+    except OSError:  # some network file systems can't sync folders
         if not path.is_dir():
             raise
     finally:
@@ -166,7 +166,7 @@ def _sync(path: Path) -> None:
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first; :func:`newest_whole` looks whether they are damaged."""
+    """The finished checkpoints of a run, oldest first; :func:`newest_whole` checks whether they are damaged."""
     return [path for path in _folders_in(output_dir) if (path / LAST_FILE).is_file()]
 
 
@@ -176,7 +176,7 @@ def _folders_in(output_dir: str | Path) -> list[Path]:
 
 
 def write_checksums(checkpoint: Path) -> None:
-    """Write down what the files of a checkpoint are, for :func:`fault_of`."""
+    """Write the checksums of the files of a checkpoint, for :func:`fault_of`."""
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != STATE_FILE)
     sums = {file.relative_to(checkpoint).as_posix(): _sha256(file) for file in files}
     write_whole(checkpoint / CHECKSUMS_FILE, json.dumps(sums, indent=1))
@@ -188,18 +188,18 @@ def _sha256(file: Path) -> str:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """Why a run can't go on from a checkpoint, such as ``model.safetensors is missing``; None: it is whole.
+    """Why a checkpoint can't be resumed, such as ``model.safetensors is missing``; None: it is intact.
 
-    Checkpoints of older versions have no checksums: of them, what can be told from the files alone.
+    Checkpoints of older versions have no checksums: only the files themselves are checked.
 
     Raises:
-        PermissionError: A file may not be read, which is no damage.
+        PermissionError: A file is not readable, which is not damage.
     """
     try:
         sums = checkpoint / CHECKSUMS_FILE
         wanted = read_json_object(sums, "checksums", "") if sums.is_file() else {}
         files = {file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file()}
-        # accelerate's formats: folders of shards, or whole states of FSDP beside each other
+        # accelerate's formats: folders of shards, or complete FSDP states side by side
         is_sharded = any(path.is_dir() or path.name == "pytorch_model_fsdp.bin" for path in checkpoint.iterdir())
         needed = [LAST_FILE, STATE_FILE, *([] if is_sharded else [OPTIMIZER_FILE]), *wanted]
         if missing := next((name for name in needed if name not in files), None):
@@ -222,10 +222,10 @@ def fault_of(checkpoint: Path) -> str | None:
 
 
 def newest_whole(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that is whole, and of the newer ones what they lack.
+    """The newest intact checkpoint, and the faults of the newer ones.
 
     Raises:
-        ValueError: There are checkpoints, and none is whole.
+        ValueError: There are checkpoints, but none is intact.
     """
     damaged: dict[Path, str] = {}
     for folder in reversed(_folders_in(output_dir)):
@@ -242,7 +242,7 @@ def newest_whole(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def put_aside(checkpoint: Path, fault: str) -> str:
-    """Take a damaged checkpoint out of the way of those to come; what is to be said of it."""
+    """Rename a damaged checkpoint so that new ones can take its place; returns a message for the user."""
     place = checkpoint.with_name(DAMAGED + checkpoint.name)
     shutil.rmtree(place, ignore_errors=True)
     os.replace(checkpoint, place)
@@ -253,7 +253,7 @@ def put_aside(checkpoint: Path, fault: str) -> str:
 
 
 def remove_unfinished(output_dir: str | Path) -> bool:
-    """Delete what a killed run left half-written; False if there is nothing."""
+    """Delete the incomplete files of a killed run; False if there are none."""
     folder = unfinished_folder(output_dir)
     if not folder.exists():
         return False
@@ -263,7 +263,7 @@ def remove_unfinished(output_dir: str | Path) -> bool:
 
 @contextmanager
 def writing_into(output_dir: str | Path) -> Iterator[Path]:
-    """An empty folder for what is to be published into `output_dir`; gone afterwards."""
+    """An empty folder for files that will be published into `output_dir`; it is removed afterwards."""
     folder = unfinished_folder(output_dir)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Configuration files: four sections, checked key by key; that of a pretraining."""
+"""Configuration files: four sections, checked key by key; the configuration of pretraining."""
 
 import dataclasses
 import difflib
@@ -28,7 +28,7 @@ FILLED_IN = {
     *(f"{part}_{kind}" for part in PARTS for kind in ("config", "name_or_path")),
     "semantic_hidden_size",
 }
-"""Fields of Spa3RConfig that follow from the parts."""
+"""Fields of Spa3RConfig that are derived from the parts."""
 
 ELSEWHERE = {
     "dataloader_num_workers": "data.num_workers",
@@ -36,7 +36,7 @@ ELSEWHERE = {
     "eval_strategy": "evaluation.every",
     "resume_from_checkpoint": "training.output_dir: a run in it is gone on with",
 }
-"""Arguments of transformers that are said in another place."""
+"""Arguments of transformers that are set in another place."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -48,23 +48,23 @@ FREE_TO_CHANGE = (
     *("training.logging_steps", "training.logging_first_step", "training.save_steps", "training.save_total_limit"),
     *("training.report_to", "training.run_name", "training.log_level", "training.disable_tqdm"),
 )
-"""What a resumed run may have other than before: it says how long and how closely to watch, not what is learnt."""
+"""What may change when a run is resumed: keys that affect length and monitoring, not what is learned."""
 
 
 @strict
 @dataclass
 class ModelSection:
-    """Which model is trained.
+    """The model to train.
 
     Args:
         backbone: Folder or hub id of the frozen VGGT.
-        semantic_teacher: Folder or hub id of the frozen DINOv3; not needed where ``targets`` leaves the semantic
-            features out.
-        init_from: Folder or hub id of a pretrained :class:`~spa3r.Spa3RForPreTraining` to go on from, instead of a
-            fresh model; the parts that it names are fetched, `backbone` and `semantic_teacher` say where if they moved.
-        dtype: Type of the frozen parts' weights; the trained parts are float32.
-        attn_implementation: Attention back end; None: the best that is installed.
-        fields: Any other fields of :class:`~spa3r.Spa3RConfig`; in the file they stand beside the others.
+        semantic_teacher: Folder or hub id of the frozen DINOv3; not needed if ``targets`` excludes the semantic
+            features.
+        init_from: Folder or hub id of a pretrained :class:`~spa3r.Spa3RForPreTraining` to start from, instead of a
+            new model; its parts are loaded too, and `backbone` and `semantic_teacher` give new locations if they moved.
+        dtype: Data type of the frozen weights; the trained parts are float32.
+        attn_implementation: Attention back end; None: the best one that is installed.
+        fields: Any other fields of :class:`~spa3r.Spa3RConfig`; in the file they are keys of the same section.
     """
 
     backbone: str | None = None
@@ -78,20 +78,20 @@ class ModelSection:
 @strict
 @dataclass
 class DataSection:
-    """Which scenes are seen, and how much of them at a time.
+    """The scenes to train on, and how they are batched.
 
     Args:
-        sources: What :func:`~spa3r.training.make_source` takes, one after the other.
-        views: Views of a scene: one number, or fewest and most, of which one is drawn for each step.
-        pictures_per_device: Budget of pictures of one batch.
+        sources: Source descriptions, see :func:`~spa3r.training.make_source`.
+        views: Views per scene: one number, or the lowest and highest, from which one is drawn for each step.
+        pictures_per_device: Maximum number of pictures per batch.
         cameras: Where cameras come from.
-        weights: Shares of the sources in the scenes drawn; None: every scene once an epoch.
+        weights: Shares of the sources in the scenes drawn; None: every scene once per epoch.
         scenes_per_epoch: Length of an epoch; None: all scenes.
         max_bad_share: Share of pictures that may be unreadable.
-        image_size: Width of a processed view in pixels; None: the model's own processor, or 518.
-        image_mode: How views are brought to size; None: the model's own processor, or ``"pretraining"``.
-        num_workers: Processes that read pictures, for each device; 0: none but the training one.
-        seed: Of everything drawn.
+        image_size: Width of a processed view in pixels; None: that of the model's processor, or 518.
+        image_mode: How views are resized; None: as the model's processor, or ``"pretraining"``.
+        num_workers: Processes that read pictures, per device; 0: only the training process.
+        seed: Seed of everything drawn.
     """
 
     sources: list[Any] = field(default_factory=list)
@@ -110,14 +110,14 @@ class DataSection:
 @strict
 @dataclass
 class EvaluationSection:
-    """Held-out scenes that are measured now and then; without sources none are.
+    """Held-out scenes for evaluation during training; without sources there is none.
 
     Args:
         sources: As in `data`.
         scenes: How many scenes are measured; None: all.
-        views: Views of a scene: one number, or fewest and most.
-        every: Steps between two evaluations. There is one at the end, too.
-        seed: Of everything drawn; the same scenes, frames and target views every time.
+        views: Views per scene: one number, or the lowest and highest.
+        every: Steps between two evaluations. There is also one at the end.
+        seed: Seed of everything drawn; scenes, frames and target views are the same every time.
     """
 
     sources: list[Any] = field(default_factory=list)
@@ -128,33 +128,33 @@ class EvaluationSection:
 
 
 class RunConfig:
-    """What the configuration files of the commands share: four sections, read strictly, changed key by key.
+    """Base of the commands' configuration files: four sections, checked strictly, with overrides by key.
 
-    A subclass is a dataclass of the sections, the last of which, ``training``, holds arguments of the trainer.
+    A subclass is a dataclass of the sections. The last section, ``training``, holds arguments of the trainer.
     """
 
     ARGUMENTS: ClassVar[type]
-    """The trainer's arguments."""
+    """The class of the trainer's arguments."""
     RECIPE: ClassVar[tuple[str, ...]]
-    """Arguments that stand in the resolved configuration though nobody set them."""
+    """Arguments that the resolved configuration lists even if nobody set them."""
     FREE_TO_CHANGE: ClassVar[tuple[str, ...]]
-    """What a resumed run may have other than before: it says how long and how closely to watch, not what is learnt."""
+    """What may change when a run is resumed: keys that affect length and monitoring, not what is learned."""
     ELSEWHERE: ClassVar[dict[str, str]]
-    """Arguments of transformers that are said in another place."""
+    """Arguments of transformers that are set in another place."""
     MODEL: ClassVar[type]
-    """The model's configuration."""
+    """The model's configuration class."""
     RANGES: ClassVar[dict[str, dict[str, tuple[float, float | None]]]]
-    """Lowest and highest values of the other sections' numbers."""
+    """Lowest and highest values of numbers in the other sections."""
 
     @classmethod
     def from_dict(cls, sections: Mapping[str, Any]) -> Self:
-        """Check every key.
+        """Create the configuration from a dictionary and check every key.
 
         Args:
             sections: The file's content.
 
         Raises:
-            ValueError: A key is unknown, or a needed one is missing. The message lists what is known.
+            ValueError: A key is unknown, or a required one is missing. The message lists the known keys.
         """
         known = [section.name for section in dataclasses.fields(cls)]
         sections = keep_secret(_plain(sections, ""))
@@ -168,7 +168,7 @@ class RunConfig:
         for key in parts["training"]:
             if key in cls.ELSEWHERE:
                 raise ValueError(f"`training.{key}` is said in another place: {cls.ELSEWHERE[key]}.")
-        if parts["training"].get("report_to", "none") is None:  # YAML's null
+        if parts["training"].get("report_to", "none") is None:  # null in YAML
             parts["training"]["report_to"] = "none"
         config = cls._from_sections(parts)
         arguments = [one.name for one in dataclasses.fields(cls.ARGUMENTS) if one.init]
@@ -188,14 +188,14 @@ class RunConfig:
 
     @classmethod
     def from_yaml(cls, file: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a file, and change it where `overrides` say so.
+        """Read a file and apply `overrides`.
 
         Args:
             file: The YAML file.
             overrides: ``--section.key value`` or ``--section.key=value``, as on the command line; values are YAML.
 
         Raises:
-            ValueError: The file is no YAML of sections, an override doesn't read so, or as :meth:`from_dict`.
+            ValueError: The file is not YAML with sections, an override is malformed, or as :meth:`from_dict`.
         """
         sections = _plain(read_yaml(file), "")
         for path, value in _parse_overrides(overrides).items():
@@ -203,7 +203,7 @@ class RunConfig:
         return cls.from_dict(sections)
 
     def to_dict(self) -> dict[str, Any]:
-        """The sections with all defaults filled in, ready for YAML. Secrets, such as ``hub_token``, are left out."""
+        """The sections with all defaults, ready for YAML. Secrets, such as ``hub_token``, are left out."""
         plain = dataclasses.asdict(self)
         plain["model"] |= plain["model"].pop("fields")
         defaults = {one.name: one.default for one in dataclasses.fields(self.ARGUMENTS) if one.init}
@@ -212,7 +212,7 @@ class RunConfig:
         return without_secrets(plain)
 
     def lacking_in(self, earlier: Mapping[str, Any]) -> list[str]:
-        """What the resolved configuration of an earlier run must say about what is learnt, and doesn't say."""
+        """Keys that affect what is learned and that the resolved configuration of an earlier run lacks."""
         sections = [one for one in dataclasses.fields(self) if one.name != "training"]
         keys = {f"{section.name}.{one.name}" for section in sections for one in dataclasses.fields(section.type)}
         keys |= {f"training.{name}" for name in self.RECIPE}
@@ -224,14 +224,14 @@ class RunConfig:
         )
 
     def to_yaml(self) -> str:
-        """As :meth:`to_dict`, as text."""
+        """As :meth:`to_dict`, as YAML text."""
         return _yaml().safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def _check(self) -> None:
-        """Refuse what doesn't fit together."""
+        """Reject combinations of values that don't fit together."""
 
     def _check_model(self) -> None:
-        """Refuse wrong fields of the model before anything is loaded."""
+        """Reject wrong fields of the model before anything is loaded."""
         section, config = self.model, self.MODEL()
         for name, value in section.fields.items():
             try:
@@ -246,7 +246,7 @@ class RunConfig:
 
 @dataclass
 class PretrainingConfig(RunConfig):
-    """Everything that ``spa3r pretrain`` needs to know: a YAML file of four sections.
+    """The configuration of ``spa3r pretrain``: a YAML file of four sections.
 
     Attributes:
         model: The model.
@@ -310,7 +310,7 @@ class PretrainingConfig(RunConfig):
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], free_to_change: Sequence[str]) -> list[str]:
-    """What differs between two resolved configurations and must not when a run is resumed: ``key: before -> now``."""
+    """Differences between two resolved configurations that prevent resuming a run: ``key: before -> now``."""
     old, new = _flat(before), _flat(now)
     return [
         f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
@@ -328,7 +328,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _make(section: type, name: str, values: dict[str, Any]) -> Any:
-    """A section of known keys, with values of the right types."""
+    """Create a section after checking its keys and the types of its values."""
     _check_keys(values, [one.name for one in dataclasses.fields(section)], f"{name}.", "keys")
     try:
         return section(**values)
@@ -394,10 +394,10 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(tree: Any, path: str) -> Any:
-    """Sections as a fresh tree, in which no two branches are the same object.
+    """Copy the sections to a new tree in which no two branches are the same object.
 
     Raises:
-        ValueError: Something in it is neither a section, a list, a text, a finite number, True, False nor nothing.
+        ValueError: A value is not a section, a list, a string, a finite number, True, False or None.
     """
     if isinstance(tree, Mapping):
         for key in tree:
@@ -421,15 +421,15 @@ def _plain(tree: Any, path: str) -> Any:
 # YAML
 
 MAX_CHARACTERS, MAX_VALUES = 1_000_000, 100_000
-"""Of a configuration file: no sensible one has more. Aliases count as often as they stand for something."""
+"""Limits of a configuration file; no sensible one exceeds them. Aliases count every time they are used."""
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """The sections of a configuration file.
 
     Raises:
-        ValueError: It is no YAML, too large, or holds no sections.
-        OSError: It can't be opened.
+        ValueError: The file is not YAML, too large, or has no sections.
+        OSError: The file can't be opened.
     """
     try:
         with open(file, encoding=text_encoding(file)) as content:
@@ -445,7 +445,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str, what: str) -> Any:
-    """The value that YAML describes. Errors never show the text, which may hold a token."""
+    """Parse YAML. Error messages never show the text, which may hold a token."""
     yaml = _yaml()
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{what} must have at most {MAX_CHARACTERS} characters, got more. Is it the right file?")
@@ -465,7 +465,7 @@ def _parse_yaml(text: str, what: str) -> Any:
         raise ValueError(f"{what} can't be read as YAML: it is nested too deeply.") from error
     except yaml.reader.ReaderError as error:
         raise ValueError(f"{what} can't be read as YAML: a character that is not allowed ({error.reason}).") from error
-    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:  # such as the 31st of June
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:  # such as June 31
         raise ValueError(f"{what} can't be read as YAML: {error}.") from error
     finally:
         if loader is not None:
@@ -473,7 +473,7 @@ def _parse_yaml(text: str, what: str) -> Any:
 
 
 def _count_values(yaml: Any, node: Any, counts: dict[int, int], above: set[int]) -> int:
-    """How many values a node stands for, aliases written out; refuses too many, loops and double keys."""
+    """Count the values of a node with aliases expanded; reject too many values, cycles and duplicate keys."""
     if id(node) in counts:
         return counts[id(node)]
     if id(node) in above:
@@ -504,7 +504,7 @@ def _yaml() -> Any:
 
 
 def _loader(yaml: Any) -> type:
-    """YAML 1.1 takes 1e-3 for a word; here it is a number, as everybody expects."""
+    """YAML 1.1 reads 1e-3 as a string; this loader reads it as a number, as users expect."""
 
     class Loader(yaml.SafeLoader):
         pass

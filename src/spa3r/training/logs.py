@@ -1,4 +1,4 @@
-"""The log of a run as JSON lines, true also after a kill."""
+"""The log of a run as JSON lines, complete even after a kill."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from spa3r.secret import hide
 
 
 class JsonLinesCallback(TrainerCallback):
-    """Appends everything that is logged to ``log.jsonl`` in the output folder, one JSON object a line.
+    """Appends all logged values to ``log.jsonl`` in the output folder, one JSON object per line.
 
-    A resumed run first drops the lines of steps that it will repeat, so that each step stands there once.
+    A resumed run first drops the lines of steps that it will repeat, so that each step is listed once.
     """
 
     FILE = "log.jsonl"
@@ -24,7 +24,7 @@ class JsonLinesCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the lines up to the step that training goes on from."""
+        """Keep the lines up to the step that training resumes from."""
         file = Path(args.output_dir) / self.FILE
         if not state.is_world_process_zero or not file.exists():
             return
@@ -54,7 +54,7 @@ class JsonLinesCallback(TrainerCallback):
 
 
 def read_log(file: str | Path) -> list[dict[str, Any]]:
-    """The lines of a ``log.jsonl``. A last line that a kill cut short is left out.
+    """Read the lines of a ``log.jsonl``. A last line that a kill cut short is left out.
 
     Raises:
         ValueError: Another line is damaged.

@@ -1,4 +1,4 @@
-"""Muon for the matrices of transformer layers, AdamW for the rest, as one optimiser."""
+"""Muon for the matrices of transformer layers and AdamW for the rest, as one optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMAdapter, Spa3VLMAppen
 
 
 def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of linear layers in lists of layers and in adapters, each (out, in), trained or not."""
+    """The weights of linear layers inside layer lists and adapters, each (out, in), trained or not."""
     layers = (
         module
         for module in model.modules()
@@ -29,11 +29,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
     "Muon: an optimizer for hidden layers in neural networks", 2024).
 
     Args:
-        groups: Parameter groups, as any optimiser takes them.
-        matrices: What Muon trains, each (out, in); others may be among them that are in no group.
-        lr: AdamW's learning rate, of groups that have none of their own.
-        muon_lr: Muon's; a group with a learning rate of its own has it in proportion.
-        **options: AdamW's other options.
+        groups: Parameter groups, as for any optimizer.
+        matrices: The matrices that Muon trains, each (out, in); matrices that are in no group are ignored.
+        lr: Learning rate of AdamW, for groups without their own.
+        muon_lr: Learning rate of Muon; it is scaled in proportion for groups with their own learning rate.
+        **options: Other options of AdamW.
     """
 
     def __init__(
@@ -60,20 +60,20 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Groups and states are the same objects here and in the parts, which do the work."""
+        """Share groups and states with the two inner optimizers, which do the work."""
         groups = iter(self.param_groups)
         for part in self._parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of any optimiser."""
+        """As in any optimizer."""
         super().load_state_dict(state_dict)
         self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As of any optimiser."""
+        """As in any optimizer."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

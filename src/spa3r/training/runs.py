@@ -1,4 +1,4 @@
-"""What the runs of the commands share: their folder, their log, signals, and what is told at the end."""
+"""What the runs of the commands share: folder, log, signals, and the final summary."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ WEIGHTS = ("model*.safetensors*", "adapter_model.safetensors", "adapter_config.j
 
 @dataclass
 class RunResult:
-    """What a run ends with.
+    """The result of a run.
 
     Attributes:
         output_dir: The run's folder. Once finished it holds the model for ``from_pretrained``.
-        step: Steps done, those before a resumption included.
+        step: Steps done, including those before a resumption.
         max_steps: Steps of the whole run.
-        resumed_from: The checkpoint that the run went on from, or None.
+        resumed_from: The checkpoint that the run resumed from, or None.
         checkpoint: The last checkpoint.
         interrupted_by: Name of the signal that ended the run early, or None.
-        evaluation: The last evaluation's numbers by name; None where there is no number.
-        nonfinite_steps: Steps that were dropped.
-        skipped: What could not be read, by all processes.
+        evaluation: The results of the last evaluation by name; None for missing numbers.
+        nonfinite_steps: Number of dropped steps.
+        skipped: What could not be read in all processes.
     """
 
     output_dir: str
@@ -74,7 +74,7 @@ def run(
     note: Callable[[str], object],
     progress: Callable[[str], object],
 ) -> dict[str, Any]:
-    """Train to the end or to a signal, save the model once all steps are done, and tell: the fields of a result."""
+    """Train to the end or until a signal, save the finished model, and return the fields of a result."""
     args, step = trainer.args, step_of(checkpoint)
     output_dir = Path(args.output_dir)
     continue_tensorboard(trainer, output_dir, step)
@@ -85,7 +85,7 @@ def run(
         with stopping_on_signals(trainer, signals, note):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         step = trainer.state.global_step
-    elif not trainer.is_sharded:  # all steps are done, but perhaps a kill came before the model was saved
+    elif not trainer.is_sharded:  # all steps are done, but a kill may have come before the model was saved
         trainer.restore(checkpoint)
         trainer.check_learnt()
     if step >= max_steps:
@@ -107,10 +107,10 @@ def run(
 
 @contextmanager
 def own_folder(args: Any) -> Iterator[None]:
-    """The run's folder is this run's alone, from its first look for checkpoints to the saved model.
+    """Lock the run's folder, from the first search for checkpoints to the saved model.
 
     Raises:
-        ValueError: Another run is going on there.
+        ValueError: Another run is using the folder.
     """
     if args.process_index != 0:
         yield
@@ -126,10 +126,10 @@ def find_checkpoint(
     note: Callable[[str], object],
     parts: Collection[str | None],
 ) -> Path | None:
-    """Make the run's folder ready; the checkpoint to go on from, or None.
+    """Prepare the run's folder and return the checkpoint to resume from, or None.
 
     Raises:
-        ValueError: Another run than this one is in the folder, or one of the model's parts.
+        ValueError: The folder belongs to a different run or to one of the model's parts.
     """
     output_dir = Path(args.output_dir)
     with args.main_process_first(desc="looking for an earlier run"):
@@ -144,7 +144,7 @@ def find_checkpoint(
 def prepare_folder(
     config: RunConfig, output_dir: Path, fresh: bool, note: Callable[[str], object], parts: Collection[str | None]
 ) -> None:
-    """Refuse another run's folder, clear up after a kill, and write down what is trained."""
+    """Reject another run's folder, clean up after a kill, and save the resolved configuration."""
     if output_dir.resolve() in {Path(name).resolve() for name in parts if name is not None}:
         raise ValueError(
             f"`training.output_dir` must be another folder than those of the model's parts, got {output_dir}: the "
@@ -162,7 +162,7 @@ def prepare_folder(
     if remove_unfinished(output_dir):
         note("an unfinished checkpoint of a killed run was removed")
     if (output_dir / JsonLinesCallback.FILE).exists():
-        read_log(output_dir / JsonLinesCallback.FILE)  # an error now, not after the model is loaded
+        read_log(output_dir / JsonLinesCallback.FILE)  # fail now, not after the model is loaded
     checkpoint, damaged = newest_whole(output_dir)
     if checkpoint is not None:
         if changed := changes(earlier_configuration(file, config), config.to_dict(), config.FREE_TO_CHANGE):
@@ -177,7 +177,7 @@ def prepare_folder(
 
 
 def earlier_configuration(file: Path, config: RunConfig) -> dict[str, Any]:
-    """What a run that is gone on with was started with.
+    """The configuration with which a resumed run was started.
 
     Raises:
         ValueError: The file is missing or damaged.
@@ -217,7 +217,7 @@ def require_tensorboard(config: RunConfig) -> None:
 
 
 def continue_tensorboard(trainer: ResumableTrainer, output_dir: Path, step: int) -> None:
-    """One folder for all parts of a run, in which a resumed one hides the steps that it repeats."""
+    """Use one folder for all parts of a run; a resumed part hides the steps that it repeats."""
     if trainer.pop_callback(TensorBoardCallback) is None or not trainer.is_world_process_zero():
         return
     from torch.utils.tensorboard import SummaryWriter
@@ -250,7 +250,7 @@ class ProgressLines(TrainerCallback):
 def stopping_on_signals(
     trainer: ResumableTrainer, received: list[str], note: Callable[[str], object]
 ) -> Iterator[None]:
-    """SIGTERM, SIGHUP and the first Ctrl-C let the step end."""
+    """SIGTERM, SIGHUP and the first Ctrl-C stop the run at the end of the step."""
 
     def stop(number: int, frame: Any) -> None:
         name = signal.Signals(number).name

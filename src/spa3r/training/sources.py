@@ -1,4 +1,4 @@
-"""Scenes and instruction data as configuration files describe them."""
+"""Sources of scenes and instruction data, as described in configuration files."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SOURCES: dict[str, type[SceneSource]] = {
     "dataset": DatasetScenes,
     "rooms": RoomScenes,
 }
-"""The value of `type` of every source."""
+"""The allowed values of `type`."""
 
 
 def make_source(fields: Mapping[str, Any]) -> SceneSource:
-    """The source that a configuration describes.
+    """Create the source that a configuration describes.
 
     Args:
         fields: `type`, one of ``folder``, ``video``, ``scannet``, ``scannetpp``, ``dataset`` and ``rooms``, and the
@@ -64,16 +64,16 @@ def make_source(fields: Mapping[str, Any]) -> SceneSource:
 
 
 def make_instructions(spec: Mapping[str, Any]) -> Dataset:
-    """The data set that a configuration describes.
+    """Create the data set that a configuration describes.
 
     Args:
-        spec: Arguments of :class:`~spa3r.data.InstructionDataset`, with ``streaming: true`` those of
+        spec: Arguments of :class:`~spa3r.data.InstructionDataset`, or with ``streaming: true`` of
             :class:`~spa3r.data.StreamedInstructions`; or ``type: room_questions`` and the arguments of
-            :class:`~spa3r.rooms.instructions.RoomQuestions`; or ``mixture``, such descriptions by name, each of which
-            may have a ``weight``, with ``num_rows`` and ``seed`` of the mixture beside it.
+            :class:`~spa3r.rooms.instructions.RoomQuestions`; or ``mixture``, a mapping of names to such descriptions,
+            each with an optional ``weight``, and beside it ``num_rows`` and ``seed`` of the mixture.
 
     Raises:
-        ValueError: A field is unknown or missing; in a mixture some parts have weights and some not, or one is
+        ValueError: A field is unknown or missing; in a mixture only some parts have weights, or one is
             streamed.
     """
     if not isinstance(spec, Mapping):
