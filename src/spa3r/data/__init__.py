@@ -1,6 +1,6 @@
-"""What models are trained on: scenes for pretraining, instructions for fine-tuning, and how they become batches.
+"""Training data: scenes for pretraining, instructions for fine-tuning, and how they are batched.
 
-source = FolderScenes("photos")                  # a folder for every scene
+source = FolderScenes("photos")                  # a folder per scene
 batches = SceneBatches(source, Spa3RImageProcessor(mode="pretraining"))
 loader = DataLoader(batches, batch_size=None, num_workers=4)
 

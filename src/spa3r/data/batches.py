@@ -1,4 +1,4 @@
-"""Scenes as batches: a drawn number of views under a budget of pictures, the same for any number of workers."""
+"""Batches of scenes: a random number of views within a picture budget, independent of the number of workers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from spa3r.data.skipped import SkippedReport
 from spa3r.data.source import SceneError, SceneSource
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 
-_ROUNDS = 3  # how often other frames are tried in the place of unreadable ones
-_MOST_SCENES = 100  # scenes tried one after the other for a batch of which nothing could be read
-_NO_END = 2**32  # scenes of an epoch that doesn't end
+_ROUNDS = 3  # how often other frames are tried in place of unreadable ones
+_MOST_SCENES = 100  # scenes tried in turn for a batch of which nothing could be read
+_NO_END = 2**32  # number of scenes of an endless epoch
 
 
 class ResumableBatches(IterableDataset):
-    """Batches of which an epoch and a place in it can be chosen, also while worker processes live on."""
+    """Batches with a selectable epoch and position, even while worker processes stay alive."""
 
     def __init__(self):
         super().__init__()
@@ -34,50 +34,50 @@ class ResumableBatches(IterableDataset):
         self._skip = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that is iterated over next; batches are skipped in the current one only."""
+        """Select the epoch of the next iteration. A change of epoch resets `skip_batches`."""
         if epoch != int(self._epoch):
             self._skip.zero_()
         self._epoch.fill_(epoch)
 
     def skip_batches(self, count: int) -> None:
-        """Starts the epoch that was set after `count` of its batches, to resume."""
+        """Start the selected epoch after `count` of its batches, to resume."""
         self._skip.fill_(count)
 
 
 class SceneBatches(ResumableBatches):
     """Batches for pretraining, to be used as ``DataLoader(batches, batch_size=None, num_workers=n)``.
 
-    A step draws a number of views and takes as many scenes as the budget of pictures holds, for all ranks together;
-    each rank loads its share. What is drawn is a pure function of the seed, the epoch and the place in the epoch, and
-    the number of workers doesn't change what is seen. Pictures that can't be read are replaced by others of their
-    scene, scenes that can't be read are left out, and both are reported; where that would leave a batch empty, the
-    next scene of the order takes its place, which is then seen twice in that epoch.
+    Each step draws a number of views and takes as many scenes as fit into the budget of pictures, for all ranks
+    together; each rank loads its share. Every draw is a pure function of the seed, the epoch and the position in the
+    epoch, so the number of workers doesn't change the data. Unreadable pictures are replaced by others of their scene,
+    unreadable scenes are left out, and both are reported. If that would leave a batch empty, the next scene of the
+    order is used instead, which then occurs twice in that epoch.
 
     A batch is a dictionary with the model's inputs ``view_pixel_values``, ``view_grid_hw``, ``views_per_scene`` and
     ``target_mask``; with ``cameras="given"`` also ``extrinsics`` (views, 4, 4), relative to each scene's first view,
-    and ``intrinsics`` (views, 3, 3) of the processed views, both float32. Beside them ``scenes`` (names),
-    ``skipped`` (dictionaries of source, scene, picture, reason; the picture of a whole scene is "") and
-    ``num_pictures`` (tried, in the scenes that could be read).
+    and ``intrinsics`` (views, 3, 3) of the processed views, both float32. It also has ``scenes`` (names),
+    ``skipped`` (dictionaries of source, scene, picture, reason; the picture is "" for a whole scene) and
+    ``num_pictures`` (number of pictures tried in readable scenes).
 
     Args:
-        sources: Where scenes come from: one or several.
-        image_processor: Makes views of the pictures.
-        views: Smallest and largest number of views of a scene.
-        pictures_per_batch: Budget of pictures of a batch, at least the largest number of views.
+        sources: One or several sources of scenes.
+        image_processor: Processes pictures into views.
+        views: Lowest and highest number of views of a scene.
+        pictures_per_batch: Maximum number of pictures in a batch, at least the highest number of views.
         mask_ratio: Share of the views that are targets, 0..1.
-        cameras: ``"given"`` adds the known cameras, and leaves frames without a valid one out.
-        weights: Share of every source in the scenes drawn; None: every scene once an epoch. Small sources start over in
-            a new order.
-        scenes_per_epoch: Length of an epoch in scenes of all ranks; None: all scenes once. Sources without end, and
-            weighted ones among which one has no end, then make an epoch that doesn't end.
-        seed: Of everything drawn, >= 0.
-        rank: Number of this process among those that train together.
-        world_size: How many there are.
-        max_bad_share: Share of pictures or scenes that may be unreadable, 0..1, before iterating fails.
+        cameras: ``"given"`` adds the known cameras, and leaves out frames without a valid one.
+        weights: Shares of the sources in the scenes drawn; None: every scene once per epoch. Small sources are repeated
+            in a new order.
+        scenes_per_epoch: Length of an epoch in scenes of all ranks; None: all scenes once. The epoch is then endless if
+            any source is.
+        seed: Seed of everything drawn, >= 0.
+        rank: Rank of this process.
+        world_size: Number of processes that train together.
+        max_bad_share: Share of pictures or scenes that may be unreadable, 0..1, before iteration fails.
 
     Raises:
-        ValueError: An argument is out of its range, a source has no known cameras and they are wanted, or several
-            sources of which one has no end come without weights.
+        ValueError: An argument is out of range, a source has no known cameras although they are requested, or several
+            sources, one of them endless, have no weights.
     """
 
     def __init__(
@@ -160,10 +160,10 @@ class SceneBatches(ResumableBatches):
                 source.check_cameras()
 
     def __len__(self) -> int:
-        """Batches of one epoch and one rank: the same for every rank and epoch.
+        """Number of batches per epoch and rank: the same for every rank and epoch.
 
         Raises:
-            TypeError: The epoch doesn't end, or its end isn't known.
+            TypeError: The epoch is endless, or its length isn't known.
         """
         if self._num_scenes is None:
             raise TypeError(
@@ -194,7 +194,7 @@ class SceneBatches(ResumableBatches):
             for step in run.plan.steps(skip + number, workers):
                 yield self._batch(run, run.places(step), step.views)
             return
-        for step in run.plan.steps():  # what streams give depends on all that came before
+        for step in run.plan.steps():  # the state of a stream depends on all steps before
             places = run.places(step)
             if step.index >= skip and (step.index - skip) % workers == number:
                 try:
@@ -241,8 +241,8 @@ class SceneBatches(ResumableBatches):
         run.report.count(skipped, tried, int(tried > 0))
 
     def _read_views(self, source: SceneSource, scene: Any, views: int, rng: np.random.Generator) -> _Read:
-        """The views of a scene. In the place of a frame that can't be read comes the nearest one that was not tried;
-        where none is left, the nearest one that could be read."""
+        """The views of a scene. An unreadable frame is replaced by the nearest frame that was not tried yet, or, if
+        none is left, by the nearest readable one."""
         if self.cameras == "given":
             usable = source.camera_frames(scene)
             if not len(usable):
@@ -270,7 +270,7 @@ class SceneBatches(ResumableBatches):
         return _Read(*([good[frame][part] for frame in chosen] for part in range(3)), unread, len(tried))
 
     def _load(self, source: SceneSource, scene: Any, frames: list[int], unread: list[tuple[str, str]]) -> dict:
-        """Of every frame that could be read the processed view, its extrinsics and intrinsics."""
+        """The processed view, extrinsics and intrinsics of every readable frame."""
         loaded = source.load(scene, frames)
         unread += loaded.unread
         good = {}
@@ -300,11 +300,11 @@ class SceneBatches(ResumableBatches):
 
 
 class _EndOfStreamError(Exception):
-    """A stream that is passed over once has no more scenes."""
+    """A stream that is read only once has no more scenes."""
 
 
 class _Place(NamedTuple):
-    """A place of the epoch, the source whose turn it is, and which of its scenes."""
+    """A position in the epoch, its source, and the scene of that source."""
 
     number: int
     source: int
@@ -312,7 +312,7 @@ class _Place(NamedTuple):
 
 
 class _Run:
-    """One iteration over an epoch: its plan, and how far its streams were read."""
+    """One iteration over an epoch: its plan, and the positions in its streams."""
 
     def __init__(self, batches: SceneBatches, epoch: int):
         self.batches, self.plan = batches, batches._plan(epoch)
@@ -324,19 +324,19 @@ class _Run:
         }
 
     def places(self, step: Step) -> list[_Place]:
-        """This rank's share of a step. Has to be called for all steps in order where there are streams."""
+        """This rank's share of a step. With streams, it must be called for all steps in order."""
         places = []
         for number in step.share(self.batches.rank, self.batches.world_size):
             source, scene = self.plan.scene_at(number)
             stream = self.streams.get(source)
-            if stream and stream.is_split:  # the rank's own shards, from their beginning
+            if stream and stream.is_split:  # the rank's own shards, from their start
                 scene = stream.drawn
                 stream.drawn += 1
             places.append(_Place(number, source, scene))
         return places
 
     def following(self, place: _Place, count: int) -> Iterator[_Place]:
-        """The places after a place, which are somebody else's."""
+        """The places after a place, which belong to other steps or ranks."""
         for ahead in range(1, count + 1):
             source, scene = self.plan.scene_at(place.number + ahead)
             stream = self.streams.get(source)
@@ -345,10 +345,10 @@ class _Run:
             yield _Place(place.number + ahead, source, scene)
 
     def scene(self, place: _Place, keep: bool = False) -> Any:
-        """What the source calls the scene of a place."""
+        """The scene of a place, as the source identifies it."""
         if place.source in self.streams:
             return self.streams[place.source].scene(place.scene, keep)
-        if self.batches._lengths[place.source] is None:  # every epoch brings new ones
+        if self.batches._lengths[place.source] is None:  # every epoch has new ones
             return place.scene + self.plan.epoch * (self.batches._num_scenes or _NO_END)
         return place.scene
 
@@ -361,12 +361,12 @@ class _Stream:
         self.rank, self.world_size = batches.rank, batches.world_size
         self.is_split = source.splits(batches.world_size)
         self.repeats = batches.scenes_per_epoch is not None or batches.weights is not None
-        self.drawn = 0  # scenes that the plan gave to this rank
-        self._first, self._ahead = 0, deque()  # number of the next scene, and scenes that were read before their turn
+        self.drawn = 0  # scenes that the plan assigned to this rank
+        self._first, self._ahead = 0, deque()  # number of the next scene, and scenes that were read early
         self._scenes = self._passes()
 
     def scene(self, number: int, keep: bool) -> StreamedScene:
-        """The scene of a number. Those before it are forgotten, unless `keep`."""
+        """The scene of a number. Earlier scenes are discarded, unless `keep`."""
         while not keep and self._first < number:
             self._next()
             self._first += 1
@@ -398,7 +398,7 @@ class _Stream:
 
 @dataclass
 class _Batch:
-    """A batch while it is filled, scene after scene."""
+    """A batch while it is being filled, scene by scene."""
 
     scenes: list[str]
     views: list[list[PIL.Image.Image]]
@@ -427,10 +427,10 @@ def _length(source: SceneSource) -> int | None:
 
 
 def relative_to_first(extrinsics: np.ndarray) -> np.ndarray:
-    """Re-expresses cameras in the frame of the first one, the world of the rest of the library.
+    """Express cameras in the frame of the first one, which is the world frame in the rest of the library.
 
     Args:
-        extrinsics: (V, 4, 4) camera-from-world, of any world.
+        extrinsics: (V, 4, 4) camera-from-world, for any world frame.
 
     Returns:
         (V, 4, 4) float32 camera-from-first-camera; the first is the identity.

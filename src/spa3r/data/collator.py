@@ -1,4 +1,4 @@
-"""Conversations with their answers -> a padded batch for training, with labels on the answers only."""
+"""Collates conversations with answers into padded training batches, with labels on the answers only."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-# Writes texts as they are, those of the assistant marked.
+# Writes texts unchanged, with those of the assistant marked.
 _MARKING_TEMPLATE = (
     "{%- for message in messages -%}{%- for item in message['content'] if item['type'] == 'text' -%}"
     "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ item['text'] }}{%- endgeneration -%}"
     "{%- else -%}{{ item['text'] }}{%- endif -%}{%- endfor -%}{%- endfor -%}"
 )
 
-# What a process trains on if none of its rows can be used: no loss, but a step like any other.
+# The input of a process if none of its rows can be used: no loss, but an ordinary step.
 _NOTHING = [{"role": "user", "content": [{"type": "text", "text": "."}]}]
 
-# Of a row that every processor should be able to use.
+# Parts of a row that every processor should accept.
 _PLAIN_QUESTION, _PLAIN_ANSWER = "How many chairs are there?", "There are three chairs."
 
 logger = logging.get_logger(__name__)
@@ -41,31 +41,32 @@ logger = logging.get_logger(__name__)
 class Spa3VLMCollator:
     """Collates conversations for a Spa3-VLM, for ``Trainer(data_collator=...)`` or ``DataLoader(collate_fn=...)``.
 
-    An example is a dictionary with ``messages``, in all forms that :class:`~spa3r.Spa3VLMProcessor` takes; what the
-    data sets of instructions add (``source``, ``row``, ``skipped``) is used for reports and may be missing. A batch may
-    mix videos, single pictures and rows of text.
+    An example is a dictionary with ``messages``, in any form that :class:`~spa3r.Spa3VLMProcessor` accepts. The keys
+    that the instruction data sets add (``source``, ``row``, ``skipped``) are used for reports and are optional. A batch
+    may mix videos, single pictures and text rows.
 
-    Rows with pictures come before rows of text, and all are padded on the right. Labels stand on the assistant's words
-    and the token that ends them: where the chat template marks them with ``{% generation %}``, else by difference: what
-    the template writes of a conversation up to an answer, less what it writes as the prompt for that answer. White
-    space after the end token is not learnt. After an answer that the template doesn't end, the tokenizer's end token
-    is: the one that follows, or one that is added at the end of the row.
+    Rows with pictures come before text rows, and all are padded on the right. Labels cover the assistant's words
+    and the token that ends them. If the chat template marks them with ``{% generation %}``, these marks are used;
+    otherwise they are found by difference: the rendered conversation up to an answer, minus the rendered prompt for
+    that answer. White space after the end token has no labels. If the template doesn't end an answer, the tokenizer's
+    end token does: the one that follows, or one that is added at the end of the row.
 
-    A row longer than `max_length` is cut in the text behind its last picture, if answers remain. Otherwise it is left
-    out and reported, as is a row that can't be used: without an answer, with a picture that can't be read or that the
-    processor refuses, of another form than the chat form, or with a special token in its words
-    (:attr:`Spa3VLMProcessor.reserved_tokens <spa3r.Spa3VLMProcessor.reserved_tokens>`). Of a batch in which no row
-    remains comes one row of text without labels, since every process needs a batch. A whole step without labels has no
-    loss: :class:`FinetuningTrainer <spa3r.training.FinetuningTrainer>` takes it for 0, a plain ``Trainer`` for nan.
+    A row longer than `max_length` is truncated in the text after its last picture, if answers remain. Otherwise it is
+    left out and reported, as is a row that can't be used: without an answer, with a picture that can't be read or that
+    the processor rejects, not in the chat format, or with a special token in its text
+    (:attr:`Spa3VLMProcessor.reserved_tokens <spa3r.Spa3VLMProcessor.reserved_tokens>`). If no row of a batch
+    remains, the batch is one text row without labels, since every process needs a batch. A step without any labels has
+    no
+    loss: :class:`FinetuningTrainer <spa3r.training.FinetuningTrainer>` uses 0, a plain ``Trainer`` gets nan.
 
     Args:
-        processor: Its chat template and tokenizer must be the VLM's that is trained.
-        max_length: Most tokens of a row, those of pictures included; None: any number.
-        pad_to_multiple_of: Round the length of the batch up to a multiple of this.
+        processor: Its chat template and tokenizer must be those of the trained VLM.
+        max_length: Maximum number of tokens of a row, including those of pictures; None: no limit.
+        pad_to_multiple_of: Pad the length of the batch to a multiple of this.
 
     Raises:
         ValueError: The processor has no chat template, a number is below 1, or `max_length` is given and the
-            processor's ``image_token_id`` is not known.
+            processor has no ``image_token_id``.
     """
 
     processor: Spa3VLMProcessor
@@ -89,20 +90,20 @@ class Spa3VLMCollator:
             )
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch.
+        """Collate examples into a batch.
 
         Args:
-            examples: At least one.
+            examples: At least one example.
 
         Returns:
             The model's inputs: the VLM's own (``input_ids`` and ``attention_mask`` (batch, sequence), ``pixel_values``
             and so on), ``view_pixel_values``, ``view_grid_hw``, ``views_per_scene``, ``image_tokens_per_scene`` and
-            ``labels`` (batch, sequence), -100 where the loss is not taken. Beside them ``skipped``: a dictionary of
-            source, scene (the row's name), picture ("" for a whole row) and reason for everything that was left out,
-            here or while the examples were read; and ``num_rows``: how many rows were tried.
+            ``labels`` (batch, sequence), -100 where no loss is computed. Two more keys are for reports: ``skipped``, a
+            dictionary of source, scene (the row's name), picture ("" for a whole row) and reason for everything that
+            was left out, here or while the examples were read; and ``num_rows``, the number of rows tried.
 
         Raises:
-            ValueError: An example has no ``messages``, or rows with plain words and pictures can't be used either: the
+            ValueError: An example has no ``messages``, or even rows with plain text and pictures can't be used: the
                 chat template doesn't tell which words are the assistant's, or the processor wasn't made for
                 conversations. The message says what to do.
         """
@@ -118,11 +119,11 @@ class Spa3VLMCollator:
                 )
             with self._leaving_out(example, skipped):
                 kept.append((example, self._marked(example["messages"])))
-        # Some processors (InternVL's, Idefics3's) fail where the first row has no picture and another one has.
+        # Some processors (InternVL's, Idefics3's) fail if the first row has no picture and another one has.
         kept.sort(key=lambda row: not row[1][0]["content"])
         batch = None
         if len(kept) > 1:
-            with suppress(Exception):  # else row by row, to learn whose fault it is
+            with suppress(Exception):  # otherwise row by row, to find the faulty one
                 batch = self._process([conversation for _, conversation in kept])
         if batch is None:
             kept, tried = [], kept
@@ -135,7 +136,7 @@ class Spa3VLMCollator:
         reasons = [self._unusable(ids, labels, n) for ids, labels, n in _rows(batch)] if kept else []
         if any(reasons):
             skipped += [_entry(example, reason) for (example, _), reason in zip(kept, reasons) if reason]
-            # Again, not taken out: how a batch's pixels lie is each family's own. And it is rare.
+            # Processed again: how a batch's pixels are packed differs by family. And it is rare.
             usable = [conversation for (_, conversation), reason in zip(kept, reasons) if not reason]
             batch = self._process(usable or [_NOTHING])
         lengths = batch["attention_mask"].sum(1)
@@ -145,7 +146,7 @@ class Spa3VLMCollator:
 
     @contextmanager
     def _leaving_out(self, example: Mapping[str, Any], skipped: list[dict[str, str]]) -> Iterator[None]:
-        """A row that can't be used is named, unless plain rows can't be used either: then the processor is at fault."""
+        """Report a row that can't be used, unless plain rows fail too: then the processor is at fault."""
         try:
             yield
         except MemoryError:
@@ -158,7 +159,7 @@ class Spa3VLMCollator:
             logger.warning(f"A row is left out of training: {skipped[-1]}")
 
     def _try_plain_row(self, is_pictured: bool, rounds: int, error: Exception) -> None:
-        """Raise the error again if a row of the same outline with plain words and pictures fails as well."""
+        """Raise the error again if a row with the same outline but plain text and pictures fails as well."""
         if (is_pictured, rounds) in self._tried_plain_rows:
             return
         pictures = [{"type": "image", "image": PIL.Image.new("RGB", (112, 112))}] * is_pictured
@@ -177,14 +178,14 @@ class Spa3VLMCollator:
     # Words
 
     def _marked(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The conversation for `_MARKING_TEMPLATE`: pictures, then text as the chat template writes it, in pieces of
-        which the assistant's are those to learn."""
+        """The conversation for `_MARKING_TEMPLATE`: pictures, then the text that the chat template writes, split into
+        pieces; those of the assistant are to be learned."""
         self.processor.check_messages(messages)
         messages = [_listed(message) for message in messages]
         pictures, messages = self.processor._pictures_of(
             messages, {"num_frames": self.processor.num_frames}, placeholders=False
         )
-        if self.processor.spatial_tokens is not None:  # one place stands for all until the views are known
+        if self.processor.spatial_tokens is not None:  # one placeholder stands for all until the views are known
             messages = self.processor._with_spatial_tokens(messages, 1)
         text, spans = self._spans(messages)
         conversation = [{"role": "user", "content": [{"type": "image", "image": picture} for picture in pictures]}]
@@ -196,7 +197,7 @@ class Spa3VLMCollator:
         return [*conversation, _say("user", text[end:])]
 
     def _spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """What the chat template writes, and from where to where it is the assistant's."""
+        """The output of the chat template, and the spans of the assistant in it."""
         if GENERATION.search(self.processor.chat_template):
             text, (spans,) = self._render(messages, return_assistant_tokens_mask=True)
             return text, spans
@@ -222,7 +223,7 @@ class Spa3VLMCollator:
         return texts[0], spans
 
     def _ended(self, text: str, start: int, stop: int) -> tuple[str, int]:
-        """The text and the end of an answer in it that includes an end token, and nothing behind that."""
+        """The text and the end of an answer in it, including an end token and nothing after it."""
         answer = text[start:stop]
         if answer.rstrip().endswith(self._special_tokens):
             return text, start + len(answer.rstrip())
@@ -243,7 +244,7 @@ class Spa3VLMCollator:
     # Tokens
 
     def _process(self, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        batch = self.processor._write(  # what it writes has tokens: those of the chat template
+        batch = self.processor._write(  # the output has the special tokens of the chat template
             conversations,
             chat_template=_MARKING_TEMPLATE,
             tokenize=True,
@@ -262,7 +263,7 @@ class Spa3VLMCollator:
         return batch | {"labels": batch["input_ids"].masked_fill(~is_answer, IGNORED)}
 
     def _unusable(self, input_ids: Tensor, labels: Tensor, length: int) -> str | None:
-        """Why a row can't be trained on; None if it can."""
+        """Why a row can't be used for training; None if it can."""
         answers = (labels != IGNORED).nonzero()
         if not len(answers):
             return "it has no words of an assistant"
@@ -275,9 +276,9 @@ class Spa3VLMCollator:
         return None
 
     def _end_of_pictures(self, input_ids: Tensor) -> int:
-        """How many tokens there are up to the last of a picture, with what closes the picture."""
+        """The number of tokens up to the last one of a picture, including the tokens that close the picture."""
         is_place = input_ids == self.processor.image_token_id
-        if self.processor.spatial_tokens is not None:  # what is appended to the last picture
+        if self.processor.spatial_tokens is not None:  # tokens appended to the last picture
             is_place |= input_ids == self.processor.spatial_token_id
         places = is_place.nonzero()
         end = int(places[-1]) + 1 if len(places) else 0
@@ -286,7 +287,7 @@ class Spa3VLMCollator:
         return end
 
     def _fit(self, batch: dict[str, Any], length: int) -> dict[str, Any]:
-        """Everything that has an entry for each token, cut or padded to the batch's length."""
+        """Truncate or pad everything with an entry per token to the batch's length."""
         length = min(length, self.max_length or length)
         if self.pad_to_multiple_of is not None:
             length += -length % self.pad_to_multiple_of
@@ -306,7 +307,7 @@ def _entry(example: Mapping[str, Any], reason: str) -> dict[str, str]:
 
 
 def _outline(messages: Any) -> tuple[bool, int]:
-    """Whether there are pictures, and how many answers as far as that matters: one or several."""
+    """Whether there are pictures, and the number of answers, where only one or several matters."""
     messages = [m for m in messages if isinstance(m, Mapping)] if isinstance(messages, list | tuple) else []
     contents = [message.get("content") for message in messages]
     items = [item for content in contents if isinstance(content, list | tuple) for item in content]
@@ -319,7 +320,7 @@ def _rows(batch: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor, int]]:
 
 
 def _listed(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose content is a list, which every VLM's template reads, without the empty fields of tables."""
+    """A message whose content is a list, which every VLM's template accepts, without the empty fields of tables."""
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content", "")
     if isinstance(content, str):

@@ -1,4 +1,4 @@
-"""Scenes in data sets of Hugging Face `datasets`: a list of pictures a row, or a picture a row and its scene's name."""
+"""Scenes in Hugging Face `datasets`: a list of pictures per row, or one picture per row with a scene name."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class DatasetScenes(SceneSource):
     """A data set with random access.
 
     Args:
-        dataset: A ``datasets.Dataset``; or what ``datasets.load_dataset`` takes: a name on the hub, ``"parquet"``,
+        dataset: A ``datasets.Dataset``; or an argument of ``datasets.load_dataset``: a name on the hub, ``"parquet"``,
             ``"imagefolder"``, ...; or a folder that ``save_to_disk`` wrote.
-        images_column: Column of lists of pictures, a scene in every row; or, with `scene_column`, of single pictures,
-            which belong together where `scene_column` is the same, in the order of the rows.
-        scene_column: Column of the scenes' names; None: scenes are named by their row.
-        split: Of the data set, if it is loaded by name.
+        images_column: Column of lists of pictures, one scene per row; or, with `scene_column`, of single pictures,
+            which are grouped by `scene_column`, in the order of the rows.
+        scene_column: Column of scene names; None: scenes are named by their row.
+        split: Split of the data set, if it is loaded by name.
         config: Configuration of the data set, if it is loaded by name and has several.
         data_files: Files of the data set, if it is loaded as ``"parquet"`` and the like.
         data_dir: Folder of the data set, if it is loaded as ``"imagefolder"`` and the like.
-        stride: Smallest and largest step between frames drawn.
-        name: What reports call the source.
+        stride: Lowest and highest step between drawn frames.
+        name: Name of the source in reports.
 
     Raises:
-        ValueError: The data set is streamed or empty, or a column is missing or of another kind.
+        ValueError: The data set is streamed or empty, or a column is missing or of the wrong type.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class DatasetScenes(SceneSource):
             self._group()
 
     def _group(self) -> None:
-        """Rows by scene: scenes in order of their first row, and which rows each has."""
+        """Group rows by scene: scenes in order of their first row, and the rows of each."""
         keys = self._rows.select_columns([self.scene_column])[:][self.scene_column].combine_chunks()
         if keys.null_count:
             raise ValueError(
@@ -99,7 +99,7 @@ class DatasetScenes(SceneSource):
         return int(self._starts[scene + 1] - self._starts[scene])
 
     def _cells(self, row: int) -> Any:
-        """The pictures of a row, undecoded and in place: an Arrow array."""
+        """The pictures of a row, undecoded and without a copy: an Arrow array."""
         cells = self._rows[row][self.images_column][0].values
         return [] if cells is None else cells
 
@@ -114,34 +114,35 @@ class DatasetScenes(SceneSource):
 
 @dataclass
 class StreamedScene:
-    """A scene as it came out of a stream: its name and its undecoded pictures."""
+    """A scene from a stream: its name and its undecoded pictures."""
 
     name: str
     cells: list[Any]
 
 
 class StreamedScenes(SceneSource):
-    """A data set that is streamed, pass after pass.
+    """A streamed data set, pass after pass.
 
-    Each rank reads its own shards where their number can be divided by the number of ranks; otherwise every rank reads
-    all and takes what is its own. The workers of a rank all read what it reads, and each decodes what is its own.
+    Each rank reads its own shards if the number of shards is divisible by the number of ranks; otherwise every rank
+    reads everything and keeps its share. All workers of a rank read the same stream, and each decodes its own scenes.
 
     Args:
-        dataset: A ``datasets.IterableDataset``, or what ``datasets.load_dataset`` takes; see :class:`DatasetScenes`.
-        images_column: As of :class:`DatasetScenes`; rows with single pictures must lie beside the others of their
-            scene, in one shard.
-        scene_column: As there; None: scenes are numbered as they come.
-        split: As there.
-        config: As there.
-        data_files: As there.
-        data_dir: As there.
-        shuffle_buffer: Scenes that are held, undecoded, to draw the next one from, and the shards come in a random
-            order too; 1: the order of the stream. Single pictures are not shuffled: their scenes would fall apart.
-        stride: Smallest and largest step between frames drawn.
-        name: What reports call the source.
+        dataset: A ``datasets.IterableDataset``, or an argument of ``datasets.load_dataset``; see
+            :class:`DatasetScenes`.
+        images_column: As in :class:`DatasetScenes`; rows with single pictures of a scene must be contiguous, in one
+            shard.
+        scene_column: As in :class:`DatasetScenes`; None: scenes are numbered in stream order.
+        split: As in :class:`DatasetScenes`.
+        config: As in :class:`DatasetScenes`.
+        data_files: As in :class:`DatasetScenes`.
+        data_dir: As in :class:`DatasetScenes`.
+        shuffle_buffer: Size of the buffer of undecoded scenes from which the next one is drawn; the shards are shuffled
+            too. 1: the order of the stream. Single pictures are not shuffled, since that would split their scenes.
+        stride: Lowest and highest step between drawn frames.
+        name: Name of the source in reports.
 
     Raises:
-        ValueError: The data set is not streamed, or a column is missing or of another kind.
+        ValueError: The data set is not streamed, or a column is missing or of the wrong type.
     """
 
     def __init__(
@@ -182,15 +183,15 @@ class StreamedScenes(SceneSource):
         raise TypeError("The number of scenes of a stream is not known. Give `scenes_per_epoch`.")
 
     def splits(self, world_size: int) -> bool:
-        """Whether each of so many ranks reads shards of its own."""
+        """Whether each of `world_size` ranks reads its own shards."""
         return world_size > 1 and self.dataset.num_shards % world_size == 0
 
     def scenes(self, seed: int, rank: int = 0, world_size: int = 1) -> Iterator[StreamedScene]:
         """One pass over the stream, undecoded; the order is a pure function of the seed.
 
         Args:
-            seed: Of the order.
-            rank: Whose scenes; every rank's are the same where the ranks' shards are not split.
+            seed: Seed of the order.
+            rank: Rank of the reader; all ranks get the same scenes if the shards are not split.
             world_size: Number of ranks.
         """
         import fsspec.asyn
@@ -202,7 +203,7 @@ class StreamedScenes(SceneSource):
             dataset = require_datasets().distributed.split_dataset_by_node(dataset, rank, world_size, strategy="shards")
         if get_worker_info():
             fsspec.asyn.reset_lock()  # a lock that a forked process inherits is never released
-        # Unlike iter(dataset), this doesn't deal the shards out to the DataLoader's workers.
+        # Unlike iter(dataset), this doesn't split the shards among the DataLoader's workers.
         rows = ({column: values[0] for column, values in row.items()} for row in dataset.iter(batch_size=1))
         if self._is_list:
             for number, row in enumerate(rows):
@@ -224,7 +225,7 @@ class StreamedScenes(SceneSource):
 
 
 def require_datasets() -> Any:
-    """Hugging Face `datasets`, which only some sources need."""
+    """Import Hugging Face `datasets`, which only some sources need."""
     try:
         import datasets.distributed
     except ModuleNotFoundError as error:
@@ -235,7 +236,7 @@ def require_datasets() -> Any:
 def open_dataset(
     dataset: Any, split: str, config: str | None = None, data_files=None, data_dir=None, streaming: bool = False
 ) -> Any:
-    """The data set, opened if only its name or folder is given."""
+    """The data set, loaded if only its name or folder is given."""
     if not isinstance(dataset, str | Path):
         return dataset
     datasets = require_datasets()
@@ -279,7 +280,7 @@ def _is_list(feature: Any) -> bool:
 
 
 def _decode(frames: Sequence[int], cells: Iterable[Any]) -> LoadedScene:
-    """Pictures of undecoded cells: bytes, paths, both, or pictures already."""
+    """Decode cells to pictures: bytes, paths, both, or already decoded pictures."""
     loaded = LoadedScene([], [])
     for frame, cell in zip(frames, cells):
         name = f"frame {frame}"
@@ -295,19 +296,19 @@ def _decode(frames: Sequence[int], cells: Iterable[Any]) -> LoadedScene:
 
 
 def decode_picture(cell: Any) -> PIL.Image.Image:
-    """A picture as rows hold it: bytes, a dictionary of `datasets`, a path, or a picture already.
+    """Decode a cell to a picture: bytes, a dictionary of `datasets`, a path, or an already decoded picture.
 
     Raises:
-        ValueError: There is none, or it can't be read.
+        ValueError: There is no picture, or it can't be read.
     """
     path = None
     if isinstance(cell, Mapping):
         path, cell = cell.get("path"), cell.get("bytes")
     if cell is None and path is None:
         raise ValueError("The row holds no picture.")
-    if cell is None and "://" in str(path) and is_path(path):  # in an archive or a storage
+    if cell is None and "://" in str(path) and is_path(path):  # in an archive or remote storage
         try:
             return to_rgb(require_datasets().Image().decode_example({"path": str(path), "bytes": None}))
-        except Exception as error:  # of any file system
+        except Exception as error:  # from any file system
             raise ValueError(f"The picture {describe(path)} can't be read ({error}). Check the address.") from error
     return to_rgb(path if cell is None else cell)

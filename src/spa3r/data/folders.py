@@ -1,4 +1,4 @@
-"""Scenes as folders of pictures: any folder of folders, and the layouts of ScanNet and ScanNet++."""
+"""Scenes as folders of pictures: any folder of folders, and the base of other layouts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Camera = tuple[np.ndarray, np.ndarray]
 
 
 class _PictureFolders(SceneSource):
-    """What the layouts share: an index over folders, and pictures read from them."""
+    """Base of the folder layouts: an index of folders, and pictures read from them."""
 
     endings = PICTURES
 
@@ -48,11 +48,11 @@ class _PictureFolders(SceneSource):
 
     @abstractmethod
     def _entries(self, scenes: list[str] | None) -> list[Entry]:
-        """Names of the scenes and the folders of their pictures."""
+        """Names of the scenes and their picture folders."""
 
     @abstractmethod
     def _why_empty(self) -> str:
-        """What is wrong if there are no scenes."""
+        """The error message if there are no scenes."""
 
     def _scan(self, folder: str) -> tuple[list[str], int]:
         names = [name for name in listed(folder) if name.lower().endswith(self.endings)]
@@ -85,7 +85,7 @@ class _PictureFolders(SceneSource):
                 names.append(picture)
         try:
             cameras = self._cameras(folder, names, [image.size for image in loaded.images])
-        except SceneError:  # who needs cameras asks for `camera_frames` first, which tells
+        except SceneError:  # callers that need cameras call `camera_frames` first, which raises it
             return loaded
         if names and all(camera is not None for camera in cameras):
             loaded.extrinsics, loaded.intrinsics = (np.stack(values) for values in zip(*cameras))
@@ -108,28 +108,28 @@ class _PictureFolders(SceneSource):
 
     @abstractmethod
     def _camera_file(self, folder: Path) -> Path:
-        """What has to be there if a scene's cameras are known."""
+        """The file that must exist for a scene's cameras to be known."""
 
     @abstractmethod
     def _cameras(
         self, folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]] | None
     ) -> list[Camera | None]:
-        """Cameras of pictures, None where unknown or invalid. `sizes` (width, height): None where only validity
+        """Cameras of pictures, None where unknown or invalid. `sizes` (width, height): None if only validity
         matters."""
 
 
 class FolderScenes(_PictureFolders):
-    """A folder for every scene, its pictures in natural order of their names.
+    """A folder per scene, with pictures in natural order of their names.
 
     A scene's folder may hold ``cameras.json``: ``{"000.png": {"extrinsics": 4 x 4 camera-from-world with OpenCV axes,
     "intrinsics": 3 x 3 in pixels of that file}, ...}``.
 
     Args:
-        root: The folder of the scenes' folders. Hidden ones, and those without pictures, are no scenes.
-        scenes: Names of the folders to use, or a text file with one a line; None: all.
-        stride: Smallest and largest step between frames drawn.
-        name: What reports call the source; None: the folder's name.
-        cache_dir: Where the index is kept; None: the user's cache.
+        root: The folder that holds the scene folders. Hidden folders and folders without pictures are ignored.
+        scenes: Names of the folders to use, or a text file with one per line; None: all.
+        stride: Lowest and highest step between drawn frames.
+        name: Name of the source in reports; None: the folder's name.
+        cache_dir: Folder of the index; None: the user's cache.
 
     Raises:
         ValueError: The folder doesn't exist or holds no scene, or a named scene is missing.
@@ -168,7 +168,7 @@ class FolderScenes(_PictureFolders):
 
 
 def existing_folder(path: str | Path) -> Path:
-    """The folder, which must exist."""
+    """The folder, after checking that it exists."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"`root` must be a folder, got {folder}, which is none. Check the path.")
@@ -176,7 +176,7 @@ def existing_folder(path: str | Path) -> Path:
 
 
 def existing_scene(folder: Path) -> Path:
-    """The folder of a scene that was asked for by name."""
+    """The folder of a requested scene, after checking that it exists."""
     if not folder.is_dir():
         raise ValueError(
             f"`scenes` names {folder.name!r}, and there is no folder {folder}. Take it out of the list, or add it."
@@ -185,7 +185,7 @@ def existing_scene(folder: Path) -> Path:
 
 
 def listed(folder: str | Path) -> list[str]:
-    """What is in a folder, hidden names left out; nothing if it can't be read."""
+    """Contents of a folder without hidden names; empty if it can't be read."""
     try:
         with os.scandir(folder) as content:
             return [entry.name for entry in content if not entry.name.startswith(".")]
@@ -194,13 +194,13 @@ def listed(folder: str | Path) -> list[str]:
 
 
 def folders_in(folder: str | Path) -> list[str]:
-    """Names of the folders in a folder, hidden ones left out."""
+    """Names of the subfolders of a folder, without hidden ones."""
     with os.scandir(folder) as content:
         return [entry.name for entry in content if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def read_names(scenes: Sequence[str] | str | Path | None) -> list[str] | None:
-    """Names of scenes, given or in a text file, one a line."""
+    """Names of scenes, from a sequence or from a text file with one per line."""
     if scenes is None or not isinstance(scenes, str | Path):
         return None if scenes is None else list(scenes)
     try:
@@ -213,10 +213,10 @@ def read_names(scenes: Sequence[str] | str | Path | None) -> list[str] | None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        SceneError: It can't be read.
+        SceneError: The file can't be read.
     """
     try:
         content = json.loads(read_text(file))
@@ -228,10 +228,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def valid_camera(extrinsics: Any, intrinsics: Any) -> Camera | None:
-    """A camera of finite numbers; None if some are not.
+    """A camera of finite numbers; None if some are not finite.
 
     Raises:
-        ValueError: The shapes are others.
+        ValueError: The shapes are wrong.
     """
     extrinsics, intrinsics = np.asarray(extrinsics, np.float64), np.asarray(intrinsics, np.float64)
     if extrinsics.shape != (4, 4) or intrinsics.shape != (3, 3):

@@ -1,7 +1,7 @@
-"""The index of a source on disk: which scenes there are, and which pictures each has.
+"""The index of a source on disk: its scenes and their pictures.
 
-It is an Arrow file that is memory-mapped, so a million pictures cost hardly any memory, and worker processes share it.
-It lies in a cache, is written whole or not at all, and what changed on disk is listed anew when it is opened.
+The index is a memory-mapped Arrow file, so a million pictures need hardly any memory, and worker processes share it.
+It is cached and written atomically. When it is opened, whatever changed on disk is listed again.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from tqdm import tqdm
 
 _VERSION = 1
 _CHUNK = 256  # scenes that are listed and written at a time
-_RACY = 2_000_000_000  # nanoseconds: a folder that changed just now may change again within the clock's tick
+_RACY = 2_000_000_000  # nanoseconds: a folder that changed just now may change again within the resolution of the clock
 _DIGITS = re.compile(r"\d+")
 
 Entry = tuple[str, str]
-"""A scene's name, and the folder or file that it is listed from."""
+"""The name of a scene, and the folder or file that it is listed from."""
 
 
 def natural_key(name: str) -> str:
-    """Sorts numbers in names by value: 2.jpg before 10.jpg."""
+    """Sort key that orders numbers in names by value: 2.jpg before 10.jpg."""
     return f"{_DIGITS.sub(lambda digits: digits[0].zfill(20), name)}\0{name}"
 
 
 def arrow() -> Any:
-    """PyArrow, which comes with the extra ``train``."""
+    """Import PyArrow, which the extra ``train`` installs."""
     try:
         import pyarrow
     except ModuleNotFoundError as error:
@@ -50,7 +50,7 @@ def default_cache() -> Path:
 
 
 class SceneIndex:
-    """Scenes by number: name, path, number of frames and the names of the pictures. Made by :meth:`build`."""
+    """Scenes by number: name, path, number of frames, and names of the pictures. Created by :meth:`build`."""
 
     def __init__(self, file: str):
         pa = arrow()
@@ -93,15 +93,15 @@ class SceneIndex:
         cache_dir: str | Path | None = None,
         threads: int | None = None,
     ) -> SceneIndex:
-        """The index of these scenes: the cached one if nothing changed, else a new one, in which only what changed is
-        listed anew.
+        """Return the index of the scenes: the cached one if nothing changed, otherwise a new one, for which only
+        changed entries are listed again.
 
         Args:
-            key: What the index depends on beside the entries; with it the cached file is found.
+            key: What the index depends on besides the entries; it identifies the cached file.
             entries: The scenes in order.
-            scan: Path of an entry -> names of its pictures, and the number of its frames.
-            cache_dir: Where indices are kept; None: the user's cache.
-            threads: How many entries are listed at a time; None: by the number of cores.
+            scan: Maps the path of an entry to the names of its pictures and its number of frames.
+            cache_dir: Folder of the indices; None: the user's cache.
+            threads: How many entries are listed at a time; None: based on the number of cores.
         """
         threads = threads or min(32, 4 * (os.cpu_count() or 1))
         file = _cache_folder(cache_dir) / f"{_digest(key)[:24]}.arrow"
@@ -129,12 +129,12 @@ def _digest(parts: Iterable[Any]) -> str:
 
 
 def _in_chunks(items: Sequence) -> Iterator[Sequence]:
-    """So few at a time that what threads return doesn't pile up."""
+    """Chunks small enough that the results of threads don't pile up."""
     return (items[first : first + _CHUNK] for first in range(0, len(items), _CHUNK))
 
 
 def _time_of_change(path: str) -> int:
-    """When a folder or file last changed, nanoseconds; 0 if it is gone."""
+    """Modification time of a folder or file in nanoseconds; 0 if it is gone."""
     try:
         return os.stat(path).st_mtime_ns
     except OSError:
@@ -163,12 +163,12 @@ def _open_cached(file: str) -> SceneIndex | None:
         return None
     try:
         return SceneIndex(file)
-    except (OSError, ValueError, KeyError):  # damaged, or another version's: it is only a cache
+    except (OSError, ValueError, KeyError):  # damaged, or from another version: it is only a cache
         return None
 
 
 def _reopen(file: str, digest: str) -> SceneIndex:
-    """The same index in another process."""
+    """Open the same index in another process."""
     index = SceneIndex(file)
     if index.digest != digest:
         raise RuntimeError(
@@ -178,7 +178,7 @@ def _reopen(file: str, digest: str) -> SceneIndex:
 
 
 def _known_rows(old: SceneIndex | None, entries: Sequence[Entry], stamps: Sequence[int]) -> list[int | None]:
-    """The row of the old index of every entry that didn't change."""
+    """For every entry, its row in the old index if it didn't change."""
     if old is None:
         return [None] * len(entries)
     paths, known = old.table["path"].to_pylist(), old.table["stamp"].to_numpy()
@@ -191,7 +191,7 @@ def _known_rows(old: SceneIndex | None, entries: Sequence[Entry], stamps: Sequen
 
 
 def _chunks(entries, stamps, rows, old, scan, pool, started) -> Iterator[dict[str, list]]:
-    """Columns of the index, some scenes at a time."""
+    """Columns of the index, chunk by chunk."""
 
     def listed(place: int) -> tuple[list[str], int]:
         row = rows[place]
@@ -203,7 +203,7 @@ def _chunks(entries, stamps, rows, old, scan, pool, started) -> Iterator[dict[st
             yield {
                 "name": [entries[place][0] for place in places],
                 "path": [entries[place][1] for place in places],
-                # What changed just now, and what gave nothing, is listed anew the next time.
+                # Entries that changed just now, and empty ones, are listed again next time.
                 "stamp": [
                     stamps[place] if found_count and stamps[place] < started - _RACY else -1
                     for place, (_, found_count) in zip(places, found)
@@ -215,7 +215,7 @@ def _chunks(entries, stamps, rows, old, scan, pool, started) -> Iterator[dict[st
 
 
 def _write(chunks: Iterator[dict[str, list]], digest: str, file: Path) -> None:
-    """Writes the file under another name first, so that it appears whole or not at all."""
+    """Write to a temporary name first, so that the file appears atomically."""
     pa = arrow()
     columns = [("name", pa.string()), ("path", pa.string()), ("stamp", pa.int64()), ("count", pa.int64())]
     schema = pa.schema(

@@ -1,7 +1,7 @@
-"""Instruction data: rows of questions, answers and media in the released layouts -> conversations with pictures.
+"""Instruction data: rows of questions, answers and media in the released formats, read as conversations.
 
-Every format of the field's data sets becomes one: ``messages`` in the chat form of Hugging Face, in which a video is
-its frames. Annotations stay on disk, memory-mapped; media are read when a row is asked for, and closed again.
+All formats are converted to one: ``messages`` in Hugging Face's chat format, in which a video is a list of
+frames. Annotations stay on disk, memory-mapped; media are read when a row is requested, and then closed.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     import datasets
 
 Example = dict[str, Any]
-"""``messages``, and what reports need: ``source``, ``row``, ``question_type``, ``skipped``."""
+"""``messages``, and the keys for reports: ``source``, ``row``, ``question_type``, ``skipped``."""
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MEDIA_KEYS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
-"""Columns that hold media, and of which kind; in this order, where a row has several."""
+"""Columns that hold media, and their kinds; in this order if a row has several."""
 
 PLACEHOLDER = re.compile(r"\s*<(?:image|video)>\s*")
 RAW = "json"
-"""The only column of annotations that were read from JSON: a row as it was written, whatever keys it has."""
+"""The only column of annotations read from JSON: the text of a row, whatever its keys."""
 
 _OF_DATASETS = ("state.json", "dataset_dict.json", "dataset_infos.json", "dataset_info.json", "metadata.jsonl")
 _CHUNK = 1 << 20  # characters
-_TRIES = 1000  # broken rows one after the other
-_WORDS_TO_TOKENS, _TOKENS_PER_PICTURE = 1.5, 256  # for lengths, which need only be alike
+_TRIES = 1000  # consecutive broken rows
+_WORDS_TO_TOKENS, _TOKENS_PER_PICTURE = 1.5, 256  # for lengths, which need only be roughly comparable
 
 
 class RowError(ValueError):
@@ -56,16 +56,16 @@ class RowError(ValueError):
 
 
 class RowReader:
-    """Makes examples of rows, whichever of the known formats they have.
+    """Converts rows of any known format to examples.
 
     Args:
-        media_root: Folder to which the rows' paths are relative, and which they must not leave; None: `home`.
-        name: What reports call the source.
-        home: The annotations' folder, to which the rows' paths are relative without `media_root`.
-        frames: Fewest and most frames of a video, if its length decides.
-        seconds_per_frame: Of a video, between two frames, if its length decides.
-        num_frames: Frames of every video; None: ``clamp(round(seconds / seconds_per_frame), *frames)``. A folder of
-            frames gives as many of them, at most all and at most ``frames[1]``.
+        media_root: Root of the rows' relative paths, which must stay inside it; None: `home`.
+        name: Name of the source in reports.
+        home: The annotations' folder, the root of relative paths without `media_root`.
+        frames: Lowest and highest number of frames of a video, if its length decides.
+        seconds_per_frame: Seconds of a video between two frames, if its length decides.
+        num_frames: Frames of every video; None: ``clamp(round(seconds / seconds_per_frame), *frames)``. For a folder
+            of frames, None means all of them, at most ``frames[1]``.
     """
 
     def __init__(
@@ -90,16 +90,16 @@ class RowReader:
         self.seconds_per_frame = seconds_per_frame
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
-        """The example of a row.
+        """Convert a row to an example.
 
         Raises:
-            RowError: The row is of no known format, or a medium is missing or broken.
+            RowError: The format is unknown, or a medium is missing or broken.
         """
         try:
             return self._read(row, index)
         except (RowError, MemoryError):
             raise
-        except Exception as error:  # rows of the world have every form
+        except Exception as error:  # real rows come in every form
             raise RowError(f"it is of no known format ({type(error).__name__}: {error})") from error
 
     def _read(self, row: Mapping[str, Any], index: int) -> Example:
@@ -122,7 +122,7 @@ class RowReader:
     def _messages(self, turns: list[tuple[str, list[Any]]], media: list[tuple[str, Any]]) -> list[dict[str, Any]]:
         places = sum(piece is None for _, pieces in turns for piece in pieces)
         groups = _groups(places, media)
-        if not places and groups:  # pictures without a place come first
+        if not places and groups:  # pictures without a placeholder come first
             first = next((pieces for role, pieces in turns if role == "user"), None)
             if first is None:
                 raise RowError("no message of a user, and media that belong to one")
@@ -147,7 +147,7 @@ class RowReader:
         try:
             if kind == "image":
                 return [self._picture(item)]
-            if isinstance(item, list | tuple):  # frames, one by one
+            if isinstance(item, list | tuple):  # single frames
                 frames = [self._picture(frame) for frame in self._some(list(item))]
             elif isinstance(item, Mapping) and item.get("bytes") is not None:  # a video inside Parquet
                 frames = sample_frames(item["bytes"], self.num_frames or self._frames_for)
@@ -168,12 +168,12 @@ class RowReader:
         return default_num_frames(seconds, *self.frames, self.seconds_per_frame)
 
     def _some(self, frames: list[Any]) -> list[Any]:
-        """Uniformly chosen frames of those that there are, first and last included."""
+        """Uniformly sampled frames, including the first and the last."""
         wanted = self.num_frames or min(len(frames), self.frames[1])
         return [frames[index] for index in uniform_indices(len(frames), wanted)] if frames else []
 
     def _picture(self, item: Any) -> PIL.Image.Image:
-        """A picture as Hugging Face or the row itself holds it."""
+        """A picture as stored by Hugging Face or in the row itself."""
         if isinstance(item, Mapping) and item.get("bytes") is None:
             if item.get("path") is None:
                 raise ValueError("A picture of the row has neither bytes nor a path.")
@@ -197,28 +197,29 @@ class RowReader:
 
 
 class InstructionDataset(Dataset):
-    """Rows of instructions with random access.
+    """Instruction rows with random access.
 
-    A row that is broken (its medium is missing or can't be read, or it is of no known format) is replaced by the next
-    one that isn't, and named in the example's ``skipped``; so lengths and orders never depend on it.
+    A broken row (a medium is missing or can't be read, or the format is unknown) is replaced by the next
+    valid row, and named in the example's ``skipped``; so lengths and orders never depend on it.
 
     Args:
-        annotations: A file (``.json``, ``.jsonl``, ``.parquet``); a folder with one JSON file beside its media; a
-            folder in the hub's layout or a hub id, as ``datasets.load_dataset`` takes it; or a ``datasets.Dataset``.
-        media_root: Folder to which the rows' paths are relative, and which they must not leave; None: the folder of the
-            annotations, or where their paths lead.
-        name: What reports call the source; None: the name of the file or data set.
-        split: Of a hub data set.
-        frames: Fewest and most frames of a video, if its length decides.
-        seconds_per_frame: Seconds of a video for each frame, if its length decides.
+        annotations: A file (``.json``, ``.jsonl``, ``.parquet``); a folder with one JSON file next to its media; a
+            folder in the hub's layout or a hub id, as for ``datasets.load_dataset``; or a ``datasets.Dataset``.
+        media_root: Root of the rows' relative paths, which must stay inside it; None: the folder of the
+            annotations, or wherever the paths lead.
+        name: Name of the source in reports; None: the name of the file or data set.
+        split: Split of a hub data set.
+        frames: Lowest and highest number of frames of a video, if its length decides.
+        seconds_per_frame: Seconds of a video per frame, if its length decides.
         num_frames: Frames of every video; None: by its length, ``clamp(round(seconds / seconds_per_frame), *frames)``.
 
     Attributes:
-        lengths: An array of about how many tokens a row has, for grouping by length; counted once, at the first use.
+        lengths: An array of approximate token counts of the rows, for grouping by length; computed once, at the first
+            use.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: There is no row, or an argument is out of range.
+        FileNotFoundError: The file doesn't exist.
+        ValueError: There are no rows, or an argument is out of range.
     """
 
     def __init__(
@@ -260,25 +261,25 @@ class InstructionDataset(Dataset):
     def lengths(self) -> np.ndarray:
         """(rows,) integers."""
         if self._lengths is None:
-            frames = self.reader.num_frames or self.reader.frames[1]  # how long a video is, nobody looks up for this
+            frames = self.reader.num_frames or self.reader.frames[1]  # the length of a video is not looked up for this
             self._lengths = np.fromiter((_length(row, frames) for row in self.rows), np.int32, len(self.rows))
         return self._lengths
 
 
 class InstructionMixture(Dataset):
-    """Several data sets as one, each with a weight.
+    """A weighted mixture of several data sets.
 
-    Which row comes at an index is a pure function of the seed and the index. A data set is gone through in an order of
-    its own, over and over; how often it is asked is a matter of its weight.
+    The row of an index is a pure function of the seed and the index. Each data set is repeated in its own
+    shuffled order, and its weight determines how often it is drawn.
 
     Args:
         parts: Data sets by name.
-        weights: By name, how often each is drawn, relative to the others; None: by their sizes.
-        num_rows: Rows of the mixture; None: as many as all parts have together.
-        seed: Of the draw.
+        weights: Relative frequency of each part by name; None: the sizes of the parts.
+        num_rows: Rows of the mixture; None: the total number of rows of all parts.
+        seed: Seed of the draw.
 
     Raises:
-        ValueError: There is no part, or the weights don't fit the parts.
+        ValueError: There are no parts, or the weights don't match the parts.
     """
 
     def __init__(
@@ -319,7 +320,7 @@ class InstructionMixture(Dataset):
 
     @property
     def lengths(self) -> np.ndarray | None:
-        """(rows,) integers; None where a part has none."""
+        """(rows,) integers; None if a part has no lengths."""
         lengths = [getattr(part, "lengths", None) for part in self.parts.values()]
         if any(one is None for one in lengths):
             return None
@@ -327,18 +328,19 @@ class InstructionMixture(Dataset):
 
 
 class StreamedInstructions(IterableDataset):
-    """Rows of instructions as they come: a file too large to index, or a data set that stays on the hub.
+    """Instruction rows from a stream: a file too large to index, or a data set that stays on the hub.
 
-    Broken rows are left out and named in the next example's ``skipped``, or the last one's.
+    Broken rows are left out and named in ``skipped`` of the next example, or of the last one.
 
     Args:
         annotations: As for :class:`InstructionDataset`, or a ``datasets.IterableDataset``.
-        media_root: Folder to which the rows' paths are relative, and which they must not leave; None: the folder of the
-            annotations, or where their paths lead.
-        name: What reports call the source; None: the name of the file or data set.
-        split: Of a hub data set.
-        shuffle_buffer: Rows among which the next one is drawn, anew in every epoch; 0: the order of the rows.
-        seed: Of that draw.
+        media_root: Root of the rows' relative paths, which must stay inside it; None: the folder of the
+            annotations, or wherever the paths lead.
+        name: Name of the source in reports; None: the name of the file or data set.
+        split: Split of a hub data set.
+        shuffle_buffer: Size of the buffer from which the next row is drawn, anew in every epoch; 0: the order of the
+            rows.
+        seed: Seed of that draw.
         frames: As for :class:`InstructionDataset`.
         seconds_per_frame: As for :class:`InstructionDataset`.
         num_frames: As for :class:`InstructionDataset`.
@@ -364,11 +366,11 @@ class StreamedInstructions(IterableDataset):
         self.reader = RowReader(media_root, name or own_name, home, frames, seconds_per_frame, num_frames)
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order for every epoch, if rows are shuffled."""
+        """Set the epoch, which changes the order if rows are shuffled."""
         self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Example]:
-        waiting: Example | None = None  # the last example takes what is broken at the end of the stream
+        waiting: Example | None = None  # the last example reports broken rows at the end of the stream
         skipped: list[dict[str, str]] = []
         for index, row in enumerate(self.rows):
             try:
@@ -395,7 +397,7 @@ class StreamedInstructions(IterableDataset):
 
 
 def _as_written(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row itself, if it was kept as text."""
+    """Parse the row if it was kept as text."""
     if RAW not in row or len(row) > 1:
         return row
     try:
@@ -408,7 +410,7 @@ def _as_written(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _turns_of(row: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
-    """Who says what: texts, None where a medium has its place, (kind, medium) where it stands itself."""
+    """The turns of a row: texts, None for the placeholder of a medium, (kind, medium) for an inline medium."""
     key = next((key for key in ("messages", "conversations") if row.get(key)), None)
     if key is None:
         raise RowError(f"a row must have `messages` or `conversations`, got the keys {sorted(row)}")
@@ -459,34 +461,34 @@ def _pieces(said: Any) -> list[Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether an answer was written as a number; as which text is then plain."""
+    """Whether an answer was written as a number; its text is then unambiguous."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _groups(places: int, media: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
-    """Which media go to which place."""
+    """Assign media to placeholders."""
     if places == len(media):
         return [[medium] for medium in media]
     if media and places <= 1:
         return [media]
-    if len(media) == 1 and media[0][0] == "video":  # a place for every frame
+    if len(media) == 1 and media[0][0] == "video":  # one placeholder per frame
         return [media]
     raise RowError(f"{places} places for media (<image> or <video>) in the text, and {len(media)} media")
 
 
 def _as_items(value: Any, kind: str) -> list[Any]:
-    """The media of a column: one, a list of them, or a video that is a list of frames."""
+    """The media of a column: one, a list of them, or a video as a list of frames."""
     if value is None or (isinstance(value, str) and not value):
         return []
     if not isinstance(value, list | tuple):
         return [value]
     if kind == "video" and value and not isinstance(value[0], list | tuple) and _is_picture(value[0]):
-        return [value]  # frames, one by one
+        return [value]  # single frames
     return list(value)
 
 
 def _is_picture(item: Any) -> bool:
-    return not isinstance(item, str) or item.lower().endswith(tuple(set(PICTURES) - {".gif"}))  # which may move
+    return not isinstance(item, str) or item.lower().endswith(tuple(set(PICTURES) - {".gif"}))  # which may be animated
 
 
 def _media_name(item: Any) -> str:
@@ -498,7 +500,7 @@ def _media_name(item: Any) -> str:
 
 
 def _is_below(path: Path, root: Path) -> bool:
-    """As the path is written: a link below the root may lead anywhere, as who made it wants."""
+    """Whether the path as written is below the root: links below the root may point anywhere, which is intended."""
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
 
 
@@ -511,7 +513,7 @@ def _entry(source: str, place: int, error: RowError) -> dict[str, str]:
 
 
 def _length(row: Mapping[str, Any], frames: int) -> int:
-    """About how many tokens a row has: words, and pictures by their number; 0 of one that can't be used."""
+    """Approximate token count of a row: words, plus pictures by their number; 0 if the row can't be used."""
     try:
         row = _as_written(row)
         pieces = [piece for _, pieces in _turns_of(row) for piece in pieces]
@@ -528,7 +530,7 @@ def _length(row: Mapping[str, Any], frames: int) -> int:
 
 
 def _load(annotations: Any, split: str, streaming: bool = False) -> tuple[Any, Path | None, str]:
-    """Rows, the folder to which their paths are relative, and what they are called."""
+    """The rows, the root of their relative paths, and their name."""
     hf = require_datasets()
     if isinstance(annotations, hf.Dataset | hf.IterableDataset):
         if isinstance(annotations, hf.IterableDataset) != streaming:
@@ -549,7 +551,7 @@ def _load(annotations: Any, split: str, streaming: bool = False) -> tuple[Any, P
             raise _no_rows(path.stem)
         if streaming:
             return hf.IterableDataset.from_generator(partial(_json_rows, str(path))), path.parent, path.stem
-        # Part of the key of datasets' cache: a file that changed is read again.
+        # Part of the cache key of datasets: a changed file is read again.
         stamp = path.stat().st_mtime_ns
         features = hf.Features({RAW: hf.Value("string")})
         arguments = {"path": str(path.resolve()), "stamp": stamp}
@@ -568,7 +570,7 @@ def _load(annotations: Any, split: str, streaming: bool = False) -> tuple[Any, P
 
 
 def _only_annotations(folder: Path, split: str) -> Path | None:
-    """The JSON beside its media, as VSI-590K is released: `datasets` would take such a folder for one of videos."""
+    """The JSON file next to its media, as in VSI-590K: `datasets` would load such a folder as one of videos."""
     if not folder.is_dir() or any((folder / name).is_file() for name in _OF_DATASETS[:2]):
         return None
     files = [file for file in folder.glob("*.json*") if file.suffix in (".json", ".jsonl")]
@@ -582,7 +584,7 @@ def _no_rows(name: str) -> ValueError:
 
 
 def _undecoded(rows: Any) -> Any:
-    """Pictures and videos as the files hold them, so that one that is broken breaks only its row."""
+    """Keep pictures and videos undecoded, so that a broken one affects only its row."""
     hf = require_datasets()
     for column, feature in (rows.features or {}).items():
         inner = feature.feature if isinstance(feature, hf.List) else feature
@@ -593,7 +595,7 @@ def _undecoded(rows: Any) -> Any:
 
 
 def _json_rows(path: str, stamp: int = 0) -> Iterator[dict[str, str]]:
-    """The rows of a JSON array or of JSON lines, one by one, as they are written: rows may have different keys."""
+    """The rows of a JSON array or of JSON lines, one by one, as text: rows may have different keys."""
     try:
         with open(path, encoding=text_encoding(path)) as file:
             first = file.read(1)
@@ -611,7 +613,7 @@ def _json_rows(path: str, stamp: int = 0) -> Iterator[dict[str, str]]:
 
 
 def _json_values(chunks: Iterable[str], path: str) -> Iterator[str]:
-    """The values of a JSON array without its opening bracket, as they are written."""
+    """The values of a JSON array without its opening bracket, as text."""
     decoder, text, place, chunks = json.JSONDecoder(), "", 0, iter(chunks)
     while True:
         while place < len(text) and text[place] in ", \t\r\n":

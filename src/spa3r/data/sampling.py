@@ -1,7 +1,7 @@
-"""What is drawn for an epoch: the order of the scenes, numbers of views, frames and target views.
+"""Random draws of an epoch: the order of the scenes, numbers of views, frames and target views.
 
-Everything is a pure function of the seed, the epoch and a place in the epoch. So it doesn't matter who draws it: the
-plan of a step is made for all ranks together, and each takes its share.
+Everything is a pure function of the seed, the epoch and a position in the epoch, so every process draws the same: the
+plan of a step covers all ranks, and each takes its share.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-_VIEWS, _STEPS, _ORDER, _SOURCES, _SCENE = range(5)  # independent streams of random numbers
-_BLOCK = 4096  # how many numbers are drawn at a time where there is no end
+_VIEWS, _STEPS, _ORDER, _SOURCES, _SCENE = range(5)  # independent random streams
+_BLOCK = 4096  # how many numbers are drawn at a time for an endless epoch
 
 
 def sample_frames(num_frames: int, views: int, stride: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Frames of a scene in temporal order, as Spa3R is pretrained.
+    """Sample frames of a scene in temporal order, as in the pretraining of Spa3R.
 
     The step from one frame to the next is drawn from [lowest, highest], and highest is lowered until all views fit.
-    Where not even the lowest step fits, the frames are drawn without replacement; where there are fewer frames than
+    If not even the lowest step fits, the frames are drawn without replacement; if there are fewer frames than
     views, with replacement.
 
     Args:
-        num_frames: How many frames the scene has, at least 1.
-        views: How many to draw, at least 1.
+        num_frames: Number of frames of the scene, at least 1.
+        views: Number of frames to draw, at least 1.
         stride: Lowest and highest step, at least 1.
-        rng: Where the random numbers come from.
+        rng: Random generator.
 
     Returns:
         (views,) ascending.
@@ -44,7 +44,7 @@ def sample_frames(num_frames: int, views: int, stride: tuple[int, int], rng: np.
 
 
 def sample_targets(views: int, mask_ratio: float, rng: np.random.Generator) -> np.ndarray:
-    """Which views are targets: all but max(1, int(views * (1 - mask_ratio))), never the first.
+    """Sample target views: all but max(1, int(views * (1 - mask_ratio))), never the first.
 
     Returns:
         (views,) bool.
@@ -56,7 +56,7 @@ def sample_targets(views: int, mask_ratio: float, rng: np.random.Generator) -> n
 
 
 class Step(NamedTuple):
-    """One step of all ranks: `scenes` scenes from the place `first` of the epoch on, with `views` views each."""
+    """One step of all ranks: `scenes` scenes from position `first` of the epoch, with `views` views each."""
 
     index: int
     first: int
@@ -64,21 +64,21 @@ class Step(NamedTuple):
     views: int
 
     def share(self, rank: int, world_size: int) -> range:
-        """The places in the epoch that one rank loads."""
+        """The positions in the epoch that one rank loads."""
         return range(self.first + self.scenes * rank // world_size, self.first + self.scenes * (rank + 1) // world_size)
 
 
 class EpochPlan:
-    """Which scene is seen where in an epoch, and with how many views.
+    """The scene at every position of an epoch, and its number of views.
 
     Args:
-        lengths: Number of scenes of every source; None where there is no end.
+        lengths: Number of scenes of every source; None for an endless one.
         weights: Shares of the sources in the scenes drawn; None: every scene once.
-        num_scenes: Length of the epoch in scenes; None: it doesn't end.
-        views: Smallest and largest number of views of a scene.
-        pictures: Budget of pictures of a step and rank.
+        num_scenes: Length of the epoch in scenes; None: endless.
+        views: Lowest and highest number of views of a scene.
+        pictures: Maximum number of pictures per step and rank.
         world_size: Number of ranks.
-        seed: Of everything drawn.
+        seed: Seed of everything drawn.
         epoch: Number of the epoch.
     """
 
@@ -103,22 +103,22 @@ class EpochPlan:
         self._block: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def rng(self, *key: int) -> np.random.Generator:
-        """Random numbers of their own for every key."""
+        """An independent random generator for every key."""
         return np.random.default_rng([self.seed, *key])
 
     def scene_rng(self, place: int) -> np.random.Generator:
-        """Random numbers of the scene at a place of the epoch."""
+        """The random generator of the scene at a position of the epoch."""
         return self.rng(_SCENE, self.epoch, place)
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the epoch, the same in every epoch; None where it doesn't end."""
+        """Number of steps of the epoch, the same in every epoch; None if it is endless."""
         return None if self._steps is None else len(self._steps)
 
     def steps(self, first: int = 0, stride: int = 1) -> Iterator[Step]:
-        """Every `stride`-th step from `first` on."""
+        """Every `stride`-th step, starting at `first`."""
         if self._steps is None:
             return islice(self._endless_steps(), first, None, stride)
         return map(self.step, range(first, len(self._steps), stride))
@@ -132,22 +132,22 @@ class EpochPlan:
                 index, place = index + 1, place + scenes
 
     def step(self, index: int) -> Step:
-        """One step of an epoch that ends."""
+        """One step of a finite epoch."""
         first, scenes, views = self._steps[index].tolist()
         return Step(index, first, scenes, views)
 
     def _finite_steps(self) -> np.ndarray:
-        """(steps, 3): first place, scenes, views.
+        """(steps, 3): first position, scenes, views.
 
-        The numbers of views are drawn once for all epochs and shuffled for each, so all epochs are equally long. Every
-        rank gets at least one scene in every step; at most world_size - 1 scenes are left over, and only where the
-        budget is for one scene a rank.
+        The numbers of views are drawn once for all epochs and shuffled for each, so all epochs have the same length.
+        Every rank gets at least one scene in every step; at most world_size - 1 scenes are left over, and only if the
+        budget allows one scene per rank.
         """
         world, left, rows, block = self.world_size, self.num_scenes, [], 0
         while left >= world:
             for views in self.rng(_VIEWS, 0, block).integers(*self.views, size=_BLOCK, endpoint=True).tolist():
                 scenes = world * (self.pictures // views)
-                missing = world - (left - scenes)  # so many fewer, and the next step has a scene for every rank
+                missing = world - (left - scenes)  # this many fewer, and the next step has a scene for every rank
                 if 0 < missing < world and scenes - missing >= world:
                     scenes -= missing
                 scenes = min(scenes, left)
@@ -164,10 +164,10 @@ class EpochPlan:
     # Scenes -----------------------------------------------------------------------------------------------------------
 
     def scene_at(self, place: int) -> tuple[int, int]:
-        """The source, and which of its scenes, at a place of the epoch.
+        """The source, and the scene of that source, at a position of the epoch.
 
-        Of a source without end the second number counts the scenes drawn from it in this epoch. Places beyond the end
-        of the epoch go on with a new order.
+        For an endless source the second number counts the scenes drawn from it in this epoch. Positions beyond the end
+        of the epoch continue with a new order.
         """
         if self.shares is not None:
             source, before = self._weighted(place)
@@ -188,7 +188,7 @@ class EpochPlan:
         return int(self._orders[source][1][place])
 
     def _weighted(self, place: int) -> tuple[int, int]:
-        """The source at a place, and how often it was drawn before."""
+        """The source at a position, and how often it was drawn before."""
         block, offset = divmod(place, _BLOCK)
         while len(self._counts) <= block:
             drawn = self._draw_sources(len(self._counts) - 1)

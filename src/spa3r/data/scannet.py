@@ -24,19 +24,19 @@ _OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
 class ScanNetScenes(_PictureFolders):
-    """ScanNet: ``<root>/scene0000_00/color/0.jpg``. Cameras, where they were exported too, are ``pose/0.txt``
-    (camera-to-world) and ``intrinsic/intrinsic_color.txt``; a pose that holds infinities is no camera.
+    """ScanNet: ``<root>/scene0000_00/color/0.jpg``. Cameras, if they were exported, are ``pose/0.txt``
+    (camera-to-world) and ``intrinsic/intrinsic_color.txt``; a pose with infinite values is invalid.
 
     Args:
-        root: The folder of the scenes' folders.
-        scenes: Names of the scenes to use, or a text file with one a line, such as ``scannetv2_train.txt``; None: all.
-            Scenes that are not on disk are left out with a warning.
-        stride: Smallest and largest step between frames drawn.
-        name: What reports call the source.
-        cache_dir: Where the index is kept; None: the user's cache.
+        root: The folder that holds the scene folders.
+        scenes: Names of the scenes to use, or a text file with one per line, such as ``scannetv2_train.txt``; None:
+            all. Scenes that are not on disk are left out with a warning.
+        stride: Lowest and highest step between drawn frames.
+        name: Name of the source in reports.
+        cache_dir: Folder of the index; None: the user's cache.
 
     Raises:
-        ValueError: The folder doesn't exist or holds no scene.
+        ValueError: The folder doesn't exist or has no scene.
     """
 
     endings = (".jpg",)
@@ -80,20 +80,20 @@ class ScanNetScenes(_PictureFolders):
 
 
 class ScanNetPPScenes(_PictureFolders):
-    """ScanNet++: ``<root>/data/<scene>/dslr/undistorted_images``, or ``resized_undistorted_images`` where that is what
-    there is; the scenes are those of ``<root>/splits/<split>.txt``. Cameras, where there are some, are those of
+    """ScanNet++: ``<root>/data/<scene>/dslr/undistorted_images``, or else ``resized_undistorted_images``; the scenes
+    are listed in ``<root>/splits/<split>.txt``. Cameras, if there are any, are in
     ``dslr/nerfstudio/transforms_undistorted.json``.
 
     Args:
         root: The folder that holds ``data`` and ``splits``.
-        split: Name of the file of ``splits`` that lists the scenes. Scenes that are not on disk are left out with a
+        split: Name of the file in ``splits`` that lists the scenes. Scenes that are not on disk are left out with a
             warning.
-        stride: Smallest and largest step between frames drawn.
-        name: What reports call the source.
-        cache_dir: Where the index is kept; None: the user's cache.
+        stride: Lowest and highest step between drawn frames.
+        name: Name of the source in reports.
+        cache_dir: Folder of the index; None: the user's cache.
 
     Raises:
-        ValueError: The folder or the split doesn't exist, or holds no scene.
+        ValueError: The folder or the split doesn't exist, or has no scene.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class ScanNetPPScenes(_PictureFolders):
                 if pose is None or not np.isfinite(pose).all():
                     cameras.append(None)
                     continue
-                # The pictures may have been resized since.
+                # The pictures may have been resized afterwards.
                 scale = np.ones(2) if sizes is None else np.array(sizes[place]) / full_size
                 camera_from_world = np.linalg.inv(pose @ _OPENGL_FROM_OPENCV)
                 cameras.append(valid_camera(camera_from_world, np.diag([*scale, 1]) @ intrinsics))
@@ -157,7 +157,7 @@ class ScanNetPPScenes(_PictureFolders):
 
 
 def present(wanted: list[str] | None, found: list[str], source: _PictureFolders) -> list[str]:
-    """The scenes that are wanted and found; the others are told."""
+    """The requested scenes that were found, with a warning about the others."""
     if wanted is None:
         return found
     there = set(found)
@@ -172,7 +172,7 @@ def present(wanted: list[str] | None, found: list[str], source: _PictureFolders)
 
 
 def read_matrix(file: Path) -> np.ndarray | None:
-    """A (4, 4) matrix in a text file; None if it isn't there, or not a matrix of finite numbers with an inverse."""
+    """Read a (4, 4) matrix from a text file; None if it is missing, not finite, or not invertible."""
     try:
         matrix = np.array(read_text(file).split(), np.float64).reshape(4, 4)
     except (OSError, ValueError):

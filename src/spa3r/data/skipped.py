@@ -1,19 +1,19 @@
-"""What could not be read, counted over a run and held against the share that is accepted."""
+"""Counts what could not be read during a run, and compares it with the accepted share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_FEW_PICTURES, _FEW_SCENES = 100, 20  # too few to tell a bad source from bad luck
+_FEW_PICTURES, _FEW_SCENES = 100, 20  # too few to tell a bad source from chance
 
 
 class SkippedReport:
-    """Pictures and scenes that were skipped, over all batches that were added.
+    """Pictures and scenes that were skipped, over all added batches.
 
     Args:
-        max_bad_share: Share of pictures (and of scenes, those that can't be read at all) that may be bad, 0..1. None:
-            any.
+        max_bad_share: Share of pictures (and of scenes that can't be read at all) that may be bad, 0..1. None: no
+            limit.
     """
 
     def __init__(self, max_bad_share: float | None = None):
@@ -26,12 +26,12 @@ class SkippedReport:
         """Count a batch of :class:`~spa3r.data.SceneBatches`.
 
         Raises:
-            RuntimeError: More is bad than `max_bad_share`, by more than chance (four standard deviations).
+            RuntimeError: The bad share exceeds `max_bad_share` by more than chance (four standard deviations).
         """
         self.count(batch["skipped"], batch["num_pictures"], len(batch["scenes"]))
 
     def count(self, skipped: Iterable[Mapping[str, str]], num_pictures: int, num_scenes: int) -> None:
-        """As :meth:`add`, of the parts: entries skipped, pictures tried in scenes that were read, scenes read."""
+        """As :meth:`add`, from the parts: skipped entries, pictures tried in readable scenes, readable scenes."""
         for entry in skipped:
             key = (entry["source"], entry["scene"], entry["picture"])
             self._reasons[key] = entry["reason"]
@@ -57,14 +57,14 @@ class SkippedReport:
             )
 
     def entries(self) -> list[dict[str, Any]]:
-        """What was skipped, each once: source, scene, picture ("" for a whole scene), reason, times."""
+        """Skipped items, each listed once: source, scene, picture ("" for a whole scene), reason, times."""
         return [
             dict(zip(("source", "scene", "picture"), key)) | {"reason": reason, "times": self._times[key]}
             for key, reason in sorted(self._reasons.items())
         ]
 
     def __str__(self) -> str:
-        """Counts, and a line for every picture or scene, 50 at most."""
+        """Counts, and a line per picture or scene, at most 50."""
         if not self._reasons:
             return f"Nothing was skipped: {self.pictures_tried} pictures of {self.scenes_tried} scenes were read."
         lines = [

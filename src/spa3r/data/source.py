@@ -1,4 +1,4 @@
-"""What a source of scenes is: names, numbers of frames, and pictures on request."""
+"""The interface of a scene source: names, numbers of frames, and pictures on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import PIL.Image
 
 
 class SceneError(ValueError):
-    """A whole scene can't be read; the message says why. Its batch goes on without it."""
+    """A whole scene can't be read; the message says why. Its batch continues without it."""
 
 
 @dataclass
@@ -20,12 +20,12 @@ class LoadedScene:
     """Pictures of some frames of a scene.
 
     Attributes:
-        frames: Which of the wanted frames could be read, in the order in which they were asked for.
+        frames: The requested frames that could be read, in the requested order.
         images: Their pictures, RGB, in the original size.
-        extrinsics: (frames, 4, 4) camera-from-world, OpenCV axes, of any world that the scene's frames share; None
-            where a camera is not known.
-        intrinsics: (frames, 3, 3), pixels of the original picture, pixel centres at +0.5; None as above.
-        unread: Names of the pictures that could not be read, and why.
+        extrinsics: (frames, 4, 4) camera-from-world, OpenCV axes, in any world frame shared by the scene's frames; None
+            if a camera is not known.
+        intrinsics: (frames, 3, 3), pixels of the original picture, pixel centers at +0.5; None as above.
+        unread: Names of unreadable pictures, and why.
     """
 
     frames: list[int]
@@ -36,11 +36,11 @@ class LoadedScene:
 
 
 class SceneSource(ABC):
-    """One place where scenes come from.
+    """A source of scenes.
 
     Attributes:
-        name: What reports call the source.
-        stride: Smallest and largest step from one drawn frame to the next, for :func:`~spa3r.data.sample_frames`.
+        name: Name of the source in reports.
+        stride: Lowest and highest step from one drawn frame to the next, for :func:`~spa3r.data.sample_frames`.
     """
 
     name: str
@@ -48,30 +48,30 @@ class SceneSource(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many scenes there are.
+        """Number of scenes.
 
         Raises:
-            TypeError: The source has no end, or doesn't know it.
+            TypeError: The source is endless, or its length is unknown.
         """
 
     @abstractmethod
     def scene_name(self, scene: Any) -> str:
-        """What reports call a scene. Scenes are numbered from 0."""
+        """The name of a scene in reports. Scenes are numbered from 0."""
 
     @abstractmethod
     def num_frames(self, scene: Any) -> int:
-        """How many frames a scene has; 0 where that is not known because the scene is broken."""
+        """Number of frames of a scene; 0 if it is unknown because the scene is broken."""
 
     @abstractmethod
     def load(self, scene: Any, frames: Sequence[int]) -> LoadedScene:
-        """The pictures of some frames, with cameras where they are known. Nothing stays open.
+        """Load the pictures of some frames, with cameras if they are known. No file stays open.
 
         Raises:
             SceneError: The whole scene can't be read.
         """
 
     def check_cameras(self) -> None:
-        """Refuses a source without known cameras before anything is trained on it.
+        """Reject a source without known cameras before training starts.
 
         Raises:
             ValueError: Not every scene has cameras.
@@ -87,10 +87,10 @@ class SceneSource(ABC):
 
 
 def check_stride(stride: Sequence[int]) -> tuple[int, int]:
-    """A stride range as two integers.
+    """Convert a stride range to two integers.
 
     Raises:
-        ValueError: It is not 1 <= lowest <= highest.
+        ValueError: The range is not 1 <= lowest <= highest.
     """
     numbers = tuple(stride) if isinstance(stride, Sequence) and not isinstance(stride, str) else ()
     if len(numbers) != 2 or not all(isinstance(n, int) for n in numbers) or not 1 <= numbers[0] <= numbers[1]:

@@ -1,4 +1,4 @@
-"""Scenes as videos: frames by number, decoded when they are asked for."""
+"""Scenes as videos: frames are decoded on request."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from spa3r.media.videos import count_frames, read_frames
 
 
 class VideoScenes(SceneSource):
-    """A video for every scene. Counting frames reads every file once; the index remembers the counts.
+    """One video per scene. Counting frames reads every file once; the index stores the counts.
 
     Args:
         root: The folder of the videos.
-        scenes: Names of the files to use, or a text file with one a line; None: all.
-        stride: Smallest and largest step between frames drawn.
-        name: What reports call the source; None: the folder's name.
-        cache_dir: Where the index is kept; None: the user's cache.
+        scenes: Names of the files to use, or a text file with one per line; None: all.
+        stride: Lowest and highest step between drawn frames.
+        name: Name of the source in reports; None: the folder's name.
+        cache_dir: Folder of the index; None: the user's cache.
 
     Raises:
         ValueError: The folder doesn't exist or holds no video, or a named video is missing.
@@ -78,5 +78,5 @@ class VideoScenes(SceneSource):
 def _scan(file: str) -> tuple[list[str], int]:
     try:
         return [], count_frames(file)
-    except ValueError:  # reported when the scene's turn comes
+    except ValueError:  # reported when the scene is loaded
         return [], 0
