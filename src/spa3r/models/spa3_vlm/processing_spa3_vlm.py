@@ -1,4 +1,4 @@
-"""Messages with pictures and videos -> everything that a Spa3-VLM reads: the VLM's own inputs and packed views."""
+"""Messages with pictures and videos -> all inputs of a Spa3-VLM: the VLM's own inputs and packed views."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor, ViewB
 from spa3r.models.vggt.released_vggt import view_size
 
 VLM_FOLDER = "vlm_processor"
-"""Subfolder of a saved processor that holds the VLM's own files."""
+"""Subfolder of a saved processor for the VLM's own files."""
 
 NOT_FOR_VLM = (*WHERE, "trust_remote_code", "_from_auto")
-"""Keywords of ``from_pretrained`` that say where files lie; the VLM's own lie in a local folder by then."""
+"""Keywords of ``from_pretrained`` about where files are; the VLM's processor is loaded from a local folder."""
 
 CONFIG_FILE = "processor_config.json"
 
@@ -49,34 +49,34 @@ SPATIAL_COUNTS = "spatial_tokens_per_scene"
 
 PICTURE_KEYS = ("image", "url", "path", "base64")
 SIZE_KEYS = ("resized_height", "resized_width", "min_pixels", "max_pixels")
-"""What a picture may say of its size in other libraries' messages."""
+"""Size keys that a picture may have in other libraries' messages."""
 
 TOKENIZING = threading.RLock()
-"""A fast tokenizer keeps the padding and truncation of its last call, so threads take turns."""
+"""A fast tokenizer stores the padding and truncation of its last call, so only one thread may use it at a time."""
 
 
 class Spa3VLMProcessor(ProcessorMixin):
-    """Any VLM's own processor, with packed views beside it.
+    """Any VLM's own processor, extended by packed views.
 
-    All pictures of a conversation are views of one scene. A video becomes uniformly sampled frames, which the VLM gets
-    as pictures.
+    All pictures of a conversation are views of one scene. A video is converted to uniformly sampled frames, which are
+    passed to the VLM as pictures.
 
     Args:
         vlm_processor: The VLM's processor.
-        view_image_processor: Makes the views.
-        images: What the VLM sees. ``"aligned"``: the processed views, cut to whole VLM patches, as the released model
-            was trained; the VLM's own processor doesn't rescale them as long as they lie in its limits. ``"native"``:
-            the pictures as they are.
-        num_frames: Frames of a video; None: clamp(round(seconds / 2), 4, 8).
-        image_token_id: Id of the VLM's image placeholder (its configuration's ``image_token_id``), to count image
-            tokens by; None: the model counts, for which an accelerator has to be waited for.
-        spatial_tokens: Places for tokens that the model appends to a scene (``integration="append"``): its
-            ``config.spatial_tokens``, a number, or ``"patches"`` for one for each patch of the views. They follow the
-            conversation's last picture. None: the model appends none.
-        spatial_token: The token that holds these places; None: the tokenizer's padding token.
+        view_image_processor: The image processor of the views.
+        images: The pictures passed to the VLM. ``"aligned"``: the processed views, cropped to whole VLM patches, as
+            the released model was trained; the VLM's own processor doesn't rescale them if their size is within its
+            limits. ``"native"``: the original pictures.
+        num_frames: Number of frames of a video; None: clamp(round(seconds / 2), 4, 8).
+        image_token_id: Id of the VLM's image placeholder (its configuration's ``image_token_id``), used to count
+            image tokens; None: the model counts them, which synchronizes with an accelerator.
+        spatial_tokens: Number of places for tokens that the model appends to a scene (``integration="append"``): its
+            ``config.spatial_tokens``, a number, or ``"patches"`` for one per patch of the views. They follow the
+            conversation's last picture. None: the model appends no tokens.
+        spatial_token: The token that marks these places; None: the tokenizer's padding token.
 
     Raises:
-        ValueError: `images` or `spatial_tokens` is unknown, or no token can hold the places.
+        ValueError: `images` or `spatial_tokens` is unknown, or no token can mark the places.
     """
 
     def __init__(
@@ -126,8 +126,8 @@ class Spa3VLMProcessor(ProcessorMixin):
         )
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
-        """Write ``processor_config.json``, the VLM's processor below ``vlm_processor``, and its tokenizer once more at
-        the top, where ``AutoTokenizer`` looks for it."""
+        """Write ``processor_config.json``, the VLM's processor to the subfolder ``vlm_processor``, and a copy of its
+        tokenizer to the top folder, where ``AutoTokenizer`` expects it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if push_to_hub:
@@ -161,14 +161,14 @@ class Spa3VLMProcessor(ProcessorMixin):
         """Load from a folder or the hub.
 
         Args:
-            pretrained_model_name_or_path: Folder or hub id; ``"embedded"``: the one in the package. Of an adapter of
-                PEFT that comes without a processor: its base model's.
+            pretrained_model_name_or_path: Folder or hub id; ``"embedded"``: the one in the package. For a PEFT adapter
+                without a processor, the processor of its base model is loaded.
             **kwargs: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download`` for the hub;
-                arguments of the constructor, which override what was saved; the rest goes to the VLM's processor.
+                arguments of the constructor, which override saved values; the rest goes to the VLM's processor.
 
         Raises:
-            TypeError: A keyword is nearly an argument of the constructor.
-            ValueError: The folder holds no processor of ours.
+            TypeError: A keyword is probably a misspelled argument of the constructor.
+            ValueError: The folder contains no :class:`Spa3VLMProcessor`.
         """
         source = resolve(pretrained_model_name_or_path, "spa3_vlm")
         where = {key: kwargs[key] for key in WHERE if key in kwargs}
@@ -200,14 +200,14 @@ class Spa3VLMProcessor(ProcessorMixin):
                 "save the processor again."
             )
         fields["view_image_processor"] = Spa3RImageProcessor.from_dict(fields.get("view_image_processor", {}))
-        fields = {"spatial_tokens": None, "spatial_token": None} | fields  # folders of before know neither
+        fields = {"spatial_tokens": None, "spatial_token": None} | fields  # older folders have neither
         for_vlm = _for_vlm(kwargs, fields)
         fields |= {key: kwargs[key] for key in fields if key in kwargs}
         return cls(AutoProcessor.from_pretrained(folder / VLM_FOLDER, **for_vlm), **fields)
 
     @classmethod
     def _from_released(cls, released: ReleasedCheckpoint, folder: Path, kwargs: dict[str, Any]) -> Spa3VLMProcessor:
-        """The processor of the VLM beside the weights, and views of the size that the tensors tell."""
+        """The VLM's processor from the folder of the weights, with a view size derived from the tensors."""
         if not (folder / "tokenizer_config.json").is_file():
             raise ValueError(
                 f"{released.name} holds a released Spa3-VLM without a tokenizer (tokenizer_config.json), from which no "
@@ -225,7 +225,7 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """No piecewise parts for transformers: the VLM's processor is saved and loaded as a whole."""
+        """Empty: transformers must not handle the parts, as the VLM's processor is saved and loaded as a whole."""
         return []
 
     @property
@@ -249,7 +249,7 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """The VLM's inputs and the views'."""
+        """Input names of the VLM and of the views."""
         own = [TOKEN_COUNTS] if self.spatial_tokens is None else [TOKEN_COUNTS, SPATIAL_COUNTS]
         return [*self.vlm_processor.model_input_names, *self.view_image_processor.model_input_names, *own]
 
@@ -263,7 +263,7 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     @property
     def spatial_tokens(self) -> int | Literal["patches"] | None:
-        """Places for tokens that the model appends to a scene; may be set, to the model's ``config.spatial_tokens``."""
+        """Places for tokens that the model appends to a scene; may be set to the model's ``config.spatial_tokens``."""
         return self._spatial_tokens
 
     @spatial_tokens.setter
@@ -279,16 +279,16 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     @property
     def spatial_token(self) -> str | None:
-        """The token that holds the places of appended tokens."""
+        """The token that marks the places of appended tokens."""
         return self._spatial_token or self.tokenizer.pad_token
 
     @property
     def spatial_token_id(self) -> int | None:
-        """Its id: the model's ``config.spatial_token_id``."""
+        """Id of :attr:`spatial_token`; must equal the model's ``config.spatial_token_id``."""
         return None if self.spatial_token is None else self.tokenizer.convert_tokens_to_ids(self.spatial_token)
 
     def _check_spatial_token(self) -> None:
-        """It must be one token, and never stand in a prompt for anything else."""
+        """Check that the spatial token is a single token that prompts don't contain otherwise."""
         token, tokenizer = self.spatial_token, self.tokenizer
         taken = (tokenizer.eos_token, tokenizer.bos_token, getattr(self.vlm_processor, "image_token", None))
         if (
@@ -310,7 +310,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         return sum((view.width // side) * (view.height // side) for view in views)
 
     def _with_spatial_tokens(self, messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-        """The messages with `count` places: where a text has some already, else after their last picture."""
+        """The messages with `count` places: where a text already has some, else after the last picture."""
         messages, last = [dict(message) for message in messages], None
         for message in messages:
             if not isinstance(message.get("content"), list):
@@ -319,7 +319,7 @@ class Spa3VLMProcessor(ProcessorMixin):
             for index, item in enumerate(items):
                 if item["type"] == "image":
                     last = (items, index + 1)
-                elif self.spatial_token in item.get("text", ""):  # of one who writes the template's words himself
+                elif self.spatial_token in item.get("text", ""):  # the caller wrote them
                     items[index] = {**item, "text": self._widen_spatial_tokens(item["text"], count)}
                     return messages
         if last is not None:
@@ -328,7 +328,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         return messages
 
     def _widen_spatial_tokens(self, text: str, count: int) -> str:
-        """The text with its run of places `count` long."""
+        """The text with its run of places extended to `count`."""
         if not count:
             return text
         runs = f"(?:{re.escape(self.spatial_token)})+"
@@ -343,7 +343,7 @@ class Spa3VLMProcessor(ProcessorMixin):
     # Pictures
 
     def vlm_picture(self, view: PIL.Image.Image, original: PIL.Image.Image) -> PIL.Image.Image:
-        """What the VLM sees of a view: with ``"aligned"``, the view cut right and below to whole merged patches."""
+        """The VLM's picture of a view: with ``"aligned"``, the view cropped right and below to whole merged patches."""
         if self.images == "native":
             return original
         unit = self._vlm_unit()
@@ -351,7 +351,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         return view.crop((0, 0, min(width, view.width), min(height, view.height)))
 
     def _vlm_unit(self) -> int:
-        """Side in pixels of what becomes one image token in VLMs of free resolution (Qwen: 14 x 2); else 1."""
+        """Side in pixels of an image token in VLMs with dynamic resolution (Qwen: 14 x 2); else 1."""
         for processor, merge_name in (
             (self.vlm_processor.image_processor, "merge_size"),
             (self.vlm_processor, "spatial_merge_size"),  # Pixtral's
@@ -362,9 +362,9 @@ class Spa3VLMProcessor(ProcessorMixin):
         return 1
 
     def _load_views(self, pictures: Sequence[Image]) -> tuple[list[PIL.Image.Image], list[PIL.Image.Image]]:
-        """Processed views, and what the VLM sees of them."""
+        """Processed views, and the corresponding pictures for the VLM."""
         views, seen = [], []
-        for picture in pictures:  # one by one: an original may be large, and is often no longer needed
+        for picture in pictures:  # one by one: originals may be large and are often not needed afterwards
             original = to_rgb(picture)
             views.append(self.view_image_processor.process_view(original))
             seen.append(self.vlm_picture(views[-1], original))
@@ -374,8 +374,8 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     @property
     def reserved_tokens(self) -> frozenset[str]:
-        """What no text of a conversation may contain: the tokenizer's special tokens, the placeholders of pictures,
-        videos and audio, and :attr:`spatial_token`."""
+        """Strings that texts of a conversation must not contain: the tokenizer's special tokens, the placeholders of
+        pictures, videos and audio, and :attr:`spatial_token`."""
         tokenizer, vlm = self.tokenizer, self.vlm_processor
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         tokens = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
@@ -387,14 +387,14 @@ class Spa3VLMProcessor(ProcessorMixin):
         return frozenset(token for token in tokens if isinstance(token, str) and token.strip())
 
     def check_messages(self, conversation: list[dict[str, Any]] | list[list[dict[str, Any]]]) -> None:
-        """Refuse what :meth:`apply_chat_template` can't write: a form that is not the chat form, or texts with
-        :attr:`reserved_tokens`, which would act as tokens. Pictures and videos are not looked at.
+        """Raise for messages that :meth:`apply_chat_template` can't process: not in chat format, or with texts that
+        contain :attr:`reserved_tokens`, which would act as tokens. Pictures and videos are not checked.
 
         Args:
             conversation: A conversation or a list of them.
 
         Raises:
-            ValueError: With the number and the role of the message that is at fault.
+            ValueError: A message is invalid; the error gives its number and role.
         """
         tokens = self.reserved_tokens
         for messages in conversation if _is_batch(conversation) else [conversation]:
@@ -411,25 +411,25 @@ class Spa3VLMProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ) -> str | list[str] | ViewBatch | Any:
-        """As the VLM processor's ``apply_chat_template``, with views.
+        """Like the VLM processor's ``apply_chat_template``, with views.
 
-        A text is words only: one with a special token of the VLM (:attr:`reserved_tokens`) is refused.
+        Texts that contain a special token of the VLM (:attr:`reserved_tokens`) are rejected.
 
         Args:
             conversation: A conversation or a list of them. A message's content is a text or a list of
                 ``{"type": "text", "text": ...}``, ``{"type": "image", "image" | "url" | "path" | "base64": ...}`` and
-                ``{"type": "video", "video" | "url" | "path": ...}``; a picture may be anything that
-                :class:`~spa3r.Spa3RImageProcessor` takes, a video a file, a URL or a list of frames.
+                ``{"type": "video", "video" | "url" | "path": ...}``. Pictures have any form that
+                :class:`~spa3r.Spa3RImageProcessor` takes; videos are files, URLs or lists of frames.
             chat_template: Overrides the VLM's.
-            tokenize: Whether to make inputs instead of text.
-            return_dict: With `tokenize`: all inputs, not only the token ids.
+            tokenize: Whether to return model inputs instead of text.
+            return_dict: With `tokenize`: return all inputs, not only the token ids.
             return_tensors: ``"pt"`` or ``"np"``.
-            num_frames: Overrides the processor's, and is overridden by what an item of a video says: ``num_frames`` or
-                ``nframes``; ``fps``, ``min_frames``, ``max_frames``; ``video_start``, ``video_end`` in seconds (see
+            num_frames: Overrides the processor's. A video item overrides it in turn: ``num_frames`` or ``nframes``;
+                ``fps``, ``min_frames``, ``max_frames``; ``video_start``, ``video_end`` in seconds (see
                 :class:`~spa3r.media.videos.FrameSampling`).
-            processor_kwargs: For the VLM's processor, as :meth:`__call__` takes them. A batch is padded on the left
-                unless this says otherwise.
-            **kwargs: As in transformers (``add_generation_prompt`` and so on); ``fps``, in place of `num_frames`.
+            processor_kwargs: Keywords for the VLM's processor, as in :meth:`__call__`. Batches are padded on the left
+                by default.
+            **kwargs: As in transformers (``add_generation_prompt`` and so on); or ``fps`` in place of `num_frames`.
 
         Returns:
             Text; or token ids; or with `return_dict` the VLM's inputs and ``view_pixel_values`` (sum of N, 3 * p * p),
@@ -437,7 +437,7 @@ class Spa3VLMProcessor(ProcessorMixin):
             `spatial_tokens` also ``spatial_tokens_per_scene`` (batch,).
 
         Raises:
-            ValueError: A picture or video can't be read, a content item is unknown, or :meth:`check_messages` refuses
+            ValueError: A picture or video can't be read, a content item is unknown, or :meth:`check_messages` rejects
                 the conversation.
         """
         self.check_messages(conversation)
@@ -456,7 +456,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ) -> str | list[str] | ViewBatch | Any:
-        """`apply_chat_template` of conversations that are known to be right; their texts may hold tokens."""
+        """`apply_chat_template` for checked conversations; their texts may contain tokens."""
         is_batch = _is_batch(conversation)
         if not isinstance(processor_kwargs, Mapping | None):
             raise ValueError(f"`processor_kwargs` must be a dictionary of keywords, got {shorten(processor_kwargs)}.")
@@ -477,7 +477,7 @@ class Spa3VLMProcessor(ProcessorMixin):
                 views, seen = self._load_views(pictures)
                 scenes.append(views)
                 messages = _with_pictures(messages, seen)
-            if self.spatial_tokens is not None:  # of a text alone, one stands for all until the views are known
+            if self.spatial_tokens is not None:  # in text output, one token is inserted until the views are known
                 messages = self._with_spatial_tokens(messages, self._num_spatial_tokens(views) if tokenize else 1)
             rewritten.append(messages)
         if tokenize:
@@ -507,30 +507,29 @@ class Spa3VLMProcessor(ProcessorMixin):
         return_tensors: str | TensorType | None = TensorType.PYTORCH,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> ViewBatch:
-        """Text that has the VLM's placeholders already, and its pictures and videos.
+        """Process text that already contains the VLM's placeholders, with its pictures and videos.
 
-        Special tokens in the text act as tokens: give words of others to :meth:`apply_chat_template`, which refuses
-        those.
+        Special tokens in the text act as tokens. Pass untrusted text to :meth:`apply_chat_template`, which rejects
+        them.
 
         Args:
-            images: Of every text a list of its pictures (empty for none); for a single text, its pictures or one. Or a
-                flat list of the pictures of all texts, each of which takes as many as it has placeholders. A 4-D array
-                is a list of pictures.
+            images: A list of pictures for every text (empty for none); for a single text, its pictures or one picture.
+                Or a flat list of the pictures of all texts, each of which takes as many as it has placeholders. A 4-D
+                array is a list of pictures.
             text: A text or a list of texts.
-            videos: A video or a list of the videos of all texts in order: files, URLs, lists of frames or 4-D arrays.
-                Where a text has the VLM's place for a video, as its chat template would write it, it gets places for
-                the video's frames, which are views like pictures. A text that has places for pictures only takes the
-                frames of its videos for these, if there are as many.
+            videos: A video, or a list of the videos of all texts in order: files, URLs, lists of frames or 4-D arrays.
+                Each video placeholder of a text, as its chat template would write it, is replaced by placeholders for
+                the video's frames, which are views like pictures. A text with only picture placeholders uses them for
+                the frames of its videos if the numbers match.
             audio: Not supported.
             return_tensors: ``"pt"`` or ``"np"``.
-            **kwargs: For the VLM's processor, as in transformers: flat or as ``text_kwargs``, ``images_kwargs``,
-                ``common_kwargs``. Of videos, flat or in ``videos_kwargs``: ``num_frames`` or ``fps`` (see
-                :class:`~spa3r.media.videos.FrameSampling`), and ``do_sample_frames=False`` to take lists of frames
-                whole.
+            **kwargs: Keywords for the VLM's processor, as in transformers: flat or as ``text_kwargs``,
+                ``images_kwargs``, ``common_kwargs``. For videos, flat or in ``videos_kwargs``: ``num_frames`` or
+                ``fps`` (see :class:`~spa3r.media.videos.FrameSampling`), and ``do_sample_frames=False`` to use all
+                frames of a list.
 
         Raises:
-            ValueError: A picture or video can't be read, the texts' places and the media don't go together, or a
-                keyword is not known.
+            ValueError: A picture or video can't be read, placeholders and media don't match, or a keyword is unknown.
         """
         if audio is not None:
             raise ValueError("`audio` must be None: a Spa3-VLM sees pictures and videos. Leave it out.")
@@ -553,7 +552,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         return self._add_views(output, [views for views, _ in loaded], return_tensors)
 
     def _check_keywords(self, keywords: Mapping[str, Any]) -> None:
-        """Refuse keywords that neither we nor the VLM's processor know."""
+        """Raise for keywords that neither this class nor the VLM's processor knows."""
         vlm = self.vlm_processor
         typed = getattr(vlm, "valid_processor_kwargs", ProcessingKwargs).__annotations__
         parts = {"text_kwargs": "tokenizer", "images_kwargs": "image_processor", "videos_kwargs": "video_processor"}
@@ -577,7 +576,7 @@ class Spa3VLMProcessor(ProcessorMixin):
             )
 
     def _places(self) -> tuple[str | None, str | None]:
-        """What stands for a picture and for a video in a text of the chat template; None if it can't be told."""
+        """Placeholders of a picture and of a video in texts of the chat template; None if they are unknown."""
         picture, video = (getattr(self.vlm_processor, f"{kind}_token", None) for kind in ("image", "video"))
         if not picture or not video or picture == video:
             return None, None
@@ -588,7 +587,7 @@ class Spa3VLMProcessor(ProcessorMixin):
                     self.vlm_processor.apply_chat_template([{"role": "user", "content": [*items, words]}])
                     for items in ([], [{"type": "image"}], [{"type": "image"}] * 2)
                 )
-        except Exception:  # no template, or one of another form: the bare token is the place
+        except Exception:  # no template, or one of another form: use the bare token
             return place, video
         head, tail = without.split("Spa3R", 1)
         if with_one.startswith(head) and with_one.endswith(f"Spa3R{tail}"):
@@ -600,7 +599,7 @@ class Spa3VLMProcessor(ProcessorMixin):
     def _with_frames(
         self, texts: list[str], pictures: list[list[Image]], clips: list[list[Image]]
     ) -> tuple[list[str], list[list[Image]]]:
-        """The texts with places for pictures where they had them for videos, and their pictures, frames among them."""
+        """The texts with picture placeholders in place of video placeholders, and their pictures including frames."""
         video_token = getattr(self.vlm_processor, "video_token", None)
         if not clips and not any(places_of(texts, video_token)):
             return texts, pictures
@@ -609,7 +608,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         token = getattr(self.vlm_processor, "image_token", None)
         if clips and not any(bare) and len(texts) == 1 and not pictures[0]:
             frames = [frame for clip in clips for frame in clip]
-            if token and texts[0].count(token) == len(frames):  # of a text that was made of the messages
+            if token and texts[0].count(token) == len(frames):  # a text made from the messages
                 return texts, [frames]
         if bare != counts or sum(counts) != len(clips):
             raise ValueError(
@@ -663,7 +662,7 @@ class Spa3VLMProcessor(ProcessorMixin):
             return [flat]
         token = getattr(self.vlm_processor, "image_token", None)
         counts = [text.count(token) if token else 0 for text in texts]
-        if not any(counts) and len(flat) == len(texts):  # of processors that write the placeholders themselves
+        if not any(counts) and len(flat) == len(texts):  # for processors that write the placeholders themselves
             counts = [1] * len(texts)
         if sum(counts) != len(flat):
             raise ValueError(
@@ -678,7 +677,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         counts = {}
         if self.image_token_id is not None:
             ids = output["input_ids"]
-            if not hasattr(ids, "shape"):  # lists, of different lengths
+            if not hasattr(ids, "shape"):  # lists of different lengths
                 counts[TOKEN_COUNTS] = [sum(token == self.image_token_id for token in row) for row in ids]
             else:
                 counts[TOKEN_COUNTS] = (ids == self.image_token_id).sum(-1)
@@ -687,7 +686,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         return ViewBatch({**output, **views, **counts})
 
     def _count_spatial_tokens(self, output: BatchFeature) -> Any:
-        """Of every row; padding may be of the same token."""
+        """Number of places in every row; padding may use the same token."""
         ids, mask = output["input_ids"], output.get("attention_mask")
         if hasattr(ids, "shape"):
             places = ids == self.spatial_token_id
@@ -702,8 +701,8 @@ class Spa3VLMProcessor(ProcessorMixin):
     ) -> tuple[list[Image], list[dict[str, Any]]]:
         """All pictures of a conversation in order, and the messages with an empty image item for each.
 
-        `options` say which frames are taken of a video that doesn't say it. With `placeholders` an item
-        ``{"type": "image"}`` may come without its picture, which only text is made of.
+        `options` set the frames of videos whose items don't set them. With `placeholders`, an item
+        ``{"type": "image"}`` may come without its picture; only text can be made from it.
         """
         pictures: list[Image] = []
         rewritten = []
@@ -736,7 +735,7 @@ class Spa3VLMProcessor(ProcessorMixin):
 
 
 def _pictures_of_item(item: dict[str, Any], options: Mapping[str, Any]) -> list[Image]:
-    """The pictures that one item of a message's content holds; `options` are for its video, if it is one."""
+    """The pictures of one item of a message's content; `options` apply if it is a video."""
     kind = item.get("type")
     if kind == "text":
         return []
@@ -770,7 +769,7 @@ def _pictures_of_item(item: dict[str, Any], options: Mapping[str, Any]) -> list[
 
 
 def _with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[Image]) -> list[dict[str, Any]]:
-    """The messages with each image item given its picture."""
+    """The messages with the pictures put into their image items."""
     remaining = iter(pictures)
     return [
         message
@@ -787,16 +786,16 @@ def _with_pictures(messages: Sequence[dict[str, Any]], pictures: Sequence[Image]
 
 
 def _for_vlm(kwargs: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
-    """Keywords of ``from_pretrained`` that go to the VLM's processor, which takes any; `own` are our constructor's."""
+    """Keywords of ``from_pretrained`` for the VLM's processor, which takes any; `own` are those of our constructor."""
     rest = {name: value for name, value in kwargs.items() if name not in (*own, *NOT_FOR_VLM)}
-    for name in rest:  # as in configurations: one that is nearly ours was meant for us
+    for name in rest:  # as in configurations: a near match is a typo of ours
         if near := difflib.get_close_matches(name, own, 1, cutoff=0.9):
             raise TypeError(f"`{name}` is no argument of Spa3VLMProcessor: did you mean `{near[0]}`?")
     return rest
 
 
 def _read_fields(file: Path) -> dict[str, Any]:
-    """What a saved processor's file holds."""
+    """Fields of a saved processor's file."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -22,42 +22,42 @@ Target = Literal["geometry", "semantic"]
 
 @checked
 class Spa3RConfig(PreTrainedConfig):
-    """Sizes and choices of a :class:`~spa3r.Spa3RModel`. The defaults are the released model's sizes.
+    """Configuration of a :class:`~spa3r.Spa3RModel`. The defaults are those of the released model.
 
     Args:
         backbone_config: Configuration of the frozen :class:`~spa3r.VggtModel`, or its fields.
-        backbone_name_or_path: Where the frozen backbone's weights come from, when they are not in the checkpoint
-            (``save_pretrained(..., include_backbone=False)``). None: they are in the checkpoint.
-        semantic_teacher_config: Configuration of the frozen DINOv3 that pretraining predicts, or its fields; only
-            :class:`~spa3r.Spa3RForPreTraining` holds the teacher.
-        semantic_teacher_name_or_path: Where the teacher's weights come from, when they are not in the checkpoint.
+        backbone_name_or_path: Source of the frozen backbone's weights if the checkpoint doesn't contain them
+            (``save_pretrained(..., include_backbone=False)``). None: the checkpoint contains them.
+        semantic_teacher_config: Configuration of the frozen DINOv3 whose features are predicted in pretraining, or its
+            fields; only :class:`~spa3r.Spa3RForPreTraining` has the teacher.
+        semantic_teacher_name_or_path: Source of the teacher's weights if the checkpoint doesn't contain them.
         semantic_hidden_size: Width of the semantic features.
         hidden_size: Width D of latents, encoder and decoder.
-        num_attention_heads: Heads of encoder and decoder.
-        num_encoder_layers: Layers of the encoder.
-        num_decoder_layers: Layers of the decoder.
-        mlp_ratio: Inner width of every MLP over its width.
-        num_latents: Latents of a scene, L.
-        num_register_tokens: Registers of the encoder and of the decoder.
-        layer_norm_eps: eps of the LayerNorms.
+        num_attention_heads: Number of attention heads of encoder and decoder.
+        num_encoder_layers: Number of encoder layers.
+        num_decoder_layers: Number of decoder layers.
+        mlp_ratio: Ratio of every MLP's inner width to its width.
+        num_latents: Number of latents of a scene, L.
+        num_register_tokens: Number of register tokens of the encoder and of the decoder.
+        layer_norm_eps: Epsilon of the LayerNorms.
         rope_theta: Base of the rotary encodings.
-        initializer_range: Standard deviation of the truncated normal initialisation.
-        mask_ratio: Share of a scene's views that pretraining predicts, in [0, 1). Context views:
+        initializer_range: Standard deviation of the truncated normal initialization.
+        mask_ratio: Fraction of a scene's views to predict in pretraining, in [0, 1). Context views:
             ``max(1, int(V * (1 - mask_ratio)))``.
         view_masking: How the backbone is kept from leaking target views into the context. ``"asymmetric"``, as in the
-            paper: one pass, context sees context, targets see all. ``"separate"``, as the released weights were
-            trained: one pass over the context, one over all views.
-        loss_views: Views that the loss covers: ``"all"`` as the released code, ``"target"`` as the paper writes.
-        targets: What the field consists of and pretraining predicts: ``"geometry"``, the backbone's features, and
-            ``"semantic"``, the teacher's; one or both, in any order. What is no target has no head and no loss, and
+            paper: one pass in which context views attend to context views, and target views to all. ``"separate"``, as
+            the released weights were trained: one pass over the context, one over all views.
+        loss_views: Views that the loss covers: ``"all"`` as in the released code, ``"target"`` as in the paper.
+        targets: Features of the field, predicted in pretraining: ``"geometry"``, the backbone's features, and
+            ``"semantic"``, the teacher's; one or both, in any order. Other features have no head and no loss, and
             without ``"semantic"`` there is no teacher.
-        camera_embedding: How the decoder knows the cameras. ``"prope"``: rays in the camera's frame, and projections
-            beside a rotary encoding of row and column in the attention. ``"pluecker"``: each ray's Plücker coordinates
-            in the world, the scene's first camera (:func:`spa3r.models.cameras.pluecker_rays`), and the encoder's
-            rotary encoding alone.
+        camera_embedding: How cameras are encoded for the decoder. ``"prope"``: rays in the camera's frame; the
+            attention uses projection matrices and a rotary encoding of row and column. ``"pluecker"``: Plücker
+            coordinates of each ray in the world frame, that of the scene's first camera
+            (:func:`spa3r.models.cameras.pluecker_rays`); the attention uses only the encoder's rotary encoding.
 
     Raises:
-        ValueError: A value has the wrong type or is out of range, or the values contradict one another.
+        ValueError: A value has the wrong type or is out of range, or the values contradict each other.
     """
 
     model_type = "spa3r"
@@ -94,7 +94,7 @@ class Spa3RConfig(PreTrainedConfig):
             check_foreign_sizes("semantic_teacher_config", self.semantic_teacher_config)
             self.semantic_hidden_size = self.semantic_teacher_config.hidden_size
         for choice in ("attn_implementation", "experts_implementation"):
-            kwargs.setdefault(choice, {})  # None would undo the choice of sub-configurations that a live model uses
+            kwargs.setdefault(choice, {})  # None would undo the sub-configurations' choice that a loaded model uses
         super().__post_init__(**kwargs)
         if self.hidden_size % (8 * self.num_attention_heads):
             raise ValueError(
@@ -111,7 +111,7 @@ class Spa3RConfig(PreTrainedConfig):
 
     @property
     def geometry_hidden_size(self) -> int:
-        """Width of the geometry features: the backbone's frame and global features side by side."""
+        """Width of the geometry features: the backbone's frame and global features, concatenated."""
         return 2 * self.backbone_config.hidden_size
 
     @property

@@ -1,4 +1,4 @@
-"""Photos -> packed views: any pictures, any number of views a scene, any sizes in a batch."""
+"""Photos -> packed views: any pictures, any number of views per scene, any sizes in a batch."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from spa3r.models.released import WHERE, Kind, find_released
 from spa3r.models.vggt.released_vggt import view_size
 
 Mode = Literal["crop", "pad", "pretraining"]
-"""How a picture becomes a view, see :class:`Spa3RImageProcessor`."""
+"""How a picture is converted to a view, see :class:`Spa3RImageProcessor`."""
 
 MAX_SIZE = 16384
-"""Of a view's side in pixels."""
+"""Maximum side of a view in pixels."""
 
 MAX_VIEW_PIXELS = 2**24
-"""Of a view, where `size` is no larger; only a picture that is much higher than wide would have more."""
+"""Maximum pixels of a view, unless `size` squared is larger; only pictures much taller than wide exceed it."""
 
 DEFAULTS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": int(Resampling.BICUBIC)}
-"""Settings that are saved only where they are others."""
+"""Settings that are saved only if they differ from these defaults."""
 
 LAYOUT_KEYS = ("view_grid_hw", "views_per_scene", "image_tokens_per_scene", "spatial_tokens_per_scene")
 
 
 class ViewBatch(BatchFeature):
-    """A BatchFeature whose ``.to(device)`` leaves the layout (``view_grid_hw``, ``views_per_scene``,
-    ``image_tokens_per_scene``) on the CPU: the models read it as Python integers, which from an accelerator would make
-    the host wait."""
+    """A BatchFeature whose ``.to(device)`` keeps the layout (``view_grid_hw``, ``views_per_scene``,
+    ``image_tokens_per_scene``) on the CPU: the models read it as Python integers, which would synchronize with an
+    accelerator."""
 
     def to(self, *args, **kwargs) -> ViewBatch:
         layout = {key: self.data[key] for key in LAYOUT_KEYS if key in self.data}
@@ -52,23 +52,24 @@ class ViewBatch(BatchFeature):
 
 
 class Spa3RImageProcessor(BaseImageProcessor):
-    """Resizes views as VGGT was trained, and packs the patches of all views of all scenes into one sequence.
+    """Resizes views as in VGGT's training, and packs the patches of all views of all scenes into one sequence.
 
     Args:
         size: Width (crop, pretraining) or longest side (pad) of a processed view in pixels, a multiple of `patch_size`.
         patch_size: Side of a patch in pixels.
-        mode: ``"crop"``: width to `size`, height in proportion to a multiple of the patch, the middle of it if it
-            exceeds `size`. ``"pad"``: longest side to `size`, white margins to a square. ``"pretraining"``: width to
-            `size`, height in exact proportion, the middle of it that is a multiple of the patch, without a limit; how
-            Spa3R was pretrained.
-        image_mean: Mean of the normalisation, by channel.
-        image_std: Standard deviation of the normalisation, by channel; above 0.
-        do_resize: Whether to resize, crop and pad. False: pictures are taken as they are, their sides multiples of
-            `patch_size`.
-        do_rescale: Whether pixels become [0, 1]. False: they stay [0, 255], which goes with ``do_normalize=False``.
+        mode: ``"crop"``: resizes the width to `size` and the height in proportion, rounded to a multiple of the patch,
+            and center-crops the height to `size` if it is larger. ``"pad"``: resizes the longest side to `size` and
+            pads to a square with white. ``"pretraining"``: resizes the width to `size` and the height in exact
+            proportion, and center-crops the height to a multiple of the patch, without a limit; as in Spa3R's
+            pretraining.
+        image_mean: Mean for normalization, per channel.
+        image_std: Standard deviation for normalization, per channel; above 0.
+        do_resize: Whether to resize, crop and pad. False: pictures are used as they are; their sides must be multiples
+            of `patch_size`.
+        do_rescale: Whether to rescale pixels to [0, 1]. False: they stay in [0, 255]; requires ``do_normalize=False``.
         do_normalize: Whether to subtract `image_mean` and divide by `image_std`.
-        resample: Filter of resizing: bicubic, as the models were trained, bilinear or Lanczos, by
-            ``PIL.Image.Resampling`` or its number.
+        resample: Resizing filter: bicubic, as in training, bilinear or Lanczos, as a ``PIL.Image.Resampling`` or its
+            number.
 
     Raises:
         ValueError: A value has the wrong type or is out of range, or two contradict each other.
@@ -116,9 +117,9 @@ class Spa3RImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Spa3RImageProcessor:
-        """As transformers' ``from_pretrained``; ``"embedded"`` names the checkpoint in the package.
+        """Like transformers' ``from_pretrained``; ``"embedded"`` names the checkpoint in the package.
 
-        A checkpoint in a layout of the research code has no file of settings: they are read off its tensors.
+        A checkpoint in the layout of the research code has no settings file: settings are derived from its tensors.
         """
         source = resolve(pretrained_model_name_or_path)
         where = {key: kwargs[key] for key in WHERE if key in kwargs}
@@ -129,7 +130,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         return super().from_pretrained(source, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings; those of :data:`DEFAULTS` only where they are others, as files of before have none."""
+        """The settings. Those of :data:`DEFAULTS` are included only if they differ, as older files don't have them."""
         return {key: value for key, value in super().to_dict().items() if key not in DEFAULTS or DEFAULTS[key] != value}
 
     def preprocess(
@@ -151,22 +152,22 @@ class Spa3RImageProcessor(BaseImageProcessor):
             images: A list of scenes, each a list of pictures; or the pictures of one scene; or one picture. A 4-D array
                 is a list of pictures.
             return_tensors: ``"pt"``, ``"np"``, or None for lists of arrays.
-            mode: Overrides the processor's, as all that follow.
+            mode: Overrides the processor's setting, as do all of the following.
             size: A number, or transformers' ``{"height": n, "width": n}``.
-            do_resize: As the processor's.
-            do_rescale: As the processor's.
-            do_normalize: As the processor's.
-            resample: As the processor's.
-            image_mean: As the processor's.
-            image_std: As the processor's.
+            do_resize: Overrides the processor's setting.
+            do_rescale: Overrides the processor's setting.
+            do_normalize: Overrides the processor's setting.
+            resample: Overrides the processor's setting.
+            image_mean: Overrides the processor's setting.
+            image_std: Overrides the processor's setting.
 
         Returns:
             ``view_pixel_values`` (sum of N, 3 * p * p) float32, patches in (channel, row, column) order;
             ``view_grid_hw`` (views, 2); ``views_per_scene`` (scenes,).
 
         Raises:
-            ValueError: There are no views, a picture can't be decoded, is smaller than a patch, holds NaN or values
-                outside its range, or doesn't fit the arguments. The message names the picture.
+            ValueError: There are no views, a picture can't be decoded, is smaller than a patch, contains NaN or values
+                outside its range, or is incompatible with the arguments. The message names the picture.
         """
         processor = self._with(
             mode=mode,
@@ -182,7 +183,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         return processor.pack(scenes, return_tensors)
 
     def _with(self, **settings) -> Spa3RImageProcessor:
-        """A processor with these settings, None for its own, checked as the constructor checks them."""
+        """A copy with these settings (None keeps the current value), validated by the constructor."""
         settings = {key: value for key, value in settings.items() if value is not None}
         if not settings:
             return self
@@ -198,7 +199,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         return type(self)(**{name: getattr(self, name) for name in own} | settings)
 
     def process_view(self, image: Image, mode: Mode | None = None) -> PIL.Image.Image:
-        """One picture, resized and cropped or padded: RGB, sides multiples of the patch. What a VLM sees as well."""
+        """Resize and crop or pad one picture: RGB, sides multiples of the patch. Also used for the VLM's pictures."""
         picture = to_rgb(image)
         told = f"{describe(picture)} of {picture.width} x {picture.height} (width x height)"
         if min(picture.size) < self.patch_size:
@@ -220,9 +221,9 @@ class Spa3RImageProcessor(BaseImageProcessor):
                 f"A view must have at most {most} pixels, got {view_size[0]} x {view_size[1]} of {told}. "
                 "Cut the picture, or use `mode` 'crop', which takes its middle."
             )
-        first, rows = max(-top, 0), min(height, view_size[1])  # what is cropped is not made
+        first, rows = max(-top, 0), min(height, view_size[1])  # cropped rows are not computed
         picture = resize_rows(picture, (width, height), first, rows, Resampling(self.resample))
-        if view_size != picture.size:  # what is padded is white
+        if view_size != picture.size:  # pad with white
             view = PIL.Image.new("RGB", view_size, "white")
             view.paste(picture, (left, top + first))
             picture = view
@@ -234,7 +235,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         image_hw: tuple[int, int],
         mode: Mode | None = None,
     ) -> np.ndarray | Tensor:
-        """Intrinsics of pictures of one size -> those of their processed views.
+        """Convert intrinsics of pictures of one size to those of their processed views.
 
         Args:
             intrinsics: (..., 3, 3), pixels of the original picture.
@@ -242,7 +243,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
             mode: Overrides the processor's.
 
         Returns:
-            (..., 3, 3), pixels of the processed view, as every model here takes them.
+            (..., 3, 3), pixels of the processed view, as the models take them.
         """
         if not self.do_resize:
             return intrinsics
@@ -255,7 +256,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
     def _placement(
         self, width: int, height: int, mode: Mode | None
     ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """Size (width, height) after resizing, where its top left corner lies in the view, and the view's size."""
+        """Size (width, height) after resizing, position of its top left corner in the view, and the view's size."""
         mode = mode or self.mode
         _check_mode(mode)
         if mode == "pretraining":
@@ -278,7 +279,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
     def pack(
         self, scenes: Sequence[Sequence[PIL.Image.Image]], return_tensors: str | TensorType | None = TensorType.PYTORCH
     ) -> ViewBatch:
-        """The three inputs of the models from views that :meth:`process_view` made."""
+        """Pack views from :meth:`process_view` into the three inputs of the models."""
         p = self.patch_size
         mean, std = (np.asarray(values, np.float32) for values in (self.image_mean, self.image_std))
         if not self.do_normalize:
@@ -298,7 +299,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         return ViewBatch(data, tensor_type=return_tensors)
 
     def unpack(self, view_pixel_values: Tensor, view_grid_hw: Tensor) -> list[np.ndarray]:
-        """The processed views again, to look at: of every view (H, W, 3) uint8."""
+        """Convert packed views back to pictures for display: a (H, W, 3) uint8 array for every view."""
         p, views = self.patch_size, []
         grids = [(int(height), int(width)) for height, width in view_grid_hw]
         for patches, (height, width) in zip(view_pixel_values.float().split([h * w for h, w in grids]), grids):

@@ -1,4 +1,4 @@
-"""Spa3R: an encoder of unposed views into one latent, a decoder of the feature field, and the loss that trains both."""
+"""Spa3R: an encoder of unposed views into one latent, a decoder of the feature field, and their training loss."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from spa3r.models.spa3r.released_spa3r import for_pretraining, translate_spa3r
 from spa3r.models.vggt.modeling_vggt import VggtModel, VggtModelOutput
 
 SEMANTIC_IMAGE_SIZE = 224
-"""Side in pixels of the square to which views are resized for the semantic teacher."""
+"""Side in pixels of the square that views are resized to for the semantic teacher."""
 
 
 @dataclass
@@ -41,10 +41,10 @@ class Spa3RField(ModelOutput):
     """A feature field at the patches of some views.
 
     Attributes:
-        last_hidden_state: (sum of N, D), the decoder's normed ray tokens.
+        last_hidden_state: (sum of N, D), the decoder's normalized ray tokens.
         geometry_features: (sum of N, 2C), predicted backbone features; None if ``config.targets`` lacks them.
-        semantic_features: (sum of N, semantic_hidden_size), predicted teacher features; likewise.
-        depth: (sum of N,), the probe's depth, in the backbone's unit.
+        semantic_features: (sum of N, semantic_hidden_size), predicted teacher features; None likewise.
+        depth: (sum of N,), depth predicted by the probe, in the backbone's unit.
     """
 
     last_hidden_state: Tensor | None = None
@@ -55,7 +55,7 @@ class Spa3RField(ModelOutput):
 
 @dataclass
 class Spa3RModelOutput(Spa3RField):
-    """What :class:`Spa3RModel` returns: the latents, the cameras, and the field at these cameras.
+    """Output of :class:`Spa3RModel`: the latents, the cameras, and the field at these cameras.
 
     Attributes:
         latents: (scenes, L, D).
@@ -70,18 +70,18 @@ class Spa3RModelOutput(Spa3RField):
 
 @dataclass
 class Spa3RForPreTrainingOutput(Spa3RModelOutput):
-    """What :class:`Spa3RForPreTraining` returns.
+    """Output of :class:`Spa3RForPreTraining`.
 
     Attributes:
         loss: The sum of the terms.
         losses: The terms by name: ``geometry_l1``, ``geometry_cosine``, ``semantic_l1``, ``semantic_cosine``,
-            ``depth_probe``; means over all patches of the views that ``config.loss_views`` names. What is not in
-            ``config.targets`` has none.
+            ``depth_probe``; means over all patches of the views selected by ``config.loss_views``. Features that
+            ``config.targets`` lacks have no terms.
         losses_per_scene: The same terms, each (scenes,): means over one scene's patches; NaN where a scene has none.
         target_mask: (views,) bool on the CPU, True = target.
-        context_features: (sum of N over context views, 2C), what the encoder saw, view by view.
+        context_features: (sum of N over context views, 2C), the encoder's input, view by view.
         geometry_targets: (sum of N, 2C), or None if ``config.targets`` lacks them.
-        semantic_targets: (sum of N, semantic_hidden_size), likewise.
+        semantic_targets: (sum of N, semantic_hidden_size), or None likewise.
         depth_targets: (sum of N,), or None if the backbone has no depth head.
     """
 
@@ -110,7 +110,7 @@ def _make_layers(config: Spa3RConfig, count: int) -> nn.ModuleList:
 
 
 class Spa3REncoder(nn.Module):
-    """Condenses a scene's backbone features into its latents."""
+    """Encodes a scene's backbone features into its latents."""
 
     def __init__(self, config: Spa3RConfig):
         super().__init__()
@@ -125,7 +125,7 @@ class Spa3REncoder(nn.Module):
         scenes = len(layout.views_per_scene)
         patches_per_scene = layout.per_scene(layout.patches_per_view)
         patches = self.input_projection(features.to(self.norm.weight.dtype))
-        # Registers and queries sit at (0, 0); positions are per view, so that no view is first.
+        # Registers and queries have position (0, 0); positions are per view, so views have no order.
         prefix = torch.cat([self.register_tokens, self.query_tokens], dim=1).expand(scenes, -1, -1)
         tokens = prepend_tokens(prefix.to(patches.dtype), patches, patches_per_scene)
         positions = prepend_tokens(
@@ -145,7 +145,7 @@ class Spa3REncoder(nn.Module):
 
 
 class Spa3RDecoder(nn.Module):
-    """Reads the features along a camera's rays out of a scene's latents, each view on its own."""
+    """Decodes the features along a camera's rays from a scene's latents, each view independently."""
 
     def __init__(self, config: Spa3RConfig):
         super().__init__()
@@ -176,7 +176,7 @@ class Spa3RDecoder(nn.Module):
         prefix = torch.cat(
             [
                 self.register_tokens.to(ray_tokens.dtype).expand(layout.num_views, -1, -1),
-                # Copies of whole scenes: the gradient of one selection for each view would fill a tensor of zeros each.
+                # Copies of whole scenes: in backward, one index per view would allocate a full tensor of zeros each.
                 torch.cat([own.expand(count, -1, -1) for own, count in scenes]).to(ray_tokens.dtype),
             ],
             dim=1,
@@ -192,7 +192,7 @@ class Spa3RDecoder(nn.Module):
         return self.norm(split_prefix(tokens, lengths, prefix.shape[1])[1])
 
     def _rotary_encoding(self, layout: ViewLayout, num_prefix: int, device: torch.device) -> RotaryEncoding:
-        """The encoder's. A Plücker ray says where it is in the world, not where it is in its picture."""
+        """The encoder's rotary encoding. A Plücker ray gives a position in the world, but not in the picture."""
         config = self.config
         positions = prepend_tokens(
             torch.zeros(layout.num_views, num_prefix, 2, dtype=torch.long, device=device),
@@ -230,7 +230,7 @@ class Spa3RDecoder(nn.Module):
 
 
 class Spa3RPreTrainedModel(PackedPreTrainedModel):
-    """Base of the Spa3R models: keeps the frozen parts frozen, and can leave them out of a checkpoint."""
+    """Base class of the Spa3R models: keeps the frozen parts frozen and can exclude them from checkpoints."""
 
     config_class = Spa3RConfig
     base_model_prefix = "spa3r"
@@ -256,7 +256,7 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
                 module.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
-        """As ``nn.Module.train``; the frozen parts stay in eval mode."""
+        """Like ``nn.Module.train``; the frozen parts stay in eval mode."""
         super().train(mode)
         for module in self.frozen_modules().values():
             if module is not None:
@@ -264,27 +264,27 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
         return self
 
     def save_pretrained(self, save_directory, include_backbone: bool = True, **kwargs) -> None:
-        """As transformers' ``save_pretrained``; optionally without the frozen parts.
+        """Like transformers' ``save_pretrained``; optionally without the frozen parts.
 
         Args:
-            save_directory: Folder.
-            include_backbone: False leaves the frozen parts (backbone, semantic teacher) out; the configuration then
-                names where they come from, and ``from_pretrained`` fetches them there.
+            save_directory: Target folder.
+            include_backbone: False excludes the frozen parts (backbone, semantic teacher); the configuration then
+                records their sources, and ``from_pretrained`` loads them from there.
             **kwargs: As in transformers.
 
         Raises:
-            ValueError: A part is to be left out, and it isn't known where it comes from.
+            ValueError: A part is to be excluded, but its source is unknown.
         """
         with self.naming_frozen_parts(include_backbone, save_directory) as left_out:
             save_without(super().save_pretrained, self, left_out, save_directory, **kwargs)
 
     @contextmanager
     def naming_frozen_parts(self, include_backbone: bool, save_directory: str | Path) -> Iterator[list[str]]:
-        """While a checkpoint is written, the configuration says which frozen parts it leaves out: their paths.
+        """Context manager: while a checkpoint is written, the configuration names the frozen parts that it lacks.
 
         Args:
-            include_backbone: False leaves all of them out. A part that was never loaded is left out in any case.
-            save_directory: Where the checkpoint goes.
+            include_backbone: False excludes all frozen parts. A part that was never loaded is always excluded.
+            save_directory: Target folder of the checkpoint.
         """
         parts = self.frozen_modules()
         homes = {
@@ -297,12 +297,12 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
             for path, home in homes.items():
                 setattr(self.config, fields[path], home)
             yield [path for path, home in homes.items() if home is not None]
-        finally:  # the configuration in memory goes on saying what it said
+        finally:  # restore the configuration in memory
             for field, name in before.items():
                 setattr(self.config, field, name)
 
     def _home_of(self, path: str, module: nn.Module | None, save_directory: str | Path) -> str:
-        """Where a frozen part comes from: what the configuration names, or where the part or the model was loaded."""
+        """Source of a frozen part: as configured, or where the part or the model was loaded from."""
         field = f"{path.rpartition('.')[2]}_name_or_path"
         name = getattr(self.config, field) or (module.config.name_or_path if module is not None else "")
         name = str(name or self.config.name_or_path)
@@ -317,10 +317,10 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
                 f"`include_backbone=False` leaves the frozen parts out, and {name} is where they come from: saving "
                 "there would destroy them. Choose another folder."
             )
-        return str(folder.resolve()) if folder.is_dir() else name  # whatever folder a program will run from
+        return str(folder.resolve()) if folder.is_dir() else name  # absolute: valid in any working directory
 
     def _finish_loading(self, hub_kwargs: dict) -> None:
-        """Fetch the frozen parts that the checkpoint only names, then freeze."""
+        """Load the frozen parts that the checkpoint only names, then freeze."""
         for path, module in self.frozen_modules().items():
             if module is None:
                 owner, _, part = path.rpartition(".")
@@ -328,12 +328,12 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
                 back_end = getattr(self.config, f"{part}_config")._attn_implementation
                 loaded = _load_frozen_part(part, name, dtype=self.dtype, attn_implementation=back_end, **hub_kwargs)
                 setattr(self.get_submodule(owner), part, loaded.to(self.device))
-                setattr(self.config, f"{part}_config", loaded.config)  # the one object that its layers look into
+                setattr(self.config, f"{part}_config", loaded.config)  # the same object that its layers read
         self._freeze()
 
 
 def _load_frozen_part(part: str, name: str, **kwargs) -> nn.Module:
-    """A backbone or teacher from its own checkpoint, or from that of a whole Spa3R which contains it."""
+    """Load a backbone or teacher from its own checkpoint, or from that of a whole Spa3R that contains it."""
     hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
     released = find_released(name, ("vggt", *Spa3RPreTrainedModel._released_kinds), f"its {part}", **hub)
     if released is not None:
@@ -366,8 +366,8 @@ def _part_of_spa3r(part: str, name: str, **kwargs) -> nn.Module:
 class Spa3RModel(Spa3RPreTrainedModel):
     """Encodes unposed views into latents, and decodes the feature field of any camera from them.
 
-    The backbone is frozen and stays in eval mode. ``config.backbone_name_or_path`` set means that its weights live
-    elsewhere: then ``from_pretrained`` fetches them, while the bare constructor leaves ``backbone`` empty.
+    The backbone is frozen and stays in eval mode. If ``config.backbone_name_or_path`` is set, its weights are stored
+    elsewhere: ``from_pretrained`` loads them, while the constructor leaves ``backbone`` empty.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^semantic_teacher\."]
@@ -403,9 +403,9 @@ class Spa3RModel(Spa3RPreTrainedModel):
 
         Args:
             view_pixel_values: (sum of N, 3 * p * p), from the image processor.
-            view_grid_hw: (views, 2), likewise.
-            views_per_scene: (scenes,), likewise.
-            extrinsics: (views, 4, 4) of known cameras, in any world frame that a scene's views share; with
+            view_grid_hw: (views, 2), from the image processor.
+            views_per_scene: (scenes,), from the image processor.
+            extrinsics: (views, 4, 4) of known cameras, in any world frame shared by a scene's views; requires
                 `intrinsics`. None: the backbone predicts both.
             intrinsics: (views, 3, 3), pixels of the processed views.
         """
@@ -423,22 +423,22 @@ class Spa3RModel(Spa3RPreTrainedModel):
         view_grid_hw: Tensor | Sequence[Sequence[int]],
         views_per_scene: Tensor | Sequence[int],
     ) -> Tensor:  # -> (scenes, L, D)
-        """The latents of every scene, all of its views being context.
+        """Encode every scene into its latents; all views are context.
 
         Args:
             view_pixel_values: (sum of N, 3 * p * p), from the image processor.
-            view_grid_hw: (views, 2), likewise.
-            views_per_scene: (scenes,), likewise.
+            view_grid_hw: (views, 2), from the image processor.
+            views_per_scene: (scenes,), from the image processor.
 
         Raises:
-            ValueError: There are no views, or the inputs contradict one another.
+            ValueError: There are no views, or the inputs contradict each other.
         """
         latents = self._encode(view_pixel_values, view_grid_hw, views_per_scene)
         check_finite(self, latents, "latents", view_pixel_values=view_pixel_values)
         return latents
 
     def _encode(self, view_pixel_values: Tensor, view_grid_hw, views_per_scene) -> Tensor:  # -> (scenes, L, D)
-        """:meth:`encode` without a look at the result: a training drops a step that is not finite."""
+        """:meth:`encode` without checking the result: training skips steps that are not finite."""
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         return self.encoder(self._run_backbone(view_pixel_values, layout)[0], layout)
 
@@ -448,23 +448,23 @@ class Spa3RModel(Spa3RPreTrainedModel):
         view_grid_hw: Tensor | Sequence[Sequence[int]],
         views_per_scene: Tensor | Sequence[int],
     ) -> Tensor:  # -> (sum of N, 2C)
-        """What :meth:`encode` makes the latents of: the frozen backbone's last-layer features of every patch, all views
-        of a scene having seen one another.
+        """The encoder's input: the frozen backbone's last-layer features of every patch, computed with attention
+        across all views of a scene.
 
         Args:
             view_pixel_values: (sum of N, 3 * p * p), from the image processor.
-            view_grid_hw: (views, 2), likewise.
-            views_per_scene: (scenes,), likewise.
+            view_grid_hw: (views, 2), from the image processor.
+            views_per_scene: (scenes,), from the image processor.
 
         Raises:
-            ValueError: There are no views, or the inputs contradict one another.
+            ValueError: There are no views, or the inputs contradict each other.
         """
         features = self._backbone_features(view_pixel_values, view_grid_hw, views_per_scene)
         check_finite(self, features, "features", view_pixel_values=view_pixel_values)
         return features
 
     def _backbone_features(self, view_pixel_values: Tensor, view_grid_hw, views_per_scene) -> Tensor:
-        """:meth:`backbone_features` without a look at the result."""
+        """:meth:`backbone_features` without checking the result."""
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         return self._run_backbone(view_pixel_values, layout)[0]
 
@@ -476,14 +476,14 @@ class Spa3RModel(Spa3RPreTrainedModel):
         view_grid_hw: Tensor | Sequence[Sequence[int]],
         views_per_scene: Tensor | Sequence[int],
     ) -> Spa3RField:
-        """The feature field of any cameras.
+        """Decode the feature field at any cameras.
 
         Args:
             latents: (scenes, L, D), from :meth:`encode`.
-            extrinsics: (views, 4, 4), camera-from-world; world is the camera of the scene's first encoded view.
+            extrinsics: (views, 4, 4), camera-from-world; the world frame is that of the scene's first encoded view.
             intrinsics: (views, 3, 3), pixels of a picture of `view_grid_hw` patches.
             view_grid_hw: (views, 2), patch grid of every camera.
-            views_per_scene: (scenes,), how many of the cameras are each scene's.
+            views_per_scene: (scenes,), number of cameras of each scene.
 
         Raises:
             ValueError: A shape doesn't fit; the message says which.
@@ -510,7 +510,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
             last_hidden_state=tokens,
             geometry_features=None if self.geometry_head is None else self.geometry_head(tokens),
             semantic_features=None if self.semantic_head is None else self.semantic_head(tokens),
-            depth=self.depth_probe(tokens.detach())[:, 0],  # the probe measures the features, it must not shape them
+            depth=self.depth_probe(tokens.detach())[:, 0],  # the probe must not shape the features
         )
 
     def _given_cameras(
@@ -528,7 +528,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
         return relative_to_first_view(extrinsics, layout.views_per_scene), intrinsics.float()
 
     def _run_backbone(self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs) -> tuple[Tensor, VggtModelOutput]:
-        """The last layer's patch features (sum of N, 2C), and the backbone's whole output. Never with gradients."""
+        """The last layer's patch features (sum of N, 2C), and the backbone's whole output. Always without gradients."""
         if self.backbone is None:
             raise ValueError(
                 f"This {type(self).__name__} has no backbone: its configuration names "
@@ -541,10 +541,10 @@ class Spa3RModel(Spa3RPreTrainedModel):
 
 
 class Spa3RForPreTraining(Spa3RPreTrainedModel):
-    """Predictive Spatial Field Modeling: predict the features of views that the encoder has not seen.
+    """Predictive Spatial Field Modeling: predicts the features of views that are hidden from the encoder.
 
-    Trains the encoder, the decoder and the heads of ``spa3r``; the backbone and the semantic teacher are frozen. There
-    is a teacher only if ``"semantic"`` is among ``config.targets``.
+    Trains the encoder, the decoder and the heads of ``spa3r``; the backbone and the semantic teacher are frozen. The
+    teacher exists only if ``"semantic"`` is among ``config.targets``.
     """
 
     def __init__(self, config: Spa3RConfig):
@@ -572,18 +572,18 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
     def from_vggt_and_dinov3(
         cls, vggt: str | Path, dinov3: str | Path | None = None, dtype: torch.dtype | str = "auto", **kwargs
     ) -> Spa3RForPreTraining:
-        """A fresh Spa3R on two pretrained frozen parts.
+        """A newly initialized Spa3R with two pretrained frozen parts.
 
         Args:
             vggt: Folder or hub id of a :class:`VggtModel`.
             dinov3: Folder or hub id of transformers' DINOv3ViTModel. Not loaded, and may be None, if `targets` lacks
                 ``"semantic"``.
-            dtype: Of the loaded parts; the trained parts are float32.
+            dtype: Dtype of the loaded parts; the trained parts are float32.
             **kwargs: Other fields of :class:`Spa3RConfig`; and ``token``, ``cache_dir``, ``local_files_only``,
                 ``force_download`` for the hub.
 
         Raises:
-            TypeError: A keyword is neither.
+            TypeError: A keyword is unknown.
         """
         hub_kwargs, fields = split_hub_kwargs(kwargs, Spa3RConfig)
         backbone = VggtModel.from_pretrained(vggt, dtype=dtype, **hub_kwargs)
@@ -598,7 +598,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
 
     def _freeze(self) -> None:
         super()._freeze()
-        if "depth" not in self.config.backbone_config.heads:  # nothing to learn depth from
+        if "depth" not in self.config.backbone_config.heads:  # no depth targets
             self.spa3r.depth_probe.requires_grad_(False)
 
     def frozen_modules(self) -> dict[str, nn.Module | None]:
@@ -621,18 +621,18 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         """
         Args:
             view_pixel_values: (sum of N, 3 * p * p), from the image processor.
-            view_grid_hw: (views, 2), likewise.
-            views_per_scene: (scenes,), likewise.
-            target_mask: (views,) bool, True = target; each scene's first view must be context. None: drawn at random
-                by ``config.mask_ratio`` from PyTorch's CPU generator.
-            extrinsics: (views, 4, 4) of known cameras in any world frame that a scene's views share; with
+            view_grid_hw: (views, 2), from the image processor.
+            views_per_scene: (scenes,), from the image processor.
+            target_mask: (views,) bool, True = target; each scene's first view must be context. None: sampled with
+                ``config.mask_ratio`` from PyTorch's CPU generator.
+            extrinsics: (views, 4, 4) of known cameras in any world frame shared by a scene's views; requires
                 `intrinsics`. None: the backbone predicts both.
             intrinsics: (views, 3, 3), pixels of the processed views.
-            return_loss: Without effect: there is always a loss. By this name ``Trainer.evaluate`` knows that it need
-                not look for labels.
+            return_loss: Has no effect: the loss is always returned. ``Trainer.evaluate`` looks for this argument to
+                compute a loss without labels.
 
         Raises:
-            ValueError: The inputs contradict one another, or the loss has no view to cover.
+            ValueError: The inputs contradict each other, or the loss covers no view.
         """
         model, config = self.spa3r, self.config
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
@@ -722,7 +722,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
 
     @torch.no_grad()
     def _semantic_targets(self, view_pixel_values: Tensor, layout: ViewLayout) -> Tensor:  # -> (sum of N, width)
-        """The teacher's normed patch tokens of the resized view, resized to the view's own grid."""
+        """The teacher's normalized patch tokens of the resized view, resized to the view's own grid."""
         config, patch = self.config, self.config.patch_size
         teacher_grid = SEMANTIC_IMAGE_SIZE // config.semantic_teacher_config.patch_size
         parts = view_pixel_values.split(list(layout.patches_per_view))
@@ -777,7 +777,7 @@ def field_errors(
 def _reduce(
     errors: dict[str, Tensor], layout: ViewLayout, counted: Sequence[bool]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Means over the patches of the counted views: of the whole batch, and of every scene (NaN where none counts)."""
+    """Means over the patches of the selected views: of the whole batch, and of every scene (NaN if it has none)."""
     counts = [patches * use for patches, use in zip(layout.patches_per_view, counted)]
     terms = torch.stack(list(errors.values()))  # (terms, patches)
     of_views = _segment_sums(terms, layout.patches_per_view)

@@ -1,7 +1,7 @@
-"""The released ``spa3r.ckpt`` -> our Spa3R: tables of key patterns, sizes read off the tensors.
+"""Converts the released ``spa3r.ckpt`` to our Spa3R: tables of key patterns; sizes are read off the tensors.
 
-The semantic teacher, a DINOv3, may have its authors' names (facebookresearch/dinov3, as in the released file) or those
-of transformers.
+The semantic teacher, a DINOv3, may use the names of its authors (facebookresearch/dinov3, as in the released file) or
+those of transformers.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ DINOV3_RULES = [
     Rule(r"blocks\.(\d+)\.mlp\.(?:fc2|w3)\.(weight|bias)", r"model.layer.\1.mlp.down_proj.\2"),
     Rule(r"blocks\.(\d+)\.mlp\.w1\.(weight|bias)", r"model.layer.\1.mlp.gate_proj.\2"),
     Rule(r"norm\.(weight|bias)", r"norm.\1"),
-    Rule(re.escape(PERIODS), None),  # the configuration says them
+    Rule(re.escape(PERIODS), None),  # given by the configuration
 ]
 MASKED_BIAS_RULES = [
-    # The mask is 1 for queries and values and 0 for keys, which so have no bias, whatever number is stored.
+    # The mask is 1 for queries and values and 0 for keys, so keys have no bias, whatever value is stored.
     Rule(r"blocks\.\d+\.attn\.qkv\.bias_mask", None),
     Rule(
         r"blocks\.(\d+)\.attn\.qkv\.bias",
@@ -68,9 +68,10 @@ def translate_spa3r(
     """Weights of a Spa3RModel and of its semantic teacher in our names, and the configuration of both.
 
     Args:
-        tensors: In the released names, as in ``spa3r.ckpt``; or of a whole Spa3-VLM, whose Spa3R is taken.
-        fields: Fields of the configuration that shapes don't tell; else they are the released model's.
-        with_teacher: False leaves the teacher out.
+        tensors: Tensors with the released names, as in ``spa3r.ckpt``; or those of a whole Spa3-VLM, of which the
+            Spa3R is used.
+        fields: Configuration fields that shapes don't determine; the default is the released model's.
+        with_teacher: False excludes the teacher.
 
     Raises:
         ValueError: Keys are missing or unknown.
@@ -123,11 +124,11 @@ def translate_dinov3(
     """Weights of transformers' DINOv3ViTModel in its names, and its configuration.
 
     Args:
-        tensors: In the authors' names or in transformers'.
-        fields: Fields of the configuration that shapes don't tell; else they are the released ViT-L/16's.
+        tensors: Tensors with the authors' names or those of transformers.
+        fields: Configuration fields that shapes don't determine; the default is the released ViT-L/16's.
 
     Raises:
-        ValueError: Keys are missing or unknown, or the rotary encoding is another than transformers has.
+        ValueError: Keys are missing or unknown, or transformers doesn't support the rotary encoding.
     """
     told: dict[str, Any] = {}
     if any(key.startswith(("blocks.", "patch_embed.")) for key in tensors):
@@ -157,7 +158,7 @@ _BIASES = ("query", "key", "value")
 
 
 def _rotary_fields(periods: Tensor, cls_token: Tensor | None) -> dict[str, Any]:
-    """What the stored periods say: the width of a head is four times their number, and the last one tells the base."""
+    """Fields derived from the stored periods: a head is four times as wide as their number; the last gives the base."""
     count = len(periods)
     told: dict[str, Any] = {}
     if cls_token is not None and cls_token.shape[-1] % (4 * count) == 0:
@@ -166,7 +167,7 @@ def _rotary_fields(periods: Tensor, cls_token: Tensor | None) -> dict[str, Any]:
         return told
     periods = periods.double()
     base = periods[-1].item() ** (count / (count - 1))
-    tolerance = 0.03  # bfloat16 may be 0.4 % off, which the power doubles at most
+    tolerance = 0.03  # bfloat16 may be 0.4 % off, which the power at most doubles
     theta = 100.0 if abs(base / 100.0 - 1) < tolerance else base
     wanted = theta ** (periods.new_tensor(range(count)) / count)
     if not ((periods / wanted - 1).abs() < tolerance).all():

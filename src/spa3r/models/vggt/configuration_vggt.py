@@ -10,33 +10,33 @@ from spa3r.models.configuration_base import MAX_LAYERS, MAX_WIDTH, check_paramet
 
 @checked
 class VggtConfig(PreTrainedConfig):
-    """Sizes and choices of a :class:`~spa3r.VggtModel`. The defaults are VGGT-1B's.
+    """Configuration of a :class:`~spa3r.VggtModel`. The defaults are those of VGGT-1B.
 
     Args:
         patch_size: Side of a patch in pixels, p.
-        image_size: Side in pixels of the square picture whose patch grid the learnt position embedding has.
+        image_size: Side in pixels of the square picture that the learned position embedding's patch grid belongs to.
         hidden_size: Width C; the aggregated features are 2C wide.
-        num_attention_heads: Heads of the aggregator's layers.
-        num_hidden_layers: Pairs of one frame and one global layer.
-        mlp_ratio: Inner width of every MLP over its width.
-        num_register_tokens: Register tokens of a view, in the patch embedding and in the aggregator.
-        patch_embedding_num_layers: Layers of the DINOv2 patch embedding.
-        patch_embedding_num_heads: Its heads.
+        num_attention_heads: Number of attention heads of the aggregator's layers.
+        num_hidden_layers: Number of pairs of one frame and one global layer.
+        mlp_ratio: Ratio of every MLP's inner width to its width.
+        num_register_tokens: Number of register tokens of a view, in the patch embedding and in the aggregator.
+        patch_embedding_num_layers: Number of layers of the DINOv2 patch embedding.
+        patch_embedding_num_heads: Number of attention heads of the patch embedding.
         rope_theta: Base of the rotary position encoding.
-        global_qk_norm: Norm of queries and keys in the global layers. ``"layer_norm"`` is VGGT's; the released Spa3R
-            has ``"rms_norm"``. Frame layers always have layer norm.
-        layer_scale_init: Initial value of the residual factors.
-        heads: Which prediction heads the model has.
-        camera_num_layers: Layers of the camera head's trunk.
-        camera_num_heads: Its heads, at width 2C.
-        camera_num_iterations: Refinements of the pose.
-        dpt_layers: Indices of the layers that the depth and point heads read, four of them.
-        dpt_channels: Their channels before fusion.
+        global_qk_norm: Norm of queries and keys in the global layers. VGGT uses ``"layer_norm"``; the released Spa3R
+            uses ``"rms_norm"``. Frame layers always use layer norm.
+        layer_scale_init: Initial value of the layer scales.
+        heads: Prediction heads of the model.
+        camera_num_layers: Number of layers of the camera head's trunk.
+        camera_num_heads: Number of attention heads of the camera head, at width 2C.
+        camera_num_iterations: Number of pose refinements.
+        dpt_layers: Indices of the four layers that the depth and point heads use.
+        dpt_channels: Channels of these layers before fusion.
         dpt_features: Channels of the fusion.
-        initializer_range: Standard deviation of the truncated normal initialisation.
+        initializer_range: Standard deviation of the truncated normal initialization.
 
     Raises:
-        ValueError: A value has the wrong type or is out of range, or the sizes contradict one another.
+        ValueError: A value has the wrong type or is out of range, or the sizes contradict each other.
     """
 
     model_type = "vggt"

@@ -1,7 +1,6 @@
 """VGGT on packed views: patch embedding, alternating frame and global attention, camera, depth and point heads.
 
-Two changes of memory against the original: only the layers that are asked for are kept, and the dense heads run a few
-views at a time.
+Two memory savings over the original: only requested layers are kept, and the dense heads process a few views at a time.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ from spa3r.models.vggt.released_vggt import translate_vggt
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 DPT_PATCHES_AT_ONCE = 8 * 37 * 28
-"""Patches that a dense head works on together, those of eight views of 518 x 392: bounds its memory."""
+"""Patches per batch of a dense head, those of eight views of 518 x 392; limits its memory."""
 
 
 @dataclass
 class VggtModelOutput(ModelOutput):
-    """What :class:`VggtModel` returns; cameras, depth and points on request.
+    """Output of :class:`VggtModel`; cameras, depth and points on request.
 
     Attributes:
-        tokens: One (sum of (1 + registers + N), 2C) tensor for each layer of ``output_layers``: the frame layer's and
-            the global layer's output side by side; of every view [camera | registers | patches].
-        pose_encodings: One (views, 9) float32 tensor for each refinement; the last is the answer.
+        tokens: One (sum of (1 + registers + N), 2C) tensor per layer of ``output_layers``: the outputs of the frame
+            layer and the global layer, concatenated; [camera | registers | patches] for every view.
+        pose_encodings: One (views, 9) float32 tensor for each refinement; the last is the result.
         extrinsics: (views, 4, 4) float32, camera-from-world.
         intrinsics: (views, 3, 3) float32, pixels.
-        depth: Of every view an (H, W) float32 map, in the unit of the extrinsics.
-        depth_confidence: Of every view an (H, W) map, at least 1.
-        world_points: Of every view an (H, W, 3) float32 map.
-        world_points_confidence: Of every view an (H, W) map, at least 1.
+        depth: An (H, W) float32 map for every view, in the unit of the extrinsics.
+        depth_confidence: An (H, W) map for every view, at least 1.
+        world_points: An (H, W, 3) float32 map for every view.
+        world_points_confidence: An (H, W) map for every view, at least 1.
     """
 
     tokens: tuple[Tensor, ...] | None = None
@@ -59,7 +58,7 @@ class VggtModelOutput(ModelOutput):
 
 
 class VggtPatchEmbedding(nn.Module):
-    """DINOv2 ViT with registers, one view a segment; its normed patch tokens."""
+    """DINOv2 ViT with registers, one segment per view; returns the normalized patch tokens."""
 
     def __init__(self, config: VggtConfig):
         super().__init__()
@@ -84,7 +83,7 @@ class VggtPatchEmbedding(nn.Module):
 
     def forward(self, pixel_values: Tensor, layout: ViewLayout) -> Tensor:  # (sum of N, 3 * p * p) -> (sum of N, C)
         embeddings = {grid: self._position_embedding(grid) for grid in set(layout.grid_hw)}
-        patches = self.projection(pixel_values.to(self.norm.weight.dtype))  # a quantised Linear's own type says nothing
+        patches = self.projection(pixel_values.to(self.norm.weight.dtype))  # a quantized Linear's dtype is another
         patches = patches + torch.cat([embeddings[grid] for grid in layout.grid_hw])
         prefix = torch.cat([self.cls_token + self.position_embedding[:, :1], self.register_tokens], dim=1)
         tokens = prepend_tokens(
@@ -131,9 +130,9 @@ class VggtCameraHead(nn.Module):
         self.output = Mlp(width, config.hidden_size, 9)
 
     def forward(self, camera_tokens: Tensor, views_per_scene: Sequence[int]) -> tuple[Tensor, ...]:
-        """(views, 2C) -> of every refinement (views, 9): translation, quaternion (x, y, z, w), fov_h, fov_w."""
+        """(views, 2C) -> (views, 9) per refinement: translation, quaternion (x, y, z, w), fov_h, fov_w."""
         segments = Segments.within(views_per_scene)
-        # Poses are the one output that half precision spoils, and the head is small: always float32.
+        # Half precision degrades only the poses, and the head is small: always use float32.
         with maybe_autocast(camera_tokens.device.type, enabled=False):
             tokens = self.token_norm(camera_tokens.to(self.token_norm.weight.dtype))
             normed = self.adaptive_norm(tokens)
@@ -146,11 +145,11 @@ class VggtCameraHead(nn.Module):
                     hidden = layer(hidden, segments)
                 raw = raw + self.output(self.norm(hidden))
                 poses.append(torch.cat([raw[:, :7], nn.functional.relu(raw[:, 7:])], dim=-1).float())
-                pose = raw.detach()  # each refinement starts from the last one's value, not from its graph
+                pose = raw.detach()  # no gradients through earlier refinements
             return tuple(poses)
 
     def _apply(self, fn, recurse: bool = True):
-        """As ``nn.Module._apply``, which moves and casts; but half precision is not for poses."""
+        """Like ``nn.Module._apply``, which moves and casts, but never casts to half precision."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -160,7 +159,7 @@ class VggtCameraHead(nn.Module):
 
 
 class VggtResidualUnit(nn.Module):
-    """Two convolutions with a skip from behind the first ReLU (the original rectifies in place; weights rely on it)."""
+    """Two convolutions with a skip from after the first ReLU (in-place in the original; the weights depend on it)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -182,7 +181,7 @@ class VggtFusionBlock(nn.Module):
         self.projection = nn.Conv2d(channels, channels, 1)
 
     def forward(self, maps: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """(B, channels, h, w), and the finer map of the same kind -> (B, channels, *size)."""
+        """(B, channels, h, w), and the finer map of the same shape -> (B, channels, *size)."""
         if self.skip_unit is not None:
             maps = maps + self.skip_unit(skip)
         return self.projection(_resize(self.unit(maps), size))
@@ -244,7 +243,7 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:  # (B, c, h, w) -> (
 
 
 def _add_position_embedding(maps: Tensor, image_hw: tuple[int, int]) -> Tensor:  # (B, c, h, w) -> the same
-    """Add 0.1 x the sine-cosine embedding of where each cell lies in the picture, whose diagonal has length 2."""
+    """Add 0.1 x the sine-cosine embedding of each cell's position in the picture, whose diagonal has length 2."""
     channels, height, width = maps.shape[1:]
     aspect = image_hw[1] / image_hw[0]
     diagonal = (aspect**2 + 1) ** 0.5
@@ -252,7 +251,7 @@ def _add_position_embedding(maps: Tensor, image_hw: tuple[int, int]) -> Tensor: 
 
     def embed(span: float, count: int) -> Tensor:  # -> (count, c / 2)
         limit = span * (count - 1) / count
-        # The grid itself is float32 as in the original; only the angles are taken in float64.
+        # The grid is float32 as in the original; only the angles are float64.
         places = torch.linspace(-limit, limit, count, dtype=torch.float32, device=device).double()
         exponents = torch.arange(channels // 4, dtype=torch.float64, device=device) / (channels // 4)
         angles = places[:, None] * 100.0**-exponents
@@ -266,8 +265,8 @@ def _add_position_embedding(maps: Tensor, image_hw: tuple[int, int]) -> Tensor: 
 class VggtModel(PackedPreTrainedModel):
     """The geometry backbone: tokens, cameras, depth and points of unposed views, any number of scenes at once.
 
-    The published weights of VGGT-1B carry a licence of their own, which forbids commercial use; a commercially usable
-    variant exists. Neither is part of this package.
+    The published weights of VGGT-1B have a license of their own, which forbids commercial use; a variant for commercial
+    use exists. Neither is part of this package.
     """
 
     config_class = VggtConfig
@@ -333,8 +332,8 @@ class VggtModel(PackedPreTrainedModel):
     ) -> VggtModelOutput:
         """
         Args:
-            view_pixel_values: (sum of N, 3 * p * p), flattened patches of all views (channel, row, column), normalised
-                by ImageNet's mean and standard deviation.
+            view_pixel_values: (sum of N, 3 * p * p), flattened patches of all views (channel, row, column), normalized
+                with ImageNet's mean and standard deviation.
             view_grid_hw: (views, 2), patch grid of every view.
             views_per_scene: (scenes,), adding up to the number of views.
             output_layers: Indices of the layers whose tokens are returned; negative ones count from the end.
@@ -343,7 +342,7 @@ class VggtModel(PackedPreTrainedModel):
             output_points: Whether to run the point head.
 
         Raises:
-            ValueError: The inputs contradict one another, or a head is asked for that the model doesn't have.
+            ValueError: The inputs contradict each other, or the model doesn't have a requested head.
         """
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         self.check_device("view_pixel_values", view_pixel_values)
@@ -361,17 +360,17 @@ class VggtModel(PackedPreTrainedModel):
         output_points: bool = False,
         context_views: Sequence[int] | None = None,
     ) -> VggtModelOutput:
-        """As :meth:`forward`, for a layout that was checked already.
+        """Like :meth:`forward`, for a layout that is already validated.
 
         Args:
             view_pixel_values: As in :meth:`forward`.
-            layout: Grids and scenes.
+            layout: Patch grids and scenes.
             output_layers: As in :meth:`forward`.
             output_cameras: As in :meth:`forward`.
             output_depth: As in :meth:`forward`.
             output_points: As in :meth:`forward`.
-            context_views: Of every scene, how many of its first views are context; in the global layers these see one
-                another only, while the scene's other views see all of it. None: all views see all.
+            context_views: Number of context views of every scene, its first views. In the global layers they attend
+                only to each other, while the scene's other views attend to all. None: all views attend to all.
         """
         count = self.config.num_hidden_layers
         if isinstance(output_layers, str) or not isinstance(output_layers, Sequence):
@@ -390,7 +389,7 @@ class VggtModel(PackedPreTrainedModel):
                 )
         dense_layers = self.config.dpt_layers if output_depth or output_points else ()
         wanted = {*output_layers, *dense_layers, *([count - 1] if output_cameras else [])}
-        with weights_at_hand(self):  # this is not `forward`
+        with weights_at_hand(self):  # `forward` is not called here
             kept = self._aggregate(view_pixel_values, layout, wanted, context_views)
         output = VggtModelOutput(tokens=tuple(kept[index] for index in output_layers))
         if output_cameras:
@@ -414,13 +413,13 @@ class VggtModel(PackedPreTrainedModel):
         return output
 
     def patch_tokens(self, tokens: Tensor, layout: ViewLayout) -> Tensor:
-        """The patches among a layer's tokens: (sum of (1 + registers + N), 2C) -> (sum of N, 2C)."""
+        """The patch tokens among a layer's tokens: (sum of (1 + registers + N), 2C) -> (sum of N, 2C)."""
         return split_prefix(tokens, layout.patches_per_view, self.num_special_tokens)[1]
 
     def _aggregate(
         self, view_pixel_values: Tensor, layout: ViewLayout, layers: set[int], context_views: Sequence[int] | None
     ) -> dict[int, Tensor]:
-        """The tokens of the layers asked for; no other layer's are kept."""
+        """The tokens of the requested layers; those of other layers are not kept."""
         patches = self.patch_embedding(view_pixel_values, layout)
         special = torch.cat([self.camera_token, self.register_token], dim=2)[0]  # (first view | others, 5, C)
         first_views = set(layout.first_views)
@@ -461,7 +460,7 @@ def _layer_index(index: int, count: int) -> int:
 
 
 def _global_segments(layout: ViewLayout, lengths: Sequence[int], context_views: Sequence[int] | None) -> Segments:
-    """Who sees whom in the global layers: context sees context, targets see the whole scene."""
+    """Attention segments of the global layers: context attends to context, targets attend to the whole scene."""
     scene_lengths = layout.per_scene(lengths)
     if context_views is None:
         return Segments.within(scene_lengths)

@@ -1,4 +1,4 @@
-"""The released VGGT-1B -> :class:`~spa3r.VggtModel`: a table of key patterns, sizes read off the tensors."""
+"""Converts the released VGGT-1B to :class:`~spa3r.VggtModel`: a table of key patterns; sizes come from the tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VGGT_RULES = [
     Rule(r"aggregator\.patch_embed\.patch_embed\.proj\.bias", "patch_embedding.projection.bias"),
     Rule(r"aggregator\.patch_embed\.pos_embed", "patch_embedding.position_embedding"),
     Rule(r"aggregator\.patch_embed\.(cls_token|register_tokens|norm\.weight|norm\.bias)", r"patch_embedding.\1"),
-    Rule(r"aggregator\.patch_embed\.mask_token", None),  # of DINOv2's own pretraining
+    Rule(r"aggregator\.patch_embed\.mask_token", None),  # from DINOv2's pretraining
     *layer_rules(r"aggregator\.patch_embed\.blocks", "patch_embedding.layers"),
     *layer_rules(r"aggregator\.frame_blocks", "frame_layers"),
     *layer_rules(r"aggregator\.global_blocks", "global_layers"),
@@ -53,7 +53,7 @@ VGGT_RULES = [
         r"(depth|point)_head\.scratch\.output_conv2\.(0|2)\.(weight|bias)",
         lambda m: f"{m[1]}_head.output_conv{2 if m[2] == '0' else 3}.{m[3]}",
     ),
-    Rule(r"track_head\..*", None),  # point tracking is no part of the method
+    Rule(r"track_head\..*", None),  # point tracking is not used by the method
 ]  # fmt: skip
 
 
@@ -61,8 +61,8 @@ def translate_vggt(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> 
     """Weights of a VggtModel in our names, and its configuration.
 
     Args:
-        tensors: In the released names.
-        fields: Fields of the configuration that shapes don't tell; else they are VGGT-1B's.
+        tensors: Tensors with the released names.
+        fields: Configuration fields that shapes don't determine; the default is VGGT-1B's.
 
     Raises:
         ValueError: Keys are missing or unknown.
@@ -86,7 +86,7 @@ def view_size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def vggt_config(weights: Mapping[str, Tensor], fields: Mapping[str, Any]) -> VggtConfig:
-    """The configuration of a VGGT in our key names: sizes from shapes, the rest from `fields` or VGGT-1B."""
+    """The configuration of a VGGT from weights in our names: sizes from shapes, the rest from `fields` or VGGT-1B."""
     require(weights, "patch_embedding.projection.weight", "patch_embedding.position_embedding", "register_token")
     width, pixels = weights["patch_embedding.projection.weight"].shape
     patch = math.isqrt(pixels // 3)
@@ -110,7 +110,7 @@ def vggt_config(weights: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Vgg
             laterals = [weights[key] for i in range(4) if (key := f"{head}_head.laterals.{i}.weight") in weights]
             inferred["dpt_channels"] = [lateral.shape[1] for lateral in laterals]
             inferred["dpt_features"] = laterals[0].shape[0] if laterals else 256
-    # A property of the weights, whatever the caller says: the released Spa3R lacks these biases.
+    # A property of the weights, regardless of `fields`: the released Spa3R lacks these biases.
     has_bias = "global_layers.0.attention.q_norm.bias" in weights
     return VggtConfig(
         **(inferred | own_fields(fields) | {"global_qk_norm": "layer_norm" if has_bias else "rms_norm"})
