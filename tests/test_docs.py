@@ -194,9 +194,9 @@ def table_below(text: str, heading: str) -> list[list[str]]:
 
 def test_families_are_those_that_are_run():
     page = read("docs", "guides", "compose.md")
-    told = {row[0].strip("`"): row[2].strip("`") for row in table_below(page, "## What was run")}
+    told = {row[0].strip("`"): row[2].strip("`") for row in table_below(page, "## Tested families")}
     assert told == {name: family.processor[0] for name, family in FAMILIES.items()}
-    refused = {row[0].strip("`"): row[1] for row in table_below(page, "## What is refused, and why")}
+    refused = {row[0].strip("`"): row[1] for row in table_below(page, "## Unsupported families")}
     assert refused == UNSUPPORTED_FAMILIES
     assert read("docs", "guides", "compose.md").count("tests/models/test_spa3_vlm_families.py") == 1
     assert (ROOT / "tests" / "models" / "test_spa3_vlm_families.py").is_file()
@@ -222,7 +222,7 @@ def test_levels_are_those_of_the_rooms():
 
 def structure() -> list[str]:
     """Files and folders of the package, in the order of the page: imports go downwards."""
-    return [row[0].strip("`") for row in table_below(read("docs", "structure.md"), "# Structure of the house")]
+    return [row[0].strip("`") for row in table_below(read("docs", "structure.md"), "# Structure")]
 
 
 def row_of(file: str) -> int:
