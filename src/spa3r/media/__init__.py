@@ -1,1 +1,1 @@
-"""Pictures and videos from wherever users have them: files, URLs, bytes, text, arrays."""
+"""Loading pictures and videos from files, URLs, bytes, text and arrays."""

@@ -1,4 +1,4 @@
-"""What readers of files share: which files are read, in which encoding, and how messages name a source."""
+"""Shared helpers for reading files: supported suffixes, text encodings, and names of sources in messages."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ import PIL.Image
 from spa3r.secret import hide
 
 HEIF = (".heic", ".heif")
-"""What names of pictures end in that are read where the extra ``heic`` is installed."""
+"""Suffixes of pictures that need the extra ``heic``."""
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", *HEIF)
-"""What names of pictures end in, whatever their case."""
+"""Suffixes of pictures, in lower case; matching ignores case."""
 
 LONGEST_NAME = 200
-"""Characters of a source that a message repeats at most; a source can be the picture itself, as text."""
+"""Maximum number of characters of a source in a message; a source may be a whole picture as text."""
 
 VIDEOS = frozenset(
     f".{suffix}" for suffix in "mp4 m4v mov 3gp 3g2 mkv webm avi mpg mpeg ts mts m2ts flv wmv ogv".split()
 )
-"""What names of videos end in, in lower case."""
+"""Suffixes of videos, in lower case."""
 
 _FILE_URL = re.compile(r"file:(?://(?:localhost(?=/))?)?(?=.)", re.IGNORECASE)
 
 
 def can_read_heif() -> bool:
-    """Whether HEIC pictures can be read here."""
+    """Whether HEIC pictures can be read in this environment."""
     return find_spec("pillow_heif") is not None
 
 
 def shortened(text: str, length: int = LONGEST_NAME) -> str:
-    """A user's text for a message: its beginning, if it is long."""
+    """A user's text for a message, truncated if it is long."""
     return text if len(text) <= length else f"{text[:40]}..."
 
 
 def describe(source: Any) -> str:
-    """How messages name a picture or video, in at most a line: never by its content, and without the passwords and
-    signatures of an address."""
+    """Name of a picture or video for messages, at most one line: never its content, and URLs without passwords and
+    signatures."""
     if isinstance(source, str | Path):
         return shortened(hide(source) if is_url(source) else str(source))
     if isinstance(source, bytes | bytearray | memoryview):
@@ -57,22 +57,22 @@ def describe(source: Any) -> str:
 
 
 def is_url(source: Any) -> bool:
-    """Whether a source is the address of a file on a web server."""
+    """Whether a source is an HTTP(S) URL."""
     return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
 def local_path(source: str | Path) -> Path:
-    """The path that a source names: a path, or a ``file:`` URL, percent-encoded or not."""
+    """The local path of a source: a path, or a ``file:`` URL, percent-encoded or not."""
     match = _FILE_URL.match(source) if isinstance(source, str) else None
     if match is None:
         return Path(source)
     raw = source[match.end() :]
     decoded = Path(unquote(raw))
-    return decoded if exists(decoded) else Path(raw)  # Qwen's programs write the path as it is
+    return decoded if exists(decoded) else Path(raw)  # Qwen's tools don't encode the path
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is such a file or folder; no error for a text that can't be a path."""
+    """Whether the file or folder exists; False for a text that can't be a path."""
     try:
         return Path(path).exists()
     except (OSError, ValueError):
@@ -80,21 +80,21 @@ def exists(path: str | Path) -> bool:
 
 
 def regular_file(source: str | Path, kind: str = "picture") -> Path:
-    """The path of a regular file; nothing else is opened, since pipes and devices can block for ever.
+    """The path of a regular file. Anything else is rejected, since reading pipes and devices can block forever.
 
     Args:
         source: A path or a ``file:`` URL.
-        kind: What messages call it.
+        kind: Kind of the file for messages.
 
     Raises:
-        ValueError: It doesn't exist, can't be looked at, or is a folder, pipe, socket or device.
+        ValueError: The file doesn't exist, isn't accessible, or is a folder, pipe, socket or device.
     """
     path, name = local_path(source), describe(source)
     try:
         mode = path.stat().st_mode
     except PermissionError as error:
         raise ValueError(f"The {kind} {name} can't be opened: {error.strerror}. Give a file.") from error
-    except (OSError, ValueError) as error:  # too long, or with a null character
+    except (OSError, ValueError) as error:  # too long, or contains a null character
         raise ValueError(f"The {kind} {name} doesn't exist. Check the path.") from error
     if stat.S_ISDIR(mode):
         raise ValueError(f"The {kind} {name} can't be opened: Is a directory. Give a file.")
@@ -107,17 +107,17 @@ def regular_file(source: str | Path, kind: str = "picture") -> Path:
 
 
 def text_encoding(file: str | Path) -> str:
-    """The encoding of a text file: UTF-8, or UTF-16 or UTF-32 as its first bytes show; a byte-order mark is no text."""
+    """The encoding of a text file: UTF-8, or UTF-16 or UTF-32 by its first bytes; a byte-order mark is removed."""
     with open(file, "rb") as content:
         return json.detect_encoding(content.read(4))
 
 
 def read_text(file: str | Path) -> str:
-    """A text file, whatever its Unicode encoding.
+    """Read a text file in any Unicode encoding.
 
     Raises:
-        ValueError: It is in another encoding.
-        OSError: It can't be read.
+        ValueError: The file has another encoding.
+        OSError: The file can't be read.
     """
     try:
         return Path(file).read_text(encoding=text_encoding(file))
@@ -126,20 +126,20 @@ def read_text(file: str | Path) -> str:
 
 
 def other_encoding(file: str | Path, error: UnicodeDecodeError) -> ValueError:
-    """The error for a text file whose bytes are no Unicode."""
+    """The error for a text file that is not valid Unicode."""
     return ValueError(f"{file} must be text in UTF-8, UTF-16 or UTF-32, got other bytes ({error}). Save it as UTF-8.")
 
 
 def inside(root: str | Path, name: Any, what: str) -> Path:
-    """The path of a name below a folder.
+    """The path of a name inside a folder.
 
     Args:
         root: The folder.
         name: A relative path.
-        what: What messages call the name.
+        what: What the name is, for messages.
 
     Raises:
-        ValueError: The name is no path, or leads out of the folder.
+        ValueError: The name is not a path, or leads out of the folder.
     """
     parts = re.split(r"[/\\]", name) if isinstance(name, str) else []
     if not name or not parts or not parts[0] or ".." in parts or "\0" in name or PureWindowsPath(name).drive:

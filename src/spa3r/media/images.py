@@ -1,4 +1,4 @@
-"""Pictures: files, URLs, bytes, text, arrays and PIL images become 8-bit RGB, or an error that names the picture."""
+"""Converts pictures (files, URLs, bytes, text, arrays, PIL images) to 8-bit RGB; errors name the picture."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from torch import Tensor
 from spa3r.media.files import HEIF, can_read_heif, describe, exists, regular_file, shortened
 
 Image = PIL.Image.Image | str | Path | bytes | bytearray | memoryview | IOBase | np.ndarray | Tensor
-"""A PIL image; a path, ``file:``, ``http(s):`` or ``data:`` URL, or base64; the bytes of a file, or a file opened for
-reading them; or an array or tensor: (H, W), (H, W, 1|3|4) or (1|3|4, H, W), in a batch of one too; uint8 in [0, 255],
+"""A PIL image; a path, ``file:``, ``http(s):`` or ``data:`` URL, or base64; the bytes of a file, or a file open for
+reading them; or an array or tensor: (H, W), (H, W, 1|3|4) or (1|3|4, H, W), also in a batch of one; uint8 in [0, 255],
 floating point in [0, 1], or 16-bit in [0, 65535]."""
 
 MAX_PIXELS = int(os.environ.get("SPA3R_MAX_IMAGE_PIXELS", 2**28))
-"""Pixels of a picture that is decoded; the environment variable ``SPA3R_MAX_IMAGE_PIXELS`` sets another limit."""
+"""Maximum pixels of a decoded picture; the environment variable ``SPA3R_MAX_IMAGE_PIXELS`` changes the limit."""
 
 MAX_FETCHED_BYTES = 2**29
-"""Size of a picture that is fetched from the network."""
+"""Maximum size in bytes of a downloaded picture."""
 
-_PILS_OWN_LIMIT = 1024 * 1024 * 1024 // 4 // 3  # PIL.Image.MAX_IMAGE_PIXELS where nobody changed it
+_PILS_OWN_LIMIT = 1024 * 1024 * 1024 // 4 // 3  # the default of PIL.Image.MAX_IMAGE_PIXELS
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{16,}+={0,2}+\s*+")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def to_rgb(image: Image, max_pixels: int | None = None) -> PIL.Image.Image:
-    """Any picture as 8-bit RGB: turned upright by its EXIF tag, transparency blended on white, 16 bits scaled to 8.
+    """Convert any picture to 8-bit RGB: apply EXIF rotation, blend transparency on white, scale 16 bits to 8.
 
     Args:
-        image: A picture in any of its forms.
-        max_pixels: Pixels of a file that is decoded, at most; None: :data:`MAX_PIXELS`.
+        image: A picture in any supported form.
+        max_pixels: Maximum pixels of a decoded file; None: :data:`MAX_PIXELS`.
 
     Raises:
-        ValueError: It can't be read or decoded, has too many pixels, or its values are not a picture's.
+        ValueError: The picture can't be read or decoded, has too many pixels, or has invalid values.
     """
     name = describe(image)
     if isinstance(image, np.ndarray | Tensor):
@@ -65,16 +65,16 @@ def to_rgb(image: Image, max_pixels: int | None = None) -> PIL.Image.Image:
             raise ValueError(str(error)) from error
         except MemoryError as error:
             raise ValueError(f"The picture {name} needs more memory than there is. Make it smaller.") from error
-        except Exception as error:  # decoders raise what they like: RuntimeError, struct.error, zlib.error, ...
+        except Exception as error:  # decoders raise many types: RuntimeError, struct.error, zlib.error, ...
             raise ValueError(
                 f"The picture can't be decoded: {name} ({_words(error)}). {_cure(image, error)}"
             ) from error
-    picture.filename = name  # messages further on can name it
+    picture.filename = name  # for later messages
     return picture
 
 
 def as_scenes(images: Any) -> list[list[Image]]:
-    """A picture, a list of pictures or a list of lists of pictures -> a list of scenes, none of them empty.
+    """Convert a picture, a list of pictures or a list of lists of pictures to a list of nonempty scenes.
 
     A 4-D array is a list of pictures, a 5-D one a list of scenes.
     """
@@ -105,7 +105,7 @@ def is_batch(image: Any) -> bool:
 
 
 def flattened(pictures: Iterable[Any]) -> list[Image]:
-    """Pictures as a list, those of 4-D arrays one by one."""
+    """Pictures as a flat list; 4-D arrays are split into pictures."""
     found: list[Image] = []
     for picture in pictures:
         found += list(picture) if is_batch(picture) else [picture]
@@ -113,14 +113,14 @@ def flattened(pictures: Iterable[Any]) -> list[Image]:
 
 
 class _PictureError(ValueError):
-    """A message that is whole."""
+    """An error whose message is already complete."""
 
 
 def _decoded(source: Any, name: str, max_pixels: int) -> PIL.Image.Image:
-    """The picture, read to its end and turned upright. The caller's own is left alone."""
+    """The decoded and upright picture; the caller's image is not changed."""
     _know_heif()
     if isinstance(source, PIL.Image.Image):
-        if isinstance(source, PIL.ImageFile.ImageFile):  # it may come from a file that nobody has read yet
+        if isinstance(source, PIL.ImageFile.ImageFile):  # it may not be loaded from its file yet
             _check_pixels(source, name, max_pixels)
         return PIL.ImageOps.exif_transpose(source)
     with _opened(_file(source)) as image:
@@ -130,7 +130,7 @@ def _decoded(source: Any, name: str, max_pixels: int) -> PIL.Image.Image:
 
 
 def _file(source: Any) -> Path | IO[bytes]:
-    """What PIL can open."""
+    """Something that PIL can open."""
     if isinstance(source, bytes | bytearray | memoryview):
         return BytesIO(source)
     if hasattr(source, "read") and not isinstance(source, str | Path):
@@ -153,7 +153,7 @@ def _file(source: Any) -> Path | IO[bytes]:
 
 
 def is_path(source: str | Path) -> bool:
-    """Whether a text is to name a file: it is neither a URL of the network nor the picture itself, as text."""
+    """Whether a text is a file name, and neither a network URL nor base64 data."""
     if isinstance(source, Path):
         return True
     if source[:8].lower().startswith(("http://", "https://", "data:")):
@@ -172,7 +172,7 @@ def _of_data_url(url: str) -> bytes:
 
 
 def _of_base64(text: str) -> bytes:
-    """Of either alphabet, with or without padding, in lines or not; as far as it goes if it is cut."""
+    """Decode base64 of either alphabet, with or without padding and line breaks; truncated data is decoded partly."""
     text = re.sub(r"[\s=]", "", text).translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4))
@@ -181,7 +181,7 @@ def _of_base64(text: str) -> bytes:
 
 
 def _is_known(content: bytes) -> bool:
-    """Whether bytes begin as a picture does."""
+    """Whether bytes start with the signature of a picture format."""
     if _is_heif(content):
         return True
     PIL.Image.init()
@@ -189,7 +189,7 @@ def _is_known(content: bytes) -> bool:
 
 
 def _accepts(accept: Callable[[bytes], bool | str] | None, start: bytes) -> bool:
-    """What one of PIL's formats says to the first bytes of a file."""
+    """Whether one of PIL's formats accepts the first bytes of a file."""
     try:
         return accept is None or accept(start) is True
     except (struct.error, IndexError):  # too short
@@ -202,7 +202,7 @@ def _is_heif(content: bytes) -> bool:
 
 @cache
 def _know_heif() -> None:
-    """Make PIL read HEIC where pillow-heif is installed."""
+    """Register HEIC with PIL if pillow-heif is installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -211,8 +211,8 @@ def _know_heif() -> None:
 
 
 def _opened(file: Path | IO[bytes]) -> PIL.Image.Image:
-    """The picture, of which only the header is read. PIL's own limit is below the largest of today's phones' pictures,
-    and ours holds instead, unless the user has changed PIL's."""
+    """Open a picture, reading only its header. PIL's default limit is below the largest pictures of today's phones, so
+    ours replaces it unless the user has changed PIL's."""
     try:
         return PIL.Image.open(file)
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
@@ -226,13 +226,13 @@ def _opened(file: Path | IO[bytes]) -> PIL.Image.Image:
             content.seek(0)
             try:
                 return factory(content, "")
-            except (SyntaxError, IndexError, TypeError, struct.error):  # another format's, says PIL.Image.open too
+            except (SyntaxError, IndexError, TypeError, struct.error):  # another format; PIL.Image.open skips these too
                 continue
     raise PIL.UnidentifiedImageError("cannot identify image file")
 
 
 def _check_array(array: np.ndarray | Tensor, max_pixels: int) -> None:
-    """Refuse what holds no pixels, or too many."""
+    """Raise for an array that has no pixels, or too many."""
     if isinstance(array, Tensor) and (array.is_meta or array.layout != torch.strided or array.is_quantized):
         raise ValueError(
             f"A picture given as tensor must hold its pixels one by one, got one of {array.dtype} and {array.layout} "
@@ -241,7 +241,7 @@ def _check_array(array: np.ndarray | Tensor, max_pixels: int) -> None:
     size = math.prod(array.shape)
     if array.ndim and not size:
         raise ValueError(f"A picture must have at least one pixel, got {describe(array)}. Leave it out.")
-    if size > 4 * max_pixels:  # of channels
+    if size > 4 * max_pixels:  # channels
         raise ValueError(
             f"A picture must have at most {max_pixels} pixels, got {describe(array)}. Make it smaller, or raise the "
             "limit: the environment variable SPA3R_MAX_IMAGE_PIXELS."
@@ -271,7 +271,7 @@ def _fetched(url: str) -> BytesIO:
 
 
 def _quoted(url: str) -> str:
-    """The URL as servers take it: spaces, letters beyond ASCII and lone percent signs are encoded, the rest is left."""
+    """The URL for a request: spaces, non-ASCII letters and lone percent signs are encoded, the rest is unchanged."""
     parts = urlsplit(url.strip())
     netloc = parts.netloc
     if not netloc.isascii():
@@ -285,7 +285,7 @@ def _quoted(url: str) -> str:
 
 
 def _words(error: Exception) -> str:
-    """A library's message without addresses in memory and without a payload."""
+    """A library's message without memory addresses and payloads."""
     text = re.sub(r" ?<[^>]* object at 0x[^>]*>", "", str(error)) or type(error).__name__
     return shortened(text, 300)
 
@@ -313,7 +313,7 @@ def _seems_heif(source: Any) -> bool:
 
 
 def _to_8_bits(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """A picture of 16 bits or more a channel, which PIL would clip, scaled."""
+    """Scale a picture with 16 or more bits per channel, which PIL would clip."""
     if not image.mode.startswith("I") and image.mode != "F":
         return image
     values = np.asarray(image)
@@ -334,7 +334,7 @@ def _to_8_bits(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
 
 
 def _blended(image: PIL.Image.Image) -> PIL.Image.Image:
-    """RGB, transparency blended on white."""
+    """Convert to RGB, blending transparency on white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)

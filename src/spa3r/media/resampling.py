@@ -1,4 +1,4 @@
-"""Pillow's ``resize`` where only some rows of the result are wanted: these rows to the bit, without the others."""
+"""Pillow's ``resize`` for some rows of the result: bit-identical, without computing the other rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import PIL.Image
 from PIL.Image import Resampling
 
 PLAIN_PIXELS = 2**24
-"""Up to so many pixels of a result, Pillow makes all of them: it is faster."""
+"""Up to this many pixels of a result, Pillow computes all of them, which is faster."""
 
 _PRECISION_BITS = 22  # of Pillow's weights for 8-bit pictures
 
@@ -28,21 +28,21 @@ FILTERS: dict[Resampling, tuple[int, Callable[[float], float]]] = {
     Resampling.BICUBIC: (2, _bicubic),
     Resampling.LANCZOS: (3, lambda x: _sinc(x) * _sinc(x / 3)),
 }
-"""Reach in rows and shape of Pillow's filters, by the distance from their middle."""
+"""Pillow's filters: support in rows, and weight by distance from the center."""
 
 
 def resize_rows(
     picture: PIL.Image.Image, size: tuple[int, int], top: int, height: int, resample: Resampling
 ) -> PIL.Image.Image:
-    """``picture.resize(size, resample).crop((0, top, size[0], top + height))``, to the bit.
+    """``picture.resize(size, resample).crop((0, top, size[0], top + height))``, bit-identical.
 
-    Where the result would have many more rows than the picture, memory and time grow with the rows that are wanted.
+    If the result has many more rows than the picture, memory and time depend only on the number of requested rows.
 
     Args:
         picture: 8-bit, one or more channels.
         size: Width and height of the whole result.
-        top: First row that is wanted.
-        height: How many are wanted, at least 1.
+        top: First requested row.
+        height: Number of requested rows, at least 1.
         resample: One of :data:`FILTERS`.
     """
     width, all_rows = size
@@ -51,7 +51,7 @@ def resize_rows(
         return resized if height == all_rows else resized.crop((0, top, width, top + height))
     weights = [_weights(row, picture.height, all_rows, resample) for row in range(top, top + height)]
     first, end = weights[0][0], max(start + len(values) for start, values in weights)
-    # Pillow resizes rows first, and columns only after that, unless it makes the picture lower.
+    # Pillow resizes rows first and columns second, unless the height shrinks.
     rows = picture.crop((0, first, picture.width, end)).resize((width, end - first), resample)
     pixels = np.asarray(rows)
     result = np.empty((height, *pixels.shape[1:]), np.uint8)
@@ -63,8 +63,8 @@ def resize_rows(
 
 
 def _weights(row: int, rows_in: int, rows_out: int, resample: Resampling) -> tuple[int, np.ndarray]:
-    """The first row of the picture that a row of a higher result is made of, and the rows' weights as Pillow rounds
-    them (``precompute_coeffs`` and ``normalize_coeffs_8bpc`` in its ``Resample.c``)."""
+    """The first source row of a row of an enlarged result, and the weights of the source rows as Pillow rounds them
+    (``precompute_coeffs`` and ``normalize_coeffs_8bpc`` in its ``Resample.c``)."""
     reach, shape = FILTERS[resample]
     center = (row + 0.5) * (rows_in / rows_out)
     start, end = max(int(center - reach + 0.5), 0), min(int(center + reach + 0.5), rows_in)

@@ -1,12 +1,12 @@
-"""Videos as lists of pictures: frames by number, upright, out of real media files only.
+"""Videos as lists of upright frames, selected by number, from real media files only.
 
-Who may give a video may be anybody. So only containers of :data:`FORMATS` are opened, and of them only the file itself:
-playlists, which name other files, are refused. Reading is limited by :data:`MAX_SECONDS`, :data:`MAX_FRAMES` and
-:data:`MAX_PIXELS`; set them, as attributes of this module, where videos are trusted.
+Videos may come from untrusted users. Only containers in :data:`FORMATS` are opened, and only the file itself is read:
+playlists, which refer to other files, are rejected. Reading is limited by :data:`MAX_SECONDS`, :data:`MAX_FRAMES` and
+:data:`MAX_PIXELS`; for trusted videos, change these attributes of this module.
 
-Decoding runs in the caller's thread alone. As soon as any library sets PyAV's log level (torchvision 0.25 does when it
-is imported), the threads of a decoder that report damage wait for Python's lock, and whoever holds the lock waits for
-them. Besides, what several threads make of a damaged video differs from run to run.
+Decoding uses only the caller's thread. Once any library sets PyAV's log level (torchvision 0.25 does when it is
+imported), decoder threads that report damage wait for the GIL, and the thread that holds the GIL waits for them: a
+deadlock. Also, multithreaded decoding of a damaged video is not deterministic.
 """
 
 from __future__ import annotations
@@ -33,49 +33,50 @@ from spa3r.media.files import describe, is_url, local_path, regular_file, shorte
 logger = logging.get_logger(__name__)
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,flv,asf,ogg,gif"
-"""FFmpeg's names of the containers that are read; none of them names other files."""
+"""FFmpeg's names of the supported containers; none of them refers to other files."""
 
 MAX_FRAMES = 1024
-"""Most frames that are taken of a video."""
+"""Maximum number of frames taken from a video."""
 
 MAX_PIXELS = 2**31
-"""Most pixels of all frames together that are taken of a video: about 1000 frames of 1920 x 1080."""
+"""Maximum total pixels of all frames taken from a video: about 1000 frames of 1920 x 1080."""
 
 MAX_FRAME_PIXELS = 2**27
-"""Most pixels of a frame."""
+"""Maximum pixels of a frame."""
 
 MAX_SECONDS = 120.0
-"""Longest time that a video is read."""
+"""Maximum time in seconds for reading a video."""
 
 MAX_PACKETS = 2**23
-"""Most frames that a video may have: 38 hours at 60 a second."""
+"""Maximum number of frames of a video: 38 hours at 60 fps."""
 
 
 def default_num_frames(seconds: float, lowest: int = 4, highest: int = 8, seconds_per_frame: float = 2.0) -> int:
-    """Frames that instruction tuning takes of a video: clamp(round(seconds / seconds_per_frame), lowest, highest)."""
+    """Frames per video in instruction tuning: clamp(round(seconds / seconds_per_frame), lowest, highest)."""
     return min(max(round(seconds / seconds_per_frame), lowest), highest)
 
 
 def uniform_indices(count: int, num_frames: int) -> np.ndarray:
-    """``linspace(0, count - 1, num_frames)``, cut to integers; a short video repeats frames.
+    """``linspace(0, count - 1, num_frames)``, truncated to integers; a short video repeats frames.
 
     Raises:
-        ValueError: `num_frames` is no whole number from 1 to :data:`MAX_FRAMES`.
+        ValueError: `num_frames` is not a whole number from 1 to :data:`MAX_FRAMES`.
     """
     return np.linspace(0, count - 1, _checked_number("num_frames", num_frames)).astype(int)
 
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """Which frames of a video are taken: uniformly, first and last of the part included.
+    """Which frames of a video are taken: uniformly spaced, including the first and last of the selected part.
 
     Attributes:
-        num_frames: How many, or a function that says so for a length in seconds; a shorter video repeats frames.
-        fps: Frames for a second of the video, at most those that there are; instead of `num_frames`.
-        min_frames: Fewest frames if `fps` or the length decides, as far as there are so many.
-        max_frames: Most frames if `fps` or the length decides.
-        video_start: Where the part begins, in seconds from the first frame; None: at the first frame.
-        video_end: Where the part ends; None, or beyond the last frame: at the last frame.
+        num_frames: Number of frames, or a function that computes it from the length in seconds; a shorter video repeats
+            frames.
+        fps: Frames per second of the video, at most all frames; an alternative to `num_frames`.
+        min_frames: Minimum number if `fps` or the length decides, limited by the available frames.
+        max_frames: Maximum number if `fps` or the length decides.
+        video_start: Start of the part, in seconds from the first frame; None: the first frame.
+        video_end: End of the part; None, or a value after the last frame: the last frame.
 
     Raises:
         ValueError: A value is out of its range, or two contradict each other.
@@ -114,21 +115,21 @@ class FrameSampling:
 
     @property
     def needs_times(self) -> bool:
-        """Whether the frames' times matter."""
+        """Whether the selection depends on the frames' times."""
         return any(value is not None for value in (self.fps, self.video_start, self.video_end))
 
     def indices(self, starts: np.ndarray, seconds: float) -> np.ndarray:
-        """The numbers of the frames taken.
+        """The numbers of the selected frames.
 
         Args:
-            starts: When each frame is shown, in seconds from the first, ascending; at least one.
+            starts: Start time of each frame, in seconds from the first, ascending; at least one.
             seconds: Length of the video.
 
         Returns:
-            (frames taken,) ascending.
+            (selected frames,), ascending.
 
         Raises:
-            ValueError: The part holds no frame, or `fps` asks for too many.
+            ValueError: The part contains no frame, or `fps` selects too many.
         """
         first = 0 if self.video_start is None else int(np.searchsorted(starts, self.video_start - 1e-6))
         stop = len(starts) if self.video_end is None else int(np.searchsorted(starts, self.video_end + 1e-6))
@@ -170,24 +171,24 @@ def sample_frames(
     video_start: float | None = None,
     video_end: float | None = None,
 ) -> list[PIL.Image.Image]:
-    """Uniformly sampled frames of a video, or of a part of it, first and last included.
+    """Uniformly sampled frames of a video, or of a part of it, including the first and the last.
 
-    The whole file is read, and decoded only from the nearest key frames: the frames are those that decoding all of it
-    gives. Only the wanted ones are kept, so memory doesn't grow with the video.
+    The whole file is read, but decoding starts at the nearest key frames; the frames equal those of decoding the whole
+    file. Only the selected frames are kept, so memory doesn't grow with the video.
 
     Args:
         video: A file, an ``http(s)://`` or ``file://`` URL, or a file's content.
-        num_frames: How many frames, or a function that says so for a length in seconds; None:
+        num_frames: Number of frames, or a function that computes it from the length in seconds; None:
             :func:`default_num_frames`. A shorter video repeats frames.
-        fps: Frames for a second of the video, at most those that there are; instead of `num_frames`.
-        min_frames: Fewest frames if `fps` or the length decides.
-        max_frames: Most frames if `fps` or the length decides.
-        video_start: Where the part begins, in seconds from the first frame; None: at the first frame.
-        video_end: Where the part ends, in seconds from the first frame; None: at the last frame.
+        fps: Frames per second of the video, at most all frames; an alternative to `num_frames`.
+        min_frames: Minimum number of frames if `fps` or the length decides.
+        max_frames: Maximum number of frames if `fps` or the length decides.
+        video_start: Start of the part, in seconds from the first frame; None: the first frame.
+        video_end: End of the part, in seconds from the first frame; None: the last frame.
 
     Raises:
-        ValueError: The file can't be opened or holds no frames, a frame is damaged, so much of it is missing that
-            frames would repeat, an option is out of its range, or a limit of this module is exceeded.
+        ValueError: The file can't be opened or has no frames, a frame is damaged, so much is missing that frames would
+            repeat, an option is out of its range, or a limit of this module is exceeded.
     """
     return _sample(video, FrameSampling(num_frames, fps, min_frames, max_frames, video_start, video_end))[1]
 
@@ -195,48 +196,48 @@ def sample_frames(
 def sample_numbered_frames(
     video: str | Path, num_frames: int | Callable[[float], int] | None = None, whole: bool = False
 ) -> tuple[list[int], list[PIL.Image.Image]]:
-    """As :func:`sample_frames`, with the frames' numbers, from 0.
+    """Like :func:`sample_frames`, with the frames' numbers, from 0.
 
     Args:
-        video: As there.
-        num_frames: As there.
-        whole: Refuse a video that breaks off before as many frames as its header promises.
+        video: As in :func:`sample_frames`.
+        num_frames: As in :func:`sample_frames`.
+        whole: Reject a video that ends before the number of frames in its header.
 
     Raises:
-        ValueError: As there; or the video breaks off, and must be whole.
+        ValueError: As in :func:`sample_frames`; or `whole` is set and the video is truncated.
     """
     return _sample(video, FrameSampling(num_frames), whole)
 
 
 def count_frames(video: str | Path | bytes) -> int:
-    """How many frames a video has. Reads the whole file and decodes nothing.
+    """Count the frames of a video. Reads the whole file without decoding it.
 
     Raises:
-        ValueError: The file can't be opened or holds no frames.
+        ValueError: The file can't be opened or has no frames.
     """
     with _opened(video) as source:
         return source.scan().count
 
 
 def read_frames(video: str | Path | bytes, indices: Iterable[int]) -> dict[int, PIL.Image.Image]:
-    """Frames of a video by number. Where the container tells every frame's time, it is decoded from the nearest key
-    frames only.
+    """Read frames of a video by number. If the container has every frame's time, decoding starts at the nearest key
+    frames.
 
     Args:
         video: A file, an ``http(s)://`` or ``file://`` URL, or a file's content.
-        indices: Which frames, from 0, in the order in which they are shown.
+        indices: Frame numbers, from 0, in display order.
 
     Returns:
-        The frames by number; those that can't be decoded are missing.
+        The frames by number, without those that can't be decoded.
 
     Raises:
-        ValueError: The file can't be opened or holds no frames, or a limit of this module is exceeded.
+        ValueError: The file can't be opened or has no frames, or a limit of this module is exceeded.
     """
     wanted = sorted({int(index) for index in indices})
     with _opened(video) as source:
         scan = source.scan()
         frames, exact = source.decode_near([index for index in wanted if index < scan.count], scan)
-    if not exact:  # as in _sample; but where packets gave no frame, the times are the better guess
+    if not exact:  # as in _sample; but if packets gave no frame, the times are the better estimate
         with _opened(video) as source:
             counted, decoded = source.decode(set(wanted), tolerant=True)
         if decoded >= scan.count or not frames:
@@ -254,7 +255,7 @@ def _sample(video: Any, sampling: FrameSampling, whole: bool = False) -> tuple[l
             )
         indices = source.choose(sampling, scan)
         frames, exact = source.decode_near(sorted(set(indices)), scan)
-    if not exact:  # the containers' times don't say which frame is which, or something is damaged: count frames
+    if not exact:  # times don't identify the frames, or something is damaged: count frames
         with _opened(video) as source:
             frames, decoded = source.decode(set(indices))
         if decoded <= indices[-1]:  # not every packet gave a frame
@@ -273,29 +274,29 @@ def _sample(video: Any, sampling: FrameSampling, whole: bool = False) -> tuple[l
 
 
 class _Scan(NamedTuple):
-    """What the packets of a video tell."""
+    """Information from the packets of a video."""
 
     times: list[int]
-    """When each frame is shown, in the stream's time base, ascending; empty if unknown or not unique."""
+    """Display time of each frame, in the stream's time base, ascending; empty if unknown or not unique."""
     keys: dict[int, int]
-    """Of the key frames, in order: when each is shown, and where to seek for it."""
+    """Key frames in order: display time, and position to seek to."""
     starts: np.ndarray
-    """(frames,) seconds from the first."""
+    """(frames,), seconds from the first frame."""
     packets: int
-    """Those read, also of frames that are not shown."""
+    """Number of packets read, including those of hidden frames."""
     promised: int
-    """Frames that the header names; 0 where it names none."""
+    """Number of frames in the header; 0 if missing."""
     seconds: float
     """Length of the video."""
     missing: bool
-    """Whether the file breaks off before what its header promises, or packets are damaged."""
+    """Whether the file ends before the length in its header, or packets are damaged."""
 
     @property
     def count(self) -> int:
         return len(self.starts)
 
     def shortened(self, count: int) -> _Scan:
-        """What remains if only so many frames can be decoded."""
+        """The scan of a video of which only `count` frames can be decoded."""
         return self._replace(starts=self.starts[:count], seconds=self.seconds * count / self.count, missing=True)
 
 
@@ -303,8 +304,8 @@ class _Source:
     """An opened video.
 
     Args:
-        name: As messages name it.
-        container: PyAV's.
+        name: Name for messages.
+        container: PyAV's container.
         check_time: Raises if reading takes too long.
     """
 
@@ -316,11 +317,11 @@ class _Source:
             raise _no_frames(name)
         self.stream = streams[0]
         context = self.stream.codec_context
-        context.thread_count, context.thread_type = 1, "NONE"  # see above
+        context.thread_count, context.thread_type = 1, "NONE"  # see the module's docstring
         self._check_pixels(context.width, context.height)
 
     def scan(self) -> _Scan:
-        """All packets; some containers name no number of frames, or a wrong one."""
+        """Read all packets; some containers store no number of frames, or a wrong one."""
         stream, is_vp8 = self.stream, self.stream.codec_context.codec.canonical_name == "vp8"
         packets, shown, last_duration, is_damaged = 0, [], 0, False
         for packet in self.container.demux(stream):
@@ -331,7 +332,7 @@ class _Source:
             if packets > MAX_PACKETS:
                 raise _VideoError(f"The video {self.name} has more than {MAX_PACKETS} frames. Cut it.")
             is_damaged |= packet.is_corrupt
-            is_hidden = is_vp8 and not memoryview(packet)[0] >> 4 & 1  # a frame that only others refer to
+            is_hidden = is_vp8 and not memoryview(packet)[0] >> 4 & 1  # only other frames refer to it
             if not (packet.is_discard or packet.is_corrupt or is_hidden):
                 shown.append((packet.pts, packet.dts, packet.is_keyframe))
                 last_duration = packet.duration or 0
@@ -343,7 +344,7 @@ class _Source:
             times, starts = [], np.arange(len(shown)) / rate
         else:
             times.sort()
-            by_dts = self.container.format.name in ("mpeg", "mpegts")  # found by search, not by an index
+            by_dts = self.container.format.name in ("mpeg", "mpegts")  # seeks by search, not with an index
             keys = {
                 shown_at: dts if by_dts and dts is not None else shown_at
                 for shown_at, dts, is_key in sorted(shown)
@@ -366,11 +367,11 @@ class _Source:
         return _Scan(times, keys, starts, packets, stream.frames, seconds, breaks_off or is_damaged)
 
     def _promised_seconds(self) -> float:
-        """The length that the header names; 0 where it names none."""
+        """The length in the header; 0 if missing."""
         stream = self.stream
         if stream.duration is not None:
             return float(stream.duration * stream.time_base)
-        try:  # Matroska's, as FFmpeg writes it: "00:00:10.000000000"
+        try:  # Matroska, as FFmpeg writes it: "00:00:10.000000000"
             hours, minutes, seconds = stream.metadata["DURATION"].split(":")
             return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
         except (KeyError, ValueError):
@@ -378,7 +379,7 @@ class _Source:
             return self.container.duration / av.time_base if alone and self.container.duration else 0.0
 
     def choose(self, sampling: FrameSampling, scan: _Scan) -> list[int]:
-        """Numbers of the frames to take. Repeated ones must be due to a short video, not to a damaged one."""
+        """Numbers of the selected frames. Repeats are allowed for a short video, but not for a damaged one."""
         try:
             indices = sampling.indices(scan.starts, scan.seconds).tolist()
         except ValueError as error:
@@ -393,8 +394,8 @@ class _Source:
         return indices
 
     def decode_near(self, wanted: list[int], scan: _Scan) -> tuple[dict[int, PIL.Image.Image], bool]:
-        """The wanted frames, each decoded from the last key frame before it, or from the last wanted frame if that is
-        nearer; and whether all were found, every packet on the way having given a frame."""
+        """The wanted frames, each decoded from the last key frame before it, or from the previous wanted frame if that
+        is nearer; and whether all were found and every packet on the way gave a frame."""
         frames: dict[int, PIL.Image.Image] = {}
         times, key_times, exact = scan.times, list(scan.keys), True
         if not key_times:
@@ -413,7 +414,7 @@ class _Source:
                 if frame.pts is None:
                     exact = False
                     continue
-                if frame.pts >= key:  # those before refer to what was not decoded
+                if frame.pts >= key:  # earlier ones refer to frames that were not decoded
                     place = bisect_left(times, frame.pts)
                     follows = place == 0 or times[place - 1] < key or times[place - 1] == position
                     exact &= place < len(times) and times[place] == frame.pts and follows
@@ -425,8 +426,8 @@ class _Source:
         return frames, exact and len(frames) == len(wanted)
 
     def decode(self, wanted: set[int], tolerant: bool = False) -> tuple[dict[int, PIL.Image.Image | None], int]:
-        """The wanted frames, None for one that is damaged, and how many were decoded: up to the last of them; if
-        `tolerant`, all that can be."""
+        """The wanted frames, None for damaged ones, and the number of decoded frames: up to the last wanted one, or, if
+        `tolerant`, all that can be decoded."""
         frames: dict[int, PIL.Image.Image | None] = {}
         decoded = 0
         all_frames = _tolerant_decode if tolerant else type(self.container).decode
@@ -440,7 +441,7 @@ class _Source:
         return frames, decoded
 
     def _upright(self, frame: av.VideoFrame) -> PIL.Image.Image:
-        """A phone held upright writes lying frames and the angle to turn them by."""
+        """Rotate a frame upright: phones store rotated frames with an angle."""
         self._check_pixels(frame.width, frame.height)
         return frame.to_image().rotate(frame.rotation, expand=True)
 
@@ -458,7 +459,7 @@ class _Source:
 
 
 class _VideoError(ValueError):
-    """What is wrong with a video, with its name."""
+    """An error about a video, including its name."""
 
 
 def _no_frames(name: str) -> _VideoError:
@@ -467,8 +468,8 @@ def _no_frames(name: str) -> _VideoError:
 
 @contextmanager
 def _opened(video: str | Path | bytes) -> Iterator[_Source]:
-    """A video opened for reading, and what goes wrong with it, by whatever part of the media library, with its name and
-    a cure."""
+    """Open a video for reading. Errors of any part of the media library are raised with the video's name and a
+    cure."""
     name, end = describe(video), time.monotonic() + MAX_SECONDS
 
     def check_time() -> None:
@@ -487,7 +488,7 @@ def _opened(video: str | Path | bytes) -> Iterator[_Source]:
             else:
                 file = stack.enter_context(_open_file(video))
                 source, timeout = _CheckedFile(file, check_time), None
-                options["protocol_whitelist"] = "none"  # the file is open: nothing else is ever opened
+                options["protocol_whitelist"] = "none"  # the file is open already: forbid opening anything else
             try:
                 container = (
                     stack.enter_context(  # older PyAV's `options` crash on streams that are found late, as in MPEG
@@ -495,7 +496,7 @@ def _opened(video: str | Path | bytes) -> Iterator[_Source]:
                     )
                 )
             except av.FFmpegError as error:
-                if error.errno == 22:  # what FFmpeg says of a container that is not listed
+                if error.errno == 22:  # FFmpeg's error for a container that is not listed
                     raise OSError(
                         "it is none of the containers that are read: MP4, MOV, 3GP, MKV, WebM, AVI, "
                         "MPEG, FLV, WMV, OGV, GIF"
@@ -523,7 +524,7 @@ def _open_file(video: str | Path | bytes) -> BinaryIO:
 
 
 class _CheckedFile:
-    """A file for PyAV that is read as long as there is time."""
+    """A file for PyAV with a time limit on reading."""
 
     def __init__(self, file: BinaryIO, check_time: Callable[[], None]):
         self.seek, self.tell, self._read, self._check_time = file.seek, file.tell, file.read, check_time
@@ -534,7 +535,7 @@ class _CheckedFile:
 
 
 def _tolerant_decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Frames of what can be decoded."""
+    """Frames that can be decoded, skipping errors."""
     for packet in container.demux(stream):
         try:
             yield from packet.decode()
