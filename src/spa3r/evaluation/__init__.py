@@ -1,4 +1,4 @@
-"""How good a model is, in numbers, beside what can be had without it."""
+"""Evaluation: scores of models and of baselines that do without them."""
 
 from spa3r.answering.engine import (
     AnswerReport,

@@ -1,4 +1,4 @@
-"""What is asked, and about which frames: VSI-Bench as it is released, and rooms.
+"""Benchmarks, their questions and their frames: VSI-Bench as released, and rooms.
 
 benchmark = VsiBench("VSI-Bench", subset="debiased")
 numbers, frames = benchmark.frames("scannet/scene0050_00", num_frames=32)
@@ -30,21 +30,21 @@ from spa3r.vsi_bench.format import make_prompt
 from spa3r.vsi_bench.scoring import score_prediction
 
 LARGEST_PICTURE = 4096
-"""Pixels of a side of a room's pictures, at most: all of a room are kept."""
+"""Maximum side of a room's pictures in pixels: all pictures of a room are kept."""
 
 Row = dict[str, Any]
 Frames = tuple[list[int], list[PIL.Image.Image]]
 Subset = Literal["full", "debiased", "pruned"]
-"""All questions of VSI-Bench; those that are left where words alone don't help (arXiv 2511.04655); the rest."""
+"""All questions of VSI-Bench; those that remain where text alone doesn't help (arXiv 2511.04655); the rest."""
 
 
 class Benchmark(ABC):
-    """Questions in VSI-Bench's row format, and the frames that they are about.
+    """Questions in VSI-Bench's row format, and the frames they refer to.
 
     Attributes:
         rows: The questions, in order: ``id``, ``dataset``, ``scene_name``, ``question_type``, ``question``,
-            ``options``, ``ground_truth``, and what else the source says of them.
-        about: ``name`` and the arguments that make the same benchmark again, ready for JSON: see
+            ``options``, ``ground_truth``, and any other fields of the source.
+        about: ``name`` and the arguments that recreate the benchmark, ready for JSON: see
             :func:`open_benchmark`.
     """
 
@@ -67,20 +67,20 @@ class Benchmark(ABC):
         return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
 
     def missing(self) -> dict[str, str]:
-        """Scenes of which there is nothing to look at, as far as one sees without reading them, and why."""
+        """Scenes whose frames are missing, as far as can be told without reading them, and why."""
         return {}
 
     @abstractmethod
     def frames(self, scene: str, num_frames: int) -> Frames:
-        """Uniformly sampled frames of a scene, first and last included, and their numbers. May be called by threads.
+        """Uniformly sampled frames of a scene, including the first and the last, and their numbers. Thread-safe.
 
         Raises:
-            ValueError: They can't be read.
+            ValueError: The frames can't be read.
         """
 
 
 def scene_of(row: Mapping[str, Any]) -> str:
-    """The scene that a row is about: ``<dataset>/<scene_name>``."""
+    """The scene of a row: ``<dataset>/<scene_name>``."""
     return f"{row['dataset']}/{row['scene_name']}"
 
 
@@ -88,18 +88,18 @@ class VsiBench(Benchmark):
     """VSI-Bench (arXiv 2412.14171) in its released layout.
 
     Args:
-        data: A folder, the annotations (``.parquet`` or ``.jsonl``) in one, or the id of a data set on the hub, such as
-            ``nyu-visionx/VSI-Bench``. Beside the annotations lie the videos, ``<dataset>/<scene_name>.mp4``, or
-            archives of them, ``<dataset>.zip``, which need not be unpacked. In a folder ``test.parquet`` is read, else
-            ``test.jsonl``, else ``test-*.parquet``, else both parts, ``test_debiased.parquet`` and
+        data: A folder, an annotation file (``.parquet`` or ``.jsonl``) in one, or the id of a data set on the hub, such
+            as ``nyu-visionx/VSI-Bench``. The videos, ``<dataset>/<scene_name>.mp4``, are next to the annotations, or in
+            archives, ``<dataset>.zip``, which need not be unpacked. The annotations of a folder are ``test.parquet``,
+            else ``test.jsonl``, else ``test-*.parquet``, else both parts, ``test_debiased.parquet`` and
             ``test_pruned.parquet``.
-        subset: ``"full"``; ``"debiased"`` or ``"pruned"``: ``test_<subset>.parquet``, or what the rows' ``pruned`` or
-            ``pruned_ids.txt`` say.
-        revision: Of a data set on the hub.
+        subset: ``"full"``; ``"debiased"`` or ``"pruned"``: ``test_<subset>.parquet``, or as given by the rows'
+            ``pruned`` or by ``pruned_ids.txt``.
+        revision: Revision of a data set on the hub.
 
     Raises:
         FileNotFoundError: There are no annotations.
-        ValueError: A row can't be asked or scored, ids repeat, or nothing says which rows are pruned.
+        ValueError: A row can't be asked or scored, ids repeat, or nothing tells which rows are pruned.
     """
 
     def __init__(self, data: str | Path, subset: Subset = "full", revision: str | None = None):
@@ -123,13 +123,13 @@ class VsiBench(Benchmark):
         return found
 
     def frames(self, scene: str, num_frames: int) -> Frames:
-        """As :meth:`Benchmark.frames`. A video that breaks off before as many frames as it promises is refused."""
+        """As :meth:`Benchmark.frames`. A video that ends before its declared number of frames is rejected."""
         with self._video(scene) as video:
             return sample_numbered_frames(video, num_frames, whole=True)
 
     @contextmanager
     def _video(self, scene: str, unpack: bool = True) -> Iterator[Path]:
-        """The video's file; out of an archive for as long as it is read."""
+        """The file of a video; a file from an archive exists only inside the context."""
         video = inside(self.root, f"{scene}.mp4", "A scene")
         archive = self.root / f"{scene.partition('/')[0]}.zip"
         if exists(video) or not exists(archive):
@@ -151,26 +151,26 @@ class VsiBench(Benchmark):
                     with content.open(name) as packed, open(place, "wb") as file:
                         shutil.copyfileobj(packed, file)
                 yield place
-        # Python's readers fail so for what is cut, changed, encrypted or packed by another method.
+        # Python's readers raise these for truncated, modified or encrypted archives and unknown compression methods.
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
             raise ValueError(f"The archive {archive} can't be read ({error}). Fetch it again.") from error
 
 
 class RoomsBenchmark(Benchmark):
-    """Questions of VSI-Bench's types about rooms that no training sees.
+    """Questions of VSI-Bench's types about rooms that are never used for training.
 
     See :class:`~spa3r.rooms.instructions.RoomQuestions`.
 
     Args:
-        num_rooms: How many rooms; each is asked about every type that it allows.
-        level: Of the rooms, 0..3.
-        frames: Pictures of each room that questions are made about; what the model sees is a part of them, or all.
-        seed: Other questions for every value.
-        first_seed: Seed of the first room, from :data:`~spa3r.rooms.instructions.FIRST_TEST_SEED` on.
+        num_rooms: Number of rooms; each has questions of every type that it allows.
+        level: Level of the rooms, 0..3.
+        frames: Pictures of each room on which the questions are based; the model sees some or all of them.
+        seed: Seed of the questions.
+        first_seed: Seed of the first room, at least :data:`~spa3r.rooms.instructions.FIRST_TEST_SEED`.
         size: Height and width of the pictures in pixels.
 
     Raises:
-        ValueError: `first_seed` is that of a room to train on, or another argument is out of range.
+        ValueError: `first_seed` belongs to a training room, or another argument is out of range.
     """
 
     def __init__(
@@ -188,14 +188,14 @@ class RoomsBenchmark(Benchmark):
                 f"`first_seed` must be at least {FIRST_TEST_SEED}, got {first_seed}: the rooms before are for training."
             )
         self.questions = RoomQuestions(first_seed, num_rooms, level=level, frames=frames, seed=seed, size=size)
-        self._lock = threading.Lock()  # the questions keep rooms, which is no matter for two threads at once
-        # A question stands in for one that its room does not allow; each is asked once.
+        self._lock = threading.Lock()  # the questions cache rooms, and that cache is not thread-safe
+        # A question that its room does not allow is replaced by another one; each question is asked once.
         rows = {row["id"]: row for row in map(self.questions.row, range(len(self.questions)))}
         about = {"name": "rooms", "num_rooms": num_rooms, "level": level, "frames": frames, "seed": seed}
         super().__init__(rows.values(), about | {"first_seed": first_seed, "size": size}, "rooms")
 
     def frames(self, scene: str, num_frames: int) -> Frames:
-        """As :meth:`Benchmark.frames`; numbers are steps of the walk."""
+        """As :meth:`Benchmark.frames`; the numbers are steps of the walk."""
         with self._lock:
             pictures = self.questions.pictures(int(scene.rpartition("/")[2]))
         if num_frames != len(pictures):
@@ -207,7 +207,7 @@ class RoomsBenchmark(Benchmark):
 
 
 def open_benchmark(about: Mapping[str, Any]) -> Benchmark:
-    """The benchmark that a run was about.
+    """Recreate the benchmark of a run.
 
     Args:
         about: Its :attr:`Benchmark.about`.
@@ -221,7 +221,7 @@ def open_benchmark(about: Mapping[str, Any]) -> Benchmark:
 
 
 def _fetched(data: str | Path, revision: str | None) -> tuple[Path, str | None]:
-    """Where the data lie on this machine; of a data set on the hub the revision, too."""
+    """The local folder of the data, and the revision of a data set on the hub."""
     check_types({"data": data, "revision": revision}, {"data": str | Path, "revision": str | None})
     path = Path(data).expanduser()
     is_hub_id = isinstance(data, str) and data.count("/") == 1 and data[0] not in "./~" and not exists(path)
@@ -234,7 +234,7 @@ def _fetched(data: str | Path, revision: str | None) -> tuple[Path, str | None]:
         return path, None
     from huggingface_hub import snapshot_download
 
-    # A snapshot's folder is named by its commit.
+    # A snapshot's folder is named after its commit.
     folder = Path(snapshot_download(data, repo_type="dataset", revision=revision))
     return folder, folder.name
 
@@ -274,7 +274,7 @@ def _read_rows(file: Path) -> list[Row]:
         ) from error
     try:
         return parquet.read_table(file).to_pylist()
-    except (ValueError, OSError) as error:  # pyarrow's own are of these kinds
+    except (ValueError, OSError) as error:  # includes the errors of pyarrow
         raise ValueError(f"{file} can't be read as Parquet ({error}). Fetch it again.") from error
 
 
@@ -320,7 +320,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _check_rows(rows: list[Row], source: str) -> None:
-    """Everything that asking and scoring could stumble over, before the first hour of answering."""
+    """Check everything that asking and scoring rely on, before hours of answering."""
     if not rows:
         raise ValueError(f"A benchmark must hold at least one question, and {source} holds none.")
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What can be scored without looking: answers that follow from the questions of other rooms alone.
+"""Blind baselines: answers that follow from the questions of other rooms alone, without pictures.
 
 answers = blind_answers(training_rows, test_rows, "question")
 print(blind_scores(training_rows, test_rows, "question"))
@@ -17,28 +17,28 @@ from spa3r.vsi_bench.scoring import aggregate, score_prediction
 
 Row = Mapping[str, Any]
 BlindMethod = Literal["most_frequent", "best_constant", "question"]
-"""How to answer without looking; see :func:`blind_answers`."""
+"""How to answer without pictures; see :func:`blind_answers`."""
 
-_ENOUGH = 5  # training questions of the same words; of fewer the answer is left to the type
+_ENOUGH = 5  # training questions with the same words; with fewer the answer depends on the type only
 _COLOUR = re.compile(rf"\b({'|'.join(COLOURS)}) ")
 
 
 def blind_answers(
     training_rows: Sequence[Row], test_rows: Sequence[Row], method: BlindMethod = "most_frequent"
 ) -> list[str]:
-    """Answers to questions about rooms that nobody has looked at.
+    """Answer questions about rooms without their pictures.
 
     Args:
         training_rows: Rows in VSI-Bench's format with their answers.
-        test_rows: The questions; their answers are not read. Every type occurs among `training_rows`.
-        method: ``"most_frequent"``: of every type the most frequent answer, a number or a letter. ``"best_constant"``:
-            of every type the answer that scores best on the training rows, which for numbers is one in the middle.
-            ``"question"``: reads the words, without colours: of the numbers the best constant of the training rows with
-            the same question, of the choices the option whose words were most often right where they were offered
-            (word by word at its place, where options are lists).
+        test_rows: The questions; their answers are not read. Every type must occur in `training_rows`.
+        method: ``"most_frequent"``: for every type the most frequent answer, a number or a letter. ``"best_constant"``:
+            for every type the answer that scores best on the training rows; for numbers this is a middle value.
+            ``"question"``: uses the words, without colors: for numbers the best constant of the training rows with
+            the same question, for choices the option whose words were most often right where they were offered
+            (word by word at its position, if options are lists).
 
     Raises:
-        ValueError: The method is another, or a type is missing in the training rows.
+        ValueError: The method is unknown, or a type is missing in the training rows.
     """
     if method not in ("most_frequent", "best_constant", "question"):
         raise ValueError(
@@ -66,11 +66,11 @@ def blind_answers(
 def blind_scores(
     training_rows: Sequence[Row], test_rows: Sequence[Row], method: BlindMethod = "most_frequent"
 ) -> dict[str, float]:
-    """VSI-Bench's table, in per cent, of :func:`blind_answers`.
+    """VSI-Bench's table of scores, in percent, for :func:`blind_answers`.
 
     Args:
-        training_rows: As there, like all arguments.
-        test_rows: With their answers.
+        training_rows: As in :func:`blind_answers`.
+        test_rows: Rows with their answers.
         method: How to answer.
     """
     answers = blind_answers(training_rows, test_rows, method)
@@ -101,7 +101,7 @@ def _most_frequent(rows: Sequence[Row]) -> str:
 
 
 def _best(rows: Sequence[Row]) -> str:
-    """Of all answers that occur the one that scores best on the rows."""
+    """Of all occurring answers, the one that scores best on the rows."""
     if is_choice(rows[0]["question_type"]):
         return _most_frequent(rows)
     truths = Counter(row["ground_truth"] for row in rows)
@@ -115,13 +115,13 @@ def _best(rows: Sequence[Row]) -> str:
 
 
 def _parts(row: Row, option: str) -> list[tuple[str, int, str]]:
-    """Type, place and words of what an option lists: of "C. Turn Left, Turn Back" two parts."""
+    """Type, position and words of the parts of an option: "C. Turn Left, Turn Back" has two parts."""
     listed = _COLOUR.sub("", option.partition(". ")[2]).split(", ")
     return [(f"{row['question_type']} of {len(listed)}", place, words) for place, words in enumerate(listed)]
 
 
 def _shares(rows: Sequence[Row]) -> Callable[[tuple[str, int, str]], float]:
-    """How often a part of an option was right where it was offered, of the training rows."""
+    """How often a part of an option was right where it was offered in the training rows."""
     offered, right = Counter(), Counter()
     for row in rows:
         for option in row["options"] or ():
@@ -129,7 +129,7 @@ def _shares(rows: Sequence[Row]) -> Callable[[tuple[str, int, str]], float]:
             offered.update(parts)
             if option.partition(". ")[0] == row["ground_truth"]:
                 right.update(parts)
-    return lambda part: (right[part] + 1) / (offered[part] + 4)  # as if it had been offered four times before
+    return lambda part: (right[part] + 1) / (offered[part] + 4)  # as if it had been offered four more times
 
 
 def _likeliest(row: Row, share: Callable[[tuple[str, int, str]], float]) -> str:

@@ -1,4 +1,4 @@
-"""Two runs side by side: which tasks differ by more than the choice of scenes explains, and which questions flipped."""
+"""Compare two runs: which tasks differ by more than the choice of scenes explains, and which questions flipped."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from spa3r.vsi_bench.intervals import difference_intervals
 from spa3r.vsi_bench.scoring import aggregate, task_of
 
 HALF = 0.5
-"""An answer that scores more is right, for the count of flipped questions; of choices that is the true letter."""
+"""An answer that scores more counts as right for the number of flips; for choices that is the true letter."""
 
 
 @dataclass(frozen=True)
 class Flip:
-    """A question that one run answered and the other did not.
+    """A question that one run answered correctly and the other did not.
 
     Attributes:
         first: Its line in the first run.
-        second: Its line in the second.
+        second: Its line in the second run.
     """
 
     first: Line
@@ -28,22 +28,23 @@ class Flip:
 
     @property
     def is_won(self) -> bool:
-        """Whether the second run is the one that answered it."""
+        """Whether the second run is the one that answered correctly."""
         return self.second["score"] > self.first["score"]
 
 
 @dataclass(frozen=True)
 class RunComparison:
-    """What :func:`compare_runs` returns. Scores are in per cent, of the questions that both runs have scores of.
+    """What :func:`compare_runs` returns. Scores are in percent, over the questions that have scores in both runs.
 
     Attributes:
-        names: Of both runs.
-        scores: Of both, by task: ``"overall"``, then the tasks.
+        names: Names of both runs.
+        scores: Scores of both runs by task: ``"overall"``, then the tasks.
         intervals: 95 % intervals of the second run's score minus the first's, over draws of scenes.
-        counts: Questions of each.
-        flips: Questions that only one of both answered: an answer counts as right if it scores more than one half.
+        counts: Number of questions of each task.
+        flips: Questions that only one run answered correctly: an answer counts as right if it scores more than one
+            half.
         left_out: Questions that only one run has, or that have no score in one of them.
-        changed: What else differs: settings, weights, types, attention back ends, versions.
+        changed: Other differences: settings, weights, data types, attention back ends, versions.
     """
 
     names: tuple[str, str]
@@ -64,7 +65,7 @@ class RunComparison:
         return markdown(cells)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """All results, ready for JSON."""
         scores = {
             name: {
                 "a": a,
@@ -90,10 +91,10 @@ def compare_runs(first: EvaluationRun, second: EvaluationRun) -> RunComparison:
 
     Args:
         first: A run.
-        second: Another one of the same questions, or of some of them.
+        second: Another run of the same questions, or of some of them.
 
     Raises:
-        ValueError: They have no scored question in common, or questions of the same id are not the same.
+        ValueError: They have no scored question in common, or questions with the same id differ.
     """
     theirs = {line["id"]: line for line in second.answers}
     common = [(line, theirs[line["id"]]) for line in first.answers if line["id"] in theirs]
@@ -126,7 +127,7 @@ def compare_runs(first: EvaluationRun, second: EvaluationRun) -> RunComparison:
 
 
 def _conditions(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What scores may depend on; of the environment that of the last start."""
+    """The conditions that scores may depend on, with the environment of the last start."""
     environment = about["environments"][-1]
     packages = environment["packages"]
     return {

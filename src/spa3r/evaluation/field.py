@@ -1,4 +1,4 @@
-"""How well a Spa3R predicts the features of views that it has not seen, beside honest baselines."""
+"""How well a Spa3R predicts the features of unseen views, compared with fair baselines."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ TITLES: dict[Predictor, str] = {
     "shuffled_cameras": "shuffled cameras",
 }
 BASELINES: tuple[Predictor, ...] = ("context_mean", "nearest_view")
-"""What needs no model."""
+"""Baselines that need no model."""
 
 SHUFFLES: tuple[Predictor, ...] = ("shuffled_latents", "shuffled_cameras")
-"""The model without the scene, or without the cameras: what it has learnt of all scenes alike."""
+"""The model without the scene, or without the cameras: what it has learned about all scenes in general."""
 Fields = dict[str, Tensor]
-"""By target: ``"geometry"`` and ``"semantic"`` features (patches, C), ``"depth"`` (patches,)."""
+"""Tensors by target: ``"geometry"`` and ``"semantic"`` features (patches, C), ``"depth"`` (patches,)."""
 
 
 @dataclass
 class Measure:
-    """Mean and spread over scenes of one number, which is taken in one scene at a time and keeps no list.
+    """Running mean and spread of one number over scenes, without storing the values.
 
     Attributes:
-        scenes: How many scenes it was measured on.
-        mean: Over these scenes; NaN for none.
+        scenes: Number of scenes measured.
+        mean: Mean over these scenes; NaN for none.
         squares: Sum of the squared distances from the mean (Welford).
     """
 
@@ -49,7 +49,7 @@ class Measure:
     squares: float = 0.0
 
     def add(self, value: float) -> None:
-        """Take in one scene's number."""
+        """Add the number of one scene."""
         self.scenes += 1
         before = self.mean if self.scenes > 1 else 0.0
         self.mean = before + (value - before) / self.scenes
@@ -57,7 +57,7 @@ class Measure:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the mean over scenes; NaN below two scenes."""
+        """Standard error of the mean over scenes; NaN for fewer than two scenes."""
         return math.sqrt(self.squares / (self.scenes - 1) / self.scenes) if self.scenes > 1 else math.nan
 
 
@@ -66,13 +66,13 @@ class FieldReport:
     """What :func:`evaluate_field` returns.
 
     Attributes:
-        rows: Of every predictor (``"model"``, ``"context_mean"``, ``"nearest_view"``, ``"shuffled_latents"``,
+        rows: For every predictor (``"model"``, ``"context_mean"``, ``"nearest_view"``, ``"shuffled_latents"``,
             ``"shuffled_cameras"``) the metrics by name (``"geometry_cosine"``, ``"geometry_error"``,
-            ``"semantic_cosine"``, ``"semantic_error"``, ``"depth_error"``). A metric is missing where the model has no
+            ``"semantic_cosine"``, ``"semantic_error"``, ``"depth_error"``). A metric is missing if the model has no
             such target.
-        num_scenes: Scenes measured.
-        num_views: Their target views.
-        skipped: Scenes left out because they have no target view.
+        num_scenes: Number of scenes measured.
+        num_views: Number of their target views.
+        skipped: Number of scenes left out because they have no target view.
     """
 
     rows: dict[Predictor, dict[Metric, Measure]] = field(default_factory=lambda: {name: {} for name in TITLES})
@@ -82,7 +82,7 @@ class FieldReport:
 
     @property
     def best_baseline(self) -> dict[Metric, Predictor]:
-        """Of every metric the better of ``"context_mean"`` and ``"nearest_view"``."""
+        """For every metric the better of ``"context_mean"`` and ``"nearest_view"``."""
         best = {}
         for metric in self.rows["model"]:
             sign = 1 if metric.endswith("cosine") else -1
@@ -91,16 +91,16 @@ class FieldReport:
 
     @property
     def gap_closed(self) -> dict[Metric, float]:
-        """Share of the way from the best baseline to perfect prediction: 1 is perfect, 0 no better than the baseline.
+        """Share of the gap from the best baseline to perfect prediction: 1 is perfect, 0 no better than the baseline.
 
-        (model - best) / (1 - best) of a cosine, (best - model) / best of an error; NaN where the baseline is perfect.
+        (model - best) / (1 - best) for a cosine, (best - model) / best for an error; NaN where the baseline is perfect.
         """
         return {metric: self._gap_from([baseline], metric) for metric, baseline in self.best_baseline.items()}
 
     @property
     def gap_closed_from_shuffles(self) -> dict[Metric, float]:
         """As :attr:`gap_closed`, from the best of the baselines and the two shuffles: what the scene and its cameras
-        add to all that is known without one of them."""
+        add to what is known without one of them."""
         return {metric: self._gap_from([*BASELINES, *SHUFFLES], metric) for metric in self.rows["model"]}
 
     def _gap_from(self, predictors: Sequence[Predictor], metric: Metric) -> float:
@@ -114,7 +114,7 @@ class FieldReport:
             self.rows[predictor].setdefault(metric, Measure()).add(number)
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, ready for JSON; what could not be measured is None."""
+        """All numbers, ready for JSON; None for numbers that could not be measured."""
         return {
             "num_scenes": self.num_scenes,
             "num_views": self.num_views,
@@ -136,7 +136,7 @@ class FieldReport:
         }
 
     def table(self) -> str:
-        """The report as a Markdown table that is readable as plain text; ± is the standard error over scenes."""
+        """The report as a Markdown table that is also readable as plain text; ± is the standard error over scenes."""
         metrics = list(self.rows["model"])
         cells = [["", *(f"{m.replace('_', ' ')} {'↑' if m.endswith('cosine') else '↓'}" for m in metrics)]]
         for predictor, measures in self.rows.items():
@@ -167,7 +167,7 @@ def evaluate_field(
 ) -> FieldReport:
     """Measure the predicted fields of target views, in eval mode and without gradients.
 
-    Every number is taken in one scene, over the patches of all of its target views, and then averaged over scenes:
+    Every number is computed per scene, over the patches of all of its target views, and then averaged over scenes:
 
     - *cosine*: mean over patches of the cosine similarity of predicted and true features; 1 is perfect.
     - *error*: ``||predicted - true|| / ||true||``, over all patches at once; 0 is perfect.
@@ -177,25 +177,25 @@ def evaluate_field(
 
     - *model*: decoded from the scene's latents at the target's camera.
     - *context_mean*: the mean of the context's features (and depth), the same for every patch.
-    - *nearest_view*: what the nearest context view has at the same patch, resized bilinearly if its patch grid is
-      another. Distance of two views: :func:`pose_distances`.
-    - *shuffled_latents*: the model with another scene's latents, those of the scene before; the first scene takes those
-      of the second. With one scene in all the row stays empty.
-    - *shuffled_cameras*: the model where every view has the pose of the view half of the scene away, in a circle: none
+    - *nearest_view*: the values of the nearest context view at the same patch, resized bilinearly if its patch grid
+      differs. For the distance of two views see :func:`pose_distances`.
+    - *shuffled_latents*: the model with the latents of another scene, the previous one; the first scene uses those
+      of the second. With only one scene the row stays empty.
+    - *shuffled_cameras*: the model with the poses shifted by half of the scene's views, in a circle, so that no view
       keeps its own. Intrinsics stay, since they belong to the view's size.
 
-    The two baselines may use the context views only: geometry features are those that the encoder saw, which know
-    nothing of the target views; semantic features are the teacher's; depths are the backbone's targets (with
+    The two baselines use the context views only: geometry features are those that the encoder saw, which contain
+    no information about the target views; semantic features are the teacher's; depths are the backbone's targets (with
     ``view_masking="separate"`` from its pass over all views).
 
-    Scenes are run one at a time: what else is in a batch changes nothing, and memory stays flat.
+    Scenes are processed one at a time: results do not depend on the batch, and memory use stays constant.
 
     Args:
-        model: On any device. Its modules are left in the mode in which they were.
+        model: The model, on any device. Its modules keep their train or eval mode.
         batches: Dictionaries of the model's inputs: ``view_pixel_values``, ``view_grid_hw``, ``views_per_scene``,
-            ``target_mask``, and where cameras are known ``extrinsics`` and ``intrinsics``. Other entries are ignored.
-        max_scenes: Stop after so many measured scenes. None: all.
-        progress: Called with the number of scenes measured so far, after each.
+            ``target_mask``, and if cameras are known ``extrinsics`` and ``intrinsics``. Other entries are ignored.
+        max_scenes: Maximum number of measured scenes. None: all.
+        progress: Called after each scene with the number of scenes measured so far.
 
     Raises:
         ValueError: A batch has no ``target_mask``, or no scene has a target view.
@@ -236,7 +236,7 @@ def evaluate_field(
 
 
 def _scenes_with_targets(batches: Iterable[Mapping[str, Any]], report: FieldReport) -> Iterator[dict[str, Any]]:
-    """The inputs of one scene after the other; those without a target view are counted and left out."""
+    """The inputs of one scene after the other; scenes without a target view are counted and left out."""
     for batch in batches:
         if batch.get("target_mask") is None:
             raise ValueError(
@@ -261,7 +261,7 @@ def _scenes_with_targets(batches: Iterable[Mapping[str, Any]], report: FieldRepo
 
 
 class _Scene:
-    """One scene, run once: the truth of its target views, and what every predictor says of them."""
+    """One scene, processed once: the true fields of its target views, and those of every predictor."""
 
     def __init__(self, model: Spa3RForPreTraining, inputs: dict[str, Any]):
         self.model, self.grids = model, inputs["view_grid_hw"]
@@ -287,22 +287,22 @@ class _Scene:
         return {name: torch.cat([values[view] for view in self.targets]) for name, values in views.items()}
 
     def predictions(self) -> Iterator[tuple[Predictor, Fields]]:
-        """All predictors but the one that needs another scene."""
+        """All predictors except the one that needs another scene."""
         yield "model", self.predicted
         means = {name: torch.cat(list(views)).float().mean(0, keepdim=True) for name, views in self.known.items()}
         yield "context_mean", means
         distances = pose_distances(self.extrinsics)[self.targets][:, self.context]
-        nearest = distances.argmin(-1).tolist()  # of every target view, an index into the context
+        nearest = distances.argmin(-1).tolist()  # for every target view an index into the context
         yield "nearest_view", {name: self._copied(views, nearest) for name, views in self.known.items()}
         yield "shuffled_cameras", self.decode(extrinsics=self.extrinsics.roll(max(1, len(self.grids) // 2), 0))
 
     def _copied(self, views: Sequence[Tensor], nearest: list[int]) -> Tensor:
-        """Of every target view what its nearest context view has at the same patch."""
+        """For every target view the values of its nearest context view at the same patch."""
         grids = [(self.grids[self.context[near]], self.grids[view]) for near, view in zip(nearest, self.targets)]
         return torch.cat([_resized(views[near], *grid) for near, grid in zip(nearest, grids)])
 
     def decode(self, latents: Tensor | None = None, extrinsics: Tensor | None = None) -> Fields:
-        """The field of the target views, with other latents or other poses than the scene's."""
+        """The field of the target views, with latents or poses other than the scene's."""
         field = self.model.spa3r.decode(
             self.latents if latents is None else latents,
             (self.extrinsics if extrinsics is None else extrinsics)[self.targets],
@@ -314,7 +314,7 @@ class _Scene:
 
 
 def field_metrics(predicted: Fields, true: Fields) -> dict[Metric, float]:
-    """The numbers of one scene; what is predicted may be one row, the same for all patches."""
+    """The metrics of one scene; a prediction may have a single row that applies to all patches."""
     numbers: dict[Metric, Tensor] = {}
     for name, wanted in true.items():
         ours, wanted = torch.broadcast_tensors(predicted[name].float(), wanted.float())
@@ -323,7 +323,7 @@ def field_metrics(predicted: Fields, true: Fields) -> dict[Metric, float]:
         else:
             numbers[f"{name}_cosine"] = cosine_similarity(ours, wanted, dim=-1).mean()
             numbers[f"{name}_error"] = (ours - wanted).norm() / wanted.norm()
-    return dict(zip(numbers, torch.stack(list(numbers.values())).tolist()))  # one wait for the device
+    return dict(zip(numbers, torch.stack(list(numbers.values())).tolist()))  # a single device synchronization
 
 
 def _by_target(field: Spa3RField) -> Fields:
@@ -332,7 +332,7 @@ def _by_target(field: Spa3RField) -> Fields:
 
 
 def _resized(values: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:  # (N,) or (N, C)
-    """Features or depth on another patch grid, bilinearly."""
+    """Resize features or depth to another patch grid, bilinearly."""
     if grid == wanted:
         return values
     image = values.float().reshape(1, *grid, -1).movedim(-1, 1)
@@ -340,10 +340,10 @@ def _resized(values: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> 
 
 
 def pose_distances(extrinsics: Tensor) -> Tensor:  # (V, 4, 4) -> (V, V)
-    """How far apart the views of one scene are, whatever its unit.
+    """Distances between the views of one scene, independent of its unit.
 
-    The angle between two cameras (radians) plus the distance of their centres, where the two centres that are farthest
-    apart have distance 1. In a scene where all cameras stand at one place the angle alone counts.
+    The angle between two cameras (radians) plus the distance of their centers, scaled so that the largest distance of
+    two centers is 1. If all cameras are at the same place, only the angle counts.
     """
     extrinsics = extrinsics.cpu().double()  # single precision is coarse near an angle of 0
     rotation, centres = extrinsics[:, :3, :3], invert_extrinsics(extrinsics)[:, :3, 3]

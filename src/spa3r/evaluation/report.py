@@ -1,4 +1,4 @@
-"""What a run of an evaluation was asked and said, as one HTML page.
+"""A run's questions and answers as one HTML page.
 
 page = run_report(EvaluationRun.load("runs/mine"))
 Path("report.html").write_text(page, encoding="utf-8")
@@ -31,15 +31,15 @@ def run_report(
     note: str = "",
     command: str = "",
 ) -> str:
-    """A page about a run: its scores and conditions, and of some scenes the frames, the questions and the answers.
+    """A page about a run: its scores and conditions, and for some scenes the frames, the questions and the answers.
 
     Args:
         run: The run.
-        benchmark: Where frames come from; None: what the run was about.
-        scenes: Scenes that are shown at most, spread over the run.
-        frames: Frames of each that are shown at most, spread over those that the model saw.
+        benchmark: Source of the frames; None: the benchmark of the run.
+        scenes: Maximum number of scenes shown, spread over the run.
+        frames: Maximum number of frames shown per scene, spread over those that the model saw.
         note: A warning at the top, such as that the answers come from untrained weights.
-        command: What makes the same page again.
+        command: The command that creates the same page again.
 
     Returns:
         An HTML document with its pictures inside.
@@ -109,7 +109,7 @@ def _missing(run: EvaluationRun) -> str:
 
 
 def _frames(benchmark: Benchmark, scene: str, line: Line, most: int) -> str:
-    """The frames that the model saw; where they can't be read any more, why."""
+    """The frames that the model saw, or the reason if they can't be read any more."""
     if not line["frames"]:
         return f"<p>{escape(hide(line['missing']))}</p>"
     try:

@@ -1,11 +1,11 @@
-"""The folder of a run: everything that is needed to repeat it, to compare it and to look at it.
+"""The folder of a run: everything needed to repeat, compare and inspect it.
 
-run.json         what was asked of which model with which settings, on what; scores
-answers.jsonl    one question a line: the row, prompt, frames, the model's words, what was read of them, score
+run.json         benchmark, model, settings, environments; scores
+answers.jsonl    one question per line: the row, prompt, frames, the model's output, the parsed answer, score
 table.md         the scores as a table
 
-While questions are answered their lines lie in ``answers-00000.jsonl`` and so on, one file for each process. A killed
-run goes on from there.
+While questions are answered, their lines are in ``answers-00000.jsonl`` and so on, one file per process. A killed
+run resumes from these files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.get_logger(__name__)
 Line = dict[str, Any]
 RUN_FILE, ANSWERS_FILE, TABLE_FILE = "run.json", "answers.jsonl", "table.md"
 FREE_TO_CHANGE = ("settings.missing", "settings.workers", "model.name", "model.revision", "benchmark.data")
-"""What may be another when a run is gone on with: weights and questions are told by their hashes."""
+"""What may change when a run is resumed: weights and questions are identified by their hashes."""
 
 ASK_AGAIN = "The command that started it asks again what can't be read."
 START_OVER = (
@@ -59,7 +59,7 @@ ABOUT = {
     },
     "settings": {"num_frames": int, "max_new_tokens": int, "use_spa3r": bool},
 }
-"""What is read of a ``run.json``, and its types."""
+"""The keys of ``run.json`` that are read, and their types."""
 ABOUT_FINISHED = ABOUT | {
     "scores": dict[str, float],
     "intervals": dict[str, list[float]],
@@ -76,7 +76,7 @@ ANSWER = {
     "prediction": str | None,
     "score": float | None,
 }
-"""What is read of a line of the answers, and its types."""
+"""The keys of an answer line that are read, and their types."""
 ENVIRONMENT = {"started": str, "device": str, "python": str, "packages": dict[str, str | None]}
 
 
@@ -85,12 +85,12 @@ class EvaluationRun:
     """A finished run.
 
     Attributes:
-        folder: Where it lies.
-        about: What ``run.json`` says: ``benchmark``, ``model``, ``settings``, ``environments`` (one for each time that
-            the run was started), ``scores`` (per cent), ``intervals`` (95 %, by scenes), ``missing``.
-        answers: Of every question, in the benchmark's order, its row with ``prompt``, ``frames`` (numbers in the
-            video), ``prediction`` (the model's words), ``parsed`` (what was read of them), ``score``; where the frames
-            could not be read ``missing``, the reason, and no prediction.
+        folder: Its folder.
+        about: Content of ``run.json``: ``benchmark``, ``model``, ``settings``, ``environments`` (one for each start of
+            the run), ``scores`` (percent), ``intervals`` (95 %, by scenes), ``missing``.
+        answers: For every question, in the benchmark's order, its row with ``prompt``, ``frames`` (numbers in the
+            video), ``prediction`` (the model's output), ``parsed`` (the parsed answer), ``score``; if the frames
+            could not be read, ``missing`` with the reason, and no prediction.
     """
 
     folder: Path
@@ -102,11 +102,11 @@ class EvaluationRun:
         """Read a run.
 
         Args:
-            folder: Of a run that is finished.
+            folder: The folder of a finished run.
 
         Raises:
-            ValueError: It is no folder of a run, the run is not finished, or a file of it is damaged: there are scores
-                of all questions or none.
+            ValueError: The folder is not a run, the run is not finished, or one of its files is damaged: there are
+                scores of all questions or none.
         """
         check_types({"folder": folder}, {"folder": str | Path})
         folder = Path(folder)
@@ -132,7 +132,7 @@ class EvaluationRun:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Per cent: ``"overall"`` and the tasks that occur, as :func:`~spa3r.evaluation.aggregate` gives them."""
+        """In percent: ``"overall"`` and the tasks that occur, as :func:`~spa3r.evaluation.aggregate` returns them."""
         return aggregate(scored(self.answers))
 
     def table(self) -> str:
@@ -141,7 +141,7 @@ class EvaluationRun:
 
 
 def scored(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The lines that have a score: all but those that are skipped."""
+    """The lines that have a score: all except skipped ones."""
     return [line for line in lines if line["score"] is not None]
 
 
@@ -164,18 +164,18 @@ def make_table(lines: list[Line]) -> str:
 
 
 def task_title(name: str) -> str:
-    """``object counting`` of ``object_counting_MRA:.5:.95:.05``."""
+    """Convert ``object_counting_MRA:.5:.95:.05`` to ``object counting``."""
     return name.partition("_MRA")[0].removesuffix("_accuracy").replace("_", " ")
 
 
 def told_missing(missing: Mapping[str, Any]) -> str:
-    """What became of questions without frames, from ``about["missing"]``."""
+    """What happened to questions without frames, from ``about["missing"]``."""
     became = {"skip": "left out of the scores", "zero": "scored 0"}[missing["choice"]]
     return f"Questions without frames to look at: {missing['questions']}, {became}."
 
 
 def markdown(cells: list[list[str]]) -> str:
-    """A Markdown table, its first row the headings, that is readable as plain text."""
+    """A Markdown table with headings in the first row, also readable as plain text."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
@@ -186,11 +186,11 @@ def markdown(cells: list[list[str]]) -> str:
 
 
 def read_lines(file: Path, check: Callable[[Line], object]) -> tuple[list[Line], list[str]]:
-    """The lines of a file, and of those that can't be read what is wrong, as ``line 3 of 11 is cut``.
+    """The lines of a file, and a description of each unreadable line, such as ``line 3 of 11 is cut``.
 
     Args:
-        file: One JSON object a line.
-        check: Raises ValueError for a line that is not as it was written.
+        file: A file with one JSON object per line.
+        check: Raises ValueError for a line that differs from what was written.
     """
     lines, faults = [], []
     texts = [text for text in file.read_bytes().split(b"\n") if text.strip()]
@@ -207,7 +207,7 @@ def read_lines(file: Path, check: Callable[[Line], object]) -> tuple[list[Line],
 
 
 def _check_answer(line: Line) -> None:
-    """Whether it holds what is read of a line, of the right types."""
+    """Check that a line has the keys that are read, with the right types."""
     if absent := [key for key in ANSWER if key not in line]:
         raise ValueError(f"it lacks {', '.join(absent)}")
     is_choice(line["question_type"])
@@ -245,7 +245,7 @@ def _finished_answers(folder: Path, about: Mapping[str, Any]) -> list[Line]:
 
 
 def _changed_since(folder: Path, about: Mapping[str, Any]) -> str | None:
-    """What is to be said of answers that are not those that a run ended with."""
+    """A message if the answers are not those of the finished run."""
     file, wanted = folder / ANSWERS_FILE, about.get("answers_sha256")
     if wanted is None or not file.exists() or _sha256(file) == wanted:
         return None
@@ -262,15 +262,15 @@ class LineWriter:
     def __init__(self, file: Path):
         self.place = file
         with self._writing():
-            self._file = open(file, "ab", buffering=0)  # what can't be written is not tried again when it is closed
+            self._file = open(file, "ab", buffering=0)  # unbuffered: closing does not retry a failed write
             if self._file.tell():
-                self._write(b"\n")  # after a line that a kill cut short; one that is empty is no line
+                self._write(b"\n")  # after a line that a kill cut short; empty lines are ignored
 
     def write(self, lines: Iterable[Line]) -> None:
-        """Write lines and hand them to the system, from where no kill takes them back.
+        """Write lines and hand them to the operating system, so that a kill can't lose them.
 
         Raises:
-            WriteError: The system refused.
+            WriteError: The system refused the write.
         """
         with self._writing():
             self._write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
@@ -287,11 +287,11 @@ class LineWriter:
 
 
 class RunFolder:
-    """The folder of a run that is going on. The one that begins and finishes it has it to itself
+    """The folder of a run in progress. A process that begins and finishes it must lock it first
     (:func:`~spa3r.disk.alone_in`).
 
     Args:
-        folder: It is made by :meth:`begin`.
+        folder: The folder; :meth:`begin` creates it.
         rows: The questions, in order.
     """
 
@@ -300,13 +300,13 @@ class RunFolder:
         self._rows = {row["id"]: json.loads(json.dumps(row)) for row in rows}
 
     def begin(self, about: dict[str, Any], environment: dict[str, Any], fresh: bool) -> list[str]:
-        """Write down what is run; of a run that goes on, check that it is the same.
+        """Save what is run; for a resumed run, check that it is the same.
 
         Returns:
-            What is damaged and asked again, as sentences.
+            Messages about what is damaged and asked again.
 
         Raises:
-            ValueError: Another run is in the folder, or what it was is missing or damaged.
+            ValueError: The folder belongs to another run, or its ``run.json`` is missing or damaged.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -334,18 +334,18 @@ class RunFolder:
         return notes
 
     def answered(self) -> dict[Any, Line]:
-        """Lines by id, of all starts. Those of frames that could not be read are left out: they are tried again."""
+        """Lines by id, from all starts. Lines with unreadable frames are left out: they are tried again."""
         return {key: line for key, line in self._lines().items() if not line.get("missing")}
 
     def part(self, process: int) -> Path:
-        """Where a process writes its lines."""
+        """The file in which a process writes its lines."""
         return self.folder / f"answers-{process:05d}.jsonl"
 
     def finish(self, missing: Literal["fail", "skip", "zero"], seconds: float) -> EvaluationRun:
-        """Put the lines of all processes into one file, in the benchmark's order, and score them.
+        """Merge the lines of all processes into one file, in the benchmark's order, and score them.
 
         Raises:
-            ValueError: There is nothing to score, or a line that was written can't be read any more.
+            ValueError: There is nothing to score, or a written line can't be read any more.
         """
         lines = self._lines()
         if lost := [question for question in self._rows if question not in lines]:
@@ -384,7 +384,7 @@ class RunFolder:
         return EvaluationRun(self.folder, about, answers)
 
     def _lines(self) -> dict[Any, Line]:
-        """Lines by id; an answer counts more than a word that frames could not be read."""
+        """Lines by id; an answer takes precedence over a note that frames could not be read."""
         lines: dict[Any, Line] = {}
         for line in (line for read, _ in self._read().values() for line in read):
             before = lines.get(line["id"])
@@ -396,7 +396,7 @@ class RunFolder:
         return {file: read_lines(file, self._check) for file in self._files()}
 
     def _check(self, line: Line) -> None:
-        """Whether a line is about a question as it is asked."""
+        """Check that a line matches the question as it is asked."""
         _check_answer(line)
         row = self._rows.get(line["id"])
         if row is None:
@@ -419,10 +419,10 @@ class RunFolder:
 
 
 def read_about(folder: Path, cure: str) -> dict[str, Any]:
-    """What a ``run.json`` says, finished or not.
+    """Read a ``run.json``, finished or not.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The file is damaged.
     """
     about = read_json_object(folder / RUN_FILE, "what a run is", cure)
     _check_about(about, ABOUT, folder / RUN_FILE)
@@ -435,7 +435,7 @@ def read_about(folder: Path, cure: str) -> dict[str, Any]:
 
 
 def _check_about(about: Any, wanted: Mapping[str, Any], file: Path, path: str = "") -> None:
-    """Refuse a ``run.json`` that lacks something that is read, or holds it in another type."""
+    """Reject a ``run.json`` in which a required key is missing or has the wrong type."""
     for key, kind in wanted.items():
         value, name = about.get(key), f"{path}{key}"
         is_section = isinstance(kind, dict)
@@ -450,7 +450,7 @@ def _check_about(about: Any, wanted: Mapping[str, Any], file: Path, path: str = 
 
 
 def changes(before: Any, now: Any, path: str = "") -> list[str]:
-    """What differs, as ``settings.num_frames was 32 and is 16``."""
+    """Differences, such as ``settings.num_frames was 32 and is 16``."""
     if path in FREE_TO_CHANGE or before == now:
         return []
     if isinstance(before, dict) and isinstance(now, dict):
@@ -464,12 +464,12 @@ def changes(before: Any, now: Any, path: str = "") -> list[str]:
 
 
 def about_model(model: nn.Module, processor: Spa3VLMProcessor, name: str | None = None) -> dict[str, Any]:
-    """Which weights answer, in which form: ready for JSON.
+    """Describe the weights that answer and their format, ready for JSON.
 
     Args:
         model: A Spa3-VLM or a VLM of transformers.
-        processor: What makes its inputs.
-        name: What it is called; None: as it was loaded.
+        processor: The processor of its inputs.
+        name: Name of the model; None: as it was loaded.
     """
     parts = {part: getattr(model, part, None) for part in ("vlm", "spa3r", "adapter")}
     parts = {part: module for part, module in parts.items() if module is not None} or {"vlm": model}
@@ -493,7 +493,7 @@ def about_model(model: nn.Module, processor: Spa3VLMProcessor, name: str | None 
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, types and values of all weights as they were loaded."""
+    """SHA-256 of the names, types and values of all weights as loaded."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -508,7 +508,7 @@ def _attention(module: nn.Module) -> dict[str, str | None]:
 
 
 def about_environment(device: torch.device, processes: int) -> dict[str, Any]:
-    """Where a run was started: ready for JSON, and different every time."""
+    """Describe the environment of a start, ready for JSON; it differs every time."""
     is_cuda = device.type == "cuda"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

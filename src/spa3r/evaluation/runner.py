@@ -1,4 +1,4 @@
-"""Ask a model everything that a benchmark asks: scene by scene, on any number of processes, never twice.
+"""Ask a model all questions of a benchmark: scene by scene, on any number of processes, each question once.
 
 run = run_benchmark(model, processor, VsiBench("VSI-Bench"), "runs/mine")
 print(run.table())
@@ -41,33 +41,33 @@ logger = logging.get_logger(__name__)
 T, R = TypeVar("T"), TypeVar("R")
 
 LARGEST_SEED = 2**32 - 1
-"""NumPy's generator takes no larger one."""
+"""The largest seed that NumPy's generator accepts."""
 
 LOOKING = 8
-"""What a scene costs besides its questions, in questions: its frames are decoded and encoded."""
+"""The cost of a scene besides its questions, in questions: decoding and encoding its frames."""
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How a model is asked. What is None is left as the model's processor has it.
+    """How a model is asked. Fields that are None keep the choice of the model's processor.
 
     Attributes:
         num_frames: Frames of a scene, ``linspace(0, n - 1, num_frames)``; a shorter video repeats frames.
-        max_new_tokens: Length of an answer at most. Decoding is greedy.
-        system: The system's message; None: the chat template's own, if it has one.
-        images: What the VLM sees: ``"aligned"``, the views as Spa3R sees them, or ``"native"``, the frames as they are.
-            None of a plain VLM: as they are.
+        max_new_tokens: Maximum length of an answer. Decoding is greedy.
+        system: The system message; None: that of the chat template, if it has one.
+        images: What the VLM sees: ``"aligned"``, the views as Spa3R sees them, or ``"native"``, the original frames.
+            None for a plain VLM: the original frames.
         min_pixels: Smaller pictures are enlarged by the VLM's processor.
         max_pixels: Larger pictures are reduced by the VLM's processor.
-        use_spa3r: False: a Spa3-VLM's VLM alone, whose image tokens are not fused.
-        batch_size: Questions about a scene answered at once.
-        missing: What becomes of questions whose frames can't be read: ``"fail"`` stops, ``"skip"`` leaves them out,
-            ``"zero"`` scores them 0. They are named and counted, and tried again when the run is gone on with.
-        workers: Scenes whose frames are read ahead, each by a thread.
-        seed: Of the random numbers, of which greedy decoding takes none; below 2**32.
+        use_spa3r: False: use only the VLM of a Spa3-VLM, without fusing its image tokens.
+        batch_size: Number of questions about a scene that are answered at once.
+        missing: How to handle questions whose frames can't be read: ``"fail"`` stops, ``"skip"`` leaves them out,
+            ``"zero"`` scores them 0. They are named and counted, and tried again when the run is resumed.
+        workers: Number of scenes whose frames are read ahead, one thread each.
+        seed: Seed of random numbers, which greedy decoding doesn't use; below 2**32.
 
     Raises:
-        ValueError: A field is of another type, out of its range, or `min_pixels` is above `max_pixels`.
+        ValueError: A field has the wrong type, is out of range, or `min_pixels` is above `max_pixels`.
     """
 
     num_frames: int = 32
@@ -94,7 +94,7 @@ class EvaluationSettings:
                 continue
             if name != "seed" and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-            # A plain int, also of a NumPy integer: settings are written down as JSON.
+            # Convert NumPy integers to plain ints: settings are saved as JSON.
             highest = LARGEST_SEED if name == "seed" else None
             object.__setattr__(self, name, check_count(name, value, int(name != "seed"), highest))
         if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
@@ -109,8 +109,8 @@ PRESETS = {
         system="You are a helpful assistant.", images="aligned", min_pixels=256 * 28 * 28, max_pixels=2048 * 28 * 28
     ),
 }
-"""Settings by name: VSI-Bench's official ones, and those under which the released Spa3-VLM was measured. There the VLM
-sees the processed views, enlarged to 256 x 28 x 28 pixels at least."""
+"""Settings by name: the official ones of VSI-Bench, and those with which the released Spa3-VLM was measured. In these
+the VLM sees the processed views, enlarged to at least 256 x 28 x 28 pixels."""
 
 
 ARGUMENTS = {"output": str | Path, "settings": EvaluationSettings, "name": str | None, "fresh": bool}
@@ -127,28 +127,28 @@ def run_benchmark(
     progress: Callable[[int, int], object] | None = None,
     note: Callable[[str], object] | None = None,
 ) -> EvaluationRun:
-    """Ask a model every question of a benchmark, or go on where a run was stopped.
+    """Ask a model every question of a benchmark, or resume a stopped run.
 
-    Every answer is written as it comes. With several processes (``accelerate launch``, ``torchrun``) each calls this
-    with its own copy of the model on its own device and the same folder, which all must see; the result is that of one
-    process.
+    Every answer is saved immediately. With several processes (``accelerate launch``, ``torchrun``) each calls this
+    function with its own copy of the model on its own device and the same folder on a shared file system; the result is
+    that of one process.
 
     Args:
         model: A Spa3-VLM, or a VLM of transformers. It is put into eval mode.
-        processor: The model's; it is left as it is.
-        benchmark: What is asked.
+        processor: The model's processor; it is not changed.
+        benchmark: The questions.
         output: The run's folder: see :class:`EvaluationRun`.
-        settings: How it is asked.
-        name: What the model is called; None: as it was loaded.
-        fresh: Start over instead of going on.
-        progress: Called with the number of questions done and of all, those of this process; None: a bar shows them.
-        note: Called with what was damaged in the folder and is asked again; None: it is logged as a warning.
+        settings: How the model is asked.
+        name: Name of the model; None: as it was loaded.
+        fresh: Start over instead of resuming.
+        progress: Called with the number of answered questions and the total, of this process; None: a progress bar.
+        note: Called with a message about damaged parts of the folder that are asked again; None: log a warning.
 
     Raises:
-        ValueError: Another run is in the folder, or going on there; what was run there is damaged; frames can't be
-            read and ``settings.missing`` is ``"fail"``; the processor knows no minimum or maximum of pixels; a question
-            holds a special token of the VLM.
-        WriteError: The disk is full, or the folder may not be written.
+        ValueError: The folder belongs to another run or is in use; the earlier run is damaged; frames can't be
+            read and ``settings.missing`` is ``"fail"``; the processor has no minimum or maximum of pixels; a question
+            contains a special token of the VLM.
+        WriteError: The disk is full, or the folder is not writable.
     """
     start = time.perf_counter()
     check_types({"output": output, "settings": settings, "name": name, "fresh": fresh}, ARGUMENTS)
@@ -173,7 +173,7 @@ def run_benchmark(
         state.wait_for_everyone()
         done = folder.answered()
         mine = _deal(_waiting(benchmark, done, settings.batch_size), state.num_processes)[state.process_index]
-        state.wait_for_everyone()  # all have read what is done before the first writes
+        state.wait_for_everyone()  # all have read what is done before the first one writes
         set_seed(settings.seed)
         writer = LineWriter(folder.part(state.process_index))
         count, total = 0, sum(len(batch) for _, batches in mine for batch in batches)
@@ -193,10 +193,10 @@ def run_benchmark(
 
 
 def own_folder(output: str | Path) -> AbstractContextManager[None]:
-    """The run's folder is this run's alone; its first process holds it for all. It may be asked for again inside.
+    """Lock the run's folder for this run; the first process holds the lock for all. The lock is reentrant.
 
     Raises:
-        ValueError: Another run is going on there.
+        ValueError: Another run is using the folder.
     """
     if not processes().is_main_process:
         return nullcontext()
@@ -204,16 +204,16 @@ def own_folder(output: str | Path) -> AbstractContextManager[None]:
 
 
 def processes() -> PartialState:
-    """Who runs beside this process. One waits for the others until their last scene is done, whole days if need be."""
+    """The state of all processes. Each waits for the others until their last scene is done, for days if necessary."""
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 def check_missing(benchmark: Benchmark, settings: EvaluationSettings) -> None:
-    """Say before the first answer that frames are missing, if that shall stop the run.
+    """Report missing frames before the first answer, if they would stop the run.
 
     Args:
-        benchmark: What is to be asked.
-        settings: How.
+        benchmark: The questions.
+        settings: How they are asked.
 
     Raises:
         ValueError: There are scenes without frames, and ``settings.missing`` is ``"fail"``.
@@ -229,10 +229,10 @@ def check_missing(benchmark: Benchmark, settings: EvaluationSettings) -> None:
 
 
 def _as_set(model: PreTrainedModel, processor: Any, settings: EvaluationSettings) -> Spa3VLMProcessor:
-    """A copy of the processor with the settings' choices; that of a plain VLM becomes a Spa3-VLM's."""
+    """A copy of the processor with these settings; that of a plain VLM becomes a Spa3-VLM's."""
     processor = copy.deepcopy(processor)
     if not isinstance(processor, Spa3VLMProcessor):
-        # Views are of use only where they are what the VLM sees; else they shall cost nothing.
+        # Views are needed only if the VLM sees them; otherwise they should cost nothing.
         views = Spa3RImageProcessor() if settings.images == "aligned" else Spa3RImageProcessor(size=14, patch_size=14)
         token_id = getattr(model.config, "image_token_id", None)
         processor = Spa3VLMProcessor(processor, views, images="native", image_token_id=token_id)
@@ -242,7 +242,7 @@ def _as_set(model: PreTrainedModel, processor: Any, settings: EvaluationSettings
     if pixels := {key: value for key, value in pixels.items() if value is not None}:
         images = processor.image_processor
         size = dict(getattr(images, "size", None) or {})
-        # Families with a free resolution name numbers of pixels so, whatever the words say.
+        # Families with free resolution use these names for numbers of pixels, although the names say edges.
         if not hasattr(images, "merge_size") or any(size.get(key) is None for key in ("shortest_edge", "longest_edge")):
             raise ValueError(
                 "`min_pixels` and `max_pixels` are for VLMs of free resolution, such as Qwen's, got them for a "
@@ -252,14 +252,14 @@ def _as_set(model: PreTrainedModel, processor: Any, settings: EvaluationSettings
     return processor
 
 
-# Who asks what, and when frames are read
+# Assignment of questions to processes, and reading ahead
 
 
 def _waiting(benchmark: Benchmark, done: dict[Any, Any], batch_size: int) -> list[tuple[str, list[list[Row]]]]:
     """Scenes with their batches of questions that are not all answered.
 
-    Batches are cut before what is done is left out: a run that goes on asks the same questions together as one that was
-    never stopped, since in half precision an answer may depend on its neighbours.
+    Batches are formed before answered questions are left out: a resumed run asks the same questions together as an
+    uninterrupted one, since in half precision an answer may depend on the rest of its batch.
     """
     waiting = []
     for scene, rows in benchmark.scenes.items():
@@ -270,7 +270,7 @@ def _waiting(benchmark: Benchmark, done: dict[Any, Any], batch_size: int) -> lis
 
 
 def _deal(scenes: list[tuple[str, list[list[Row]]]], processes: int) -> list[list[tuple[str, list[list[Row]]]]]:
-    """Scenes for every process: the largest first, each to whom has least to do, so that all end together."""
+    """Scenes for every process: the largest first, each to the least loaded process, so that all end together."""
     shares: list[list[tuple[str, list[list[Row]]]]] = [[] for _ in range(processes)]
     loads = [0] * processes
     costs = {scene: LOOKING + sum(map(len, batches)) for scene, batches in scenes}
@@ -282,7 +282,7 @@ def _deal(scenes: list[tuple[str, list[list[Row]]]], processes: int) -> list[lis
 
 
 def _ahead(function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[tuple[T, Future[R]]]:
-    """Items with what the function makes of them, which threads do for so many items ahead of the one in use."""
+    """Items with the results of the function, which threads compute a given number of items ahead."""
     pool = ThreadPoolExecutor(ahead, thread_name_prefix="frames")
     waiting: deque[tuple[T, Future[R]]] = deque()
     try:
@@ -322,7 +322,7 @@ def _answers(
 def _answers_about(
     asker: _Asker, batches: list[list[Row]], numbers: list[int], frames: list[PIL.Image.Image]
 ) -> Iterator[list[dict[str, Any]]]:
-    """The lines of every batch about one scene, of which nothing stays when they are done."""
+    """The lines of every batch about one scene, whose memory is freed afterwards."""
     ask = asker.look(frames)
     for batch in batches:
         yield [_line(row, numbers, text) for row, text in zip(batch, ask(batch))]
@@ -336,11 +336,11 @@ def _line(row: Row, numbers: list[int], prediction: str | None, missing: str | N
 
 
 class _Asker:
-    """Asks about a scene that is encoded once, or, where a VLM doesn't allow that, in whole prompts.
+    """Asks about a scene that is encoded once, or in whole prompts if a VLM doesn't allow that.
 
     Attributes:
-        way: Which of both, and why.
-        chat: What the model reads of one picture and a prompt, as text.
+        way: Which of the two, and why.
+        chat: The rendered text of one picture and a prompt.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, settings: EvaluationSettings):
@@ -356,7 +356,7 @@ class _Asker:
             self.spa3_vlm, self.way = None, f"whole prompts: {error}"
 
     def look(self, frames: list[PIL.Image.Image]) -> Callable[[list[Row]], list[str]]:
-        """What answers questions about these frames."""
+        """A function that answers questions about these frames."""
         if self.spa3_vlm is None:
             return lambda rows: self._ask_alone(frames, rows)
         scene, settings = self._encode(frames), self.settings
@@ -381,7 +381,7 @@ class _Asker:
 def _as_spa3_vlm(
     model: PreTrainedModel, processor: Spa3VLMProcessor, use_spa3r: bool
 ) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    """The model as one that encodes scenes: a VLM alone becomes a Spa3-VLM without a Spa3R, which fuses nothing."""
+    """The model as one that encodes scenes: a plain VLM becomes a Spa3-VLM without a Spa3R, which fuses nothing."""
     if hasattr(model, "encode_scene"):
         if use_spa3r:
             return model, processor
