@@ -1,6 +1,6 @@
-"""The embedded world: seeded, furnished rooms seen through a camera that walks through them.
+"""Synthetic rooms: seeded, furnished rooms seen by a camera that moves through them.
 
-It stands in for real data where there is none: pictures with exact depth, instance ids and cameras, and a room whose
+They replace real data where there is none: pictures with exact depth, instance ids and cameras, and rooms in which
 every fact is known. Plain numpy; the same seed and level give the same arrays, in any order and process.
 
     room = generate_room(seed=0, level=2)

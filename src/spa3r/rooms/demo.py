@@ -1,4 +1,4 @@
-"""What a demo has shown, as one HTML page: no other file, no script, nothing from the network.
+"""The result of a demo as one self-contained HTML page: no other files, scripts or network access.
 
 page = room_report(views, cameras=walk, room=room, questions=questions, facts={"room": "seed 7"})
 Path("report.html").write_text(page, encoding="utf-8")
@@ -19,7 +19,7 @@ from spa3r.page import TYPE_TITLES, bar, figure, html_options, html_table, image
 from spa3r.rooms import COLOURS, Cameras, Room
 from spa3r.vsi_bench.format import is_choice
 
-# Of walls 0..3, at -x, -y, +x and +y: where they stand, and the direction in which a fixture's `along` grows.
+# Walls 0..3, at -x, -y, +x and +y: their positions, and the direction in which a fixture's `along` grows.
 _WALLS = (((-1, 0), (0, 1)), ((0, -1), (-1, 0)), ((1, 0), (0, -1)), ((0, 1), (1, 0)))
 
 LEAD = (
@@ -29,7 +29,7 @@ LEAD = (
 )
 
 _DOOR = "#8a5a2b"
-_PIXELS = 160  # of a view's longer side, at least: smaller ones are enlarged without blur
+_PIXELS = 160  # minimum size of a view's longer side: smaller ones are enlarged without blur
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class AskedQuestion:
     """A question of a demo with both answers.
 
     Attributes:
-        question_type: Of VSI-Bench.
-        question: Its text; of a choice with a line ``Options:`` and one option a line.
-        answer: Of the model with Spa3R.
+        question_type: Type of VSI-Bench.
+        question: Its text; choices have a line ``Options:`` and one option per line.
+        answer: Answer of the model with Spa3R.
         truth: A number, or the letter of an option.
-        score: Of the answer, between 0 and 1.
-        answer_without_spa3r: Of the VLM without Spa3R.
-        score_without_spa3r: Of that answer.
+        score: Score of the answer, between 0 and 1.
+        answer_without_spa3r: Answer of the VLM without Spa3R.
+        score_without_spa3r: Score of that answer.
     """
 
     question_type: str
@@ -67,19 +67,19 @@ def room_report(
     table: str = "",
     command: str = "",
 ) -> str:
-    """A page about one room: what the model saw of it, what it was asked and what it said, with and without Spa3R.
+    """A page about one room: its views, the questions and the answers with and without Spa3R.
 
     Args:
-        views: Pictures (H, W, 3) uint8 that the questions were asked about, in their order.
+        views: The pictures (H, W, 3) uint8 that the questions refer to, in order.
         room: The room; drawn from above.
-        cameras: Of the views.
-        questions: What was asked, with answers and scores.
-        scores: Overall scores with Spa3R and without, per cent.
-        facts: What there is to know of room, model and weights, by name.
+        cameras: Cameras of the views.
+        questions: The questions, with answers and scores.
+        scores: Overall scores with Spa3R and without, in percent.
+        facts: Facts about room, model and weights, by name.
         note: A warning at the top, such as that the answers come from untrained weights.
         figures: More pictures, by their captions.
         table: A Markdown table below the figures.
-        command: What makes the same page again.
+        command: The command that creates the same page again.
 
     Returns:
         An HTML document with its pictures inside.
@@ -101,16 +101,16 @@ def room_report(
 
 
 def floor_plan(room: Room, cameras: Cameras) -> str:
-    """The room from above as SVG, to scale: its objects, the way of the camera, and where it looked.
+    """The room from above as SVG, to scale: objects, the path of the camera, and its viewing directions.
 
     Args:
         room: The room.
-        cameras: Of the views, in the room's frame.
+        cameras: Cameras of the views, in the room's frame.
     """
     length, width, _ = room.size
-    margin, scale = 0.35, 100  # metres around the room, units a metre
+    margin, scale = 0.35, 100  # meters around the room, units per meter
 
-    def points(places: np.ndarray) -> str:  # (N, 2) metres, y up -> units, y down
+    def points(places: np.ndarray) -> str:  # (N, 2) meters, y up -> units, y down
         return " ".join(f"{scale * x:.0f},{-scale * y:.0f}" for x, y in np.asarray(places))
 
     def line(places: np.ndarray, style: str) -> str:
@@ -149,7 +149,7 @@ def floor_plan(room: Room, cameras: Cameras) -> str:
         shapes.append(f'<text x="{x:.0f}" y="{y + 5:.0f}">{escape(item.name)}</text>')
     left, top = -scale * (length / 2 + margin), -scale * (width / 2 + margin)
     box = f"{left:.0f} {top:.0f} {-2 * left:.0f} {-2 * top:.0f}"
-    letters = f"font-size:{3 * max(length, width):.0f}px"  # as large in a large room
+    letters = f"font-size:{3 * max(length, width):.0f}px"  # scales with the size of the room
     return (
         f'<svg viewBox="{box}" role="img" aria-label="The room from above" class="plan" style="{letters}">'
         f"{''.join(shapes)}</svg>"

@@ -1,7 +1,7 @@
-"""The embedded models: small and trained, so that every command and example runs without a download.
+"""The embedded models: small trained models, so that every command and example runs without a download.
 
-All of them learnt from rendered rooms alone, by the recipe in ``examples/rooms``: a Spa3R, a Spa3-VLM shaped like
-Qwen2.5-VL with its real processor, and the same VLM without Spa3R to compare it with. ``from_pretrained("embedded")``
+All are trained on rendered rooms only, with the recipe in ``examples/rooms``: a Spa3R, a Spa3-VLM with the architecture
+of Qwen2.5-VL and its real processor, and the same VLM without Spa3R for comparison. ``from_pretrained("embedded")``
 loads them as well.
 """
 
@@ -16,11 +16,11 @@ from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
 ROOMS_NOTE = "the embedded models learnt from rendered rooms only: they know no photographs"
 
 VIEW_SIZE = 112
-"""Pixels a side of a view: 8 x 8 patches."""
+"""Width of a view in pixels: 8 x 8 patches."""
 
 
 def embedded_model() -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    """The embedded Spa3-VLM, trained to answer VSI-Bench's types of questions about rooms of level 0.
+    """Load the embedded Spa3-VLM, trained to answer VSI-Bench's types of questions about rooms of level 0.
 
     Returns:
         The model, in eval mode on the CPU in float32, and its processor; its views are 112 pixels wide.
@@ -29,7 +29,7 @@ def embedded_model() -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]
 
 
 def embedded_vlm() -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    """The same VLM without Spa3R (``spatial_source="none"``), trained from the same start as long on the same data.
+    """Load the same VLM without Spa3R (``spatial_source="none"``), trained from the same start on the same data.
 
     Returns:
         As :func:`embedded_model`.
@@ -38,7 +38,7 @@ def embedded_vlm() -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
 
 
 def embedded_spa3r() -> tuple[Spa3RForPreTraining, Spa3RImageProcessor]:
-    """The embedded Spa3R with its semantic teacher, trained on rooms of level 0.
+    """Load the embedded Spa3R with its semantic teacher, trained on rooms of level 0.
 
     Returns:
         The model, in eval mode on the CPU in float32, and its image processor; its views are 112 pixels wide.

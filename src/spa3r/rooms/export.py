@@ -1,4 +1,4 @@
-"""Rooms' questions as files in the layouts in which the real data sets are released."""
+"""Export questions about rooms in the file layouts of the released data sets."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from spa3r.rooms.instructions import RoomQuestions
 from spa3r.vsi_bench.format import make_prompt
 
 SECONDS_PER_FRAME = 2
-"""Time between two frames of an exported video: readers that take a frame every two seconds, 4 to 8 in all, take all
-frames of a video of 4 to 8."""
+"""Time between two frames of an exported video: readers that sample a frame every two seconds, between 4 and 8 in
+total, get all frames of a video of 4 to 8."""
 
 
 def export_rooms(
     questions: RoomQuestions, output: str | Path, layout: Literal["vsi_590k", "vsi_bench"] = "vsi_590k"
 ) -> Path:
-    """Write rooms and their questions in a released layout, so that whatever reads the real data reads them too.
+    """Write rooms and their questions in a released layout, so that readers of the real data can read them too.
 
-    Beside the annotations lies a video of each room, ``rooms/<seed in seven digits>.mp4``, H.264, whose frames are the
-    pictures that the questions are about.
+    Next to the annotations there is a video of each room, ``rooms/<seed in seven digits>.mp4``, H.264, whose frames are
+    the pictures that the questions refer to.
 
     Args:
-        questions: What to write.
-        output: Folder; it is made, and files in it are overwritten.
+        questions: The questions to write.
+        output: The output folder; it is created if needed, and existing files are overwritten.
         layout: ``"vsi_590k"``: ``rooms.jsonl`` and the same rows as ``rooms.json``, each ``{"conversations": [{"from":
             "human", "value": "<image>\\n" + prompt}, {"from": "gpt", "value": truth}], "question_type", "video"}``.
             ``"vsi_bench"``: ``test.jsonl`` and the same rows as ``test.parquet``, each ``{id, dataset, scene_name,
             question_type, question, ground_truth, options}``.
 
     Returns:
-        The annotations: ``rooms.jsonl`` or ``test.parquet``.
+        The annotation file: ``rooms.jsonl`` or ``test.parquet``.
 
     Raises:
-        ValueError: The layout is another, or the pictures have sides of an odd number of pixels, which H.264 cannot
+        ValueError: The layout is unknown, or the pictures have an odd number of pixels on a side, which H.264 cannot
             store.
     """
     if layout not in ("vsi_590k", "vsi_bench"):
@@ -90,7 +90,7 @@ def _write_video(path: Path, frames: Sequence[PIL.Image.Image]) -> None:
             f"{frames[0].size[1]} pixels. Take rooms of another `size`."
         )
     with av.open(str(path), "w") as container:
-        # Every frame is a key frame of high quality: they are far apart, and few.
+        # All frames are key frames of high quality: they are few and differ strongly.
         options = {"crf": "8", "g": "1"}
         stream = container.add_stream("libx264", rate=Fraction(1, SECONDS_PER_FRAME), options=options)
         stream.width, stream.height = frames[0].size

@@ -1,4 +1,4 @@
-"""Colours and patterns of surfaces: what gives a picture the texture from which geometry can be inferred."""
+"""Colors and patterns of surfaces: the texture from which geometry can be inferred."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ COLOURS: dict[str, Rgb] = {
     "gray": (0.50, 0.51, 0.53),
     "black": (0.09, 0.09, 0.10),
 }
-"""Named colours of objects: albedo per channel, 0..1."""
+"""Named colors of objects: albedo per channel, 0..1."""
 
 
 @dataclass(frozen=True)
 class Finish:
-    """Look of a surface.
+    """Finish of a surface.
 
     Attributes:
         rgb: albedo per channel, 0..1.
         pattern: a key of `PATTERNS`.
-        period: size of one cell of the pattern, metres.
-        contrast: how much darker the pattern's darkest spot is, 0..1. Patterns only darken, so a colour keeps its name.
+        period: size of one cell of the pattern, meters.
+        contrast: how much darker the pattern's darkest spot is, 0..1. Patterns only darken, so a color keeps its name.
     """
 
     rgb: Rgb
@@ -66,7 +66,7 @@ def _stripes(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def _planks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     row = np.floor(v)
-    along = u / 6 + _hash(row, row)  # a plank is six times as long as wide, and rows are out of step
+    along = u / 6 + _hash(row, row)  # a plank is six times as long as wide, and rows are offset
     tone = 0.75 * _hash(np.floor(along), row)
     return np.where((v - row < 0.06) | (along % 1 < 0.015), 1.0, tone)
 

@@ -1,7 +1,7 @@
-"""Furniture by class: how large, how common, where it stands, and the few parts that make its shape recognisable.
+"""Furniture by class: size, frequency, placement, and the few parts that make its shape recognizable.
 
-Frame of an object: origin at the middle of its footprint on the floor, x to its right-hand side when one looks at it
-from behind, y from front to back, z up; so its front is the -y side, and its back is put against a wall.
+Frame of an object: origin at the center of its footprint on the floor, x to the right when viewed
+from behind, y from front to back, z up; so its front is the -y side, and its back is placed against a wall.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Size = tuple[float, float, float]
 
 
 class Part(NamedTuple):
-    """Triangles (T, 3, 3) in the frame of their object, metres, and their look."""
+    """Triangles (T, 3, 3) in the frame of their object, meters, and their finish."""
 
     triangles: np.ndarray
     finish: Finish
@@ -31,11 +31,11 @@ class Furniture:
     """A class of objects.
 
     Attributes:
-        smallest: width (x), depth (y), height (z) of the smallest one, metres.
+        smallest: width (x), depth (y), height (z) of the smallest one, meters.
         largest: the same of the largest one.
-        at_wall: stands with its back against a wall; the others stand free.
-        most: how many of them a room may hold.
-        build: (size, finish) -> parts that fill the box of that size exactly. `finish` is the named colour's.
+        at_wall: it stands with its back against a wall; otherwise it is free-standing.
+        most: maximum number in a room.
+        build: (size, finish) -> parts that fill the box of that size exactly. `finish` has the named color.
     """
 
     smallest: Size
@@ -54,7 +54,7 @@ _SOIL = Finish((0.20, 0.13, 0.08))
 
 
 def _tinted(finish: Finish, factor: float) -> Finish:
-    """The same finish, lighter or darker: it keeps parts of one colour apart."""
+    """The same finish, lighter or darker, to distinguish parts of one color."""
     return replace(finish, rgb=tuple(min(1.0, factor * channel) for channel in finish.rgb))
 
 
@@ -140,7 +140,7 @@ def _bed(size: Size, finish: Finish) -> list[Part]:
         Part(box((-w / 2, w / 2), (-d / 2, d / 2), (0, 0.5 * top)), _WOOD),
         Part(box((-w / 2, w / 2), (d / 2 - 0.08, d / 2), (0.5 * top, h)), _WOOD),
         Part(box((-w / 2 + 0.03, w / 2 - 0.03), (d / 2 - 0.65, d / 2 - 0.08), (0.5 * top, top)), _LINEN),
-        # the blanket: the named colour
+        # the blanket has the named color
         Part(box((-w / 2 + 0.01, w / 2 - 0.01), (-d / 2 + 0.01, d / 2 - 0.65), (0.4 * top, top + 0.02)), finish),
         Part(
             np.concatenate(
@@ -231,7 +231,7 @@ def _plant(size: Size, finish: Finish) -> list[Part]:
         leaves.append(
             ellipsoid((0.28 * w * x, 0.28 * d * y, (0.52 + 0.09 * (i % 3)) * h), (0.2 * w, 0.2 * d, 0.13 * h))
         )
-    # The two outermost leaves make the box exact: width and depth are those of the foliage.
+    # The two outermost leaves make the box exact: the foliage has its width and depth.
     leaves += [
         ellipsoid((0, 0, 0.5 * h), (w / 2, 0.1 * d, 0.07 * h)),
         ellipsoid((0, 0, 0.58 * h), (0.1 * w, d / 2, 0.07 * h)),
@@ -291,7 +291,7 @@ def _trash_bin(size: Size, finish: Finish) -> list[Part]:
 def _washer(size: Size, finish: Finish) -> list[Part]:
     w, d, h = size
     front, middle = -d / 2 + 0.04, 0.44 * h
-    # An upright disc, turned so that its axis points to the front: (x, y, z) -> (x, z, y).
+    # An upright disc, rotated so that its axis points to the front: (x, y, z) -> (x, z, y).
     ring, glass = (
         frustum(0, middle, z, (r, r), (r, r))[..., [0, 2, 1]]
         for r, z in ((0.36 * w, (front - 0.03, front)), (0.26 * w, (-d / 2, front - 0.03)))

@@ -1,4 +1,4 @@
-"""Questions about rooms as instruction data: pictures of a walk, a question, its computed answer."""
+"""Questions about rooms as instruction data: pictures of a walk, a question, and its computed answer."""
 
 from __future__ import annotations
 
@@ -21,47 +21,47 @@ from spa3r.vsi_bench.format import make_messages
 
 WALK_VIEWS = 16
 STRIDE_OF_WALK = 3
-"""Pictures that a walk gives, and its steps between two of them: so many show nearly all of a room."""
+"""Number of pictures of a walk, and its steps between two of them: together they show nearly all of a room."""
 
 FIRST_TEST_SEED = 1_000_000
-"""Seed of the first room to test on; no data set holds rooms from both sides of it."""
+"""Seed of the first test room; a data set holds only training rooms or only test rooms."""
 
-_ROOMS_ASKED = 8  # among so many a question is sought that a room does not allow
-_ROOMS_KEPT = 16  # their pictures are a third of a megabyte each
+_ROOMS_ASKED = 8  # number of rooms in which a replacement is searched for a question that a room does not allow
+_ROOMS_KEPT = 16  # pictures of one room take a third of a megabyte
 _WALKS_KEPT = 4096  # a few kilobytes each
 
 
 class RoomQuestions(Dataset):
-    """Questions about rooms with pictures of a walk through each, one example a question.
+    """Questions about rooms with pictures of a walk through each, one example per question.
 
-    An example holds ``messages`` in the chat form of Hugging Face (the pictures, then the prompt of VSI-Bench's
+    An example holds ``messages`` in Hugging Face's chat format (the pictures, then the prompt of VSI-Bench's
     evaluation; the truth as the assistant's answer), ``source``, ``row`` (its name), ``question_type``, and
-    ``skipped``, which is empty here. Example i is a pure function of the arguments and i: rooms are drawn and rendered
-    when an example asks for them, the last ones are kept.
+    ``skipped``, which is empty here. Example i is a pure function of the arguments and i: rooms are generated and
+    rendered on demand, and the most recent ones are cached.
 
-    There are ``per_type`` examples for each room and type; the size of a room is asked once. Where a room allows too
-    few questions of a type, one of the same type about one of the next seven stands in, so types stay equally
-    frequent: one that no other index holds, if there is one.
+    There are ``per_type`` examples for each room and type; the size of a room is asked once. If a room allows too
+    few questions of a type, a question of the same type about one of the next seven rooms replaces it, so types stay
+    equally frequent. Questions that no other index holds are preferred.
 
-    With ``questions_per_example`` above 1 an example is a conversation: so many questions about one room, of mixed
-    types, after one showing of its pictures, which trains faster; its ``question_type`` is None. A question that stands
-    in for one that the room does not allow is left out, so some conversations are shorter.
+    With ``questions_per_example`` above 1 an example is a conversation: that many questions of mixed types about one
+    room, after its pictures are shown once, which trains faster; its ``question_type`` is None. Replacements from other
+    rooms are left out, so some conversations are shorter.
 
     Args:
-        first_seed: Seed of the first room. Below :data:`FIRST_TEST_SEED` are the rooms to train on, from there on
-            those to test on; a data set holds one or the other.
-        num_rooms: How many rooms.
+        first_seed: Seed of the first room. Seeds below :data:`FIRST_TEST_SEED` are training rooms, the others
+            test rooms; a data set holds one or the other.
+        num_rooms: Number of rooms.
         level: Level of the rooms, 0 (plain) to 3, or a :class:`~spa3r.rooms.RoomLevel`.
-        frames: Pictures of each room, uniformly from the walk's 16, first and last included.
-        per_type: Questions of each type for a room.
-        seed: Other questions for every value.
-        types: Which types; None: all ten of VSI-Bench.
+        frames: Pictures of each room, uniformly sampled from the walk's 16, including the first and the last.
+        per_type: Questions of each type per room.
+        seed: Seed of the questions.
+        types: Question types; None: all ten of VSI-Bench.
         rendered: Folder with a folder of rendered pictures for each room, as ``examples/rooms/render.py`` writes them
             (16 pictures and a ``truth.npz`` with ``instance_ids``, named by the room's seed in seven digits). They must
-            be of the same level. Rooms that are not there are rendered; either way the examples are the same.
-        size: Height and width of the pictures in pixels, where they are rendered.
-        name: What reports call the source.
-        questions_per_example: Questions that follow one another after the pictures.
+            be of the same level. Missing rooms are rendered; either way the examples are the same.
+        size: Height and width of the pictures in pixels, if they are rendered.
+        name: Name of the source in reports.
+        questions_per_example: Number of consecutive questions after the pictures.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class RoomQuestions(Dataset):
 
     @property
     def num_questions(self) -> int:
-        """How many :meth:`row` gives; the number of examples, unless they are conversations."""
+        """Number of valid indices of :meth:`row`; equal to the number of examples, unless they are conversations."""
         return self.num_rooms * len(self._slots)
 
     @property
@@ -138,22 +138,22 @@ class RoomQuestions(Dataset):
         }
 
     def _conversation(self, index: int) -> list[dict[str, Any]]:
-        """The questions of a conversation: one deal of the room's questions, shuffled, stand-ins left out."""
+        """The questions of a conversation: one set of the room's questions, shuffled, without replacements."""
         room, deal = divmod(index, self._examples_per_room)
         seed = self.first_seed + room
         slots = np.random.default_rng([self.seed, seed]).permutation(len(self._slots))
         rows = [self.row(room * len(self._slots) + int(slot)) for slot in slots[deal :: self._examples_per_room]]
-        own = {row["id"]: row for row in rows if int(row["scene_name"]) == seed}  # a stand-in may be there already
+        own = {row["id"]: row for row in rows if int(row["scene_name"]) == seed}  # the replacement may be a duplicate
         return list(own.values()) or self._questions(seed, "room_size_estimation", 1)  # which every room allows
 
     def row(self, index: int) -> dict[str, Any]:
-        """A question in the row format of VSI-Bench, as :func:`~spa3r.rooms.questions.room_questions` gives it: that of
-        the example of this index, unless examples are conversations."""
+        """A question in the row format of VSI-Bench, as :func:`~spa3r.rooms.questions.room_questions` returns it: that
+        of the example with this index, unless examples are conversations."""
         room, slot = divmod(self._check_index(index, self.num_questions, "questions"), len(self._slots))
         question_type, k = self._slots[slot]
         nearby = [self.first_seed + (room + step) % self.num_rooms for step in range(min(self.num_rooms, _ROOMS_ASKED))]
         for step, seed in enumerate(nearby):
-            # From `step * per_type` on: the questions before stand at indices of nearer rooms.
+            # Starts at `step * per_type`: earlier questions belong to indices of nearer rooms.
             wanted = k + step * self.per_type
             rows = self._questions(seed, question_type, wanted + 1)
             if wanted < len(rows):
@@ -191,7 +191,7 @@ class RoomQuestions(Dataset):
             return RoomWalk.from_instance_ids(room, truth["instance_ids"][self._views])
 
     def pictures(self, seed: int) -> list[PIL.Image.Image]:
-        """The pictures that go with the questions about the room of a seed."""
+        """The pictures for the questions about the room of a seed."""
         if seed not in self._rooms:
             folder = self._folder(seed)
             if folder is None:

@@ -1,4 +1,4 @@
-"""How difficult a room is: the one table of everything that varies, so that a curriculum is a matter of numbers."""
+"""Difficulty levels of rooms: one table of everything that varies, so that a curriculum is defined by numbers."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class RoomLevel:
-    """What varies from room to room, and from frame to frame of a camera walk.
+    """What varies between rooms, and between the frames of a camera walk.
 
     Attributes:
-        num_objects: fewest and most objects of a room.
-        side: length of each side of the floor, metres; drawn twice, so a wide range means long and narrow rooms too.
-        ceiling: height of the room, metres.
+        num_objects: lowest and highest number of objects in a room.
+        side: length of each side of the floor, meters; drawn twice, so a wide range also gives long and narrow rooms.
+        ceiling: height of the room, meters.
         size_variation: 0 = all objects of a class have the same size, 1 = the full range of their class.
-        any_yaw: free-standing objects are turned by any angle, not by quarter turns only.
-        varied_walls: the four walls have any of eight colours; otherwise the same four in the same order in every
-            room, so that one look at a wall tells where it stands.
-        varied_floor: the floor has one of several patterns and colours instead of always the same checker.
+        any_yaw: free-standing objects are rotated by any angle, not only by quarter turns.
+        varied_walls: the four walls have any of eight colors; otherwise every room has the same four in the same
+            order, so that the color of a wall identifies it.
+        varied_floor: the floor has one of several patterns and colors instead of always the same checker.
         wall_contrast: strongest pattern on the walls, 0..1; 0 = plain walls.
         object_contrast: strongest pattern on the objects, 0..1; 0 = plain objects.
-        num_pictures: fewest and most pictures on the walls, next to the door and the window that every room has.
-        light_offset: how far the lamp may hang from the middle of the ceiling, as a fraction of the half sides.
+        num_pictures: lowest and highest number of pictures on the walls, besides the door and window of every room.
+        light_offset: maximum distance of the lamp from the middle of the ceiling, as a fraction of the half sides.
         light_strength: brightness of the lamp; 1 = neutral.
-        light_tint: how far the lamp's red and blue may move from white.
-        camera_height: metres above the floor.
+        light_tint: maximum deviation of the lamp's red and blue from white.
+        camera_height: meters above the floor.
         pitch: degrees, up is positive.
         roll: degrees.
         field_of_view: degrees, across the picture's longer side.
@@ -138,11 +138,11 @@ LEVELS: tuple[RoomLevel, ...] = (
         field_of_view=(60.0, 90.0),
     ),
 )
-"""Levels 0 (one camera height, yaw only, plain colours, the same walls, few objects) to 3 (all varies, many)."""
+"""Levels 0 (one camera height, yaw only, plain colors, the same walls, few objects) to 3 (all varies, many)."""
 
 
 def resolve_level(level: int | RoomLevel) -> RoomLevel:
-    """Row of `LEVELS` for an index; a `RoomLevel` of one's own passes through."""
+    """The row of `LEVELS` for an index; a custom `RoomLevel` is returned unchanged."""
     if isinstance(level, RoomLevel):
         return level
     if isinstance(level, int) and not isinstance(level, bool) and 0 <= level < len(LEVELS):

@@ -1,13 +1,13 @@
-"""Questions about rooms, with answers that are computed: the eight tasks of VSI-Bench in its row format and wording.
+"""Questions about rooms with computed answers: the eight tasks of VSI-Bench in its row format and wording.
 
     room = generate_room(seed=0)
     walk = RoomWalk.from_cameras(room, camera_walk(room, 24)[::3])
     rows = room_questions(walk)
 
-What is asked about is clearly seen in one of the walk's pictures, has a name that fits nothing else in the room, and
-lies far from every border between two answers. The answer of a choice is drawn first, evenly, and then a question that
-has it; where a room has no question for one of the answers, that choice is not asked. Numbers are drawn so that they
-spread.
+A question refers only to objects that are clearly visible in one of the walk's pictures and have a unique name, and
+its answer is far from every border between two answers. For choices the answer is drawn first, uniformly, and then a
+question with this answer; if a room has no question for one of the answers, that choice is not asked. Numbers are
+drawn so that they are spread out.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from spa3r.rooms.walk import Cameras
 Asked = tuple[str, str, list[str] | None]
 """Question, ground truth and options of a row; None for a number."""
 
-_CLEAR = 0.004  # share of a picture that an object covers where it is clearly seen: 50 pixels of 112 x 112
-_TRACE = 0.0004  # what covers less is not seen at all: 5 pixels of 112 x 112
-_NEAREST_PAIR = 0.5  # metres; what is nearer is hardly measured in a picture
-_APART = 1.0  # metres between the middles of two objects between which a direction is asked for
-_CLEARLY_NEARER = (1.2, 0.3)  # the second nearest is farther by this factor and by so many metres
-_WAY = 0.15  # metres that a straight way keeps from what it passes
+_CLEAR = 0.004  # minimum share of a picture for a clearly visible object: 50 pixels of 112 x 112
+_TRACE = 0.0004  # objects that cover less count as invisible: 5 pixels of 112 x 112
+_NEAREST_PAIR = 0.5  # meters; smaller distances can hardly be measured in a picture
+_APART = 1.0  # meters between the centers of two objects for which a direction is asked
+_CLEARLY_NEARER = (1.2, 0.3)  # the second nearest is farther by this factor and by this many meters
+_WAY = 0.15  # clearance of a straight path in meters
 _LETTERS = "ABCD"
-_SEEN_FIRST = {  # which of a walk's eight pictures shows a class first, counted from 0: means of 1 200 rooms of level 0
+_SEEN_FIRST = {  # index of the first of a walk's eight pictures that shows a class: means of 1 200 rooms of level 0
     **{"table": 0.1, "chair": 0.4, "bed": 0.4, "sofa": 1.1, "stool": 1.1, "refrigerator": 1.4, "desk": 1.5},
     **{"cabinet": 1.5, "bookshelf": 1.8, "washer": 1.8, "television": 1.8, "plant": 1.8, "lamp": 2.9, "trash bin": 4.5},
 }
-_PLACES = (0.098, 0.148, 0.386, 0.368)  # the rarer one is possible in those rooms, the more often it is tried
+_PLACES = (0.098, 0.148, 0.386, 0.368)  # places that are possible in fewer of those rooms are tried more often
 MOST_QUESTIONS = 100
-"""Most questions of a type about a room; their numbers are the last two digits of a row's id."""
+"""Maximum number of questions of a type about a room; their numbers are the last two digits of a row's id."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RoomWalk:
     """A room and what the pictures of a walk show of it.
 
     Attributes:
-        room: What is asked about.
+        room: The room.
         shares: (V, O): share of the pixels of each picture that each object covers, 0..1.
     """
 
@@ -65,7 +65,7 @@ class RoomWalk:
 
     @classmethod
     def from_instance_ids(cls, room: Room, instance_ids: np.ndarray) -> RoomWalk:
-        """What pictures that have been rendered show.
+        """Create a walk from rendered pictures.
 
         Args:
             room: The room that was rendered.
@@ -81,23 +81,23 @@ class RoomWalk:
 
     @classmethod
     def from_cameras(cls, room: Room, cameras: Cameras) -> RoomWalk:
-        """What cameras see of a room, without its pictures."""
+        """Create a walk from the cameras, without rendering pictures."""
         return cls.from_instance_ids(room, render_instance_ids(room, cameras))
 
     @cached_property
     def first_clear(self) -> np.ndarray:
-        """(O,) first picture that clearly shows each object; V: none does."""
+        """(O,) index of the first picture that clearly shows each object; V: none does."""
         return _first(self.shares >= _CLEAR)
 
     @cached_property
     def first_trace(self) -> np.ndarray:
-        """(O,) first picture that shows anything of each object; V: none does."""
+        """(O,) index of the first picture that shows any part of each object; V: none does."""
         return _first(self.shares >= _TRACE)
 
     @cached_property
     def names(self) -> list[str | None]:
-        """What each object is called: its class, with its colour if there are several of the class; None where that
-        fits another object, too."""
+        """The name of each object: its class, with its color if there are several of the class; None if the name is
+        ambiguous."""
         objects = self.room.objects
         classes = Counter(item.name for item in objects)
         looks = Counter((item.name, item.colour) for item in objects)
@@ -112,43 +112,43 @@ class RoomWalk:
 
     @cached_property
     def asked(self) -> np.ndarray:
-        """Numbers of the objects that may be asked about: clearly seen, and with a name."""
+        """Numbers of the objects that questions may refer to: clearly visible and named."""
         named = np.array([name is not None for name in self.names])
         return np.flatnonzero((self.first_clear < len(self.shares)) & named)
 
     @cached_property
     def distances(self) -> np.ndarray:
-        """(O, O) metres between the closest points of the boxes of two objects.
+        """(O, O) meters between the closest points of the boxes of two objects.
 
-        All boxes are upright and stand on the floor, so it is the distance of their footprints; these do not overlap,
+        All boxes are upright and stand on the floor, so this is the distance of their footprints; these do not overlap,
         so one of the two points is a corner.
         """
         corners = np.stack([item.footprint() for item in self.room.objects])  # (O, 4, 2)
-        nearest = self._to_footprints(corners).min(axis=1)  # (O, O): corners of one to the other
+        nearest = self._to_footprints(corners).min(axis=1)  # (O, O): from the corners of one to the other
         distances = np.minimum(nearest, nearest.T)
         np.fill_diagonal(distances, 0)
         return distances
 
     @cached_property
     def bearings(self) -> np.ndarray:
-        """(O, O) radians, counter-clockwise from x: direction from the middle of an object to that of another."""
+        """(O, O) radians, counter-clockwise from x: direction from the center of one object to that of another."""
         x, y = self._middles.T
         return np.arctan2(y[None] - y[:, None], x[None] - x[:, None])
 
     @cached_property
     def apart(self) -> np.ndarray:
-        """(O, O) metres between the middles of two objects, seen from above."""
+        """(O, O) meters between the centers of two objects, seen from above."""
         return np.linalg.norm(self._middles[:, None] - self._middles[None], axis=-1)
 
     @cached_property
     def free_ways(self) -> np.ndarray:
-        """(O, O) bool: the straight way between the middles of two objects leads past all others."""
+        """(O, O) bool: the straight path between the centers of two objects is clear of all others."""
         middles = self._middles
         steps = np.linspace(0, 1, 33)[:, None]
         ways = middles[:, None, None] * (1 - steps) + middles[None, :, None] * steps  # (O, O, 33, 2)
         near = self._to_footprints(ways).min(axis=2) < _WAY  # (O, O, O)
         index = np.arange(len(middles))
-        near[index, :, index] = near[:, index, index] = False  # where the way begins and ends
+        near[index, :, index] = near[:, index, index] = False  # the start and the end of the path
         free = ~near.any(axis=2)
         np.fill_diagonal(free, False)
         return free
@@ -171,16 +171,16 @@ def room_questions(
     """Questions about a room, in the row format of VSI-Bench.
 
     Args:
-        walk: The room and what is seen of it.
-        seed: Other questions for every value. The same walk and seed give the same questions, whatever `types` are
-            asked for, and a larger `per_type` only adds to them.
-        types: Of `QUESTION_TYPES`; None: all.
-        per_type: Most questions of each type; a room and its pictures may allow fewer.
+        walk: The room and what is visible of it.
+        seed: Seed of the questions. The same walk and seed give the same questions for any `types`, and a larger
+            `per_type` only adds to them.
+        types: Types from `QUESTION_TYPES`; None: all.
+        per_type: Maximum number of questions of each type; a room and its pictures may allow fewer.
 
     Returns:
         Rows ``{id, dataset, scene_name, question_type, question, ground_truth, options}`` in the order of `types`:
-        ``id`` an int, ``ground_truth`` a text (a number, or a letter), ``options`` a list such as ``["A. left", ...]``
-        or None.
+        ``id`` an int, ``ground_truth`` a string (a number, or a letter), ``options`` a list such as ``["A. left",
+        ...]`` or None.
     """
     check_seed(seed)
     types = QUESTION_TYPES if types is None else types
@@ -217,7 +217,7 @@ def _count(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Asked]:
     hidden = {item.name for item, is_seen in zip(walk.room.objects, seen) if not is_seen}
     single = sorted(name for name in counts.keys() - hidden if counts[name] == 1)
     several = sorted(name for name in counts.keys() - hidden if counts[name] > 1)
-    # Most classes occur once, a few of them twice, hardly any more often. So that no answer prevails, rooms without any
+    # Most classes occur once, a few twice, hardly any more often. To keep the answers balanced, rooms without any
     # class twice are mostly left out, and counts above 1 come first in most others.
     order = []
     if single and rng.random() < (0.3 if several else 0.2):
@@ -263,9 +263,9 @@ def _room_size(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Asked]:
 
 
 def _spread(rng: np.random.Generator, values: Sequence[float]) -> Iterator[int]:
-    """All indices, in an order in which small and large values come about equally often.
+    """All indices, in an order in which small and large values are about equally frequent.
 
-    Errors count relative to the truth, so a value is drawn evenly on a logarithmic scale and the nearest one is taken.
+    Errors are relative to the truth, so a value is drawn uniformly on a logarithmic scale and the nearest one is taken.
     """
     logs = np.log(np.array(values, float))
     left = list(range(len(logs)))
@@ -281,7 +281,7 @@ def _relative_distance(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Ask
     factor, margin = _CLEARLY_NEARER
 
     def farther(answer: int, to: int) -> list[int]:
-        """Objects that are clearly farther than the answer."""
+        """Objects that are clearly farther away than the answer."""
         limit = max(factor * walk.distances[answer, to], walk.distances[answer, to] + margin)
         return [k for k in walk.asked if k not in (answer, to) and walk.distances[k, to] >= limit]
 
@@ -301,9 +301,9 @@ def _relative_distance(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Ask
 
 
 Sector = tuple[float, float]
-"""Lowest and highest angle, degrees, counter-clockwise from where one looks."""
+"""Lowest and highest angle, degrees, counter-clockwise from the viewing direction."""
 
-# Far from the borders between two answers, which lie at 0, 90 and 180 degrees (easy, hard) or at 135 (medium).
+# Far from the borders between two answers, which are at 0, 90 and 180 degrees (easy, hard) or at 135 (medium).
 _EASY: dict[str, Sector] = {"left": (15, 165), "right": (-165, -15)}
 _MEDIUM: dict[str, Sector] = {"left": (35, 115), "right": (-115, -35), "back": (147, 213)}
 _HARD: dict[str, Sector] = {
@@ -315,7 +315,7 @@ _HARD: dict[str, Sector] = {
 
 
 def _in_sector(walk: RoomWalk, sector: Sector) -> np.ndarray:
-    """(O, O, O) bool: who stands at a and looks at b has c in the sector; all are apart and may be asked about."""
+    """(O, O, O) bool: from a, facing b, c is in the sector; all are far enough apart and may be asked about."""
     low, high = np.radians(sector)
     angle = walk.bearings[:, None, :] - walk.bearings[:, :, None]
     inside = (angle - low) % (2 * np.pi) <= high - low
@@ -339,7 +339,7 @@ _TURNS: dict[str, Sector] = {"Turn Left": (35, 115), "Turn Right": (-115, -35), 
 
 
 def _route(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Asked]:
-    """Routes with one turn and with two, in turns at random; when one kind is used up, the other."""
+    """Routes with one turn and with two, in random order; when one kind is used up, the other."""
     kinds = [_route_of_one_turn(walk, rng), _route_of_two_turns(walk, rng)]
     while kinds:
         kind = kinds[int(rng.integers(len(kinds)))]
@@ -351,10 +351,10 @@ def _route(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Asked]:
 
 
 def _turns_on_ways(walk: RoomWalk) -> dict[str, np.ndarray]:
-    """(O, O, O) bool for each turn: who comes from a to b has to turn so towards c, and all ways are free."""
+    """(O, O, O) bool for each turn: going from a to b requires this turn towards c, and all paths are free."""
     reverse = {}
     for turn, sector in _TURNS.items():
-        # Arriving at b one looks away from a: half a turn from looking at a.
+        # On arrival at b the view is away from a: half a turn from facing a.
         behind = _in_sector(walk, (sector[0] + 180, sector[1] + 180))  # [b, a, c]
         reverse[turn] = behind.transpose(1, 0, 2) & walk.free_ways[:, :, None] & walk.free_ways[None]
     return reverse
@@ -375,12 +375,12 @@ def _route_of_two_turns(walk: RoomWalk, rng: np.random.Generator) -> Iterator[As
     found = {}
     for turns in product(_TURNS, repeat=2):
         possible = first[turns[0]][..., None] & second[turns[1]][:, None]  # [start, facing, middle, goal]
-        possible &= index[:, None, None] != index  # or the goal would be given away
+        possible &= index[:, None, None] != index  # otherwise the goal would be given away
         found[", ".join(turns)] = np.argwhere(possible)
     possible = [turns for turns in found if len(found[turns])]
     if len(possible) < len(_LETTERS):
         return
-    # All four options are true of some route here: none can be ruled out because such routes are rare.
+    # Each of the four options is true for some route here: none can be ruled out because such routes are rare.
     options = [str(turns) for turns in rng.permutation(possible)[: len(_LETTERS)]]
     names = walk.names
     for turns, (start, facing, middle, goal) in _balanced(rng, {turns: found[turns] for turns in options}):
@@ -411,7 +411,7 @@ def _route_question(
 
 
 def _appearance_order(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Asked]:
-    """Orders of four objects, or of three where no four can be told apart."""
+    """Orders of four objects, or of three if no four can be told apart."""
     by_first = sorted(walk.asked, key=lambda k: walk.first_clear[k])
     for number in (4, 3):
         orders = [
@@ -421,12 +421,12 @@ def _appearance_order(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Aske
         ]
         if orders:
             break
-    # Some classes are mostly seen before others, which nobody has to look at pictures for. So the options are drawn so
-    # that the answer is about as often the likeliest of them in that respect, the second, the third and the last.
+    # Some classes mostly appear before others, which can be guessed without pictures. So the options are drawn such
+    # that the answer is about equally often the likeliest, the second, the third and the last of them in this respect.
     first = {walk.names[k]: _SEEN_FIRST[item.name] for k, item in enumerate(walk.room.objects)}
     for i in rng.permutation(len(orders)):
         names = [walk.names[k] for k in orders[i]]
-        ranked = sorted(  # the likeliest first; those that are equally likely in random order
+        ranked = sorted(  # the likeliest first; equally likely ones in random order
             _shuffled(rng, list(permutations(names))),
             key=lambda order: -sum(place * first[name] for place, name in enumerate(order)),
         )
@@ -446,9 +446,9 @@ def _appearance_order(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Aske
 
 
 def _balanced(rng: np.random.Generator, found: dict[Any, Sequence[Any]]) -> Iterator[tuple[Any, Any]]:
-    """Pairs of an answer and one of the things that have it: every answer once, in random order, then once again.
+    """Pairs of an answer and an item with this answer: every answer once, in random order, then again.
 
-    It ends where an answer has nothing (more), also at once: else the others would be more frequent.
+    It stops when an answer has no items left, even at the start: otherwise the others would be more frequent.
     """
     left = {answer: list(rng.permutation(things)) for answer, things in found.items()}
     while left and all(left.values()):

@@ -1,8 +1,8 @@
 """Pictures, depth and instance ids of a room by ray casting.
 
-Embree finds which triangle a ray meets; everything else is plain numpy on the triangle's numbers: depth from its plane
-(so depth is exact to float32 and does not depend on Embree's arithmetic), the pattern from its surface coordinates,
-light from Lambert's law with hard shadows.
+Embree finds the triangle that a ray hits; everything else is plain numpy on the parameters of the triangle: depth from
+its plane (so depth is exact to float32 and does not depend on Embree's arithmetic), the pattern from its surface
+coordinates, light from Lambert's law with hard shadows.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from spa3r.rooms.finishes import PATTERNS
 from spa3r.rooms.room import Room
 from spa3r.rooms.walk import Cameras
 
-_EDGE = 0.1  # colour difference of neighbouring pixels from which a pixel is sampled more than once
-_SKY = np.array([0.12, 0.08, 0.26], np.float32)  # where ambient light comes from most: shadowed faces stay apart
-_REACH = 4.0  # metres at which the lamp's light has fallen to half
+_EDGE = 0.1  # color difference between neighboring pixels above which a pixel is supersampled
+_SKY = np.array([0.12, 0.08, 0.26], np.float32)  # main direction of ambient light: shadowed faces stay distinct
+_REACH = 4.0  # meters at which the lamp's light has fallen to half
 
 
 @dataclass(frozen=True)
 class RoomViews:
-    """What cameras see of a room.
+    """Rendered views of a room.
 
     Attributes:
         images: (V, H, W, 3) uint8, RGB.
-        depth: (V, H, W) float32, metres along the camera's optical axis (z-depth), at pixel centres.
-        instance_ids: (V, H, W) int32, at pixel centres; 0 = walls, floor, ceiling and what hangs on them,
+        depth: (V, H, W) float32, meters along the camera's optical axis (z-depth), at pixel centers.
+        instance_ids: (V, H, W) int32, at pixel centers; 0 = walls, floor, ceiling and what hangs on them,
             k = the room's `objects[k - 1]`.
         extrinsics: (V, 4, 4) float32, camera-from-world; world = the room's frame.
-        intrinsics: (V, 3, 3) float32, pixels; pixel centres at +0.5.
+        intrinsics: (V, 3, 3) float32, pixels; pixel centers at +0.5.
     """
 
     images: np.ndarray
@@ -41,12 +41,12 @@ class RoomViews:
 
 
 def render(room: Room, cameras: Cameras, antialias: int = 2) -> RoomViews:
-    """Renders a room from given cameras.
+    """Render a room from given cameras.
 
     Args:
-        room: what to render.
-        cameras: where from; they have to stand inside the room.
-        antialias: pixels at edges are the mean of antialias x antialias rays; 1 = one ray for every pixel. Depth and
+        room: the room to render.
+        cameras: the cameras; they must be inside the room.
+        antialias: pixels at edges are the mean of antialias x antialias rays; 1 = one ray per pixel. Depth and
             instance ids are never averaged.
     """
     if isinstance(antialias, bool) or not isinstance(antialias, int) or antialias < 1:
@@ -58,7 +58,7 @@ def render(room: Room, cameras: Cameras, antialias: int = 2) -> RoomViews:
     depth = np.empty((len(centers), height, width), np.float32)
     instance_ids = np.empty((len(centers), height, width), np.int32)
     for i, (center, to_ray) in enumerate(zip(centers, rays_from_pixels, strict=True)):
-        # A ray advances 1 metre of depth per unit of its length: what the ray caster returns is z-depth.
+        # A ray advances 1 meter of depth per unit of its length: the ray caster returns z-depth.
         rgb, z, ids = scene.look(center, pixels @ to_ray.T)
         depth[i], instance_ids[i] = z.reshape(height, width), ids.reshape(height, width)
         if antialias > 1:
@@ -72,11 +72,11 @@ def render(room: Room, cameras: Cameras, antialias: int = 2) -> RoomViews:
 
 
 def render_instance_ids(room: Room, cameras: Cameras) -> np.ndarray:
-    """Which object is seen where: the `instance_ids` that `render` returns, without light and patterns.
+    """Render only the `instance_ids` that `render` returns, without light and patterns.
 
     Args:
-        room: what to look at.
-        cameras: where from; they have to stand inside the room.
+        room: the room to render.
+        cameras: the cameras; they must be inside the room.
 
     Returns:
         (V, H, W) int32; 0 = background, k = the room's `objects[k - 1]`.
@@ -88,7 +88,7 @@ def render_instance_ids(room: Room, cameras: Cameras) -> np.ndarray:
 
 
 def _rays(room: Room, cameras: Cameras) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centres (V, 3) of cameras, their room-from-pixel matrices (V, 3, 3), and homogeneous pixel centres (H * W, 3)."""
+    """Centers (V, 3) of cameras, their room-from-pixel matrices (V, 3, 3), and homogeneous pixel centers (H * W, 3)."""
     extrinsics = np.asarray(cameras.extrinsics, np.float64)
     world_from_camera = extrinsics[:, :3, :3].transpose(0, 2, 1)
     centers = -np.einsum("vij,vj->vi", world_from_camera, extrinsics[:, :3, 3])
@@ -107,7 +107,7 @@ def _rays(room: Room, cameras: Cameras) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _edges(rgb: np.ndarray) -> np.ndarray:
-    """Pixels (H, W) bool of rgb (3, H, W) whose colour differs from a neighbour's: outlines, shadows and patterns."""
+    """Pixels (H, W) bool of rgb (3, H, W) whose color differs from a neighbor's: outlines, shadows and patterns."""
     edges = np.zeros(rgb.shape[1:], bool)
     across = np.abs(np.diff(rgb, axis=2)).max(axis=0) > _EDGE
     down = np.abs(np.diff(rgb, axis=1)).max(axis=0) > _EDGE
@@ -119,7 +119,7 @@ def _edges(rgb: np.ndarray) -> np.ndarray:
 
 
 class _Scene:
-    """A room as triangles: what a ray needs to know of the triangle that it hits."""
+    """A room as triangles, with the data that a ray needs of the triangle it hits."""
 
     def __init__(self, room: Room):
         try:
@@ -147,32 +147,32 @@ class _Scene:
         origin = np.repeat([o for *_, o, _ in placed], counts, axis=0)
         triangles = np.einsum("tij,tcj->tci", rotation, local) + origin[:, None]
         normal = np.cross(local[:, 1] - local[:, 0], local[:, 2] - local[:, 0])
-        # Surface coordinates are the two axes of the object that a face is most parallel to, in periods.
+        # Surface coordinates are along the two axes of the object to which a face is most parallel, in periods.
         tangents = np.array([[1, 2], [0, 2], [0, 1]])[np.abs(normal).argmax(axis=1)]
         period = np.repeat([look.period for look in looks], counts)[:, None, None]
         axes = np.take_along_axis(rotation, tangents[:, None], axis=2).transpose(0, 2, 1) / period  # (T, 2, 3)
         uv = np.concatenate([axes, -np.einsum("tij,tj->ti", axes, origin)[..., None]], axis=2)  # (T, 2, 4)
         self.uv = uv.transpose(1, 2, 0).astype(np.float32, order="C")
         self.normal = np.einsum("tij,tj->ti", rotation, normal / np.linalg.norm(normal, axis=1, keepdims=True))
-        self.plane = np.einsum("ti,ti->t", self.normal, triangles[:, 0])  # normal . point of every point on it
+        self.plane = np.einsum("ti,ti->t", self.normal, triangles[:, 0])  # normal . any point on the plane
         self.light = room.light
-        # Robust: rays that meet an edge between two triangles never slip through.
+        # Robust: rays that hit an edge between two triangles never pass through.
         self.embree = EmbreeScene(robust=True)
         TriangleMesh(self.embree, triangles.astype(np.float32))
 
     def hit(self, center: np.ndarray, rays: np.ndarray) -> np.ndarray:
-        """Triangles (N,) that rays (N, 3) meet first."""
+        """Indices (N,) of the first triangles that rays (N, 3) hit."""
         return self.embree.run(np.tile(center.astype(np.float32), (len(rays), 1)), rays.astype(np.float32))
 
     def look(self, center: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Colour (3, N) float32 in 0..1, distance (N,) in units of each ray and instance id (N,) along rays (N, 3)."""
+        """Color (3, N) float32 in 0..1, distance (N,) in units of each ray and instance id (N,) along rays (N, 3)."""
         hit = self.hit(center, rays)
         normal = self.normal.take(hit, axis=0)
         facing = np.einsum("ni,ni->n", normal, rays)
         distance = (self.plane - self.normal @ center).take(hit) / facing
-        # From here on float32 and channels first: colours need no more, and numpy is several times faster that way.
+        # Float32 and channels first from here on: colors need no more precision, and numpy is several times faster.
         points = (center[:, None] + distance * rays.T).astype(np.float32)
-        # Towards the camera, whichever side of the triangle it sees.
+        # Toward the camera, whichever side of the triangle is visible.
         normal = (normal.T * -np.sign(facing)).astype(np.float32)
         rgb = self.rgb.take(hit, axis=1)
         rgb *= self._darkness(hit, points)
@@ -180,7 +180,7 @@ class _Scene:
         return np.minimum(rgb, 1, out=rgb), distance, self.ids.take(hit)
 
     def _darkness(self, hit: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """Factor (N,) in 0..1 by which the patterns darken the colours of points (3, N)."""
+        """Factor (N,) in 0..1 by which the patterns darken the colors of points (3, N)."""
         factor = np.ones(len(hit), np.float32)
         pattern = self.pattern.take(hit)
         for index, darkness in enumerate(PATTERNS.values()):
@@ -193,8 +193,8 @@ class _Scene:
         return factor
 
     def _light(self, points: np.ndarray, normal: np.ndarray) -> np.ndarray:
-        """Light (3, N) that arrives at points (3, N): ambient plus the lamp, where nothing stands between."""
-        start = points + np.float32(1e-3) * normal  # off the surface, or it would shade itself
+        """Light (3, N) that arrives at points (3, N): ambient light, plus the lamp's where nothing blocks it."""
+        start = points + np.float32(1e-3) * normal  # off the surface, to avoid self-shadowing
         to_light = np.array(self.light.position, np.float32)[:, None] - start
         squared = np.einsum("in,in->n", to_light, to_light)
         lamp = np.maximum(np.einsum("in,in->n", normal, to_light), 0) / np.sqrt(squared)

@@ -1,7 +1,7 @@
-"""Rooms: what is in them and where, drawn from a seed. Every fact that a question may ask for is a plain number here.
+"""Rooms and their contents, drawn from a seed. Every fact that a question may ask for is a plain number here.
 
-World frame of a room: metric, right-handed, z up, origin at the middle of the floor. The inside is
-|x| <= length / 2, |y| <= width / 2, 0 <= z <= height. Walls 0..3 stand at -x, -y, +x, +y.
+World frame of a room: metric, right-handed, z up, origin at the center of the floor. The inside is
+|x| <= length / 2, |y| <= width / 2, 0 <= z <= height. Walls 0..3 are at -x, -y, +x, +y.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from spa3r.rooms.furniture import FURNITURE, Part, Size
 from spa3r.rooms.levels import Range, RoomLevel, resolve_level
 from spa3r.rooms.shapes import box
 
-_PASSAGE = 0.8  # metres left free between any two things that one may walk between
-_SIDE_BY_SIDE = 0.08  # metres between neighbours along the same wall
-_BEHIND = 0.04  # metres between a wall and the back of an object: room for a picture's frame
-_DOOR = (0.9, 2.0)  # width, height, metres
+_PASSAGE = 0.8  # minimum passage in meters between two objects
+_SIDE_BY_SIDE = 0.08  # meters between neighbors along the same wall
+_BEHIND = 0.04  # meters between a wall and the back of an object: space for a picture frame
+_DOOR = (0.9, 2.0)  # width, height, meters
 _TRIES = 60  # places tried for an object
 _ATTEMPTS = 20  # rooms tried for a seed
 
@@ -45,18 +45,18 @@ _FLOORS: tuple[Finish, ...] = (
 
 @dataclass(frozen=True)
 class RoomObject:
-    """One piece of furniture, by its oriented box; the mesh fills that box exactly.
+    """A piece of furniture, given by its oriented box; the mesh fills that box exactly.
 
     Attributes:
         name: class, a key of `FURNITURE`.
-        colour: name of the colour of its main part, a key of `COLOURS` (a plant's pot, a television's bench, a bed's
+        colour: name of the color of its main part, a key of `COLOURS` (a plant's pot, a television's bench, a bed's
             blanket).
-        center: middle of the box in the room's frame, metres.
-        size: width, depth, height along the object's own axes (x to its right, y to its back, z up), metres.
-        yaw: turn of these axes about z, counter-clockwise, radians in [-pi, pi).
+        center: center of the box in the room's frame, meters.
+        size: width, depth, height along the object's own axes (x to its right, y to its back, z up), meters.
+        yaw: rotation of these axes about z, counter-clockwise, radians in [-pi, pi).
         pattern: texture of the main part; see `Finish`.
-        period: of the pattern, metres.
-        contrast: of the pattern, 0..1.
+        period: period of the pattern, meters.
+        contrast: contrast of the pattern, 0..1.
     """
 
     name: str
@@ -81,12 +81,12 @@ class RoomObject:
         return _turn(self.yaw)
 
     def parts(self) -> list[Part]:
-        """Meshes in the object's frame (origin under its centre, on the floor) with their looks."""
+        """Meshes in the object's frame (origin on the floor, below its center) with their finishes."""
         finish = Finish(COLOURS[self.colour], self.pattern, self.period, self.contrast)
         return FURNITURE[self.name].build(self.size, finish)
 
     def footprint(self) -> np.ndarray:
-        """Corners (4, 2) of the box seen from above, counter-clockwise, in the room's frame, metres."""
+        """Corners (4, 2) of the box seen from above, counter-clockwise, in the room's frame, meters."""
         w, d, _ = self.size
         corners = np.array([[-w, -d], [w, -d], [w, d], [-w, d]]) / 2
         return corners @ self.rotation[:2, :2].T + self.center[:2]
@@ -98,10 +98,10 @@ class Fixture:
 
     Attributes:
         wall: number of the wall, 0..3.
-        along: signed distance of its middle from the middle of the wall, metres.
-        bottom: height of its lower edge, metres.
-        size: width and height, metres.
-        finish: look of the board inside its frame.
+        along: signed distance of its center from the center of the wall, meters.
+        bottom: height of its lower edge, meters.
+        size: width and height, meters.
+        finish: finish of the board inside its frame.
     """
 
     wall: int
@@ -116,9 +116,9 @@ class Light:
     """A point light under the ceiling.
 
     Attributes:
-        position: in the room's frame, metres.
+        position: position in the room's frame, meters.
         rgb: strength per channel; 1 = neutral.
-        ambient: share of the light that comes from everywhere, 0..1.
+        ambient: ambient share of the light, 0..1.
     """
 
     position: tuple[float, float, float]
@@ -128,16 +128,16 @@ class Light:
 
 @dataclass(frozen=True)
 class Room:
-    """A furnished room. Two rooms of the same seed and level are equal.
+    """A furnished room. Rooms with the same seed and level are equal.
 
     Attributes:
-        seed: what it was drawn from, together with `level`.
+        seed: the seed from which it was drawn, together with `level`.
         level: how much varies.
-        size: length (x), width (y), height (z), metres.
+        size: length (x), width (y), height (z), meters.
         objects: object k of the instance ids is `objects[k - 1]`.
-        floor: its look.
-        ceiling: its look.
-        walls: looks of walls 0..3.
+        floor: finish of the floor.
+        ceiling: finish of the ceiling.
+        walls: finishes of walls 0..3.
         fixtures: door, window, pictures.
         light: the lamp.
     """
@@ -156,10 +156,10 @@ class Room:
         """Distance to the nearest object or wall, seen from above.
 
         Args:
-            points: (..., 2) in the room's frame, metres.
+            points: (..., 2) in the room's frame, meters.
 
         Returns:
-            (...) metres; negative inside an object's box or behind a wall.
+            (...) meters; negative inside an object's box or behind a wall.
         """
         nearest = (np.array(self.size[:2]) / 2 - np.abs(points)).min(axis=-1)
         for item in self.objects:
@@ -172,7 +172,7 @@ class Room:
     def background(self) -> list[Part]:
         """Floor, ceiling, walls and fixtures as meshes in the room's frame."""
         x, y, z = (extent / 2 for extent in self.size)
-        shell = box((-x, x), (-y, y), (0.0, 2 * z))  # two triangles a face: -x, +x, -y, +y, floor, ceiling
+        shell = box((-x, x), (-y, y), (0.0, 2 * z))  # two triangles per face: -x, +x, -y, +y, floor, ceiling
         looks = (self.walls[0], self.walls[2], self.walls[1], self.walls[3], self.floor, self.ceiling)
         parts = [Part(shell[2 * i : 2 * i + 2], look) for i, look in enumerate(looks)]
         for fixture in self.fixtures:
@@ -187,19 +187,19 @@ class Room:
 
 
 def generate_room(seed: int, level: int | RoomLevel = 0) -> Room:
-    """Draws a room.
+    """Generate a room.
 
     Objects stand on the floor within the walls. Seen from above, boxes are at least 0.08 m apart along the same wall
-    and at least 0.8 m apart otherwise, so that one can walk around everything that stands free.
+    and at least 0.8 m apart otherwise, so that there is a passage around every free-standing object.
 
     Args:
-        seed: >= 0. The same seed and level give the same room, whatever was drawn before.
-        level: index of `LEVELS`, or a `RoomLevel` of one's own.
+        seed: >= 0. The same seed and level give the same room, independent of earlier calls.
+        level: index of `LEVELS`, or a custom `RoomLevel`.
     """
     check_seed(seed)
     level = resolve_level(level)
     most = 0
-    for attempt in range(_ATTEMPTS):  # a narrow room may hold too few objects; then another one is drawn
+    for attempt in range(_ATTEMPTS):  # a narrow room may not fit enough objects; then another one is drawn
         rng = np.random.default_rng([seed, 0, attempt])
         size = (_draw(rng, level.side), _draw(rng, level.side), _draw(rng, level.ceiling))
         fixtures = _draw_fixtures(rng, level, size)
@@ -224,7 +224,7 @@ def generate_room(seed: int, level: int | RoomLevel = 0) -> Room:
 
 
 def check_seed(seed: int) -> None:
-    """Raises a ValueError unless `seed` is an int >= 0, numpy's ints included."""
+    """Raise a ValueError unless `seed` is an int >= 0, including numpy integers."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed: wanted an int >= 0, got {seed!r}; pass for example the index of the room.")
 
@@ -234,7 +234,7 @@ def _draw(rng: np.random.Generator, limits: Range) -> float:
 
 
 def _wall_pose(size: Size, wall: int, along: float) -> tuple[np.ndarray, float]:
-    """Point (2,) on a wall and the yaw of something that leans its back against it."""
+    """Point (2,) on a wall and the yaw of an object with its back against it."""
     yaw = (np.pi / 2, -np.pi, -np.pi / 2, 0.0)[wall]  # its +y axis points into the wall: -x, -y, +x, +y
     reach = size[wall % 2] / 2
     return np.array([-np.sin(yaw), np.cos(yaw)]) * reach + np.array([np.cos(yaw), np.sin(yaw)]) * along, yaw
@@ -247,9 +247,9 @@ def _turn(yaw: float) -> np.ndarray:
 
 
 def _gaps(one: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Widest strip between a rectangle (4, 2) and others (N, 4, 2) along any of their sides: (N,) metres, < 0: overlap.
+    """Widest strip between a rectangle (4, 2) and others (N, 4, 2) along any of their sides: (N,) meters, < 0: overlap.
 
-    Never more than their distance (separating axes), so a wanted distance is kept.
+    This never exceeds their distance (separating axes), so a required distance is kept.
     """
     sides = np.concatenate(
         [others[:, [1, 3]] - others[:, :1], np.broadcast_to(one[[1, 3]] - one[0], others[:, :2].shape)], 1
@@ -263,13 +263,13 @@ def _furnish(rng: np.random.Generator, level: RoomLevel, size: Size, door: Fixtu
     count = int(rng.integers(level.num_objects[0], level.num_objects[1] + 1))
     bag = [name for name, furniture in FURNITURE.items() for _ in range(furniture.most)]
     names = [bag[i] for i in rng.permutation(len(bag))]
-    # Large ones first, while there is space; whatever finds no place is replaced by the next from the bag.
+    # Large ones first, while there is space; an object that doesn't fit is replaced by the next one from the bag.
     names[:count] = sorted(names[:count], key=lambda name: -FURNITURE[name].largest[0] * FURNITURE[name].largest[1])
     point, yaw = _wall_pose(size, door.wall, door.along)
     inwards = _PASSAGE * np.array([np.sin(yaw), -np.cos(yaw)])
     half_door = door.size[0] / 2 * np.array([np.cos(yaw), np.sin(yaw)])
     doorway = np.stack([point - half_door, point + half_door, point + half_door + inwards, point - half_door + inwards])
-    taken: list[tuple[np.ndarray, int | None]] = [(doorway, door.wall)]  # footprint, wall that it leans against
+    taken: list[tuple[np.ndarray, int | None]] = [(doorway, door.wall)]  # footprint, wall behind it
     objects: list[RoomObject] = []
     for name in names:
         if len(objects) == count:
@@ -284,7 +284,7 @@ def _furnish(rng: np.random.Generator, level: RoomLevel, size: Size, door: Fixtu
 def _place(
     rng: np.random.Generator, level: RoomLevel, size: Size, name: str, taken: list[tuple[np.ndarray, int | None]]
 ) -> tuple[RoomObject | None, int | None]:
-    """Tries some places for an object; returns it and its wall, or None where it does not fit."""
+    """Try some places for an object; return it and its wall, or None if it does not fit."""
     furniture = FURNITURE[name]
     smallest, largest = np.array(furniture.smallest), np.array(furniture.largest)
     spread = level.size_variation * rng.uniform(-0.5, 0.5, 3)
@@ -318,14 +318,14 @@ def _place(
 def _draw_texture(
     rng: np.random.Generator, patterns: tuple[str, ...], contrast: float, period: float
 ) -> tuple[str, float, float]:
-    """Pattern, period and contrast of a `Finish`; plain where `contrast`, the strongest one allowed, is 0."""
+    """Pattern, period and contrast of a `Finish`; plain if `contrast`, the maximum allowed, is 0."""
     pattern = str(rng.choice(patterns))
     period, strength = period * rng.uniform(0.7, 1.4), contrast * rng.uniform(0.4, 1.0)
     return (pattern, float(period), float(strength)) if contrast else ("plain", 1.0, 0.0)
 
 
 def _draw_walls(rng: np.random.Generator, level: RoomLevel) -> tuple[Finish, Finish, Finish, Finish]:
-    colours = rng.permutation(len(_WALL_COLOURS))[:4]  # four different ones: a colour tells where one looks
+    colours = rng.permutation(len(_WALL_COLOURS))[:4]  # four different ones: the color identifies the wall
     if not level.varied_walls:
         colours = range(4)
     patterns = ("plain", "stripes", "bricks", "tiles", "mottle")
@@ -359,7 +359,7 @@ def _draw_light(rng: np.random.Generator, level: RoomLevel, size: Size) -> Light
     x, y = level.light_offset * rng.uniform(-0.5, 0.5, 2) * size[:2]
     tint = level.light_tint * rng.uniform(-1.0, 1.0)
     strength = _draw(rng, level.light_strength)
-    # 0.35 m under the ceiling is above all furniture.
+    # 0.35 m below the ceiling is above all furniture.
     return Light(
         position=(float(x), float(y), size[2] - 0.35),
         rgb=(strength * (1 + tint), strength, strength * (1 - tint)),

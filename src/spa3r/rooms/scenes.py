@@ -1,4 +1,4 @@
-"""The rooms as a source: endless, seeded, rendered when they are asked for."""
+"""Rooms as a scene source: endless, seeded, rendered on demand."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from spa3r.rooms.walk import check_size
 
 
 class RoomScenes(SceneSource):
-    """Rooms of a level, each seen from every `stride_of_walk`-th frame of one camera walk. Scene i is the room of seed
-    first_seed + i. Cameras are known.
+    """Rooms of a level, each seen from every `stride_of_walk`-th frame of one camera walk. Scene i is the room with
+    seed first_seed + i. Cameras are known.
 
     Args:
         level: Level of the rooms, 0 (plain) to 3.
-        num_frames: Frames of a room.
+        num_frames: Frames per room.
         stride_of_walk: Steps of the walk between two frames; three show nearly all of a room in 16 frames.
         first_seed: Seed of the first room.
-        num_rooms: How many rooms; None: no end, and every epoch brings new ones. Hold out rooms before `first_seed`.
+        num_rooms: Number of rooms; None: endless, with new rooms in every epoch. Hold out rooms before `first_seed`.
         size: Height and width of the pictures in pixels.
-        stride: Smallest and largest step between frames drawn.
-        name: What reports call the source.
+        stride: Lowest and highest step between drawn frames.
+        name: Name of the source in reports.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class RoomScenes(SceneSource):
         return LoadedScene(list(frames), images, views.extrinsics, views.intrinsics)
 
     def check_cameras(self) -> None:
-        """Rooms know their cameras."""
+        """Rooms always have cameras."""
 
     def camera_frames(self, scene: int) -> np.ndarray:
         return np.arange(self.frames)

@@ -1,4 +1,4 @@
-"""The few primitives that all furniture is made of, as triangles: a ray caster needs nothing else."""
+"""The primitives from which all furniture is built, as triangles for the ray caster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 _ROUND_SIDES = 16  # a multiple of 4, so that a ring touches its bounding box on all four sides
 
-# Corners 0..7 of the unit cube count in binary (x, y, z); two triangles a face: -x, +x, -y, +y, -z, +z.
+# Corners 0..7 of the unit cube count in binary (x, y, z); two triangles per face: -x, +x, -y, +y, -z, +z.
 _BOX_CORNERS = "013 032 457 476 015 054 237 276 026 064 137 175".split()
 _UNIT_BOX = np.array([[int(corner) for corner in triangle] for triangle in _BOX_CORNERS])[..., None] // [4, 2, 1] % 2
 
@@ -34,9 +34,9 @@ def _ring(x: float, y: float, z: float, radius_x: float, radius_y: float) -> np.
 
 
 def box(x: tuple[float, float], y: tuple[float, float], z: tuple[float, float]) -> np.ndarray:
-    """Triangles (12, 3, 3) of an axis-aligned box; every axis by its lowest and highest coordinate, metres.
+    """Triangles (12, 3, 3) of an axis-aligned box; lowest and highest coordinate of each axis, meters.
 
-    Two triangles a face, in the order -x, +x, -y, +y, -z, +z.
+    Two triangles per face, in the order -x, +x, -y, +y, -z, +z.
     """
     low, high = np.array([x, y, z], dtype=np.float64).T
     return low + _UNIT_BOX * (high - low)
@@ -45,7 +45,7 @@ def box(x: tuple[float, float], y: tuple[float, float], z: tuple[float, float]) 
 def frustum(
     x: float, y: float, z: tuple[float, float], bottom: tuple[float, float], top: tuple[float, float]
 ) -> np.ndarray:
-    """Triangles (T, 3, 3) of an upright elliptic (cut) cone around (x, y); radii along x and y, metres."""
+    """Triangles (T, 3, 3) of an upright elliptic (truncated) cone around (x, y); radii along x and y, meters."""
     lower, upper = _ring(x, y, z[0], *bottom), _ring(x, y, z[1], *top)
     return np.concatenate(
         [_fan(lower, np.array([x, y, z[0]])), _band(lower, upper), _fan(upper, np.array([x, y, z[1]]))]
@@ -53,7 +53,7 @@ def frustum(
 
 
 def ellipsoid(center: tuple[float, float, float], radii: tuple[float, float, float]) -> np.ndarray:
-    """Triangles (T, 3, 3) of an axis-aligned ellipsoid, metres."""
+    """Triangles (T, 3, 3) of an axis-aligned ellipsoid, meters."""
     latitudes = np.pi * np.arange(1, 6) / 6
     rings = [
         _ring(*center[:2], center[2] - radii[2] * np.cos(a), radii[0] * np.sin(a), radii[1] * np.sin(a))

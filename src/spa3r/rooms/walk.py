@@ -1,9 +1,9 @@
-"""The camera walk: a smooth tour through the free space of a room that looks at everything in turn.
+"""The camera walk: a smooth tour through the free space of a room with a view of everything in turn.
 
-The path is a closed loop through points spread over the floor, found on a grid that avoids everything, then smoothed.
-The gaze turns from object to object and wall to wall like a person's, so that a long enough walk sees all of them and
-neighbouring frames overlap. The camera goes at bounded speed: more frames see more of the room until the loop is
-closed, still more take smaller steps along the same loop.
+The path is a closed loop through points spread over the floor, found on a grid that avoids all obstacles, then
+smoothed. The view turns from object to object and wall to wall, so that a long enough walk shows all of them and
+neighboring frames overlap. The speed of the camera is bounded: more frames show more of the room until the loop is
+closed; beyond that, they take smaller steps along the same loop.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from spa3r.rooms.levels import Range
 from spa3r.rooms.room import Room, check_seed
 
 CAMERA_CLEARANCE = 0.25
-"""Metres that a walking camera keeps from objects and walls, seen from above."""
+"""Clearance of a walking camera from objects and walls in meters, seen from above."""
 
-_CELL = 0.15  # metres; a passage of 0.8 m leaves a free band of 0.3 m, which holds a path of such cells
-_COMFORT = 0.35  # clearance that the smoothed path strives for, metres
-_STRIDE = 0.05  # spacing of the smoothed path, metres
-_READING_DISTANCE = 0.8  # metres from which something is worth looking at
-_FIXATION = np.radians(8)  # how near to the middle of the picture something has been looked at
-_FLOOR_PER_STOP = 5.0  # square metres of floor for every point that the loop visits
+_CELL = 0.15  # meters; a passage of 0.8 m leaves a free band of 0.3 m, which fits a path of such cells
+_COMFORT = 0.35  # target clearance of the smoothed path, meters
+_STRIDE = 0.05  # spacing of the smoothed path, meters
+_READING_DISTANCE = 0.8  # minimum distance in meters from which an object is viewed
+_FIXATION = np.radians(8)  # maximum angle from the center of the picture at which an object counts as viewed
+_FLOOR_PER_STOP = 5.0  # square meters of floor per point that the loop visits
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Cameras:
     """Cameras of a walk, in order.
 
     Attributes:
-        extrinsics: (V, 4, 4) float32, camera-from-world, OpenCV axes; world = the room's frame, metres.
-        intrinsics: (V, 3, 3) float32, pixels of a picture of `size`; pixel centres at +0.5.
+        extrinsics: (V, 4, 4) float32, camera-from-world, OpenCV axes; world = the room's frame, meters.
+        intrinsics: (V, 3, 3) float32, pixels of a picture of `size`; pixel centers at +0.5.
         size: height and width of the pictures, pixels.
     """
 
@@ -66,19 +66,19 @@ def camera_walk(
     max_step: float = 0.3,
     max_turn: float = 15.0,
 ) -> Cameras:
-    """Cameras of a smooth walk through a room.
+    """Generate the cameras of a smooth walk through a room.
 
-    At the default speed 32 views walk about 8 m and look around once, which shows nearly all objects; 64 views show
-    all. For fewer views of a whole room take every n-th of a longer walk: `walk[::n]`. The camera stays
+    At the default speed 32 views cover about 8 m and one look around, which shows nearly all objects; 64 views show
+    all. For fewer views of a whole room use every n-th one of a longer walk: `walk[::n]`. The camera stays
     `CAMERA_CLEARANCE` away from everything, seen from above.
 
     Args:
-        room: where to walk.
+        room: the room.
         num_views: number of frames, >= 1.
         size: height and width of the pictures, pixels.
-        seed: another walk through the same room for every value.
-        max_step: most that the camera moves from a frame to the next, metres.
-        max_turn: most that it turns from a frame to the next, degrees.
+        seed: seed of the walk.
+        max_step: maximum movement of the camera between two frames, meters.
+        max_turn: maximum rotation between two frames, degrees.
     """
     check_size(size)
     check_seed(seed)
@@ -90,7 +90,7 @@ def camera_walk(
     rng = np.random.default_rng([room.seed, 1, seed])
     loop = _smooth(room, _loop(rng, room))
     along = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(loop, axis=0, append=loop[:1]), axis=1))])
-    # What the height and the roll add to a step and a turn is bounded by how slowly they swing.
+    # The slow oscillation bounds what the height and the roll add to a step and a turn.
     step = min(0.9 * max_step, along[-1] / num_views)
     turn = max_turn * max(step / (0.9 * max_step), 0.25)
     walked = step * np.arange(num_views)
@@ -110,7 +110,7 @@ def camera_walk(
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raises a ValueError unless `size` is a height and a width >= 1."""
+    """Raise a ValueError unless `size` is a height and a width >= 1."""
     if not (
         isinstance(size, tuple | list)
         and len(size) == 2
@@ -135,14 +135,14 @@ def _extrinsics(centers: np.ndarray, yaw: np.ndarray, pitch: np.ndarray, roll: n
 
 
 def _wander(rng: np.random.Generator, limits: Range, walked: np.ndarray, shortest: float) -> np.ndarray:
-    """A value that swings slowly within its limits; `shortest` is its shortest period, metres walked."""
+    """A value that varies slowly within its limits; `shortest` is its shortest period, meters walked."""
     low, high = limits
     phase, period = rng.uniform(0, 2 * np.pi), shortest * rng.uniform(1.0, 1.5)
     return (low + high) / 2 + (high - low) / 2 * np.sin(phase + 2 * np.pi * walked / period)
 
 
 def _loop(rng: np.random.Generator, room: Room) -> np.ndarray:
-    """Corners (N, 2) of a closed path through free cells, around the room by way of points spread over its floor."""
+    """Corners (N, 2) of a closed path through free cells, via points spread over the floor."""
     length, width, _ = room.size
     xs, ys = (np.arange(-extent / 2 + _CELL, extent / 2, _CELL) for extent in (length, width))
     cells = np.stack(np.meshgrid(xs, ys, indexing="ij"), axis=-1)  # (X, Y, 2)
@@ -156,7 +156,7 @@ def _loop(rng: np.random.Generator, room: Room) -> np.ndarray:
     cost = np.where(free, 1 + 0.3 / np.maximum(clearance, 0.05), np.inf)  # prefers the middle of a passage
     home = np.unravel_index(np.argmax(clearance), clearance.shape)
     reachable = np.argwhere(np.isfinite(_travel(cost, home)))
-    # Farthest-point sampling spreads the stops, going round the middle makes a loop of them.
+    # Farthest-point sampling spreads the stops; sorting them around the center forms a loop.
     points = cells[tuple(reachable.T)]
     stops = [int(rng.integers(len(points)))]
     spread = np.full(len(points), np.inf)
@@ -176,9 +176,9 @@ _NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
 
 
 def _travel(cost: np.ndarray, goal: tuple[int, int]) -> np.ndarray:
-    """Cheapest way (X, Y) from every cell to the goal over eight neighbours; infinite where there is none."""
+    """Cost (X, Y) of the cheapest path from every cell to the goal over eight neighbors; infinite if there is none."""
     x, y = cost.shape
-    best = np.full((x + 2, y + 2), np.inf)  # a border of one cell spares all bounds checks
+    best = np.full((x + 2, y + 2), np.inf)  # a border of one cell avoids all bounds checks
     best[goal[0] + 1, goal[1] + 1] = 0
     inner = best[1:-1, 1:-1]
     while True:
@@ -200,7 +200,7 @@ def _descend(travel: np.ndarray, start: tuple[int, int]) -> list[tuple[int, int]
 
 
 def _smooth(room: Room, corners: np.ndarray) -> np.ndarray:
-    """Closed path (N, 2), evenly spaced and rounded, still clear of everything."""
+    """Closed path (N, 2), evenly spaced and rounded, still clear of all obstacles."""
     path = _respaced(corners)
     kernel = np.exp(-0.5 * (np.arange(-12, 13) / 5) ** 2)
     kernel /= kernel.sum()
@@ -225,7 +225,7 @@ def _respaced(path: np.ndarray) -> np.ndarray:
 
 
 def _pushed_away(room: Room, points: np.ndarray, wanted: float) -> np.ndarray:
-    """Moves points (N, 2) that are too near to something straight away from it."""
+    """Move points (N, 2) that are too close to an obstacle directly away from it."""
     missing = wanted - room.clearance(points)
     near = missing > 0
     if near.any():
@@ -239,19 +239,19 @@ def _pushed_away(room: Room, points: np.ndarray, wanted: float) -> np.ndarray:
 
 
 def _gaze(rng: np.random.Generator, room: Room, centers: np.ndarray, max_turn: float) -> tuple[np.ndarray, np.ndarray]:
-    """Yaw and pitch (V,) in radians of a camera that looks at one object or wall after another.
+    """Yaw and pitch (V,) in radians of a camera that views one object or wall after another.
 
-    It turns on to the next one that it has not looked at yet, with bounded rate and gentle starts; when it
-    has seen all it begins anew.
+    It turns to the next one that it has not viewed yet, with bounded rate and smooth starts; after the last one
+    it starts again.
     """
-    limit = np.radians(0.75 * max_turn)  # the rest is left to pitch and roll
+    limit = np.radians(0.75 * max_turn)  # the rest is left for pitch and roll
     lowest, highest = np.radians(room.level.pitch)
     x, y, z = np.array(room.size) / 2
     walls = [(-x, 0.0, z), (0.0, -y, z), (x, 0.0, z), (0.0, y, z)]
     targets = np.array([item.center for item in room.objects] + walls)
     unseen = np.ones(len(targets), bool)
     to_middle = np.arctan2(-centers[0, 1], -centers[0, 0])
-    yaw, rate = to_middle + rng.uniform(-0.5, 0.5), 0.0  # a first frame of the room, not of a wall at arm's length
+    yaw, rate = to_middle + rng.uniform(-0.5, 0.5), 0.0  # the first frame shows the room, not a wall at close range
     pitch = (lowest + highest) / 2
     yaws, pitches = [], []
     for center in centers:
@@ -265,7 +265,7 @@ def _gaze(rng: np.random.Generator, room: Room, centers: np.ndarray, max_turn: f
             unseen[:] = True
         candidates = np.flatnonzero(unseen & far & ~looked_at)
         if len(candidates):
-            # Nearest to where the turn is heading: turning on is easier than turning back, and sees more.
+            # Nearest to where the turn is heading: continuing is easier than turning back, and shows more.
             chosen = candidates[np.argmin(np.abs(error[candidates] - 4 * rate))]
             wanted = 0.35 * error[chosen]
             wanted_pitch = np.arctan2(offsets[chosen, 2], distance[chosen])
