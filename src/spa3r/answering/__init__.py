@@ -1,1 +1,1 @@
-"""From pictures and questions to answers."""
+"""Answering questions about pictures with a VLM."""

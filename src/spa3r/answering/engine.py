@@ -1,4 +1,4 @@
-"""What a VLM answers, with Spa3R and without, and how much of it is right.
+"""Answers of a VLM, with or without Spa3R, and their scores.
 
 report = evaluate_answers(model, processor, examples)
 print(score_table({"with Spa3R": report}))
@@ -21,25 +21,25 @@ from spa3r.vsi_bench.format import CHOICE_TYPES, NUMBER_TYPES
 from spa3r.vsi_bench.scoring import aggregate, score_prediction
 
 Example = Mapping[str, Any]
-"""``messages`` in the chat form of Hugging Face, the last one the assistant's: the truth. ``question_type`` and ``row``
-(its name) may stand beside them."""
+"""``messages`` in the chat format of Hugging Face, ending with the assistant's true answer. Optional keys:
+``question_type`` and ``row`` (the example's name)."""
 
 EXACT_MATCH = "exact_match"
-"""Name of the share of right answers, letter by letter, to questions that are of no type of VSI-Bench."""
+"""Name of the share of exactly matching answers to questions that are not of a VSI-Bench type."""
 
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """One question's outcome.
+    """The scored answer to one question.
 
     Attributes:
         row: The example's name; empty if it has none.
-        question_type: As in the example; None if it has none.
+        question_type: The example's question type; None if it has none.
         question: The text of the last question, without its pictures.
-        answer: What the model said.
-        truth: What the example says.
+        answer: The model's answer.
+        truth: The example's answer.
         score: Between 0 and 1: :func:`~spa3r.vsi_bench.scoring.score_prediction` for the types of VSI-Bench; for
-            others 1 if answer and truth are the same but for case and white space around them.
+            others 1 if answer and truth are equal except for case and surrounding white space.
     """
 
     row: str
@@ -52,11 +52,11 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class AnswerReport:
-    """What :func:`evaluate_answers` returns.
+    """Result of :func:`evaluate_answers`.
 
     Attributes:
-        answers: One for each example, in their order.
-        skipped: Of examples that could not be asked and were left out their name, ``row``, and the ``reason``.
+        answers: One per example, in order.
+        skipped: ``row`` (the name) and ``reason`` of each example that was left out because it could not be asked.
     """
 
     answers: list[ScoredAnswer]
@@ -64,8 +64,8 @@ class AnswerReport:
 
     @property
     def scores(self) -> dict[str, float]:
-        """In per cent: ``"overall"`` and the tasks of VSI-Bench that occur, under their official names; and
-        ``"exact_match"`` of all other questions, which is no part of the overall score."""
+        """Scores in percent: ``"overall"`` and the VSI-Bench tasks that occur, under their official names; and
+        ``"exact_match"`` of all other questions, which is not part of the overall score."""
         ours = [answer for answer in self.answers if answer.question_type in (*CHOICE_TYPES, *NUMBER_TYPES)]
         others = [answer.score for answer in self.answers if answer.question_type not in (*CHOICE_TYPES, *NUMBER_TYPES)]
         scores = aggregate(vars(answer) for answer in ours) if ours else {}
@@ -73,7 +73,7 @@ class AnswerReport:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Of every entry of :attr:`scores` the number of questions."""
+        """Number of questions of every entry of :attr:`scores`."""
         types = [answer.question_type for answer in self.answers]
         known = [question_type for question_type in types if question_type in (*CHOICE_TYPES, *NUMBER_TYPES)]
         counts = {"overall": len(known), EXACT_MATCH: len(types) - len(known)}
@@ -97,22 +97,22 @@ def answer(
     """Greedy answers to the last question of every example.
 
     Args:
-        model: A Spa3-VLM, or a VLM of transformers. Its modules are left in the mode in which they were.
-        processor: The model's: a :class:`~spa3r.Spa3VLMProcessor`, or a processor of transformers for a VLM. Of a
-            Spa3-VLM with ``images="aligned"`` the VLM alone sees the same pictures as with Spa3R.
-        examples: With ``messages``; an assistant's message at the end is what is asked for, and the model does not see
-            it. A data set of map style, a list, or anything else to iterate over; read batch by batch.
-        batch_size: Examples answered at once, padded on the left.
-        max_new_tokens: Length of an answer at most. VSI-Bench allows 16.
-        use_spa3r: False: a Spa3-VLM's VLM alone, whose image tokens are not fused. A plain VLM has nothing to leave
-            out.
-        show_progress: Whether a bar shows how far it is.
+        model: A Spa3-VLM, or a VLM of transformers. The training mode of its modules is restored.
+        processor: The model's processor: a :class:`~spa3r.Spa3VLMProcessor`, or a processor of transformers for a VLM.
+            With the processor of a Spa3-VLM and ``images="aligned"``, the VLM alone gets the same pictures as with
+            Spa3R.
+        examples: Examples with ``messages``. A final assistant message is removed, since it is the answer. A map-style
+            dataset, a list, or any other iterable; it is read batch by batch.
+        batch_size: Number of examples per batch, padded on the left.
+        max_new_tokens: Maximum length of an answer. VSI-Bench allows 16.
+        use_spa3r: False runs only the VLM of a Spa3-VLM, without fusing its image tokens. No effect on a plain VLM.
+        show_progress: Whether to show a progress bar.
 
     Returns:
         The answers, in the examples' order.
 
     Raises:
-        ValueError: `batch_size` is below 1, or an example holds no question.
+        ValueError: `batch_size` is below 1, or an example contains no question.
     """
     asked = (examples, batch_size, max_new_tokens, use_spa3r, show_progress)
     return [text for _, text in _answers(model, processor, *asked)]
@@ -127,20 +127,20 @@ def evaluate_answers(
     use_spa3r: bool = True,
     skip: bool = False,
 ) -> AnswerReport:
-    """Ask a model everything and score its answers by VSI-Bench's rules.
+    """Ask a model all questions and score its answers with VSI-Bench's rules.
 
     Args:
-        model: As in :func:`answer`, like all arguments.
-        processor: The model's.
-        examples: The last message of each is the assistant's: the truth.
-        batch_size: Examples answered at once.
-        max_new_tokens: Length of an answer at most.
-        use_spa3r: False: a Spa3-VLM's VLM alone.
-        skip: Whether an example that can't be asked is left out and named, and not an error.
+        model: As in :func:`answer`.
+        processor: The model's processor.
+        examples: Examples whose last message is the assistant's true answer.
+        batch_size: Number of examples per batch.
+        max_new_tokens: Maximum length of an answer.
+        use_spa3r: False runs only the VLM of a Spa3-VLM.
+        skip: Whether to skip and report examples that can't be asked, instead of raising an error.
 
     Raises:
-        ValueError: There is no example, or without `skip` an example can't be asked: it holds no question or no truth,
-            its picture can't be read, or a text of it holds a special token.
+        ValueError: There is no example, or without `skip` an example can't be asked: it contains no question or no
+            truth, its picture can't be read, or one of its texts contains a special token.
     """
     report = AnswerReport([])
     asked = (batch_size, max_new_tokens, use_spa3r)
@@ -160,11 +160,11 @@ def score_answer(example: Example, answer: str) -> ScoredAnswer:
     """Score one answer by the rules of its question type.
 
     Args:
-        example: With the truth as its last message, the assistant's.
-        answer: The model's.
+        example: An example whose last message is the assistant's true answer.
+        answer: The model's answer.
 
     Raises:
-        ValueError: The example holds no question or no truth.
+        ValueError: The example contains no question or no truth.
     """
     name, question_type = example.get("row") or "", example.get("question_type")
     *questions, last = example["messages"]
@@ -182,14 +182,14 @@ def score_answer(example: Example, answer: str) -> ScoredAnswer:
 
 
 def score_table(reports: Mapping[str, AnswerReport]) -> str:
-    """Scores by task side by side, as a Markdown table that is readable as plain text.
+    """Scores of several reports by task, as a Markdown table that is readable as plain text.
 
     Args:
-        reports: By the heading of its column what :func:`evaluate_answers` returned, all about the same questions.
+        reports: Results of :func:`evaluate_answers` about the same questions, by column heading.
     """
     scores = [report.scores for report in reports.values()]
     counts = next(iter(reports.values())).counts
-    names = sorted(counts, key=lambda name: name in ("overall", EXACT_MATCH))  # the tasks first
+    names = sorted(counts, key=lambda name: name in ("overall", EXACT_MATCH))  # tasks first
     cells = [["per cent", "questions", *reports]]
     cells += [[_task(name).replace("_", " "), str(counts[name]), *(f"{s[name]:.1f}" for s in scores)] for name in names]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -213,15 +213,15 @@ def _answers(
     show_progress: bool = True,
     skipped: list[dict[str, str]] | None = None,
 ) -> Iterator[tuple[Example, str]]:
-    """Every example with its answer; but for those that can't be asked, if there is a list for their names."""
+    """Every example with its answer; examples that can't be asked are added to the list of skipped ones, if given."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    is_spa3_vlm = hasattr(model, "vlm")  # also below a peft model
+    is_spa3_vlm = hasattr(model, "vlm")  # also inside a PEFT model
     asked = model if use_spa3r or not is_spa3_vlm else model.vlm
     left_out = () if is_spa3_vlm and use_spa3r else VIEW_KEYS
     if left_out and getattr(processor, "spatial_tokens", None) is not None:
         processor = copy(processor)
-        processor.spatial_tokens = None  # no places for tokens that nobody appends
+        processor.spatial_tokens = None  # no places for tokens that are not appended
     tokenizer = getattr(processor, "tokenizer", processor)
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -268,7 +268,7 @@ def _inputs(processor: Any, batch: Sequence[Example]) -> Any:
 
 
 def _usable(processor: Any, batch: Sequence[Example], skipped: list[dict[str, str]]) -> list[Example]:
-    """The examples of a batch that can be asked; the others are named."""
+    """The examples of a batch that can be asked; the others are added to the list of skipped ones."""
     usable = []
     for example in batch:
         try:
@@ -285,7 +285,7 @@ def _length(examples: Iterable[Example]) -> int | None:
 
 
 def _batches(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
-    if hasattr(examples, "__len__") and hasattr(examples, "__getitem__"):  # a data set may know no IndexError
+    if hasattr(examples, "__len__") and hasattr(examples, "__getitem__"):  # a dataset may not raise IndexError
         rows = (examples[index] for index in range(len(examples)))
     else:
         rows = iter(examples)
@@ -294,7 +294,7 @@ def _batches(examples: Iterable[Example], batch_size: int) -> Iterator[list[Exam
 
 
 def _prompt(example: Example) -> Sequence[Mapping[str, Any]]:
-    """The messages without the answer that is asked for."""
+    """The messages without the final answer."""
     messages = list(example["messages"])
     if messages and messages[-1]["role"] == "assistant":
         messages.pop()

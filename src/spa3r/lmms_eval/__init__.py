@@ -1,7 +1,7 @@
-"""Spa3-VLM in lmms-eval: what the entry-point group ``lmms_eval.models`` of this package leads to.
+"""Spa3-VLM in lmms-eval: the target of this package's entry point in the group ``lmms_eval.models``.
 
-lmms-eval reads the group whenever it lists its models, also for those who run another one, so the class itself, which
-imports half of lmms-eval, is only named here.
+lmms-eval loads the group whenever it lists its models, even to run another one. The class, which imports half of
+lmms-eval, is therefore only named here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval registers: ``--model spa3r``, also called ``spa3_vlm``, with chat messages."""
+    """The registration for lmms-eval: ``--model spa3r``, alias ``spa3_vlm``, with chat messages."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

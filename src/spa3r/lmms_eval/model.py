@@ -21,39 +21,39 @@ from spa3r.media.videos import sample_frames
 logger = logging.get_logger(__name__)
 
 MAX_NEW_TOKENS = 128
-"""Length of an answer at most, for tasks that name none; as of lmms-eval's own models."""
+"""Maximum answer length for tasks that set none; the same as for lmms-eval's own models."""
 
 DEFAULT_UNTIL = ["\n\n"]
-"""What lmms-eval gives to tasks that name no stop string: what stands between the examples of a few-shot prompt."""
+"""lmms-eval's default stop string for tasks that set none: the separator of the examples in a few-shot prompt."""
 
 GREEDY = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""What says how to sample, and nothing where nobody samples."""
+"""Sampling parameters, which have no effect without sampling."""
 
 
 Files = tuple[tuple[str, str], ...]
-"""What a scene is made of: ``("image" | "video", file)``."""
+"""Files of a scene: ``("image" | "video", file)``."""
 
 
 class Spa3VLMForLmmsEval(lmms):
-    """A Spa3-VLM that lmms-eval asks, by chat messages. All pictures and videos of a question are views of one scene.
+    """A Spa3-VLM for lmms-eval with chat messages. All pictures and videos of a question are views of one scene.
 
     The arguments are those of ``--model_args``, and ``--batch_size`` and ``--device``.
 
     Args:
         pretrained: A folder, a hub id, or ``"embedded"``.
-        batch_size: Questions answered at once, padded on the left.
-        device: Such as ``"cuda:0"``; None: the first of cuda, mps, cpu. With several processes accelerate says it.
+        batch_size: Number of questions per batch, padded on the left.
+        device: Such as ``"cuda:0"``; None: the first of cuda, mps, cpu. With several processes, accelerate sets it.
         dtype: ``"auto"`` (as saved), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        attn_implementation: Attention back end; None: the fastest that works.
-        num_frames: Frames of a video: ``linspace(0, n - 1, num_frames)``. VSI-Bench's evaluation takes 32.
-        max_batch_size: Not used; lmms-eval gives it to every model.
-        **unknown: Nothing else is known.
+        attn_implementation: Attention back end; None: the fastest available.
+        num_frames: Number of frames of a video: ``linspace(0, n - 1, num_frames)``. VSI-Bench's evaluation uses 32.
+        max_batch_size: Ignored; lmms-eval passes it to every model.
+        **unknown: Raises an error.
 
     Raises:
         ValueError: An argument is unknown, or out of its range.
     """
 
-    is_simple = False  # asked by chat messages
+    is_simple = False  # uses chat messages
 
     def __init__(
         self,
@@ -86,23 +86,22 @@ class Spa3VLMForLmmsEval(lmms):
 
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Answers to lmms-eval's requests, in their order.
+        """Answer lmms-eval's requests, in their order.
 
-        Questions are asked in batches of equal ``generation_kwargs``. A scene about whose files several questions of a
-        task are asked is encoded once (:meth:`~spa3r.Spa3VLMForConditionalGeneration.encode_scene`).
+        Questions are batched by equal ``generation_kwargs``. If several questions of a task are about the same files,
+        the scene is encoded once (:meth:`~spa3r.Spa3VLMForConditionalGeneration.encode_scene`).
 
-        Of ``generation_kwargs`` all that transformers' ``generate`` knows is used: ``max_new_tokens`` (128 if missing),
-        ``num_beams``, ``repetition_penalty`` and so on; the rest is named in a warning. Answers are greedy unless a
-        temperature above 0 or ``do_sample: true`` is given. An answer ends before the first of ``until``. The lone
-        ``"\\n\\n"`` which lmms-eval gives to tasks that name no stop string is not used, as in lmms-eval's own Qwen
-        models: it would cut an answer after its first paragraph.
+        All ``generation_kwargs`` that transformers' ``generate`` knows are used: ``max_new_tokens`` (128 if missing),
+        ``num_beams``, ``repetition_penalty`` and so on; a warning names the rest. Decoding is greedy unless a
+        temperature above 0 or ``do_sample: true`` is set. An answer ends before the first string of ``until``. A lone
+        ``"\\n\\n"``, lmms-eval's default for tasks without a stop string, is ignored as in lmms-eval's own Qwen models:
+        it would cut an answer after its first paragraph.
 
         Args:
-            requests: Of type ``generate_until``, of any tasks.
+            requests: Requests of type ``generate_until``, of any tasks.
 
         Raises:
-            ValueError: A question holds what the model can't see (sound, a part of a video), or media that can't be
-                read.
+            ValueError: A question contains unsupported content (audio, a part of a video), or unreadable media.
         """
         answers = [""] * len(requests)
         groups = defaultdict(list)
@@ -120,12 +119,12 @@ class Spa3VLMForLmmsEval(lmms):
     def _answers(
         self, requests: Sequence[Instance], indices: Sequence[int], arguments: Mapping[str, Any], shares: bool
     ) -> Iterator[tuple[list[int], list[str]]]:
-        """Batch by batch; first, with `shares`, about scenes that are encoded once since several ask about them."""
+        """Answers batch by batch; with `shares`, first those about scenes that several questions share."""
         waiting = dict.fromkeys(indices)
         for files, asked in self._scenes(requests, indices).items() if shares else ():
             try:
                 texts = self._ask(files, [question for _, question in asked], arguments)
-            except ValueError as error:  # whole prompts are the definition, and fail for themselves if they must
+            except ValueError as error:  # whole prompts are the reference and raise their own errors
                 logger.warning_once(f"Questions about the same scene are asked in whole prompts, one by one: {error}")
                 continue
             for index, _ in asked:
@@ -137,9 +136,9 @@ class Spa3VLMForLmmsEval(lmms):
             yield batch, self._ask_whole_prompts([requests[index] for index in batch], arguments)
 
     def _scenes(self, requests: Sequence[Instance], indices: Sequence[int]) -> dict[Files, list[tuple[int, str]]]:
-        """Indices and words of the questions about the same files, where there are several.
+        """Indices and texts of the questions that share the same files.
 
-        A task whose first question is of another form is not looked through: its pictures would be read twice.
+        A task whose first question has another form is skipped, since its pictures would be read twice.
         """
         scenes, others = defaultdict(list), set()
         for index in indices:
@@ -162,7 +161,7 @@ class Spa3VLMForLmmsEval(lmms):
 
     def _ask_whole_prompts(self, requests: Sequence[Instance], arguments: Mapping[str, Any]) -> list[str]:
         conversations = [self._messages(request) for request in requests]
-        # Some VLMs' processors want a batch's pictures in its first rows.
+        # Some VLMs' processors require a batch's pictures in its first rows.
         order = sorted(range(len(requests)), key=lambda row: not _has_media(conversations[row]))
         inputs = self.processor.apply_chat_template(
             [conversations[row] for row in order],
@@ -177,7 +176,7 @@ class Spa3VLMForLmmsEval(lmms):
         return [answers[row] for row in range(len(requests))]
 
     def _messages(self, request: Instance) -> list[dict[str, Any]]:
-        """The question's messages, whose items hold their media under ``url``, as our processor takes them."""
+        """The question's messages, with media under ``url`` as our processor takes them."""
         _, doc_to_messages, _, doc_id, task, split = request.args
         messages = doc_to_messages(self.task_dict[task][split][doc_id])
         for item in (item for message in messages for item in _items(message)):
@@ -191,7 +190,7 @@ class Spa3VLMForLmmsEval(lmms):
         return messages
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Not supported: Spa3-VLM is scored by what it says.
+        """Not supported: a Spa3-VLM is scored by its generated answers.
 
         Raises:
             NotImplementedError: Always.
@@ -229,7 +228,7 @@ def _has_media(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _files_and_question(messages: Sequence[Mapping[str, Any]]) -> tuple[Files, str] | None:
-    """Of one message of files and then a text: kinds and names of the files, and the text."""
+    """Split one message of files and then a text: kinds and names of the files, and the text."""
     *media, last = _items(messages[-1])
     is_plain = len(messages) == 1 and messages[0]["role"] == "user" and media and last["type"] == "text"
     if not is_plain or not all(item["type"] != "text" and isinstance(item.get("url"), str) for item in media):
@@ -238,7 +237,7 @@ def _files_and_question(messages: Sequence[Mapping[str, Any]]) -> tuple[Files, s
 
 
 def _generation_arguments(generation_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A task's ``generation_kwargs`` as arguments of transformers' ``generate``, and the strings to stop before."""
+    """Convert a task's ``generation_kwargs`` to arguments of transformers' ``generate`` and stop strings."""
     arguments = {key: value for key, value in generation_kwargs.items() if value is not None}
     until = arguments.pop("until", [])
     until = [until] if isinstance(until, str) else list(until)

@@ -1,22 +1,22 @@
-"""Attention over packed sequences: who sees whom is said by segments, never by a dense mask.
+"""Attention over packed sequences, described by segments instead of dense masks.
 
-Tokens of all views of all scenes lie in one sequence without padding. A :class:`Segments` cuts it: query segment *i*
-sees key range *i* and nothing else. Every attention of the method is one call of :func:`packed_attention` with other
-segments. Lengths are Python integers, so nothing is ever read back from the device.
+Tokens of all views of all scenes are packed into one sequence without padding. A :class:`Segments` partitions it: query
+segment *i* attends to key range *i* and nothing else. All attention of the method goes through
+:func:`packed_attention`, with different segments. Lengths are Python integers, so nothing is read back from the device.
 
 The back end is the model's ``config._attn_implementation``, looked up in transformers' ``AttentionInterface``:
 
 =====================  ================================================================================================
-``xformers``           the default where xformers is installed. On CUDA tensors one call of xformers' memory-efficient
+``xformers``           the default if xformers is installed. On CUDA tensors one call of xformers' memory-efficient
                        attention (a ``BlockDiagonalMask`` for ragged segments); on other devices the ``sdpa`` path
 ``sdpa``               PyTorch's scaled-dot-product attention: equal segments in one batched call, unequal ones grouped
                        by length
-``eager``              plain matrix products, grouped in the same way; the definition that the others must match
-``flash_attention_2``  one variable-length call; CUDA only, needs the flash-attn package; has no float32, for which (the
-                       camera head) the ``sdpa`` path is taken
+``eager``              plain matrix products, grouped in the same way; the reference that the others must match
+``flash_attention_2``  one variable-length call; CUDA only, needs the flash-attn package; doesn't support float32, for
+                       which (the camera head) the ``sdpa`` path is used
 =====================  ================================================================================================
 
-Any other name registered in ``AttentionInterface`` runs grouped, as ``sdpa`` does.
+Any other name registered in ``AttentionInterface`` runs grouped, like ``sdpa``.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Segments:
-    """A partition of a packed query sequence, and the keys that each part sees.
+    """A partition of a packed query sequence, with the keys that each segment attends to.
 
-    Query segments follow one another and cover the whole query sequence. Key ranges are (start, length) pairs into the
-    packed key sequence; they may overlap, which is how target views see the same context keys as context views do.
+    Query segments are consecutive and cover the whole query sequence. Key ranges are (start, length) pairs into the
+    packed key sequence. They may overlap, so that target views can attend to the same context keys as context views.
     Build one with :meth:`within`, :meth:`across` or from ranges.
     """
 
@@ -54,12 +54,12 @@ class Segments:
 
     @classmethod
     def within(cls, lengths: Sequence[int]) -> Segments:
-        """Self-attention: each segment sees itself."""
+        """Self-attention: each segment attends to itself."""
         return cls.across(lengths, lengths)
 
     @classmethod
     def across(cls, query_lengths: Sequence[int], key_lengths: Sequence[int]) -> Segments:
-        """Cross-attention: query segment i sees the i-th segment of the keys, which follow one another too."""
+        """Cross-attention: query segment i attends to key segment i; key segments are consecutive too."""
         if len(query_lengths) != len(key_lengths):
             raise ValueError(
                 f"`query_lengths` and `key_lengths` pair up, one key segment for each query segment; got "
@@ -74,25 +74,25 @@ class Segments:
 
     @property
     def keys_are_packed(self) -> bool:
-        """Whether the key ranges follow one another from 0, so that the keys need no gathering."""
+        """Whether the key ranges are consecutive from 0, so that the keys need no gathering."""
         starts = accumulate(self.key_lengths, initial=0)
         return all(start == expected for (start, _), expected in zip(self.key_ranges, starts))
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all segments have one shape and lie one after the other: then a reshape makes the batch."""
+        """Whether all segments have one shape and are consecutive, so that a reshape gives a batch."""
         return self.keys_are_packed and len(set(zip(self.query_lengths, self.key_lengths))) == 1
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Indices of the segments that have the same (query, key) lengths, group by group."""
+        """Indices of the segments grouped by their (query, key) lengths."""
         groups: dict[tuple[int, int], list[int]] = {}
         for index, shape in enumerate(zip(self.query_lengths, self.key_lengths)):
             groups.setdefault(shape, []).append(index)
         return tuple(tuple(indices) for indices in groups.values())
 
     def gather_keys(self, keys: Tensor) -> Tensor:  # (Sk, ...) -> (sum of key lengths, ...)
-        """The keys of all segments one after the other; a copy only where ranges overlap or skip."""
+        """The keys of all segments, concatenated; copied only if ranges overlap or skip keys."""
         if self.keys_are_packed:
             return keys
         return torch.cat([keys[start : start + length] for start, length in self.key_ranges])
@@ -101,15 +101,15 @@ class Segments:
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None = None
 ) -> Tensor:
-    """Softmax attention inside segments, by the back end that ``module.config`` names.
+    """Softmax attention within segments, with the back end that ``module.config`` selects.
 
     Args:
-        module: The calling layer; its ``config._attn_implementation`` names the back end.
+        module: The calling layer; its ``config._attn_implementation`` selects the back end.
         query: (Sq, heads, head_dim), with Sq the sum of ``segments.query_lengths``.
         key: (Sk, heads, head_dim).
         value: (Sk, heads, head_dim).
-        segments: Who sees whom.
-        scaling: Factor on the scores; head_dim ** -0.5 when None.
+        segments: The segments, with the keys that each attends to.
+        scaling: Factor on the scores; None: head_dim ** -0.5.
 
     Returns:
         (Sq, heads, head_dim).
@@ -122,7 +122,7 @@ def packed_attention(
     if name == "xformers" and query.is_cuda:
         return _xformers_attention(query, segments.gather_keys(key), segments.gather_keys(value), segments, scaling)
     if "flash" in name and query.dtype == torch.float32:
-        name = "sdpa"  # flash attention has no float32; the camera head, always float32, takes PyTorch's
+        name = "sdpa"  # flash attention doesn't support float32, which the camera head always uses
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
     if "flash" in name:
         return _varlen_flash_attention(
@@ -134,7 +134,7 @@ def packed_attention(
 def _grouped_attention(
     attend: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float
 ) -> Tensor:
-    """One batched call for each shape of segment: for back ends without variable-length kernels."""
+    """One batched call per segment shape, for back ends without variable-length kernels."""
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # each (batch, length, heads, head_dim)
         heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -167,7 +167,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as it is defined, the softmax in float32. Returns (B, Sq, heads, head_dim) and the weights."""
+    """Reference attention, with the softmax in float32. Returns (B, Sq, heads, head_dim) and the weights."""
     scores = query @ key.transpose(-2, -1) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -177,8 +177,8 @@ def eager_attention_forward(
 
 @lru_cache(maxsize=128)
 def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """(segments + 1,) int32 offsets on the device, cached, so that all layers share one copy."""
-    with torch.inference_mode(False):  # the cache may outlive it, and what is made in it can't be trained with
+    """(segments + 1,) int32 offsets on the device, cached and shared by all layers."""
+    with torch.inference_mode(False):  # the cache may outlive inference mode, whose tensors can't be used in training
         return to_device([0, *accumulate(lengths)], torch.int32, device)
 
 
@@ -202,7 +202,7 @@ def _varlen_flash_attention(
 
 @lru_cache(maxsize=128)
 def _block_diagonal_mask(segments: Segments, device: torch.device):
-    """xformers' ragged mask (offsets only, nothing dense), made once for all layers."""
+    """xformers' ragged mask (offsets only, nothing dense), created once for all layers."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     with torch.inference_mode(False):  # as above
@@ -210,7 +210,7 @@ def _block_diagonal_mask(segments: Segments, device: torch.device):
 
 
 def _xformers_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
-    """The one function that knows xformers' packed call; query (Sq, heads, d), key and value gathered."""
+    """Call xformers on a packed sequence; query (Sq, heads, d), key and value gathered."""
     from xformers.ops import memory_efficient_attention
 
     if segments.is_uniform:
@@ -224,12 +224,12 @@ def _xformers_attention(query: Tensor, key: Tensor, value: Tensor, segments: Seg
 def xformers_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """What ``attn_implementation="xformers"`` means for a model of transformers, such as the language model of a VLM.
+    """Implements ``attn_implementation="xformers"`` for models of transformers, such as the language model of a VLM.
 
-    Causal and padding masks of such models come as tensors, for which SDPA is the better kernel; xformers' own kernels
-    serve the packed attention of this library (:func:`packed_attention`), which has no mask tensor.
+    Causal and padding masks of such models are tensors, for which SDPA has the better kernel. xformers' own kernels are
+    used in the packed attention of this library (:func:`packed_attention`), which has no mask tensor.
     """
-    if not query.is_cuda and not torch.compiler.is_compiling():  # a log call would break the graph
+    if not query.is_cuda and not torch.compiler.is_compiling():  # logging would break the graph
         logger.warning_once(
             f"attn_implementation='xformers': xformers' kernels run on CUDA only; on {query.device.type} tensors "
             "PyTorch's scaled-dot-product attention computes the same."
@@ -239,26 +239,26 @@ def xformers_attention_forward(
 
 @lru_cache(maxsize=1)
 def _xformers_fault() -> str | None:
-    """What keeps xformers from running where there is a CUDA device; None where nothing is known to.
+    """The reason why xformers can't run on CUDA devices; None if none is known.
 
-    Builds exist that import and yet bring no kernels. Nothing is put on the device to find out: a model may be built
-    before the device is chosen.
+    Some builds can be imported but contain no kernels. The check uses no device, since a model may be built before the
+    device is chosen.
     """
     if not torch.cuda.is_available():
-        return None  # on other devices its path is PyTorch's own
+        return None  # other devices use PyTorch's path
     try:
         from xformers import _cpp_lib
         from xformers.ops import fmha
     except (ImportError, OSError) as error:
         return str(error).strip().partition("\n")[0]
-    if torch.version.hip is None and not _cpp_lib._built_with_cuda:  # then it refuses PyTorch's own kernels, too
+    if torch.version.hip is None and not _cpp_lib._built_with_cuda:  # such a build rejects PyTorch's kernels, too
         return "its compiled part was built for other versions of PyTorch or CUDA and can't be loaded"
     has_kernel = any(kernel.is_available() for kernel in (fmha.cutlass.FwOp, fmha.flash.FwOp))
     return None if has_kernel else "the installed build brings no attention kernel"
 
 
 def why_unusable(name: str) -> str | None:
-    """Why the back end can't be used here, with the cure; None where it can."""
+    """Why the back end can't be used in this environment, and how to fix it; None if it can."""
     if name == "xformers":
         if importlib.util.find_spec("xformers") is None:
             return "the package xformers is not installed: `pip install xformers`, or use attn_implementation='sdpa'"
@@ -273,11 +273,11 @@ def why_unusable(name: str) -> str | None:
 
 
 def check_attention_implementation(name: str | None) -> str:
-    """The back end to use for a request, ``None`` meaning the default.
+    """The back end for a request; ``None`` selects the default.
 
     Raises:
         ValueError: The name is unknown.
-        ImportError: The back end is known and can't be used here.
+        ImportError: The back end is known but can't be used here.
     """
     if name is None:
         return "sdpa" if why_unusable("xformers") else "xformers"

@@ -1,4 +1,4 @@
-"""What our models share: choice of the attention back end, initialisation, loading that accepts no surprise."""
+"""Base class of our models: selection of the attention back end, initialization, strict loading."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from spa3r.models.released import (
 
 
 def split_hub_kwargs(kwargs: dict[str, Any], config_class: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keywords for the hub, and those that are fields of a configuration.
+    """Split keywords into those for the hub and fields of a configuration.
 
     Raises:
-        TypeError: A keyword is neither: a configuration would keep it, unheard, and save it.
+        TypeError: A keyword is neither; a configuration would silently keep and save it.
     """
     hub = {key: value for key, value in kwargs.items() if key in HUB_KWARGS}
     fields = {key: value for key, value in kwargs.items() if key not in hub}
@@ -55,7 +55,7 @@ def split_hub_kwargs(kwargs: dict[str, Any], config_class: type) -> tuple[dict[s
 
 
 def packed_forward(forward: Callable) -> Callable:
-    """Give a `forward` of packed sequences ``return_dict=False``, and refuse what packed sequences don't have."""
+    """Add ``return_dict=False`` to a `forward` of packed sequences, and reject unsupported arguments."""
 
     @can_return_tuple
     @functools.wraps(forward)
@@ -78,13 +78,13 @@ UNSUPPORTED_OUTPUTS = {
 
 
 def without_quantizing(quantization_config: Any, skipped: Sequence[str], model_class: type, config) -> Any:
-    """A copy of a quantization's configuration that leaves some modules as they are.
+    """A copy of a quantization configuration that excludes some modules.
 
     Args:
-        quantization_config: Of transformers, or its fields.
-        skipped: Regular expressions, from the start of a module's path.
-        model_class: Whose modules: those that transformers itself would skip stay skipped.
-        config: Of the model.
+        quantization_config: A configuration of transformers, or its fields.
+        skipped: Regular expressions, matched from the start of a module's path.
+        model_class: The model class; modules that transformers itself would skip stay skipped.
+        config: The model's configuration.
     """
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
@@ -97,7 +97,7 @@ def without_quantizing(quantization_config: Any, skipped: Sequence[str], model_c
             "BitsAndBytesConfig, for example."
         )
     chosen = getattr(changed, field)
-    if chosen is None:  # a list of ours replaces transformers' own choice, such as the language model's head
+    if chosen is None:  # otherwise our list would replace transformers' default, such as the LM head
         with torch.device("meta"):
             chosen = get_keys_to_not_convert(model_class(copy.deepcopy(config)))
     setattr(changed, field, [*chosen, *(name for name in skipped if name not in chosen)])
@@ -105,30 +105,30 @@ def without_quantizing(quantization_config: Any, skipped: Sequence[str], model_c
 
 
 SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-"""What configurations of quantizations call the modules that they leave out."""
+"""Names that quantization configurations use for the list of excluded modules."""
 
 
 def nonfinite_tensors(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the floating-point tensors that hold a NaN or an infinity; of sharded ones, in this process's part."""
+    """Names of floating-point tensors that contain NaN or infinity; for sharded ones, in this process's shard."""
     named = [(name, value.detach()) for name, value in named if value.is_floating_point() and not value.is_meta]
     parts = [value.to_local() if hasattr(value, "to_local") else value for _, value in named]
     if not parts:
         return []
     device = parts[0].device
-    finite = torch.stack([part.isfinite().all().to(device) for part in parts]).tolist()  # read back once
+    finite = torch.stack([part.isfinite().all().to(device) for part in parts]).tolist()  # a single synchronization
     return [name for (name, _), is_finite in zip(named, finite) if not is_finite]
 
 
 def check_finite(model: nn.Module, result: Tensor, what: str, **inputs: Any) -> None:
-    """Refuse a result of inference that is not finite, and say why it is not.
+    """Raise if a result of inference is not finite, with the reason.
 
-    Training looks at its gradients instead, and a compiled graph at nothing.
+    Training checks its gradients instead, and compiled graphs are not checked.
 
     Args:
-        model: What made the result.
-        result: It is read back from the device once.
+        model: The model that computed the result.
+        result: The result; it is read back from the device once.
         what: Its name.
-        **inputs: What it was made of; those that are no tensors are passed over.
+        **inputs: The inputs; those that are not tensors are ignored.
 
     Raises:
         ValueError: The result is not finite.
@@ -149,7 +149,7 @@ def check_finite(model: nn.Module, result: Tensor, what: str, **inputs: Any) -> 
 
 
 class FiniteLogits(LogitsProcessor):
-    """Ends the generation of words by a model whose logits are no numbers; they would come out as some word.
+    """Raises an error during generation if a model's logits are NaN, which would otherwise select an arbitrary token.
 
     Args:
         model: The model, for the error.
@@ -164,61 +164,61 @@ class FiniteLogits(LogitsProcessor):
 
 
 def finite_logits(model: nn.Module, others: Iterable[LogitsProcessor] | None = None) -> LogitsProcessorList:
-    """:class:`FiniteLogits` before other processors of logits, for ``generate``."""
+    """:class:`FiniteLogits`, followed by other logits processors, for ``generate``."""
     return LogitsProcessorList([FiniteLogits(model), *(others or ())])
 
 
 def only_nan(logits: Tensor) -> Tensor:
-    """Logits of 0 but where they are no numbers: minus infinity is that of a word that is ruled out."""
+    """Zeros where logits are numbers, NaN elsewhere; minus infinity is a valid logit of an excluded token."""
     return torch.where(logits.isnan(), logits, 0)
 
 
 _CARD_TO_KEEP: ContextVar[bytes | None] = ContextVar("_CARD_TO_KEEP", default=None)
-"""The card of the folder that is being saved to."""
+"""The model card that exists in the target folder of a save."""
 
 
 class PackedPreTrainedModel(PreTrainedModel):
-    """Base of the models whose attention is packed."""
+    """Base class of the models with packed attention."""
 
     _skip_quantization: tuple[str, ...] = (".*camera_head",)
-    """Modules that no quantization touches, as regular expressions."""
+    """Regular expressions of modules that are never quantized."""
 
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
     _released_kinds: tuple[Kind, ...] = ()
-    # Parts that one device has to hold: their positions travel in objects that accelerate's hooks don't look into.
+    # Modules that must be on one device: their positions are in objects that accelerate's hooks don't inspect.
     _no_split_modules = ["TransformerLayer", "VggtModel", "Spa3REncoder", "Spa3RDecoder"]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Default to xformers where it is installed; refuse an unknown or unusable back end while loading."""
+        """Default to xformers if it is installed; reject an unknown or unusable back end when loading."""
         name = check_attention_implementation(requested_attention)
         return super().get_correct_attn_implementation(name, is_init_check)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers searches the class's own file for its interface; ours is called in attention.py
+        return True  # transformers searches the source file for its interface; we call it in attention.py
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes, so where inputs go; also where its weights are offloaded."""
+        """The device of the computation and of the inputs, even if weights are offloaded."""
         return execution_device(self)
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """None: patches are projected, there is no table of embeddings. transformers' own raises, and FSDP2 asks."""
+        """None: patches are projected without an embedding table. FSDP2 calls it; transformers' default raises."""
         return None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
-        """As transformers' ``from_pretrained``, and strict; ``"embedded"`` names the checkpoint in the package.
+        """Like transformers' ``from_pretrained``, but strict; ``"embedded"`` names the checkpoint in the package.
 
-        Checkpoints in the layouts of the research code are translated while they are loaded: folders, files and hub
-        ids alike (:doc:`/guides/checkpoints`).
+        Checkpoints in the layouts of the research code are converted on the fly, whether folder, file or hub id
+        (:doc:`/guides/checkpoints`).
 
         Raises:
-            ValueError: The checkpoint is another model's, lacks keys, has keys that the model doesn't know or tensors
-                of other shapes, or a file of it can't be read.
+            ValueError: The checkpoint belongs to another model, lacks keys, has unknown keys or tensors of other
+                shapes, or one of its files can't be read.
         """
         pretrained_model_name_or_path = source = resolve(pretrained_model_name_or_path, cls.config_class.model_type)
         where = {key: kwargs[key] for key in WHERE if key in kwargs}
@@ -230,7 +230,7 @@ class PackedPreTrainedModel(PreTrainedModel):
             if (adapter := find_adapter(source, **where)) is not None:
                 return cls._from_adapter(source, adapter, where, output_loading_info=output_loading_info, **kwargs)
             kind = PreTrainedConfig.get_config_dict(source, **where)[0].get("model_type")
-            if kind != cls.config_class.model_type:  # before a model of default sizes is built
+            if kind != cls.config_class.model_type:  # before building a model of default sizes
                 raise ValueError(
                     f"{source} holds a model of type {kind!r}, and {cls.__name__} loads "
                     f"{cls.config_class.model_type!r}. Load it with its own class (AutoModel finds it); the Spa3R of a "
@@ -266,33 +266,33 @@ class PackedPreTrainedModel(PreTrainedModel):
             wrong = [f"{key} {tuple(got)}, wanted {tuple(wanted)}" for key, got, wanted in info["mismatched_keys"]]
             raise _other_shapes(cls, pretrained_model_name_or_path, wrong)
         if source is None and pretrained_model_name_or_path is not None:
-            model.config.name_or_path = str(pretrained_model_name_or_path)  # of a released checkpoint
+            model.config.name_or_path = str(pretrained_model_name_or_path)  # the name of a released checkpoint
         model._finish_loading({key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
         return (model, info) if output_loading_info else model
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        """As transformers', once the files are known to be those of the model, which has sizes and no memory yet."""
-        if expected_keys is None and not load_config.ignore_mismatched_sizes:  # else an adapter of peft is loaded
+        """Like transformers' method, after checking the files against the model, whose memory isn't allocated yet."""
+        if expected_keys is None and not load_config.ignore_mismatched_sizes:  # else a PEFT adapter is loaded
             shapes = _shapes(state_dict, checkpoint_files or ())
             if shapes and not load_config.is_quantized:  # quantized weights are packed
                 _check_shapes(model, shapes, load_config.pretrained_model_name_or_path)
-            # The rest, of keys that transformers renames, is ours to judge once they are renamed.
+            # Keys that transformers renames are checked after it has renamed them.
             load_config = dataclasses.replace(load_config, ignore_mismatched_sizes=True)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def check_device(self, name: str, tensor: torch.Tensor) -> None:
-        """Refuse an input that lies where this model doesn't. Parts that accelerate's hooks place fetch theirs.
+        """Raise for an input on another device. Modules with accelerate's hooks move their inputs themselves.
 
         Args:
-            name: What the error calls it, without quotes.
+            name: Name of the input in the error, without quotes.
             tensor: The input.
 
         Raises:
-            ValueError: With the cure.
+            ValueError: The input is on another device.
         """
         here, there = self.device, tensor.device
-        # Weights on the CPU and inputs elsewhere can be right: sharded training offloads weights.
+        # Weights on the CPU with inputs elsewhere are allowed: sharded training offloads weights.
         if here.type in ("meta", there.type) or there.type not in ("cpu", "meta"):
             return
         if tensor.is_meta or not any(hasattr(module, "_hf_hook") for module in self.modules()):
@@ -303,7 +303,7 @@ class PackedPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _from_adapter(cls, source, adapter: AdapterHome, where: dict[str, Any], **kwargs):
-        """The base model that a peft checkpoint names, with its updates."""
+        """The base model that a PEFT checkpoint names, with the adapter loaded."""
         if adapter.base is None:
             raise ValueError(
                 f"{source} holds an adapter of peft, which names no base model: its run combined a VLM with a Spa3R. "
@@ -318,12 +318,12 @@ class PackedPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _translate_released(cls, released: ReleasedCheckpoint, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of transformers' ``from_pretrained`` that load a released checkpoint: the configuration and the
+        """Arguments for transformers' ``from_pretrained`` that load a released checkpoint: the configuration and the
         tensors in our names.
 
         Args:
             released: The checkpoint.
-            kwargs: What the caller gave; fields of the configuration are taken out.
+            kwargs: The caller's arguments; fields of the configuration are removed from it.
         """
         given = kwargs.pop("config", None)
         if given is not None and not isinstance(given, PreTrainedConfig):
@@ -339,11 +339,11 @@ class PackedPreTrainedModel(PreTrainedModel):
     def _from_released(
         cls, released: ReleasedCheckpoint, fields: dict[str, Any]
     ) -> tuple[dict[str, torch.Tensor], PreTrainedConfig]:
-        """The tensors of a released checkpoint in our names, and its configuration with these fields set."""
+        """The tensors of a released checkpoint in our names, and its configuration with these fields."""
         raise NotImplementedError
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As transformers' ``save_pretrained``, with a model card (README.md); one that is there is kept."""
+        """Like transformers' ``save_pretrained``, with a model card (README.md); an existing card is kept."""
         card = Path(save_directory) / CARD
         token = _CARD_TO_KEEP.set(card.read_bytes() if is_own_card(card) else None)
         try:
@@ -354,14 +354,14 @@ class PackedPreTrainedModel(PreTrainedModel):
             write_model_card(self, save_directory)
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
-        """The last step of a push. transformers has written the hub's card, or a template, over the folder's."""
+        """The last step of a push; transformers has replaced the folder's card by the hub's card or a template."""
         if (kept := _CARD_TO_KEEP.get()) is not None:
             (Path(working_dir) / CARD).write_bytes(kept)
         write_model_card(self, working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _finish_loading(self, hub_kwargs: dict) -> None:
-        """What remains to be done once the checkpoint's tensors are in place."""
+        """Final steps after the checkpoint's tensors are loaded."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -380,7 +380,7 @@ class PackedPreTrainedModel(PreTrainedModel):
 
 
 def _shapes(state_dict: Mapping[str, Tensor] | None, files: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Of the tensors of a checkpoint by key, from the headers of its files; nothing of files without headers."""
+    """Tensor shapes of a checkpoint by key, from the headers of its files; files without headers are ignored."""
     if state_dict is not None:
         return {key: tuple(value.shape) for key, value in state_dict.items()}
     shapes = {}
@@ -393,7 +393,7 @@ def _shapes(state_dict: Mapping[str, Tensor] | None, files: Iterable[str]) -> di
 
 
 def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], name: str | Path | None) -> None:
-    """Refuse a checkpoint of other sizes than the model's before the model gets any memory.
+    """Raise for a checkpoint of other sizes than the model's, before the model's memory is allocated.
 
     Raises:
         ValueError: A tensor of the same key has another shape, or the model is far larger than all tensors together.
@@ -407,9 +407,9 @@ def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]],
     if wrong:
         raise _other_shapes(model_class, name, wrong)
     held = sum(map(math.prod, shapes.values()))
-    # Tied weights are not tied yet, and some families build them in another size first.
+    # Tied weights are not tied yet, and some families create them in another size first.
     described = sum(value.numel() for key, value in model.named_parameters() if key not in model.all_tied_weights_keys)
-    if described > 2 * held:  # keys are missing, too: which ones is known only when transformers has renamed them
+    if described > 2 * held:  # keys are missing; which ones is known only after transformers has renamed them
         raise ValueError(
             f"The checkpoint{_told(name)} must hold the {described:,} parameters of the {model_class.__name__} that "
             f"its configuration describes, got {held:,} in {len(shapes)} tensors. The configuration belongs to other "
@@ -429,7 +429,7 @@ def _told(name: str | Path | None) -> str:
 
 
 def save_without(save: Callable, model: nn.Module, left_out: Sequence[str], save_directory, **kwargs) -> None:
-    """Call `save` (``save_pretrained`` of `model`'s base class) without the parameters below some paths."""
+    """Call `save` (``save_pretrained`` of `model`'s base class) without the parameters under some paths."""
     if left_out:
         state_dict = kwargs.pop("state_dict", None) or model.state_dict()
         prefixes = tuple(f"{path}." for path in left_out)

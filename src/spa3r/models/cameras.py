@@ -1,10 +1,10 @@
-"""Cameras: pose encodings, rays, points. Said once, for the whole library:
+"""Cameras: pose encodings, rays, points. Conventions of the whole library:
 
-- ``extrinsics`` (..., 4, 4): camera-from-world, rigid. OpenCV axes: x right, y down, z forward. World is the camera
-  of the scene's first view. Translations are in the backbone's unit (VGGT: relative to the scene, not metres) or, where
-  the caller gives the cameras, in the caller's unit.
-- ``intrinsics`` (..., 3, 3): pixels of the processed view, no skew; the centre of the top left pixel is (0.5, 0.5).
-- Cameras are made and changed in float32, whatever the model's dtype and also under autocast.
+- ``extrinsics`` (..., 4, 4): camera-from-world, rigid. OpenCV axes: x right, y down, z forward. The world frame is the
+  camera of the scene's first view. Translations are in the backbone's unit (VGGT: relative to the scene, not meters)
+  or, if the caller provides cameras, in the caller's unit.
+- ``intrinsics`` (..., 3, 3): pixels of the processed view, no skew; the center of the top left pixel is (0.5, 0.5).
+- Cameras are computed in float32, regardless of the model's dtype and of autocast.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from spa3r.checks import shorten
 from spa3r.models.packing import to_device
 
 MIN_FIELD_OF_VIEW = 0.01
-"""Radians. VGGT's ReLU lets a field of view be 0, which would make the focal length infinite and the loss NaN."""
+"""Radians. VGGT's ReLU allows a field of view of 0, which would give an infinite focal length and a NaN loss."""
 
 RIGID_TOLERANCE = 0.02
-"""How far R R^T may be from the identity; rounded and half-precision cameras stay well below."""
+"""Maximum deviation of R R^T from the identity; rounded and half-precision cameras are well below."""
 
 
 def quaternion_to_rotation(quaternion: Tensor) -> Tensor:  # (..., 4) -> (..., 3, 3)
-    """Rotation matrix of a quaternion (x, y, z, w), scalar last, of any non-zero norm."""
+    """Rotation matrix of a quaternion (x, y, z, w), scalar last, of any nonzero norm."""
     x, y, z, w = quaternion.unbind(-1)
     s = 2.0 / quaternion.square().sum(-1)
     rows = (
@@ -50,15 +50,15 @@ def homogeneous(matrix: Tensor) -> Tensor:  # (..., 3, 3) or (..., 3, 4) -> (...
 def pose_encoding_to_cameras(
     pose_encoding: Tensor, image_hw: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor]:  # (V, 9) -> (V, 4, 4), (V, 3, 3)
-    """Cameras of VGGT's pose encoding [translation 3, quaternion 4 (x, y, z, w), fov_h, fov_w (radians)].
+    """Convert VGGT's pose encoding [translation 3, quaternion 4 (x, y, z, w), fov_h, fov_w (radians)] to cameras.
 
     Args:
         pose_encoding: (V, 9).
         image_hw: Height and width of every processed view in pixels.
 
     Returns:
-        ``extrinsics`` (V, 4, 4) and ``intrinsics`` (V, 3, 3), float32; the principal point is the image centre.
-        Fields of view below :data:`MIN_FIELD_OF_VIEW` are raised to it, so that focal lengths stay finite.
+        ``extrinsics`` (V, 4, 4) and ``intrinsics`` (V, 3, 3), float32; the principal point is the image center. Fields
+        of view are clamped to at least :data:`MIN_FIELD_OF_VIEW`, so that focal lengths stay finite.
     """
     pose_encoding = pose_encoding.float()
     translation, quaternion, fov = pose_encoding.split([3, 4, 2], dim=-1)
@@ -77,7 +77,7 @@ def invert_extrinsics(extrinsics: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 4, 
 
 
 def relative_to_first_view(extrinsics: Tensor, views_per_scene: Sequence[int]) -> Tensor:  # (V, 4, 4) -> (V, 4, 4)
-    """Re-express cameras that share any world frame in the library's: the camera of each scene's first view."""
+    """Express cameras of any shared world frame in the library's frame, the camera of each scene's first view."""
     with maybe_autocast(extrinsics.device.type, enabled=False):
         extrinsics = extrinsics.float()
         first_views = accumulate(views_per_scene[:-1], initial=0)
@@ -89,18 +89,18 @@ def relative_to_first_view(extrinsics: Tensor, views_per_scene: Sequence[int]) -
 def check_cameras(
     extrinsics: Tensor, intrinsics: Tensor, num_views: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:  # (V, 4, 4), (V, 3, 3) -> the same, on the device
-    """Given cameras as tensors; NumPy arrays and nested lists are taken too.
+    """Validate cameras and convert them to tensors; NumPy arrays and nested lists are accepted.
 
-    Their values are looked at where they lie on the CPU; those of an accelerator's tensor would make the host wait.
+    Values are checked only on the CPU; checking them on an accelerator would synchronize.
 
     Args:
         extrinsics: (V, 4, 4) camera-from-world, rigid.
         intrinsics: (V, 3, 3) in pixels, no skew, focal lengths above 0.
         num_views: V.
-        device: Where they go.
+        device: Target device.
 
     Raises:
-        ValueError: A shape or type is wrong, or a camera is none: not finite, not rigid, singular.
+        ValueError: A shape or type is wrong, or a camera is invalid: not finite, not rigid, singular.
     """
     tensors = []
     for name, cameras, side in (("extrinsics", extrinsics, 4), ("intrinsics", intrinsics, 3)):
@@ -129,7 +129,7 @@ def check_cameras(
 
 
 def _check_values(name: str, cameras: Tensor) -> None:
-    """Refuse the first camera that is none."""
+    """Raise for the first invalid camera."""
     last_row = torch.eye(cameras.shape[-1], dtype=cameras.dtype)[-1]
     fault = cameras.isfinite().flatten(1).all(1).logical_not(), "hold finite values"
     if not fault[0].any():
@@ -153,7 +153,7 @@ def _check_values(name: str, cameras: Tensor) -> None:
 
 
 def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:  # (V, H, W) -> (V, H, W, 3)
-    """World points of depth maps: a point cloud.
+    """World points of depth maps, as a point cloud.
 
     Args:
         depth: (V, H, W), along the optical axis, in the unit of the extrinsics.
@@ -172,12 +172,12 @@ def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor: 
 
 
 def camera_rays(intrinsics: Tensor, grid_hw: tuple[int, int], patch_size: int) -> Tensor:  # (V, 3, 3) -> (V, h*w, 3)
-    """Unit rays through the patch centres, in each camera's own frame, row by row.
+    """Unit rays through the patch centers, in each camera's own frame, row by row.
 
     Args:
         intrinsics: (V, 3, 3) in pixels of the processed view.
         grid_hw: Patch grid of the views.
-        patch_size: Pixels a side.
+        patch_size: Side of a patch in pixels.
     """
     height, width = grid_hw
     scaled = intrinsics.float() / patch_size
@@ -194,15 +194,16 @@ def camera_rays(intrinsics: Tensor, grid_hw: tuple[int, int], patch_size: int) -
 def pluecker_rays(
     extrinsics: Tensor, intrinsics: Tensor, grid_hw: tuple[int, int], patch_size: int
 ) -> Tensor:  # (V, 4, 4), (V, 3, 3) -> (V, h*w, 6)
-    """Plücker coordinates of the rays through the patch centres, in the world: unit direction d, and moment c x d.
+    """Plücker coordinates of the rays through the patch centers in the world frame: direction d and moment c x d.
 
-    c is the camera's centre; any other point of the ray gives the same moment, so they name the line and nothing else.
+    d is a unit vector, and c is the camera center. Any other point of the ray gives the same moment, so the coordinates
+    identify the line only.
 
     Args:
         extrinsics: (V, 4, 4).
         intrinsics: (V, 3, 3) in pixels of the processed view.
         grid_hw: Patch grid of the views.
-        patch_size: Pixels a side.
+        patch_size: Side of a patch in pixels.
     """
     with maybe_autocast(extrinsics.device.type, enabled=False):
         world_from_camera = invert_extrinsics(extrinsics.float())

@@ -1,4 +1,4 @@
-"""What our configurations share: fields with ranges, and errors that name the field. Imports no torch."""
+"""Shared code of our configurations: fields with ranges, and errors that name the field. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from transformers.configuration_utils import PreTrainedConfig
 from spa3r.checks import is_count, is_number, range_words, shorten, type_words
 
 MAX_WIDTH = 16384
-"""Of the widths of layers. As all limits here: far above every model of the kind, far below what never ends."""
+"""Maximum layer width. Like all limits here, far above real models, and low enough to fail fast."""
 
 MAX_LAYERS = 512
-"""Of one stack."""
+"""Maximum number of layers in a stack."""
 
 MAX_PARAMETERS = 20_000_000_000
-"""Of one model of ours, estimated from its sizes."""
+"""Maximum number of parameters of one of our models, estimated from its sizes."""
 
 FOREIGN_LIMITS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim"), 2**20),
@@ -31,19 +31,19 @@ FOREIGN_LIMITS = {
     **dict.fromkeys(("patch_size", "temporal_patch_size"), 2**10),
     "vocab_size": 2**26,
 }
-"""Sizes in the configurations of transformers' models, each at least 1, and their limits."""
+"""Limits of sizes in the configurations of transformers' models; each size must be at least 1."""
 
 MAX_FOREIGN_PARAMETERS = 200_000_000_000
-"""Of the embeddings, projections and dense layers in one stack of such a model. Experts are not counted."""
+"""Maximum parameters of embeddings, projections and dense layers in a stack of such a model, without experts."""
 
 
 def count(default: int | None, lowest: int = 1, highest: int = MAX_WIDTH) -> Any:
-    """A field of a configuration: a whole number in a range; None too where that is the default."""
+    """A configuration field: a whole number in a range; None is allowed if it is the default."""
     return _field(default, lambda value: is_count(value, lowest, highest), range_words(lowest, highest))
 
 
 def number(default: float, lowest: float, highest: float, above: bool = False) -> Any:
-    """A field of a configuration: a finite number in a range; the lowest itself is excluded with `above`."""
+    """A configuration field: a finite number in a range; `above` excludes the lowest value itself."""
     words = range_words(lowest, highest, "a number", above)
     return _field(default, lambda value: is_number(value, lowest, highest, above), words)
 
@@ -60,10 +60,10 @@ def _field(default: Any, is_right: Callable[[Any], bool], wanted: str) -> Any:
 
 
 def checked(cls: type) -> type:
-    """As huggingface_hub's ``strict``, with a ValueError that says the field's name, what was wanted and what was got.
+    """Like huggingface_hub's ``strict``, but raises a ValueError with the field's name, expected and actual value.
 
     Args:
-        cls: A configuration.
+        cls: A configuration class.
     """
     cls = strict(cls)
     assign, construct = cls.__setattr__, cls.__init__
@@ -80,7 +80,7 @@ def checked(cls: type) -> type:
 
     @wraps(construct)
     def __init__(self, *args, **kwargs) -> None:
-        # Other unknown names are kept, as transformers does; one that is nearly a field's was meant for that field.
+        # Other unknown names are kept, as in transformers; a near match of a field's name is a typo.
         known = list(cls.__dataclass_fields__)
         for name in kwargs.keys() - known:
             if near := difflib.get_close_matches(name, known, 1, cutoff=0.9):
@@ -118,19 +118,19 @@ INHERITED = {
         "a list of texts or None",
     ),
 }
-"""Fields of all configurations whose types transformers doesn't look at: what they may be, and its words."""
+"""Inherited fields whose types transformers doesn't check: allowed types, and the description for errors."""
 
 
 def make_part(name: str, given: dict[str, Any] | PreTrainedConfig | None, part: type) -> PreTrainedConfig:
-    """The configuration of a part that is a model of ours; None: its defaults.
+    """The configuration of a submodel of ours; None: its defaults.
 
     Args:
-        name: The field of ours that holds it, for errors.
-        given: Its fields, or the configuration.
-        part: Its class.
+        name: Name of our field, for errors.
+        given: The submodel's fields, or its configuration.
+        part: The configuration class.
 
     Raises:
-        ValueError: It is another model's, or a field of it is wrong.
+        ValueError: The configuration belongs to another model, or a field is invalid.
     """
     if isinstance(given, part):
         return given
@@ -146,15 +146,15 @@ def make_part(name: str, given: dict[str, Any] | PreTrainedConfig | None, part: 
 
 
 def make_foreign(name: str, fields: dict[str, Any], default_type: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model of transformers from its fields.
+    """Build the configuration of a transformers model from its fields.
 
     Args:
-        name: The field of ours that holds it, for errors.
-        fields: With ``model_type``.
-        default_type: What it is without ``model_type``.
+        name: Name of our field, for errors.
+        fields: The fields, with ``model_type``.
+        default_type: The ``model_type`` if it is missing.
 
     Raises:
-        ValueError: The family is missing or unknown, or a field of it is wrong.
+        ValueError: The family is missing or unknown, or a field is invalid.
     """
     fields = dict(fields)
     family = fields.pop("model_type", default_type)
@@ -172,15 +172,14 @@ def make_foreign(name: str, fields: dict[str, Any], default_type: str | None = N
 
 
 def check_foreign_sizes(name: str, config: PreTrainedConfig) -> None:
-    """Refuse sizes of a model of transformers that can't be built: zero, negative, or beyond every machine, alone or
-    together.
+    """Raise for sizes of a transformers model that can't be built: zero, negative, or too large alone or together.
 
     Args:
-        name: The field of ours that holds it, for errors.
-        config: Its configuration; parts of it are looked at too.
+        name: Name of our field, for errors.
+        config: The model's configuration; its sub-configurations are checked too.
 
     Raises:
-        ValueError: With the field's name.
+        ValueError: A size is invalid; the message names the field.
     """
     for field, highest in FOREIGN_LIMITS.items():
         value = getattr(config, field, None)
@@ -202,14 +201,14 @@ def check_foreign_sizes(name: str, config: PreTrainedConfig) -> None:
 
 
 def check_parameters(config: PreTrainedConfig, estimate: float) -> None:
-    """Refuse a configuration whose sizes, each in its range, make a model that can't be built.
+    """Raise for a configuration whose sizes are valid individually but make a model that is too large.
 
     Args:
-        config: Ours.
-        estimate: Its number of parameters, roughly.
+        config: One of our configurations.
+        estimate: Approximate number of parameters.
 
     Raises:
-        ValueError: It is above :data:`MAX_PARAMETERS`.
+        ValueError: The estimate exceeds :data:`MAX_PARAMETERS`.
     """
     if estimate > MAX_PARAMETERS:
         raise ValueError(

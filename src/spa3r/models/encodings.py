@@ -17,12 +17,12 @@ class RotaryEncoding:
 
     Queries and keys are rotated; values and outputs are not.
 
-    Half of the head's width rotates by the row y, the other half by the column x. In a half of width d the angles are
+    Half of the head's width rotates by the row y, the other half by the column x. In a half of width d, the angles are
     position * base^(-2k/d) for k = 0..d/2-1, and channel k pairs with channel k + d/2.
     """
 
     cos: Tensor  # (S, 1, head_dim), float32
-    sin: Tensor  # (S, 1, head_dim), float32; the sign of the rotation is folded in
+    sin: Tensor  # includes the sign of the rotation
 
     @classmethod
     def from_positions(cls, positions: Tensor, head_dim: int, base: float) -> RotaryEncoding:
@@ -55,9 +55,9 @@ class RotaryEncoding:
 class ProjectiveEncoding:
     """PRoPE (arXiv 2507.10496): cameras and positions of a packed sequence.
 
-    The head's width is split: one half is a row of 4-vectors that are multiplied by the token's camera, one quarter
-    rotates by the patch's column, one by its row. The encoding is applied to queries, keys and values, and taken back
-    from the output. Tokens without a camera have the identity and angle 0.
+    The head's width is split: one half consists of 4-vectors that are multiplied by the token's camera, one quarter
+    rotates by the patch's column, one by its row. Queries, keys and values are encoded, and the output is decoded.
+    Tokens without a camera use the identity and angle 0.
     """
 
     projection: Tensor  # (S, 4, 4), float32: P = lift(K) @ extrinsics, of each token's view
@@ -71,8 +71,8 @@ class ProjectiveEncoding:
     ) -> ProjectiveEncoding:
         """
         Args:
-            projection: (S, 4, 4), from :func:`projection_matrices`, a row for each token.
-            inverse: (S, 4, 4), likewise.
+            projection: (S, 4, 4), from :func:`projection_matrices`, one row per token.
+            inverse: (S, 4, 4), from :func:`projection_matrices`, one row per token.
             positions: (S, 2), (y, x) of every token's patch, from 0.
             head_dim: Width of one attention head, a multiple of 8.
             base: Base of the geometric series of frequencies.
@@ -95,13 +95,13 @@ class ProjectiveEncoding:
         return self._apply(output, self.projection, -self.sin)
 
     def _apply(self, tokens: Tensor, matrix: Tensor, sin: Tensor) -> Tensor:
-        # In float32 also under autocast: translations times features lose too much in half precision.
+        # Always float32, even under autocast: translations times features lose too much precision in half precision.
         with maybe_autocast(tokens.device.type, enabled=False):
             heads, head_dim = tokens.shape[1:]
             projective, rotary = tokens.float().split(head_dim // 2, dim=-1)
             vectors = projective.reshape(-1, heads * head_dim // 8, 4)
             projective = (vectors @ matrix.transpose(-2, -1)).reshape(projective.shape)
-            # (S, heads, head_dim / 2) -> the two members of each rotated pair, columns before rows
+            # (S, heads, head_dim / 2) -> the two elements of each rotated pair, columns before rows
             first, second = (part.flatten(-2) for part in rotary.unflatten(-1, (2, 2, -1)).unbind(-2))
             pair = (first * self.cos + second * sin, second * self.cos - first * sin)
             rotary = torch.stack([member.unflatten(-1, (2, -1)) for member in pair], dim=-2).flatten(-3)
@@ -113,7 +113,7 @@ def projection_matrices(
 ) -> tuple[Tensor, Tensor]:  # (V, 4, 4), (V, 3, 3), (V, 2) -> (V, 4, 4), (V, 4, 4)
     """P = lift(K) @ extrinsics and its inverse, with K in units of the image: f / size and c / size - 0.5.
 
-    Inverted in closed form: exact, and without the device synchronisation of a general inverse.
+    The inverse has a closed form: exact, and without the device synchronization of a general inverse.
 
     Args:
         extrinsics: (V, 4, 4) camera-from-world, rigid.

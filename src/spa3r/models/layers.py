@@ -1,4 +1,4 @@
-"""The one transformer layer that every part of the method uses, on packed sequences."""
+"""The transformer layer that all parts of the method use, on packed sequences."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from spa3r.models.attention import Segments, packed_attention
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
-"""eps of the released models' RMSNorms; stated, since PyTorch's default follows the input's dtype."""
+"""Epsilon of the released models' RMSNorms; set explicitly, since PyTorch's default depends on the input's dtype."""
 
 
 class PositionEncoding(Protocol):
-    """What the encodings of :mod:`spa3r.models.encodings` share."""
+    """Common interface of the encodings of :mod:`spa3r.models.encodings`."""
 
     def encode(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -35,14 +35,14 @@ class Mlp(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, with the weight in the input's type: under autocast they differ, and no fused kernel takes that."""
+    """RMSNorm with the weight cast to the input's dtype: under autocast they differ, which rules out fused kernels."""
 
     def forward(self, tokens: Tensor) -> Tensor:  # (..., C) -> the same
         return nn.functional.rms_norm(tokens, self.normalized_shape, self.weight.to(tokens.dtype), self.eps)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention inside segments, with an optional norm of each head's queries and keys."""
+    """Multi-head attention within segments, with an optional norm of each head's queries and keys."""
 
     is_causal = False
 
@@ -54,7 +54,7 @@ class SelfAttention(nn.Module):
         qk_norm: Literal["layer_norm", "rms_norm"] | None,
     ):
         super().__init__()
-        self.config = config  # names the attention back end, also after it is changed on the loaded model
+        self.config = config  # selects the attention back end, which may change later
         self.head_dim = hidden_size // num_attention_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.q_norm, self.k_norm = (
@@ -84,13 +84,13 @@ class TransformerLayer(GradientCheckpointingLayer):
     """Pre-norm attention and MLP with residuals.
 
     Args:
-        config: The model's configuration; its ``_attn_implementation`` names the attention back end.
+        config: The model's configuration; its ``_attn_implementation`` selects the attention back end.
         hidden_size: Token width C.
-        num_attention_heads: Heads; they divide C.
+        num_attention_heads: Number of heads; must divide C.
         intermediate_size: Inner width of the MLP.
-        layer_norm_eps: eps of the two LayerNorms.
+        layer_norm_eps: Epsilon of the two LayerNorms.
         qk_norm: Norm of each head's queries and keys.
-        layer_scale: Initial value of a learnt factor on each residual branch; None for no factor.
+        layer_scale: Initial value of a learned factor on each residual branch; None for no factor.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Model cards: the README.md that a saved checkpoint gets, with the metadata that the hub reads.
 
-A card that someone wrote is never overwritten. The licenses are those that the hub states for the repositories; of
-several, the card carries the strictest.
+Cards written by users are never overwritten. The licenses are those that the hub states for the repositories; of
+several, the card uses the strictest.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ LICENSES = {
     "hustvl/Spa3-VLM": "cc-by-nc-4.0",
     "facebook/dinov3-vitl16-pretrain-lvd1689m": "other",
 }
-"""Of the repositories whose weights a Spa3R usually contains."""
+"""Licenses of the repositories whose weights a Spa3R usually contains."""
 
 STRICTNESS = ("cc-by-nc-4.0", "other")
-"""The strictest first: no commercial use at all, then terms of their own."""
+"""Strictest first: no commercial use at all, then custom terms."""
 
 GENERATED = (
     None,
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
     "automatically generated.",
 )
-"""Descriptions in the templates that PEFT and transformers write where there is no card."""
+"""Descriptions in the templates that PEFT and transformers write if there is no card."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -66,7 +66,7 @@ cameras = model(**processor(["photo_1.jpg", "photo_2.jpg"]), output_cameras=True
 
 
 def parts_of(config: Any) -> list[str]:
-    """Hub ids of the repositories whose weights a model contains, as far as its configuration knows them."""
+    """Hub ids of the repositories whose weights a model contains, as recorded in its configuration."""
     names = []
     for field in ("vlm_config", "spa3r_config", "backbone_config", "semantic_teacher_config"):
         part = getattr(config, field, None)
@@ -78,18 +78,18 @@ def parts_of(config: Any) -> list[str]:
 
 
 def license_of(names: Iterable[str]) -> str | None:
-    """The strictest license of some repositories; None where none of them is known to have a strict one."""
+    """The strictest license of some repositories; None if none is known to have a strict one."""
     known = [LICENSES[name] for name in names if name in LICENSES]
     return min(known, key=STRICTNESS.index, default=None)
 
 
 def model_card(model: Any, name: str = "path/or/hub-id", training_data: Iterable[str] = ()) -> ModelCard:
-    """The card of a model of ours.
+    """The model card of one of our models.
 
     Args:
-        model: A model of ours, or PEFT's around one, whose folder holds its adapters only.
-        name: What the example loads.
-        training_data: Names of what it was trained on; hub ids go into the metadata.
+        model: One of our models, or a PEFT model around one, whose folder holds only its adapters.
+        name: Name for the loading example.
+        training_data: Names of the training data; hub ids are added to the metadata.
     """
     adapters = hasattr(model, "get_base_model")
     model = model.get_base_model() if adapters else model
@@ -136,7 +136,7 @@ def model_card(model: Any, name: str = "path/or/hub-id", training_data: Iterable
 
 
 def source_names(sources: Any) -> list[str]:
-    """What a card calls the sources of a configuration: hub ids as they are, of paths the last part only.
+    """Names of a configuration's sources for a card: hub ids unchanged, only the last part of paths.
 
     Args:
         sources: A list of texts and sections such as ``{"type": "folder", "root": "photos"}``, or one of them.
@@ -157,7 +157,7 @@ def source_names(sources: Any) -> list[str]:
 
 
 def is_own_card(file: str | Path) -> bool:
-    """Whether a file is a card that someone wrote: it exists, and is no untouched template of transformers or PEFT."""
+    """Whether a file is a card that a user wrote: it exists and is not an unedited template of transformers or PEFT."""
     file = Path(file)
     if not file.exists():
         return False
@@ -174,12 +174,12 @@ def _written_lines(text: str) -> list[str]:
 
 
 def write_model_card(model: Any, folder: str | Path, training_data: Iterable[str] = ()) -> None:
-    """Write the card of a saved model into its folder, unless the folder has one.
+    """Write the card of a saved model into its folder, unless the folder already has one.
 
     Args:
         model: The model.
-        folder: Where it was saved.
-        training_data: As of :func:`model_card`.
+        folder: The folder it was saved to.
+        training_data: As in :func:`model_card`.
     """
     file = Path(folder) / CARD
     if not is_own_card(file):

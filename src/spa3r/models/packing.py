@@ -1,8 +1,8 @@
-"""Which tokens belong to which view and scene, as plain Python integers.
+"""The assignment of tokens to views and scenes, as plain Python integers.
 
-The processor makes the layout of a batch (``view_grid_hw``, ``views_per_scene``); the models cut their packed sequences
-by it. No length ever comes from a tensor on an accelerator as long as the caller leaves the two small tensors on the
-CPU, which :meth:`Spa3RImageProcessor <spa3r.Spa3RImageProcessor>`'s output does.
+The processor computes the layout of a batch (``view_grid_hw``, ``views_per_scene``), and the models split their packed
+sequences by it. Lengths are never read from an accelerator if the caller leaves the two small tensors on the CPU, as
+the output of :meth:`Spa3RImageProcessor <spa3r.Spa3RImageProcessor>` does.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from spa3r.checks import is_count, shorten
 
 MAX_GRID = 4096
-"""Of a view's side in patches: beyond every picture, and below what fills any memory with positions."""
+"""Maximum side of a view in patches: above every picture, and low enough that positions fit into memory."""
 
 
 @dataclass(frozen=True)
 class ViewLayout:
-    """The views of a batch, scene after scene: their patch grids, and how many belong to each scene."""
+    """The views of a batch, scene by scene: their patch grids, and the number of views of each scene."""
 
     grid_hw: tuple[tuple[int, int], ...]
     views_per_scene: tuple[int, ...]
@@ -35,15 +35,15 @@ class ViewLayout:
         view_grid_hw: Tensor | Sequence[Sequence[int]],
         views_per_scene: Tensor | Sequence[int],
     ) -> ViewLayout:
-        """Check the two small inputs and turn them into integers.
+        """Validate the two small inputs and convert them to integers.
 
         Args:
             view_grid_hw: (views, 2), patch grid (height, width) of every view, at least (1, 1).
             views_per_scene: (scenes,), every entry at least 1.
 
         Raises:
-            ValueError: There are no views, an entry is no whole number or out of range, or the inputs contradict one
-                another.
+            ValueError: There are no views, an entry is not a whole number or out of range, or the inputs contradict
+                each other.
         """
         rows, scenes = whole_numbers("view_grid_hw", view_grid_hw, 2), whole_numbers("views_per_scene", views_per_scene)
         if wrong := [row for row in rows if len(row) != 2 or min(row) < 1]:
@@ -84,10 +84,10 @@ class ViewLayout:
         views_per_scene: Tensor | Sequence[int],
         patch_size: int,
     ) -> ViewLayout:
-        """As :meth:`from_inputs`, and check that the pixels fit.
+        """Like :meth:`from_inputs`, and check that the pixels fit.
 
         Args:
-            view_pixel_values: (sum of N, 3 * p * p), normalised, floating point.
+            view_pixel_values: (sum of N, 3 * p * p), normalized, floating point.
             view_grid_hw: (views, 2).
             views_per_scene: (scenes,).
             patch_size: Side of a patch in pixels, p.
@@ -143,10 +143,10 @@ class ViewLayout:
         return ViewLayout(tuple(self.grid_hw[view] for view in views), tuple(views_per_scene))
 
     def split_context(self, targets: Sequence[bool]) -> ContextSplit:
-        """Sort context before target views within every scene: then each attention segment is one contiguous run.
+        """Sort context before target views within every scene, so that each attention segment is contiguous.
 
         Args:
-            targets: Of every view, whether it is a target; each scene's first view is not.
+            targets: Whether each view is a target; each scene's first view must not be.
         """
         scenes = [range(first, first + count) for first, count in zip(self.first_views, self.views_per_scene)]
         order = [view for scene in scenes for view in sorted(scene, key=lambda view: targets[view])]
@@ -175,46 +175,46 @@ class ViewLayout:
 
 
 def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor from Python numbers; pinned and asynchronous on CUDA, so that the host never waits."""
+    """A small tensor from Python numbers; pinned and asynchronous on CUDA to avoid synchronization."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class ContextSplit:
-    """A batch with context before target views within every scene, and the way back to the caller's order."""
+    """A batch with context before target views within every scene, and the mapping back to the caller's order."""
 
-    order: list[int]  # the caller's view at each sorted place
-    places: list[int]  # the sorted place of each of the caller's views
+    order: list[int]  # the caller's view at each sorted position
+    places: list[int]  # the sorted position of each of the caller's views
     sorted_layout: ViewLayout
-    context_views: list[int]  # of the caller's, scene after scene
+    context_views: list[int]  # in the caller's numbering, scene by scene
     context_layout: ViewLayout
 
 
 def check_tensor(name: str, value: Any, cure: str = "Pass it as the processor returned it.") -> None:
-    """Refuse what stands where a tensor belongs.
+    """Raise for a value that is not a tensor.
 
     Args:
-        name: What the error calls it, without quotes.
-        value: What was given.
-        cure: The sentence that ends the error.
+        name: Name of the value in the error, without quotes.
+        value: The value.
+        cure: The last sentence of the error.
 
     Raises:
-        ValueError: It is no tensor.
+        ValueError: It is not a tensor.
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"`{name}` must be a tensor, got {shorten(value)}. {cure}")
 
 
 def whole_numbers(name: str, values: Tensor | Sequence, depth: int = 1) -> list:
-    """A small tensor, array or sequence of whole numbers as Python integers, none of them rounded.
+    """Convert a small tensor, array or sequence of whole numbers to Python integers, without rounding.
 
     Args:
-        name: What the error calls it, without quotes.
-        values: A tensor or array of integers, or a sequence of them; of depth 1 also a lone number.
+        name: Name of the values in the error, without quotes.
+        values: A tensor or array of integers, or a sequence of them; a single number is allowed if `depth` is 1.
         depth: Dimensions: 1, or 2 for a list of rows.
 
     Raises:
-        ValueError: It is something else: fractions, truth values, texts, other dimensions, a tensor without data.
+        ValueError: It is something else: fractions, booleans, texts, other dimensions, a tensor without data.
     """
     dtype = getattr(values, "dtype", None)
     if isinstance(values, Tensor):
@@ -225,7 +225,7 @@ def whole_numbers(name: str, values: Tensor | Sequence, depth: int = 1) -> list:
         return []
     if is_right:
         rows = as_list(values)
-        if dtype is not None:  # all entries are integers, and lie in as many dimensions as there are
+        if dtype is not None:  # all entries are integers: check the dimensions only
             is_right = len(values.shape) == depth or (depth == 1 and not values.shape)
         elif depth == 1:
             is_right = all(is_count(entry, -math.inf) for entry in rows)
@@ -245,13 +245,13 @@ def whole_numbers(name: str, values: Tensor | Sequence, depth: int = 1) -> list:
 
 
 def as_list(values: Tensor | Sequence) -> list:
-    """A small tensor, array or sequence of numbers as Python numbers; a lone number as a list of it."""
+    """Convert a small tensor, array or sequence to Python numbers; a single number becomes a list."""
     values = values.tolist() if hasattr(values, "tolist") else values
     return list(values) if isinstance(values, Sequence) else [values]
 
 
 def select_rows(rows: Tensor, lengths: Sequence[int], views: Sequence[int]) -> Tensor:
-    """The rows of some views of a packed tensor, in the given order; `lengths` says how many rows each view has."""
+    """The rows of some views of a packed tensor, in the given order; `lengths` is the number of rows of each view."""
     parts = rows.split(list(lengths))
     return torch.cat([parts[view] for view in views])
 
@@ -267,17 +267,17 @@ def prepend_tokens(prefix: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Te
     Returns:
         (segments * n + sum of lengths, C).
     """
-    if len(set(lengths)) == 1:  # in few operations, however many segments there are
+    if len(set(lengths)) == 1:  # few operations for any number of segments
         return torch.cat([prefix, tokens.unflatten(0, (len(lengths), -1))], dim=1).flatten(0, 1)
     parts = tokens.split(list(lengths))
     return torch.cat([part for pair in zip(prefix.unbind(0), parts) for part in pair])
 
 
 def split_prefix(tokens: Tensor, lengths: Sequence[int], prefix: int) -> tuple[Tensor, Tensor]:
-    """Take :func:`prepend_tokens` apart again: (segments, prefix, C) and (sum of lengths, C)."""
+    """The inverse of :func:`prepend_tokens`: (segments, prefix, C) and (sum of lengths, C)."""
     if len(set(lengths)) == 1:
         segments = tokens.unflatten(0, (len(lengths), -1))
         return segments[:, :prefix], segments[:, prefix:].flatten(0, 1)
-    # One split, whose gradient is one concatenation: slices of slices would have a gradient each.
+    # A single split has one concatenation as its gradient; nested slices would have one gradient each.
     parts = tokens.split([count for length in lengths for count in (prefix, length)])
     return torch.stack(parts[::2]), torch.cat(parts[1::2])

@@ -1,7 +1,7 @@
 """Where a model's weights are: on a device, or offloaded, which leaves a tensor without data (``meta``) in the module.
 
-Offloading is accelerate's: a hook on each module fetches the weights when the module's ``forward`` runs. What calls a
-method of a module other than ``forward``, or reads a weight, has to ask for them.
+Offloading is done by accelerate: a hook on each module loads the weights when the module's ``forward`` runs. Code that
+calls another method of a module, or reads a weight, has to load them explicitly.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def _align_hooks(module: nn.Module) -> list[AlignDevicesHook]:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether weights of the module, or of one inside it, are kept elsewhere while it does not run."""
+    """Whether weights of the module, or of a submodule, are offloaded while it is not running."""
     return any(hook.offload for part in module.modules() for hook in _align_hooks(part))
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where the module computes, so where its inputs go; that its weights are offloaded makes no difference.
+    """The device of the module's computation and of its inputs, even if its weights are offloaded.
 
     Args:
-        module: Of several devices, the first counts. ``meta`` only if there are no weights at all.
+        module: A module; on several devices, the first counts. ``meta`` only if there are no weights at all.
     """
     for part in module.modules():
         for hook in _align_hooks(part):
@@ -43,7 +43,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 @contextmanager
 def weights_at_hand(module: nn.Module) -> Iterator[None]:
-    """While it lasts, the module's own parameters (not those of modules inside it) hold their data.
+    """Context manager: the module's own parameters (not those of submodules) hold their data.
 
     For calls of methods other than ``forward``.
     """
@@ -56,7 +56,7 @@ def weights_at_hand(module: nn.Module) -> Iterator[None]:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """As ``state_dict``, with the data of offloaded weights, each read when it is asked for by accelerate."""
+    """Like ``state_dict``, with the data of offloaded weights, each loaded by accelerate on access."""
     state = model.state_dict()
     for path, module in model.named_modules():
         for hook in _align_hooks(module):

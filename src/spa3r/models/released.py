@@ -1,9 +1,9 @@
 """Checkpoints in the layouts of the research code: finding them, reading them, renaming their tensors.
 
-A layout is recognized by its files and keys. Tensors are read as memory maps and renamed and cut as views of them, so
-that a checkpoint is translated while it is loaded, without a copy. Pickles are read with ``weights_only=True``: nothing
-but tensors and plain values is ever unpickled. Every key of a source is either translated, known to be unused, or
-refused by name. What becomes of which key stands in the tables of the models' own ``released_*.py``.
+A layout is recognized by its files and keys. Tensors are read as memory maps, and renamed and split as views, so a
+checkpoint is converted during loading without a copy. Pickles are read with ``weights_only=True``: only tensors and
+plain values are ever unpickled. Every key of a source is either translated, known to be unused, or reported as an
+error. The tables of keys are in the models' own ``released_*.py``.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
 Kind = Literal["vggt", "spa3r", "spa3-vlm"]
 
 OUR_TYPES = ("vggt", "spa3r", "spa3_vlm")
-"""``model_type`` of a checkpoint that is ours already."""
+"""``model_type`` of checkpoints in our own layout."""
 
 DESCRIPTIONS: dict[Kind, str] = {"vggt": "a VGGT", "spa3r": "a Spa3R", "spa3-vlm": "a Spa3-VLM"}
 LOADERS: dict[Kind, str] = {"vggt": "VggtModel", "spa3r": "Spa3RModel", "spa3-vlm": "Spa3VLM"}
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-"""Arguments of ``from_pretrained`` that also go to the parts which a checkpoint names instead of holding them."""
+"""Arguments of ``from_pretrained`` that also apply to parts that a checkpoint only refers to."""
 
 WHERE = (*HUB_KWARGS, "revision", "subfolder")
-"""Arguments of ``from_pretrained`` that say where the files of the checkpoint itself lie."""
+"""Arguments of ``from_pretrained`` that locate the files of the checkpoint itself."""
 
 INDEX = "model.safetensors.index.json"
 CANDIDATES: dict[Kind, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ CANDIDATES: dict[Kind, tuple[str, ...]] = {
     "spa3r": ("spa3r.ckpt", "spa3r.safetensors"),
     "spa3-vlm": ("model.safetensors", INDEX),
 }
-"""Names of the files that hold the weights, as they were released."""
+"""Names of the weight files, as they were released."""
 
 VLM_SUBFOLDER = "spa3_vlm"
 VLM_TYPE = "qwen2_5_vl"
@@ -53,7 +53,7 @@ SPA3R_PREFIX = "geometry_encoder.spa3r."
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError)
-"""What reading a pickle may raise: a file that is none makes the unpickler stumble over anything."""
+"""Errors of reading a pickle: a file that is not a pickle can raise any of them."""
 
 
 # Renaming
@@ -61,13 +61,13 @@ UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, Value
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table: keys that match `pattern` become `key`; None drops them.
+    """One row of a table: keys that match `pattern` become `key`; None drops them.
 
     Args:
         pattern: A regular expression for whole keys.
-        key: The replacement, as in ``re.sub``, or a function of the match; or one of these for each of the tensors into
-            which `tensor` cuts.
-        tensor: What happens to the tensor.
+        key: The replacement, as in ``re.sub``, or a function of the match; or one for each tensor that `tensor` splits
+            into.
+        tensor: The transformation of the tensor.
     """
 
     pattern: str
@@ -86,7 +86,7 @@ class Rule:
 
 
 def layer_rules(source: str, target: str) -> list[Rule]:
-    """The rules of a stack of transformer layers."""
+    """The rules for a stack of transformer layers."""
     return [
         Rule(rf"{source}\.(\d+)\.norm(1|2)\.(weight|bias)", rf"{target}.\1.norm\2.\3"),
         Rule(rf"{source}\.(\d+)\.attn\.(qkv|proj|q_norm|k_norm)\.(weight|bias)", rf"{target}.\1.attention.\2.\3"),
@@ -96,10 +96,10 @@ def layer_rules(source: str, target: str) -> list[Rule]:
 
 
 def translate(tensors: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, Tensor]:
-    """Rename (and reshape) every tensor by the first rule whose pattern its whole key matches.
+    """Rename (and reshape) every tensor by the first rule whose pattern matches its whole key.
 
     Raises:
-        ValueError: Keys that no rule knows; all are named.
+        ValueError: No rule matches some keys; the message names all of them.
     """
     compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     translated, unknown = {}, []
@@ -119,7 +119,7 @@ def translate(tensors: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, Ten
 
 
 def require(weights: Mapping[str, Tensor], *keys: str) -> None:
-    """Refuse weights that lack keys."""
+    """Raise if weights lack keys."""
     if missing := [key for key in keys if key not in weights]:
         raise ValueError(
             f"The checkpoint lacks keys (in our names): {quote_keys(missing)}. It is incomplete, or `kind` is wrong."
@@ -133,7 +133,7 @@ def count_layers(weights: Mapping[str, Tensor], stack: str) -> int:
 
 
 def own_fields(fields: Mapping[str, Any] | PreTrainedConfig) -> dict[str, Any]:
-    """Fields of a configuration without the bookkeeping of its serialized form."""
+    """Fields of a configuration, without the metadata of its serialized form."""
     fields = fields.to_diff_dict() if isinstance(fields, PreTrainedConfig) else fields
     bookkeeping = ("model_type", "transformers_version", "architectures", "_name_or_path", "dtype")
     return {key: value for key, value in fields.items() if key not in bookkeeping}
@@ -153,8 +153,8 @@ def read_checkpoint(source: Path) -> dict[str, Tensor]:
     """The tensors of a file or folder, from safetensors (sharded or not) or a pickle of tensors, as memory maps.
 
     Raises:
-        FileNotFoundError: There is no such file, or the folder holds no weights.
-        ValueError: A file is truncated or damaged, or a pickle holds anything but tensors and plain values.
+        FileNotFoundError: The file doesn't exist, or the folder contains no weights.
+        ValueError: A file is truncated or damaged, or a pickle contains anything but tensors and plain values.
     """
     if not source.exists():
         raise FileNotFoundError(f"`source` must be a checkpoint file or folder, and {source} doesn't exist.")
@@ -205,7 +205,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Home:
-    """A folder on this disk, or on the hub, of which single files are fetched."""
+    """A local folder, or a hub repository from which single files are downloaded."""
 
     name: str
     subfolder: str = ""
@@ -224,7 +224,7 @@ class Home:
         return None if found is None else Path(found)
 
     def shards(self, index: Path) -> list[Path]:
-        """The files that an index names."""
+        """The files that an index lists."""
         files, _ = get_checkpoint_shard_files(self.name, str(index), subfolder=self.subfolder, **self.hub)
         if missing := sorted(Path(file).name for file in files if not Path(file).is_file()):
             raise FileNotFoundError(
@@ -234,7 +234,7 @@ class Home:
         return [Path(file) for file in files]
 
     def folder(self, patterns: Sequence[str]) -> Path:
-        """The folder on this disk, with the files of these patterns."""
+        """The local folder, with the files that match these patterns."""
         if Path(self.name).is_dir():
             return Path(self.name) / self.subfolder
         hub = {key: value for key, value in self.hub.items() if key != "proxies" and value is not None}
@@ -245,11 +245,11 @@ class Home:
         return replace(self, subfolder=f"{self.subfolder}/{subfolder}" if self.subfolder else subfolder)
 
     def model_type(self) -> str | None:
-        """What ``config.json`` says; None: nothing, or there is none."""
+        """The ``model_type`` in ``config.json``; None if it or the file is missing."""
         file = self.file("config.json")
         try:
             fields = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
-        except ValueError:  # its reader will say so
+        except ValueError:  # the loader reports it
             return None
         return fields.get("model_type") if isinstance(fields, dict) else None
 
@@ -259,10 +259,10 @@ class ReleasedCheckpoint:
     """A checkpoint in a released layout.
 
     Attributes:
-        name: Folder, file or hub id, as it was asked for.
-        kind: What it holds.
-        weights: The files of its weights, or the index of them.
-        home: The folder of its weights, on this disk or on the hub.
+        name: Folder, file or hub id, as requested.
+        kind: The kind of model.
+        weights: The weight files, or their index.
+        home: The folder of the weights, local or on the hub.
     """
 
     name: str
@@ -271,7 +271,7 @@ class ReleasedCheckpoint:
     home: Home
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors in the released names, as memory maps.
+        """All tensors with their released names, as memory maps.
 
         Raises:
             FileNotFoundError: A shard is missing.
@@ -281,21 +281,21 @@ class ReleasedCheckpoint:
         return read_files(self.home.shards(first) if first.name == INDEX else self.weights)
 
     def file(self, name: str) -> Path | None:
-        """A file beside the weights, if there is one."""
+        """A file in the same folder as the weights, or None."""
         return self.home.file(name)
 
 
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
-"""What can be the name of a repository on the hub."""
+"""Pattern of repository names on the hub."""
 
 
 @dataclass(frozen=True)
 class AdapterHome:
-    """Where an adapter checkpoint of PEFT says that its base model lies.
+    """The location of the base model of a PEFT adapter checkpoint.
 
     Attributes:
-        base: Folder or hub id; None: the adapter names none.
-        revision: Of the base model's repository.
+        base: Folder or hub id; None if the adapter names none.
+        revision: Revision of the base model's repository.
     """
 
     base: str | None
@@ -303,20 +303,20 @@ class AdapterHome:
 
     @property
     def where(self) -> dict[str, Any]:
-        """For ``from_pretrained`` of the base model."""
+        """Arguments for ``from_pretrained`` of the base model."""
         return {} if self.revision is None or Path(str(self.base)).exists() else {"revision": self.revision}
 
 
 def find_adapter(name_or_path: str | Path | None, subfolder: str | None = None, **hub: Any) -> AdapterHome | None:
-    """What an adapter checkpoint of PEFT, in a folder or on the hub, says of its base model.
+    """Find the base model of a PEFT adapter checkpoint in a folder or on the hub.
 
     Args:
         name_or_path: Folder or hub id.
-        subfolder: Folder below, as in ``from_pretrained``.
+        subfolder: Subfolder, as in ``from_pretrained``.
         **hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``, ``proxies``.
 
     Returns:
-        None where there is a whole model or no adapter.
+        None if there is a whole model or no adapter.
 
     Raises:
         ValueError: ``adapter_config.json`` is damaged.
@@ -344,21 +344,21 @@ def find_released(
     revision: str | None = None,
     **hub: Any,
 ) -> ReleasedCheckpoint | None:
-    """The checkpoint in a released layout that a name stands for.
+    """Find the checkpoint in a released layout that a name refers to.
 
     Args:
         name_or_path: Folder, file or hub id.
-        wanted: What is looked for, the best first.
-        wanted_by: What looks, for error messages.
-        subfolder: Folder below, as in ``from_pretrained``.
+        wanted: Accepted kinds, in order of preference.
+        wanted_by: The caller's name for error messages.
+        subfolder: Subfolder, as in ``from_pretrained``.
         revision: Branch, tag or commit on the hub; all files come from the same commit.
         **hub: ``cache_dir``, ``token``, ``local_files_only``, ``force_download``, ``proxies``.
 
     Returns:
-        None where the name stands for something else: a checkpoint of ours, another model, nothing at all.
+        None if the name refers to something else: a checkpoint of ours, another model, nothing at all.
 
     Raises:
-        ValueError: It is a released checkpoint of another kind, a file of none, or damaged.
+        ValueError: It is a released checkpoint of another kind, a file that is no checkpoint, or damaged.
     """
     if name_or_path is None or not wanted:
         return None
@@ -373,7 +373,7 @@ def find_released(
         found = iter([ReleasedCheckpoint(name, kind, (path,), Home(str(path.parent)))])
     else:
         if not path.is_dir():
-            if not _REPOSITORY.fullmatch(name):  # a folder that is not there
+            if not _REPOSITORY.fullmatch(name):  # a folder that doesn't exist
                 return None
             where = {key: hub[key] for key in ("token", "cache_dir") if key in hub}
             offline = bool(hub.get("local_files_only"))
@@ -382,7 +382,7 @@ def find_released(
         model_type = home.model_type()
         if model_type in OUR_TYPES:
             return None
-        # Other kinds are looked for only where that downloads nothing.
+        # Other kinds are searched only if that downloads nothing.
         others = [kind for kind in CANDIDATES if kind not in wanted and path.is_dir()]
         found = _search(name, home, model_type, [*wanted, *others])
     other = None
@@ -399,7 +399,7 @@ def find_released(
 
 
 def _search(name: str, home: Home, model_type: str | None, kinds: Sequence[Kind]) -> Iterator[ReleasedCheckpoint]:
-    """What a folder holds under the file names of these kinds, one after the other."""
+    """Search a folder for the weight files of these kinds, in order."""
     for kind in kinds:
         if kind != "spa3-vlm":
             if model_type is None:
@@ -411,7 +411,7 @@ def _search(name: str, home: Home, model_type: str | None, kinds: Sequence[Kind]
 
 
 def _look(name: str, kind: Kind, home: Home) -> Iterator[ReleasedCheckpoint]:
-    """The checkpoint of any kind under the file names of one kind; in a folder on this disk under any name."""
+    """The checkpoint of any kind under the file names of one kind; in a local folder under any name."""
     files: list[list[Path]] = [[file] for candidate in CANDIDATES[kind] if (file := home.file(candidate)) is not None]
     folder = Path(home.name) / home.subfolder
     if not files and folder.is_dir():
@@ -425,7 +425,7 @@ def _look(name: str, kind: Kind, home: Home) -> Iterator[ReleasedCheckpoint]:
 
 
 def _keys(files: Sequence[Path]) -> list[str]:
-    """The keys of files, or of an index."""
+    """The keys of weight files, or of an index."""
     if files[0].name != INDEX:
         return list(read_files(files))
     try:
@@ -435,7 +435,7 @@ def _keys(files: Sequence[Path]) -> list[str]:
 
 
 def kind_of(keys: Sequence[str]) -> Kind | None:
-    """What kind of released checkpoint has these keys; None: none."""
+    """The kind of released checkpoint with these keys; None if unknown."""
     names = {key.removeprefix("model.") for key in keys}
     if any(name.startswith(SPA3R_PREFIX) for name in names):
         return "spa3-vlm"

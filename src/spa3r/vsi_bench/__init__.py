@@ -1,1 +1,1 @@
-"""VSI-Bench: its format, its official scores, and their intervals."""
+"""VSI-Bench: its format, its official scores, and confidence intervals."""

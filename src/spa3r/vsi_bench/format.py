@@ -1,4 +1,4 @@
-"""The row format of VSI-Bench: what is asked, of which type, and the words of the prompt.
+"""The row format of VSI-Bench: questions, question types, and prompts.
 
 A row is a dict ``{id, dataset, scene_name, question_type, question, ground_truth, options}`` about the video
 ``<dataset>/<scene_name>.mp4``. The types and the prompt are those of the official evaluation of VSI-Bench
@@ -16,10 +16,10 @@ CHOICE_TYPES = (
     "route_planning",
     "obj_appearance_order",
 )
-"""Types whose answer is the letter of an option."""
+"""Types answered by the letter of an option."""
 
 NUMBER_TYPES = ("object_abs_distance", "object_counting", "object_size_estimation", "room_size_estimation")
-"""Types whose answer is a number: metres, a count, centimetres, square metres."""
+"""Types answered by a number: meters, a count, centimeters, square meters."""
 
 FIRST_WORDS = "These are frames of a video."
 NUMBER_WORDS = "Please answer the question using a single word or phrase."
@@ -33,7 +33,7 @@ def is_choice(question_type: str) -> bool:
         question_type: One of :data:`CHOICE_TYPES` and :data:`NUMBER_TYPES`.
 
     Raises:
-        ValueError: The type is none of VSI-Bench's.
+        ValueError: The type is not one of VSI-Bench's.
     """
     if question_type in CHOICE_TYPES:
         return True
@@ -44,17 +44,18 @@ def is_choice(question_type: str) -> bool:
 
 
 def make_prompt(row: Mapping[str, Any]) -> str:
-    """The text that goes to the model behind the frames, to the letter of the official evaluation.
+    """The text prompt after the frames, identical to the official evaluation.
 
     Args:
-        row: A row of VSI-Bench; read are ``question_type``, ``question`` and, of a choice, ``options``, such as
+        row: A row of VSI-Bench; uses ``question_type``, ``question`` and, for a choice, ``options``, such as
             ``["A. left", "B. right"]``.
 
     Returns:
-        Lines: an opening, the question, the options if it is a choice, how to answer.
+        Lines: an opening, the question, the options if it is a choice, and the answer format.
 
     Raises:
-        ValueError: The type is none of VSI-Bench's, the question is no text, or a choice has no options that are texts.
+        ValueError: The type is not one of VSI-Bench's, the question is not a text, or the options of a choice are
+            missing or not texts.
     """
     if not isinstance(row["question"], str):
         raise ValueError(f"`question` must be a text, got {row['question']!r}.")
@@ -71,14 +72,14 @@ def make_prompt(row: Mapping[str, Any]) -> str:
 
 
 def make_messages(row: Mapping[str, Any], frames: Iterable[Any]) -> list[dict[str, Any]]:
-    """A row as a conversation in the chat form of Hugging Face: frames and prompt, then the truth.
+    """Convert a row to a conversation in the chat format of Hugging Face: frames and prompt, then the truth.
 
     Args:
         row: A row of VSI-Bench.
         frames: Pictures, in order.
 
     Returns:
-        The user's message, with an item ``{"type": "image", "image": ...}`` for each frame, and the assistant's.
+        The user's message, with an item ``{"type": "image", "image": ...}`` per frame, and the assistant's.
     """
     content = [*({"type": "image", "image": frame} for frame in frames), {"type": "text", "text": make_prompt(row)}]
     truth = [{"type": "text", "text": str(row["ground_truth"])}]

@@ -1,6 +1,6 @@
-"""How sure a score is: scenes are drawn anew, with replacement, and scored again (Efron's bootstrap, percentiles).
+"""Confidence intervals of scores by bootstrap: scenes are resampled with replacement (Efron, percentile method).
 
-Questions about one scene stand or fall together, so scenes are drawn and not questions.
+Scores of questions about one scene are correlated, so scenes are resampled instead of questions.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 from spa3r.vsi_bench.scoring import aggregate, task_of
 
 SAMPLES, SEED = 10_000, 0
-CHUNK = 500  # samples at once: their weights of a thousand scenes are four megabytes
+CHUNK = 500  # samples per chunk: their weights for a thousand scenes take four megabytes
 
 Line = Mapping[str, Any]
 
 
 def score_intervals(lines: Sequence[Line]) -> dict[str, tuple[float, float]]:
-    """95 % intervals of every entry of :func:`~spa3r.evaluation.aggregate`, per cent.
+    """95 % intervals of every entry of :func:`~spa3r.evaluation.aggregate`, in percent.
 
     Args:
-        lines: With ``dataset``, ``scene_name``, ``question_type`` and ``score``.
+        lines: Lines with ``dataset``, ``scene_name``, ``question_type`` and ``score``.
     """
     names = list(aggregate(lines))
     samples = _resampled(lines, [[line["score"] for line in lines]])[0]
@@ -30,11 +30,11 @@ def score_intervals(lines: Sequence[Line]) -> dict[str, tuple[float, float]]:
 
 
 def difference_intervals(lines: Sequence[Line], others: Sequence[float]) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the difference of two runs' scores, `others` minus those of the lines, on the same scenes.
+    """95 % intervals of the score differences of two runs on the same scenes, `others` minus the scores of the lines.
 
     Args:
         lines: As in :func:`score_intervals`.
-        others: The other run's score of every line.
+        others: The other run's score for every line.
     """
     names = list(aggregate(lines))
     ours, theirs = _resampled(lines, [[line["score"] for line in lines], others])
@@ -47,9 +47,9 @@ def _intervals(samples: np.ndarray) -> list[tuple[float, float]]:
 
 
 def _resampled(lines: Sequence[Line], scores: Sequence[Sequence[float]]) -> np.ndarray:
-    """Of every list of scores the table of every sample, (lists, samples, entries): overall, then the tasks.
+    """The score table of every sample for every list of scores, (lists, samples, entries): overall, then the tasks.
 
-    A task of which a sample holds no question is left out of the sample's overall score.
+    A task without questions in a sample is left out of the sample's overall score.
     """
     scenes = {scene: i for i, scene in enumerate(dict.fromkeys((r["dataset"], r["scene_name"]) for r in lines))}
     types = {name: i for i, name in enumerate(sorted({line["question_type"] for line in lines}))}
@@ -69,13 +69,13 @@ def _resampled(lines: Sequence[Line], scores: Sequence[Sequence[float]]) -> np.n
             size = min(CHUNK, SAMPLES - start)
             weights = generator.multinomial(len(scenes), np.full(len(scenes), 1 / len(scenes)), size).astype(float)
             counts, *totals = np.einsum("sn,knt->kst", weights, sums, optimize=True)
-            by_type = np.stack(totals) / counts  # nan where a sample holds no question of a type
+            by_type = np.stack(totals) / counts  # nan if a sample has no question of a type
             by_task = np.stack([_mean(by_type[..., members]) for members in tasks], -1)
             tables.append(100 * np.concatenate([_mean(by_task)[..., None], by_task], -1))
     return np.concatenate(tables, 1)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Over the last axis, without what is nan; nan where all is."""
+    """Mean over the last axis, ignoring nan; nan if all are nan."""
     known = ~np.isnan(values)
     return np.where(known, values, 0).sum(-1) / known.sum(-1)

@@ -1,6 +1,6 @@
-"""VSI-Bench's official scores, and what they leave undefined.
+"""VSI-Bench's official scores, extended to cases that they leave undefined.
 
-Multiple choice is right or wrong; a number earns the mean relative accuracy, MRA (arXiv 2412.14171, section 3).
+Multiple choice is right or wrong; numbers are scored by mean relative accuracy, MRA (arXiv 2412.14171, section 3).
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ TASKS = (
     "route_planning",
     "obj_appearance_order",
 )
-"""The eight tasks, in the order of the paper's tables. The relative direction is the mean of its three levels."""
+"""The eight tasks, in the order of the paper's tables. Relative direction is the mean of its three levels."""
 
 
 def parse_prediction(text: str) -> str:
-    """The part of an answer that is scored: up to the first space (not a newline), without full stops at its end."""
+    """The part of an answer that is scored: up to the first space (not a newline), without trailing periods."""
     return text.split(" ")[0].rstrip(".").strip()
 
 
 def score_prediction(row: Mapping[str, Any], prediction: str) -> float:
     """The score of one answer, between 0 and 1.
 
-    A choice scores 1 if its letter is the ground truth, in either case. A number p scores the share of thresholds theta
-    in 0.5, 0.55, ..., 0.95 with ``|p - g| / g <= 1 - theta``; what is no finite number scores 0. A ground truth g of 0,
-    of which the official code makes an error, scores 1 for p = 0 and else 0.
+    A choice scores 1 if its letter equals the ground truth, ignoring case. A number p scores the share of thresholds
+    theta in 0.5, 0.55, ..., 0.95 with ``|p - g| / g <= 1 - theta``; anything but a finite number scores 0. For a ground
+    truth g of 0, which is an error in the official code, p = 0 scores 1 and anything else 0.
 
     Args:
-        row: A row of VSI-Bench; read are ``question_type`` and ``ground_truth``, which may be a number or its text.
-        prediction: The model's answer, as it came.
+        row: A row of VSI-Bench; uses ``question_type`` and ``ground_truth``, which may be a number or its text.
+        prediction: The model's unmodified answer.
 
     Raises:
-        ValueError: The type is none of VSI-Bench's, or a numerical ground truth is no finite number.
+        ValueError: The type is not one of VSI-Bench's, or a numerical ground truth is not a finite number.
     """
     answer, truth = parse_prediction(prediction), row["ground_truth"]
     if is_choice(row["question_type"]):
@@ -62,7 +62,7 @@ def score_prediction(row: Mapping[str, Any], prediction: str) -> float:
     number = _number(answer)
     if target == 0:
         return float(number == 0)
-    # nan fails every comparison, inf is far from everything: both score 0.
+    # nan fails every comparison, and inf is far from every number: both score 0.
     return float((abs(number - target) / abs(target) <= 1 - CONFIDENCES).mean())
 
 
@@ -74,19 +74,19 @@ def _number(value: Any) -> float:
 
 
 def aggregate(rows_with_scores: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The table of VSI-Bench, in per cent.
+    """The score table of VSI-Bench, in percent.
 
     Args:
-        rows_with_scores: Of every question a mapping with ``question_type`` and ``score``; more keys don't matter.
+        rows_with_scores: One mapping per question with ``question_type`` and ``score``; other keys are ignored.
 
     Returns:
         ``"overall"``, the unweighted mean of the tasks, and the mean score of every task under its official name:
         ``"object_counting_MRA:.5:.95:.05"``, ..., ``"object_rel_direction_accuracy"``, ... Relative direction is the
-        unweighted mean of its three levels. Tasks and levels of which no row exists are left out of the means, where
-        the official code stops.
+        unweighted mean of its three levels. Tasks and levels without rows are left out of the means; the official code
+        fails on them.
 
     Raises:
-        ValueError: There is no row, or a row's type is none of VSI-Bench's.
+        ValueError: There is no row, or a row's type is not one of VSI-Bench's.
     """
     scores = defaultdict(list)
     for row in rows_with_scores:
@@ -104,10 +104,10 @@ def aggregate(rows_with_scores: Iterable[Mapping[str, Any]]) -> dict[str, float]
 
 
 def _mean(values: list[float]) -> float:
-    # Summed one by one, as the official code does: numpy's own sum differs in the last digit.
+    # Summed sequentially, as in the official code: numpy's sum differs in the last digit.
     return sum(values) / len(values)
 
 
 def task_of(question_type: str) -> str:
-    is_choice(question_type)  # or an error
+    is_choice(question_type)  # raises for an unknown type
     return "object_rel_direction" if question_type.startswith("object_rel_direction") else question_type

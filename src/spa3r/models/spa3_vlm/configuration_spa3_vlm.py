@@ -11,27 +11,27 @@ from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 
 @checked
 class Spa3VLMConfig(PreTrainedConfig):
-    """Configuration of a :class:`~spa3r.Spa3VLMForConditionalGeneration`: a VLM's, a Spa3R's and the adapter's.
+    """Configuration of a :class:`~spa3r.Spa3VLMForConditionalGeneration`: of its VLM, its Spa3R and its adapter.
 
     Args:
         vlm_config: Configuration of any vision-language model of transformers, or its fields with ``model_type``.
             None: Qwen2.5-VL's defaults.
         spa3r_config: Configuration of the Spa3R, or its fields.
-        integration: How the scene enters. ``"cross_attention"``: the scene's image tokens look at its spatial tokens
-            and are changed by what they find. ``"append"``, the paper's ablation: the spatial tokens, projected, are
-            further tokens of the prompt, right after the scene's last picture.
-        spatial_source: What the spatial tokens of a scene are. ``"spa3r"``: Spa3R's L latents, D wide. ``"vggt"``: the
-            backbone's last-layer features of all patches of all views, 2C wide. ``"none"``: there are none; the model
-            is the VLM alone, without Spa3R and adapter.
-        adapter_num_attention_heads: Heads of the adapter's cross-attention; they divide the language model's width.
-            None: as many as the language model has. Nothing to ``"append"``.
-        spatial_token_id: With ``"append"``: the token id that holds the places of spatial tokens in ``input_ids``, the
-            processor's ``spatial_token_id``. None: the VLM's padding token.
-        initializer_range: Standard deviation of the truncated normal initialisation of the adapter.
+        integration: How the scene is integrated. ``"cross_attention"``: the scene's image tokens attend to its spatial
+            tokens, and the result is added to them. ``"append"``, the paper's ablation: the projected spatial tokens
+            are added to the prompt, right after the scene's last picture.
+        spatial_source: Source of a scene's spatial tokens. ``"spa3r"``: Spa3R's L latents of width D. ``"vggt"``: the
+            backbone's last-layer features of all patches of all views, of width 2C. ``"none"``: no spatial tokens; the
+            model is the VLM alone, without Spa3R and adapter.
+        adapter_num_attention_heads: Number of heads of the adapter's cross-attention; must divide the language model's
+            width. None: the language model's number. Unused with ``"append"``.
+        spatial_token_id: With ``"append"``: id of the token that marks the places of spatial tokens in ``input_ids``,
+            the processor's ``spatial_token_id``. None: the VLM's padding token.
+        initializer_range: Standard deviation of the truncated normal initialization of the adapter.
 
     Raises:
-        ValueError: A value has the wrong type or is out of range, the VLM's fields don't name a family, the heads don't
-            divide its width, or there is nothing to append.
+        ValueError: A value has the wrong type or is out of range, the VLM's fields don't name a family, the number of
+            heads doesn't divide its width, or there is nothing to append.
     """
 
     model_type = "spa3_vlm"
@@ -71,10 +71,10 @@ class Spa3VLMConfig(PreTrainedConfig):
                 "`integration='append'` must have tokens to append, got `spatial_source='none'`. Choose 'spa3r' or "
                 "'vggt', or leave `integration` out: the VLM alone has none."
             )
-        # What the heads of the VLM tie is tied inside `vlm`; there is nothing to tie at this level.
+        # Weights tied in the VLM's head are tied inside `vlm`; there is nothing to tie at this level.
         kwargs.pop("tie_word_embeddings", None)
         for choice in ("attn_implementation", "experts_implementation"):
-            kwargs.setdefault(choice, {})  # None would undo the choice of sub-configurations that a live model uses
+            kwargs.setdefault(choice, {})  # None would undo the sub-configurations' choice that a loaded model uses
         super().__post_init__(**kwargs)
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
@@ -83,14 +83,14 @@ class Spa3VLMConfig(PreTrainedConfig):
 
     @property
     def spatial_hidden_size(self) -> int:
-        """Width of a spatial token before it is projected: D of ``"spa3r"``, 2C of ``"vggt"``."""
+        """Width of a spatial token before projection: D of ``"spa3r"``, 2C of ``"vggt"``."""
         spa3r = self.spa3r_config
         return spa3r.hidden_size if self.spatial_source == "spa3r" else spa3r.geometry_hidden_size
 
     @property
     def spatial_tokens(self) -> int | Literal["patches"] | None:
-        """How many tokens are appended to a scene, for :class:`~spa3r.Spa3VLMProcessor`: a number, or one for each
-        patch of its views; None: none."""
+        """Number of tokens appended to a scene, for :class:`~spa3r.Spa3VLMProcessor`: a number, or one per patch of its
+        views; None: none."""
         if self.integration != "append":
             return None
         return self.spa3r_config.num_latents if self.spatial_source == "spa3r" else "patches"

@@ -1,4 +1,4 @@
-"""Which model and which processor made a scene: two of equal fingerprints go on from it to the same answers."""
+"""Fingerprints of models and processors: with equal fingerprints, a saved scene gives the same answers."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
     from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 
 SAMPLES = 16
-"""Values of each tensor that a fingerprint looks at."""
+"""Number of values sampled from each tensor."""
 
 PASSING = (
     *("transformers_version", "_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype"),
     *("backbone_name_or_path", "semantic_teacher_name_or_path"),
 )
-"""Fields of configurations that say where a model comes from and not what it is."""
+"""Configuration fields that record a model's origin and don't affect its results."""
 
 WRAPPED = ("base_layer", "original_module", "token_adapter")
-"""What PEFT calls a layer inside what it wraps around it."""
+"""PEFT's names for a wrapped layer inside its wrapper."""
 
 PROBE = "Where is it?"
 
 
 def model_fingerprint(model: Spa3VLMForConditionalGeneration) -> str:
-    """Tells a model's weights, configuration and active adapters from others.
+    """A fingerprint of a model's weights, configuration and active adapters.
 
-    Names, shapes, types and some values of all weights go in, so that a step of training changes it; not the device,
-    not whether weights are offloaded, and not the attention back end. Of PEFT's adapters (LoRA and others) those count
-    that act: their names, weights and scales, and whether they are merged. A model whose adapters are all disabled has
-    the fingerprint of the model without adapters, and an adapter that is loaded and not active changes nothing.
+    It includes names, shapes, types and some values of all weights, so a single training step changes it. It doesn't
+    depend on the device, on offloading or on the attention back end. Of PEFT's adapters (LoRA and others), only active
+    ones count: their names, weights and scales, and whether they are merged. A model whose adapters are all disabled
+    has the fingerprint of the model without adapters, and a loaded but inactive adapter changes nothing.
 
     Args:
-        model: Anything with parameters.
+        model: Any module with parameters.
     """
     digest = hashlib.sha256(told(model.config.to_dict()))
     names, adapters = _acting(model)
@@ -56,7 +56,7 @@ def model_fingerprint(model: Spa3VLMForConditionalGeneration) -> str:
             samples.setdefault((tensor.device, tensor.dtype), {})[name] = values
     read: dict[str, Tensor] = {}
     for parts in samples.values():
-        values = torch.cat(list(parts.values())).cpu().double()  # an accelerator is waited for once
+        values = torch.cat(list(parts.values())).cpu().double()  # a single synchronization
         read |= zip(parts, values.split([len(part) for part in parts.values()]))
     for name, tensor in sorted(acting.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -66,10 +66,10 @@ def model_fingerprint(model: Spa3VLMForConditionalGeneration) -> str:
 
 
 def _acting(model: nn.Module) -> tuple[dict[str, str | None], list[Any]]:
-    """Names of weights as the model without adapters has them, None for weights that don't act; and which adapters act.
+    """Names of weights as in the model without adapters, None for inactive weights; and the active adapters.
 
-    PEFT wraps a layer: its own weights are then below :data:`WRAPPED`, perhaps twice, and beside them each adapter has
-    its part of every kind of weight.
+    PEFT wraps a layer: its own weights are then under :data:`WRAPPED`, possibly nested twice, and each adapter has its
+    part in containers next to them, one per kind of weight.
     """
     if "peft" not in sys.modules:
         return {}, []
@@ -94,7 +94,7 @@ def _acting(model: nn.Module) -> tuple[dict[str, str | None], list[Any]]:
         for kind in _by_adapter(layer):
             part = f"{path}.{kind}."
             for name in _held(layer) - {*active, *merged}:
-                names |= dict.fromkeys((part + name, f"{part}{name}."))  # a parameter, or a module of them
+                names |= dict.fromkeys((part + name, f"{part}{name}."))  # a parameter, or a module with parameters
     skipped = tuple(names)
     return {
         key: None if key in names or key.startswith(tuple(n for n in skipped if n.endswith("."))) else _bare(key)
@@ -103,7 +103,7 @@ def _acting(model: nn.Module) -> tuple[dict[str, str | None], list[Any]]:
 
 
 def _by_adapter(layer: Any) -> dict[str, Any]:
-    """The containers of a wrapped layer that hold something of each adapter."""
+    """The containers of a wrapped layer that have an entry per adapter."""
     named = {*layer.adapter_layer_names, *layer.other_param_names}
     named |= {name for name, part in layer.named_children() if isinstance(part, nn.ModuleDict | nn.ParameterDict)}
     found = {name: getattr(layer, name, None) for name in named}
@@ -111,7 +111,7 @@ def _by_adapter(layer: Any) -> dict[str, Any]:
 
 
 def _held(layer: Any) -> set[str]:
-    """Adapters of which the layer has a part."""
+    """Adapters that have weights in the layer."""
     return {name for part in _by_adapter(layer).values() for name in part.keys()}
 
 
@@ -120,7 +120,7 @@ def _bare(name: str) -> str:
 
 
 def processor_fingerprint(processor: Spa3VLMProcessor) -> str:
-    """Tells a processor's settings, chat template and tokenizer from others.
+    """A fingerprint of a processor's settings, chat template and tokenizer.
 
     Args:
         processor: The processor of the Spa3-VLM.
@@ -140,7 +140,7 @@ def processor_fingerprint(processor: Spa3VLMProcessor) -> str:
 
 
 def told(value: Any) -> bytes:
-    """As JSON, without what changes from place to place."""
+    """As JSON, without fields that depend on the location."""
 
     def lasting(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a conversation must look like before a chat template writes it: its form, and no tokens in its words."""
+"""Validation of conversations before a chat template is applied: chat format, and no special tokens in texts."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from functools import lru_cache
 from typing import Any
 
 FORMS = '`{"role": "user", "content": ...}`, with a text or a list of items as content'
-_CONTEXT = 20  # characters beside a token that a message quotes
+_CONTEXT = 20  # characters of context around a token in a message
 
 
 def check_messages(messages: Any, tokens: Collection[str]) -> None:
-    """Refuse a conversation of another form than the chat form of Hugging Face, or with tokens in its texts.
+    """Raise for a conversation that is not in the chat format of Hugging Face, or has special tokens in its texts.
 
     Args:
         messages: The conversation.
-        tokens: Texts that the VLM reads as tokens, such as its picture's placeholder.
+        tokens: Texts that the VLM reads as tokens, such as its image placeholder.
 
     Raises:
-        ValueError: With the number and the role of the message that is at fault.
+        ValueError: A message is invalid; the error gives its number and role.
     """
     if not isinstance(messages, list | tuple):
         raise ValueError(f"A conversation must be a list of messages, {FORMS}, got {_told(messages)}.")
@@ -44,7 +44,7 @@ def check_messages(messages: Any, tokens: Collection[str]) -> None:
 
 
 def _texts(message: Mapping[str, Any], name: str) -> list[str]:
-    """The texts of a message's content, one after the other."""
+    """The texts of a message's content, in order."""
     content = message.get("content")
     if isinstance(content, str):
         return [content]
@@ -73,18 +73,18 @@ def _texts(message: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _joined(texts: Sequence[str]) -> list[str]:
-    """Texts as templates write them: side by side, some with and some without the white space around them."""
+    """Texts as templates may join them: directly adjacent, with and without surrounding white space."""
     return [text for text in {"".join(texts), "".join(text.strip() for text in texts)} if text]
 
 
 @lru_cache(16)
 def _any_of(tokens: frozenset[str]) -> re.Pattern[str]:
-    # Of tokens that begin alike, the longest is named. Without tokens nothing is found.
+    # Among tokens with a common start, the longest is reported. Without tokens nothing matches.
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def _told(value: Any) -> str:
-    """A value for an error: short texts and numbers as they are, of everything else the type."""
+    """A value for an error message: short texts and numbers unchanged, the type of anything else."""
     if isinstance(value, str) and len(value) > 40:
         return f"{value[:40]!r}..."
     return repr(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""The released ``spa3_vlm`` folder -> :class:`~spa3r.Spa3VLMForConditionalGeneration`: tables of key patterns."""
+"""Converts the released ``spa3_vlm`` folder to :class:`~spa3r.Spa3VLMForConditionalGeneration`: key pattern tables."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ ADAPTER_RULES = [
     Rule(r"geometry_gate\.0\.(weight|bias)", r"gate.\1"),
 ]
 VLM_RULES = [
-    Rule(r"(model\.(?:visual|language_model)\..*)", r"\1"),  # as transformers saves it since 4.52
+    Rule(r"(model\.(?:visual|language_model)\..*)", r"\1"),  # as saved by transformers since 4.52
     Rule(r"visual\.(.*)", r"model.visual.\1"),
     Rule(r"model\.(.*)", r"model.language_model.\1"),
     Rule(r"lm_head\.weight", "lm_head.weight"),
 ]
 RESEARCH_FIELDS = ("use_geometry_encoder", "spa3r_embed_dim", "spa3r_num_queries")
-"""Fields that the research code added to Qwen2.5-VL's configuration; the tensors say the same."""
+"""Fields that the research code added to Qwen2.5-VL's configuration; the tensors imply the same values."""
 
 
 def translate_spa3_vlm(
@@ -38,9 +38,9 @@ def translate_spa3_vlm(
     """Weights of a Spa3-VLM in our names, and its configuration.
 
     Args:
-        tensors: In the released names.
+        tensors: Tensors with the released names.
         vlm_fields: The released ``config.json``.
-        fields: Fields of our configuration that neither it nor shapes tell, such as ``spa3r_config``.
+        fields: Fields of our configuration that neither it nor shapes determine, such as ``spa3r_config``.
 
     Raises:
         ValueError: Keys are missing or unknown.
@@ -52,7 +52,7 @@ def translate_spa3_vlm(
     for key, tensor in tensors.items():
         of_vlm = re.match(r"(visual|model|lm_head)\.", key)
         (spa3r if key.startswith(SPA3R_PREFIX) else vlm if of_vlm else adapter)[key] = tensor
-    # Only pretraining needs the teacher.
+    # The teacher is needed only for pretraining.
     spa3r_fields = own_fields(fields.pop("spa3r_config", None) or {})
     spa3r, _, spa3r_config = translate_spa3r(spa3r, spa3r_fields, with_teacher=False)
     weights = {f"spa3r.{key}": tensor for key, tensor in spa3r.items()}

@@ -1,11 +1,11 @@
-"""What models of transformers keep between calls, and how no result of ours comes to depend on it.
+"""State that models of transformers keep between calls, and how results are made independent of it.
 
-- Families whose pictures have positions in several dimensions keep the last prompt's offset (``rope_deltas``), and read
-  it when a prompt goes on from a cache. The offset belongs to the cache: :func:`remember_offset` writes it there and
-  :func:`positions_behind` makes positions of it.
+- Families whose pictures have multidimensional positions store the last prompt's offset (``rope_deltas``) and use it
+  when a prompt continues from a cache. The offset belongs to the cache: :func:`remember_offset` stores it there, and
+  :func:`positions_behind` computes positions from it.
 - RoPE with ``"dynamic"`` or ``"longrope"`` frequencies keeps those of the longest or the last prompt, and offloaded
-  weights come and go: :func:`turn` lets calls of such models run one at a time, each from the same start.
-- Whether dropout acts is kept in every module: :func:`in_eval_mode`.
+  weights are loaded and released: :func:`turn` runs calls of such models one at a time, each from the same state.
+- Every module stores whether dropout is active: :func:`in_eval_mode`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from spa3r.models.placement import is_offloaded
 
-# Positions in several dimensions
+# Multidimensional positions
 
 
 OFFSETS = "spa3r_rope_deltas"
@@ -30,28 +30,28 @@ OFFSETS = "spa3r_rope_deltas"
 
 
 def cache_name(vlm: PreTrainedModel) -> str:
-    """``cache``, which was ``past_key_values`` in earlier versions of transformers."""
+    """``cache``, or ``past_key_values`` in earlier versions of transformers."""
     return "cache" if "cache" in inspect.signature(vlm.forward).parameters else "past_key_values"
 
 
 def keeps_offset(vlm: PreTrainedModel) -> bool:
-    """Whether the family keeps the offset of the last prompt's positions."""
+    """Whether the family stores the offset of the last prompt's positions."""
     return hasattr(vlm.base_model, "rope_deltas")
 
 
 def position_offsets(
     vlm: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, inputs: dict[str, Any]
 ) -> Tensor | None:
-    """What is added to the place of a token behind the pictures to give its position.
+    """Offset from a token's index to its position after the pictures.
 
     Args:
         vlm: Any VLM.
         input_ids: (batch, sequence).
         attention_mask: (batch, sequence) or None.
-        inputs: What else the processor made for the VLM.
+        inputs: The other inputs that the processor made for the VLM.
 
     Returns:
-        (batch, 1); None in families whose positions are places.
+        (batch, 1); None in families whose positions are token indices.
     """
     if not keeps_offset(vlm):
         return None
@@ -65,14 +65,14 @@ def position_offsets(
 
 
 def place_positions(vlm: PreTrainedModel, places: Tensor, offsets: Tensor) -> Tensor:
-    """(batch, n) places and (batch or fewer, 1) offsets -> (dimensions, batch, n) positions of tokens of text."""
+    """(batch, n) indices and (batch or fewer, 1) offsets -> (dimensions, batch, n) positions of text tokens."""
     offsets = offsets.to(places.device).repeat_interleave(len(places) // len(offsets), 0)
     rope = getattr(vlm.config.get_text_config(), "rope_parameters", None) or {}
     return (places + offsets).expand(len(rope.get("mrope_section", (0, 0, 0))), -1, -1)
 
 
 def remember_offset(cache: Any, offsets: Tensor | None) -> None:
-    """Write the offset of a prompt to the cache that holds its keys, which a copy of it keeps."""
+    """Store a prompt's offset on the cache that holds its keys; copies of the cache keep it."""
     if cache is not None and offsets is not None:
         setattr(cache, OFFSETS, offsets)
 
@@ -80,20 +80,20 @@ def remember_offset(cache: Any, offsets: Tensor | None) -> None:
 def positions_behind(
     vlm: PreTrainedModel, cache: Any, offsets: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]
 ) -> Tensor:
-    """Positions of all tokens of prompts that go on from a cache; the family would use the offset that it saw last.
+    """Positions of all tokens of prompts that continue from a cache; the family itself would use its last offset.
 
     Args:
-        vlm: Of a family that keeps an offset.
-        cache: Holds at least one token.
-        offsets: From :func:`position_offsets`; None: what the cache says.
-        attention_mask: (batch, sequence), of what the cache holds and what is new; or None.
-        shape: (batch, sequence), likewise.
+        vlm: A VLM of a family that stores an offset.
+        cache: A cache with at least one token.
+        offsets: From :func:`position_offsets`; None: the cache's.
+        attention_mask: (batch, sequence), of cached and new tokens; or None.
+        shape: (batch, sequence), of cached and new tokens.
 
     Returns:
         (dimensions, batch, sequence).
 
     Raises:
-        ValueError: The cache does not say.
+        ValueError: The cache has no offset.
     """
     if offsets is None and (offsets := getattr(cache, OFFSETS, None)) is None:
         raise ValueError(
@@ -108,16 +108,16 @@ def positions_behind(
     return place_positions(vlm, places, offsets)
 
 
-# Frequencies of RoPE
+# RoPE frequencies
 
 
 def changing_frequencies(model: nn.Module) -> list[nn.Module]:
-    """Modules that compute their RoPE's frequencies from the lengths of prompts, and keep them."""
+    """Modules that compute RoPE frequencies from prompt lengths and keep them."""
     return [module for module in model.modules() if _changing_types(module)]
 
 
 def _changing_types(module: nn.Module) -> dict[str, str]:
-    """Prefix of the buffers and type of RoPE, of those that change."""
+    """Buffer prefix and type of each RoPE whose frequencies change."""
     kinds = getattr(module, "rope_type", None)
     kinds = {f"{layer_type}_": kind for layer_type, kind in kinds.items()} if isinstance(kinds, dict) else {"": kinds}
     return {
@@ -129,14 +129,14 @@ def _changing_types(module: nn.Module) -> dict[str, str]:
 
 def _reset_frequencies(module: nn.Module) -> None:
     for prefix, kind in _changing_types(module).items():
-        if "dynamic" in kind:  # "longrope" starts from its own frequencies in each forward pass
+        if "dynamic" in kind:  # "longrope" recomputes its frequencies in each forward pass
             original, used = getattr(module, f"{prefix}original_inv_freq"), getattr(module, f"{prefix}inv_freq")
             module.register_buffer(f"{prefix}inv_freq", original.to(used.device), persistent=False)
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def longest_shared_length(vlm: PreTrainedModel) -> int | None:
-    """Tokens of a prompt at most whose beginning doesn't depend on its length; None: any number."""
+    """Maximum length of a prompt whose beginning doesn't depend on its length; None: unlimited."""
     modules = [module for module in changing_frequencies(vlm) if hasattr(module, "original_max_seq_len")]
     lengths = [module.original_max_seq_len for module in modules]
     lengths += [
@@ -152,8 +152,8 @@ _TURN = threading.RLock()
 
 @contextmanager
 def turn(model: nn.Module) -> Iterator[None]:
-    """Calls of models that keep something run one at a time, each as if it were the first; other models' run freely."""
-    if torch.compiler.is_compiling():  # neither locks nor hooks are for a graph
+    """Run calls of models with such state one at a time, each as if it were the first; other models are not locked."""
+    if torch.compiler.is_compiling():  # graphs support neither locks nor hooks
         yield
         return
     changing = changing_frequencies(model)
@@ -170,12 +170,12 @@ def turn(model: nn.Module) -> Iterator[None]:
 
 _EVAL_LOCK = threading.Lock()
 _EVALUATED: dict[nn.Module, tuple[int, dict[nn.Module, bool]]] = {}
-"""Models in eval mode for a while: calls that want it, and the modes that the last of them puts back."""
+"""Models temporarily in eval mode: number of callers, and the modes that the last caller restores."""
 
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout while it lasts; then every module is in the mode in which it was before the first of several calls."""
+    """Context manager without dropout; the last of several callers restores the mode that every module had before."""
     with _EVAL_LOCK:
         calls, modes = _EVALUATED.get(model) or (0, {module: module.training for module in model.modules()})
         if any(module.training for module in modes):

@@ -1,4 +1,4 @@
-"""Videos as users of transformers and qwen-vl-utils give them -> their frames, which the VLM sees as pictures."""
+"""Converts videos in the forms of transformers and qwen-vl-utils to frames, which the VLM takes as pictures."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from spa3r.media.images import Image, flattened, is_batch
 from spa3r.media.videos import FrameSampling, sample_frames, uniform_indices
 
 VIDEO_KEYS = ("video", "url", "path")
-"""Where an item of a message holds its video."""
+"""Keys of a message item that may hold its video."""
 
 NUMBER_OPTIONS = ("num_frames", "fps", "min_frames", "max_frames")
 VIDEO_OPTIONS = (*NUMBER_OPTIONS, "nframes", "video_start", "video_end")
-"""What an item of a message may say of its video: transformers' and qwen-vl-utils' names."""
+"""Video options of a message item, with the names of transformers and qwen-vl-utils."""
 
 CALL_OPTIONS = ("num_frames", "fps", "do_sample_frames", "video_metadata")
-"""What a call of the processor may say of all its videos."""
+"""Options of a processor call that apply to all its videos."""
 
 OF_ITEMS = (*(set(VIDEO_OPTIONS) - {"num_frames", "fps"}), "video_fps", "video_load_backend", "sample_indices_fn")
-"""What transformers' chat templates or qwen-vl-utils know, and a call must not say of all videos."""
+"""Options of transformers' chat templates or qwen-vl-utils that are not allowed in a call for all videos."""
 
 
 def frames_of(video: Any, options: Mapping[str, Any]) -> list[Image]:
-    """The frames of a video that are taken.
+    """The selected frames of a video.
 
     Args:
         video: A file, a URL, a file's content, or its frames: a list of pictures or an array (frames, ...).
-        options: For :class:`~spa3r.media.videos.FrameSampling`.
+        options: Options for :class:`~spa3r.media.videos.FrameSampling`.
 
     Raises:
-        ValueError: It is none of these, can't be read, or doesn't have what an option needs.
+        ValueError: It is none of these, can't be read, or lacks what an option needs.
     """
     options = {key: value for key, value in options.items() if value is not None}
     is_sampled = options.pop("do_sample_frames", True)
@@ -64,10 +64,10 @@ def frames_of(video: Any, options: Mapping[str, Any]) -> list[Image]:
 
 
 def options_of_item(item: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What an item of a message says of its video; how many frames it doesn't say, the call does.
+    """Video options of a message item; if it doesn't set the number of frames, the call's default applies.
 
     Raises:
-        ValueError: It says what is not used, or one thing twice.
+        ValueError: An option is not supported, or is given twice.
     """
     given = {key: value for key, value in item.items() if value is not None and key not in ("type", *VIDEO_KEYS)}
     if unknown := sorted(map(str, given.keys() - {*VIDEO_OPTIONS})):
@@ -83,10 +83,10 @@ def options_of_item(item: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
 
 
 def check_call(keywords: Mapping[str, Any]) -> None:
-    """Refuse options of a single video among the keywords of a call, which nothing would use.
+    """Raise for options of a single video among the keywords of a call, which would be ignored.
 
     Raises:
-        ValueError: With the option's name.
+        ValueError: Such an option is given; the message names it.
     """
     if wrong := sorted(key for key in keywords if key in OF_ITEMS):
         cure = "Say it in the video's item of the message" if wrong[0] in VIDEO_OPTIONS else "Leave it out"
@@ -97,9 +97,9 @@ def check_call(keywords: Mapping[str, Any]) -> None:
 
 
 def listed_videos(videos: Any) -> list[Any]:
-    """The videos of a call, as transformers takes them: one, a list of them, or a list of such lists for each text.
+    """The videos of a call, as transformers takes them: one, a list, or a list of lists with one list per text.
 
-    A list of pictures is one video; a pair of a video and its metadata, as qwen-vl-utils makes them, is the video.
+    A list of pictures is one video. A pair of a video and its metadata, as qwen-vl-utils returns it, is one video.
     """
     if videos is None:
         return []
@@ -115,17 +115,17 @@ def listed_videos(videos: Any) -> list[Any]:
 
 
 def call_options(keywords: dict[str, Any], num_frames: int | None) -> dict[str, Any]:
-    """Take what is said of videos out of a call's keywords, flat or under ``videos_kwargs``.
+    """Remove the video options from a call's keywords, flat or under ``videos_kwargs``.
 
     Args:
-        keywords: Of the call; loses what is taken.
-        num_frames: The processor's.
+        keywords: Keywords of the call; video options are removed from it.
+        num_frames: The processor's setting.
 
     Returns:
         Options for :func:`frames_of`.
 
     Raises:
-        ValueError: Something is said that is not used, or twice differently.
+        ValueError: An option is not supported, or is given twice with different values.
     """
     said = {key: keywords.pop(key) for key in CALL_OPTIONS if key in keywords}
     nested = dict(keywords.pop("videos_kwargs", None) or {})
@@ -136,12 +136,12 @@ def call_options(keywords: dict[str, Any], num_frames: int | None) -> dict[str, 
         )
     said = {key: value for key, value in {**nested, **said}.items() if value is not None}
     is_sampled = said.get("do_sample_frames", True)
-    if not is_sampled:  # the frames were sampled before; `fps` says how, and pictures have no times
+    if not is_sampled:  # already sampled: `fps` says how, and pictures have no times
         if "num_frames" in said:
             raise ValueError("`num_frames` can't be used with `do_sample_frames=False`. Leave one of them out.")
         return {"do_sample_frames": False}
     fps = said.get("fps")
-    if isinstance(fps, list | tuple):  # qwen-vl-utils gives one for each video
+    if isinstance(fps, list | tuple):  # qwen-vl-utils returns one per video
         if len(set(fps)) != 1:
             raise ValueError(f"`fps` must be one number for all videos, got {shorten(fps)}. Give messages instead.")
         fps = fps[0]
@@ -157,5 +157,5 @@ def _is_picture(item: Any) -> bool:
 
 
 def places_of(texts: Sequence[str], place: str | None) -> list[int]:
-    """How often the place of a video stands in each text."""
+    """Number of video placeholders in each text."""
     return [text.count(place) if place else 0 for text in texts]
