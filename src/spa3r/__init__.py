@@ -1,6 +1,6 @@
 """Spa3R and Spa3-VLM: spatial representations from unposed photos, and vision-language models that use them.
 
-``import spa3r`` imports neither torch nor transformers: names are imported when they are first used, and
+``import spa3r`` imports neither torch nor transformers: names are imported on first use, and
 :mod:`spa3r.registration` registers the types of this package with transformers' Auto classes.
 """
 

@@ -1,4 +1,4 @@
-"""The web demo: show a place, then ask about it. A place is encoded once, and its scene stays while memory allows.
+"""The web demo: upload pictures of a place, then ask about it. Each scene is encoded once and cached.
 
 build_app(*embedded_model()).launch()
 """
@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError('The web demo needs gradio, which is not installed. pip install "spa3r[app]".') from error
 
 DAY = 24 * 60 * 60
-"""Seconds that uploaded files are kept; they are looked for as often, and deleted when the server stops."""
+"""How long uploaded files are kept, and how often they are checked, in seconds; a server stop deletes them."""
 
 LEAD = """# Ask about a place
 Give photos or a video of one place, or take a generated room. The model looks at it once; then ask as much as you like.
@@ -54,12 +54,12 @@ CSS = """.gradio-container { max-width: 76rem !important; margin: 0 auto !import
 
 @dataclass(frozen=True)
 class GivenFiles:
-    """A place of which a visitor gave photos and videos.
+    """A place with photos and videos uploaded by a visitor.
 
     Attributes:
-        files: Where the server keeps them.
-        num_frames: Frames of each video; None: by its length.
-        read: How they are read, as :func:`spa3r.console.read_views`.
+        files: The files on the server.
+        num_frames: Number of frames of each video; None: by its length.
+        read: Function that reads them, like :func:`spa3r.console.read_views`.
     """
 
     files: tuple[str, ...]
@@ -69,14 +69,14 @@ class GivenFiles:
     )
 
     questions = {}
-    """None whose answer is known."""
+    """Empty: there are no questions with known answers."""
 
     def views(self) -> list[PIL.Image.Image]:
-        """Its pictures, read anew.
+        """The pictures of the place, read on each call.
 
         Raises:
-            ValueError: There are no files, they were deleted, or one can't be read. Files are named as the visitor
-                named them.
+            ValueError: There are no files, they were deleted, or one can't be read. Messages use the visitor's file
+                names.
         """
         if not self.files:
             raise ValueError("There are no pictures: give photos or a video of a place first.")
@@ -92,16 +92,16 @@ class GivenFiles:
                 text = text.replace(file, Path(file).name)
             raise ValueError(text) from error
         for name, view in zip(names, views):
-            view.filename = Path(name).name  # messages further on name it
+            view.filename = Path(name).name  # for later messages
         return views
 
 
 @dataclass(frozen=True)
 class UnseenRoom:
-    """A generated room that no training saw.
+    """A generated room that is in no training data.
 
     Attributes:
-        seed: Of the room.
+        seed: Seed of the room.
         size: Width and height of its pictures.
     """
 
@@ -113,12 +113,12 @@ class UnseenRoom:
         return RoomQuestions(self.seed, num_rooms=1, size=self.size)
 
     def views(self) -> list[PIL.Image.Image]:
-        """Its pictures, rendered anew."""
+        """The pictures of the room, rendered on each call."""
         return self._source.pictures(self.seed)
 
     @cached_property
     def questions(self) -> dict[str, dict[str, Any]]:
-        """Rows of VSI-Bench that the room allows, one of a type at most, by what the model is asked."""
+        """VSI-Bench rows about the room, at most one per question type, keyed by the question."""
         return {make_prompt(row): row for row in room_questions(self._source.walk(self.seed))}
 
 
@@ -127,13 +127,13 @@ ChatMessage = dict[str, Any]
 
 
 class Demo:
-    """What the page does: one model for all visitors, one request at a time.
+    """Logic of the page: one model for all visitors, one request at a time.
 
     Args:
         model: The model.
         processor: Its processor.
-        cache_bytes: Of all scenes together. One that left is encoded again when it is asked about.
-        limits: What a visitor may ask of the server at once; None: the defaults.
+        cache_bytes: Memory for all scenes together. An evicted scene is encoded again when it is needed.
+        limits: Limits on a visitor's requests; None: the defaults.
     """
 
     def __init__(
@@ -148,16 +148,16 @@ class Demo:
         self._lock = threading.Lock()
 
     def look_at_files(self, files: list[str] | None, num_frames: int) -> tuple[Any, ...]:
-        """A visitor's files, 0 frames for as many as its length asks for -> what the page shows of the place."""
+        """Show a visitor's files on the page; 0 frames selects the number by each video's length."""
         with _told_to_visitor():
             num_frames = check_count("num_frames", num_frames or 0, 0) or None
-            is_native = self.processor.images == "native"  # then the VLM looks at the pictures as they are
+            is_native = self.processor.images == "native"  # the VLM takes the original pictures
             keep = None if is_native else self.processor.view_image_processor.process_view
             read = partial(read_views, limits=self.limits, keep=keep)
             return self._look(GivenFiles(tuple(files or ()), num_frames, read))
 
     def look_at_room(self, seed: int) -> tuple[Any, ...]:
-        """The room of a seed, counted from the first that no training saw -> what the page shows of it."""
+        """Show the room of a seed, counted from the first that is in no training data, on the page."""
         with _told_to_visitor():
             check_seed(seed)
             return self._look(UnseenRoom(FIRST_TEST_SEED + seed, self.processor.view_image_processor.size))
@@ -180,7 +180,7 @@ class Demo:
         return [*chat, {"role": "user", "content": question}, {"role": "assistant", "content": text}], ""
 
     def _look(self, place: Place) -> tuple[Any, ...]:
-        """The place, its views, what is told of it, its suggested questions, and a chat that begins anew."""
+        """The place, its views, its description, its suggested questions, and an empty chat."""
         with self._lock:
             scene, told = self._scene(place)
         facts = (
@@ -189,7 +189,7 @@ class Demo:
         return place, scene.views, facts, _suggested(place), []
 
     def _scene(self, place: Place) -> tuple[EncodedScene, str]:
-        """The scene of a place, and how it came into memory."""
+        """The scene of a place, and whether it was encoded or cached."""
         start, was_kept = time.perf_counter(), place in self.scenes
         scene = self.scenes.get_or_encode(place, lambda: self.model.encode_scene(self.processor, place.views()))
         told = "encoded before" if was_kept else f"read and encoded in {time.perf_counter() - start:.2f} s"
@@ -209,21 +209,21 @@ def build_app(
     cache_bytes: int = 4 * 2**30,
     limits: Limits | None = None,
 ) -> gr.Blocks:
-    """The web page on which visitors show a place and ask about it.
+    """The web page on which visitors upload pictures of a place and ask about it.
 
-    Requests of all visitors are served one at a time. A place's pictures go through the model once; scenes of all
-    visitors are kept in memory up to `cache_bytes`, and one that had to leave is encoded again when it is asked about.
-    Uploaded files are kept for a day. The page asks no other server for anything.
+    Requests of all visitors are processed one at a time. A place's pictures go through the model once. Scenes of all
+    visitors are cached up to `cache_bytes`, and an evicted scene is encoded again when it is needed. Uploaded files are
+    kept for a day. The page loads nothing from other servers.
 
     Args:
         model: A Spa3-VLM, on its device.
-        processor: The model's.
-        about: What the page says of the model, as Markdown.
+        processor: The model's processor.
+        about: Description of the model on the page, as Markdown.
         cache_bytes: Memory for scenes, 0 or more; see :class:`~spa3r.SceneCache`.
-        limits: What a visitor may ask of the server at once; None: the defaults of :class:`~spa3r.console.Limits`.
+        limits: Limits on a visitor's requests; None: the defaults of :class:`~spa3r.console.Limits`.
 
     Returns:
-        The page; its ``launch()`` starts the server, with gradio's arguments.
+        The page; its ``launch()`` starts the server and takes gradio's arguments.
 
     Raises:
         ValueError: `cache_bytes` is negative.
@@ -272,7 +272,7 @@ def build_app(
 
 
 class _Page(gr.Blocks):
-    """Blocks with fonts of the visitor's system, without links elsewhere, and without a history in the browser."""
+    """Blocks that use system fonts, no external links and no history in the browser."""
 
     def launch(self, **kwargs) -> Any:
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -282,8 +282,8 @@ class _Page(gr.Blocks):
         return super().launch(**looks | {"max_file_size": self.limits.file_bytes, "app_kwargs": for_server} | kwargs)
 
     def block_thread(self) -> None:
-        """Serve until the process is to end: SIGTERM and SIGHUP end it as Ctrl+C does, so that uploads are deleted."""
-        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        """Serve until the process ends: SIGTERM and SIGHUP stop it like Ctrl+C does, so that uploads are deleted."""
+        if threading.current_thread() is not threading.main_thread():  # signal handlers need the main thread
             super().block_thread()
             return
         ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -294,15 +294,15 @@ class _Page(gr.Blocks):
             for end, handler in before.items():
                 signal.signal(end, handler)
             for file in {file for files in self.temp_file_sets for file in files}:
-                Path(file).unlink(missing_ok=True)  # which gradio leaves where a visitor's page is still open
+                Path(file).unlink(missing_ok=True)  # gradio keeps them if a visitor's page is still open
 
 
 class _LimitedBodies:
-    """Refuses requests whose body is too large, as far as possible before it is read; gradio itself reads all of it.
+    """Middleware that rejects too large request bodies, if possible before reading; gradio reads every body whole.
 
     Args:
-        app: What serves the requests.
-        page: Whose limits hold.
+        app: The wrapped ASGI app.
+        page: The page whose limits apply.
     """
 
     def __init__(self, app: ASGIApp, page: _Page):
@@ -314,7 +314,7 @@ class _LimitedBodies:
             return
         if scope["path"].rstrip("/").endswith("/upload"):
             what, cure = "Files that are uploaded together", "Give fewer or smaller files"
-            limit = max(self.page.limits.file_bytes, self.page.max_file_size or 0) + 2**20  # of names and borders
+            limit = max(self.page.limits.file_bytes, self.page.max_file_size or 0) + 2**20  # for names and boundaries
         else:
             what, cure = "A request", "Ask a shorter question, or begin a new chat: look at the place again"
             limit = self.page.limits.request_bytes
@@ -330,7 +330,7 @@ class _LimitedBodies:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > limit:  # of a body in pieces, whose size nobody promised
+            if size > limit:  # a chunked body has no declared size
                 raise HTTPException(413, refusal.format("more"), {"connection": "close"})
             return message
 
@@ -339,7 +339,7 @@ class _LimitedBodies:
 
 @contextmanager
 def _told_to_visitor() -> Iterator[None]:
-    """What is wrong with a visitor's input is told on the page, in the library's words."""
+    """Show errors about a visitor's input on the page, with the library's message."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -347,7 +347,7 @@ def _told_to_visitor() -> Iterator[None]:
 
 
 def _suggested(place: Place) -> gr.Dataset:
-    """The place's questions with known answers, to be chosen from."""
+    """The place's questions with known answers, as suggestions."""
     labels = [TYPE_TITLES[row["question_type"]] for row in place.questions.values()]
     return gr.Dataset(
         samples=[[prompt] for prompt in place.questions], sample_labels=labels, visible=bool(place.questions)
@@ -355,6 +355,6 @@ def _suggested(place: Place) -> gr.Dataset:
 
 
 def _truth(row: dict[str, Any]) -> str:
-    """A number, or the true option."""
+    """The true answer: a number, or the right option."""
     truth = row["ground_truth"]
     return next((option for option in row["options"] or () if option.startswith(f"{truth}.")), truth)

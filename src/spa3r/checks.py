@@ -1,6 +1,6 @@
-"""Checks of single values where they enter the library, and the words of the errors. Imports no torch.
+"""Validation of single values at the entry points of the library, and wording of the errors. Imports no torch.
 
-Every error says the value's name, what was wanted, what was got and how to cure it; a large value is shortened.
+Every error gives the value's name, what was expected, what was given and how to fix it; large values are shortened.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
 
 
 def shorten(value: Any) -> str:
-    """``repr`` of a value for an error message, at most a line or so of it."""
+    """``repr`` of a value for an error message, shortened to about a line."""
     text = f"{type(value).__name__} of shape {tuple(value.shape)}" if hasattr(value, "shape") else _SHORT.repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def range_words(lowest: float, highest: float | None, kind: str = "a whole number", above: bool = False) -> str:
-    """``a whole number from 1 to 8``; the lowest itself is excluded with `above`."""
+    """``a whole number from 1 to 8``; `above` excludes the lowest value itself."""
     if highest is None:
         return f"{kind} {'above' if above else 'of at least'} {lowest}"
     return f"{kind} above {lowest}, at most {highest}" if above else f"{kind} from {lowest} to {highest}"
 
 
 def is_count(value: Any, lowest: float = 1, highest: int | None = None) -> bool:
-    """Whether a value is a whole number in a range: an int or NumPy's, never a truth value, a text or a fraction."""
+    """Whether a value is a whole number in a range: an int or NumPy integer, but no boolean, text or fraction."""
     if isinstance(value, bool):
         return False
     try:
@@ -46,7 +46,7 @@ def is_count(value: Any, lowest: float = 1, highest: int | None = None) -> bool:
 
 
 def is_number(value: Any, lowest: float, highest: float = math.inf, above: bool = False) -> bool:
-    """Whether a value is a finite number in a range; the lowest itself is excluded with `above`."""
+    """Whether a value is a finite number in a range; `above` excludes the lowest value itself."""
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
         return False
     number = float(value)
@@ -54,17 +54,17 @@ def is_number(value: Any, lowest: float, highest: float = math.inf, above: bool 
 
 
 def check_count(name: str, value: Any, lowest: int = 1, highest: int | None = None, cure: str = "") -> int:
-    """The value as an int.
+    """Validate a whole number and return it as an int.
 
     Args:
-        name: What the error calls it, without quotes.
-        value: What was given.
-        lowest: The least that is accepted.
-        highest: The most; None: no limit.
-        cure: A sentence that ends the error.
+        name: Name of the value in the error, without quotes.
+        value: The value.
+        lowest: Minimum.
+        highest: Maximum; None: no limit.
+        cure: The last sentence of the error.
 
     Raises:
-        ValueError: It is no whole number, or out of range.
+        ValueError: It is not a whole number, or is out of range.
     """
     if not is_count(value, lowest, highest):
         raise ValueError(f"`{name}` must be {range_words(lowest, highest)}, got {shorten(value)}. {cure}".rstrip())
@@ -74,17 +74,17 @@ def check_count(name: str, value: Any, lowest: int = 1, highest: int | None = No
 def check_channels(
     name: str, values: Any, lowest: float = -math.inf, above: bool = False, cure: str = ""
 ) -> list[float]:
-    """Three finite numbers, one for each color channel, as floats.
+    """Validate three finite numbers, one per color channel, and return them as floats.
 
     Args:
-        name: What the error calls them, without quotes.
-        values: What was given.
-        lowest: The least that each may be.
-        above: Whether the lowest itself is excluded.
-        cure: A sentence that ends the error.
+        name: Name of the values in the error, without quotes.
+        values: The values.
+        lowest: Minimum of each.
+        above: Whether the minimum itself is excluded.
+        cure: The last sentence of the error.
 
     Raises:
-        ValueError: They are not three, or one is no finite number or out of range.
+        ValueError: There are not three, or one is not a finite number or is out of range.
     """
     values = values.tolist() if hasattr(values, "tolist") else values
     is_right = isinstance(values, list | tuple) and len(values) == 3
@@ -98,10 +98,10 @@ def check_channels(
 
 
 def check_types(values: Mapping[str, Any], types: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse values that are not of the annotated types. Names without a type are left to others.
+    """Raise for values that don't match the annotated types. Names without a type are ignored.
 
     Raises:
-        ValueError: With the value's name, what it may be, and what it is.
+        ValueError: A value has the wrong type; the message gives its name, the expected type, and the value.
     """
     for name, value in values.items():
         if name in types and not is_of_type(value, types[name]):
@@ -109,7 +109,7 @@ def check_types(values: Mapping[str, Any], types: Mapping[str, Any], prefix: str
 
 
 def signature_types(made: type) -> dict[str, Any]:
-    """The annotated types of what a class is made of; those of a library that is imported later only, are anything."""
+    """Annotated types of a class's constructor arguments; types of libraries that are not imported yet become Any."""
     names = vars(sys.modules[made.__module__])
     types = {}
     for name, annotation in made.__init__.__annotations__.items():
@@ -121,10 +121,10 @@ def signature_types(made: type) -> dict[str, Any]:
 
 
 def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, tuple[float, float | None]], prefix: str = "") -> None:
-    """Refuse numbers, also inside lists, that are out of the ranges of their names. None is left to others.
+    """Raise for numbers, also inside lists, that are outside the ranges of their names. None is ignored.
 
     Raises:
-        ValueError: With the value's name, its range, and what it is.
+        ValueError: A value is out of range; the message gives its name, the range, and the value.
     """
     for name, (lowest, highest) in ranges.items():
         given = values.get(name)
@@ -135,8 +135,8 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, tuple[float, fl
 
 
 def is_of_type(value: Any, annotation: Any) -> bool:
-    """Whether a value suits an annotation: a whole number is no truth value, a number is finite, a list may stand for a
-    tuple and a text for a path or an enumeration's member."""
+    """Whether a value matches an annotation: booleans are not whole numbers, numbers must be finite, lists match
+    tuples, and texts match paths and enumeration members."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Any or isinstance(annotation, str):
         return True
@@ -170,10 +170,10 @@ def is_of_type(value: Any, annotation: Any) -> bool:
 
 
 def type_words(annotation: Any) -> str:
-    """What a type wants, in words."""
+    """Description of an expected type."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
-        if str in arguments:  # long lists of names that are texts, too
+        if str in arguments:  # skip enums: long lists of names, which are texts too
             arguments = [one for one in arguments if not (isinstance(one, type) and issubclass(one, Enum))]
         return " or ".join(dict.fromkeys(type_words(argument) for argument in arguments))
     if origin is Literal:

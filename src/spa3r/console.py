@@ -1,4 +1,4 @@
-"""What all commands share: their result and their notes, common options, devices, loading of models and photos."""
+"""Shared code of all commands: results and notes, common options, devices, loading of models and photos."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
-"""Suffixes of released checkpoints that are one file."""
+"""Suffixes of released checkpoints that are a single file."""
 
 
 class Dtype(StrEnum):
@@ -66,11 +66,11 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the li
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Nothing, where rich ends the program: who reads no more progress may still want the result."""
+        """Do nothing, where rich would exit: if progress can't be written, the result may still be wanted."""
 
 
 class Report:
-    """The result of a command, told once at its end."""
+    """The result of a command, printed once at its end."""
 
     def __init__(self):
         self.start = time.perf_counter()
@@ -80,28 +80,28 @@ class Report:
         self.console = _Console(stderr=True, highlight=False)
 
     def finish(self, text: str, exit_code: int = 0, **result: Any) -> None:
-        """Keep the result: its fields, the same as text, and the exit code."""
+        """Store the result: its fields, the same as text, and the exit code."""
         self.result = result | {"seconds": round(time.perf_counter() - self.start, 3)}
         self.text, self.exit_code = text, exit_code
 
     def note(self, text: str) -> None:
-        """One line for the reader, not for the result."""
+        """Print a line for the user that is not part of the result."""
         self._tell(f"note: {text}", "yellow")
 
     def line(self, text: str) -> None:
-        """One line of how far it is."""
+        """Print a line about progress."""
         self._tell(text)
 
     def error(self, text: str) -> None:
-        """One line of what went wrong."""
+        """Print a line about an error."""
         self._tell(f"error: {text}", "red")
 
     def _tell(self, text: str, style: str | None = None) -> None:
-        with suppress(OSError):  # a terminal that is gone must not end what goes on
+        with suppress(OSError):  # a closed terminal must not stop the command
             self.console.print(hide(text), style=style, markup=False, soft_wrap=True)
 
     def status(self, text: str):
-        """A spinner while something takes long; nothing where nobody looks."""
+        """A spinner during a long step; nothing without an interactive terminal."""
         return self.console.status(hide(text))
 
     def progress(self) -> Progress:
@@ -116,7 +116,7 @@ def one_line(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """A model's words without control characters, which could rule a terminal."""
+    """A model's output without control characters, which could affect the terminal."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -126,7 +126,7 @@ def plural(count: int, noun: str) -> str:
 
 @contextmanager
 def reporting(as_json: bool, verbose: bool) -> Iterator[Report]:
-    """Run a command: its result alone goes to standard output, expected errors become one line and exit code 1."""
+    """Run a command: only its result goes to standard output; expected errors become one line and exit code 1."""
     report = Report()
     try:
         with redirect_stdout(sys.stderr), quiet(not verbose):
@@ -147,7 +147,7 @@ def reporting(as_json: bool, verbose: bool) -> Iterator[Report]:
 
 
 def _print(text: str) -> None:
-    """To standard output; a letter that its code page lacks is written as an escape, and no answer is lost."""
+    """Write to standard output; characters missing in its encoding are escaped, so that no answer is lost."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     print(text)
@@ -155,7 +155,7 @@ def _print(text: str) -> None:
 
 @contextmanager
 def quiet(wanted: bool) -> Iterator[None]:
-    """Keep the libraries' logs, warnings and bars (but for downloads) off the screen, and leave them as they were."""
+    """Hide logs, warnings and progress bars of libraries (except downloads), and restore the settings afterwards."""
     if not wanted:
         yield
         return
@@ -171,7 +171,7 @@ def quiet(wanted: bool) -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     if bars:
         disable_progress_bar()
-        enable_progress_bars()  # the hub's, which the line above took along: a download is worth watching
+        enable_progress_bars()  # the line above also disabled the hub's bars; downloads should show theirs
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -198,7 +198,7 @@ def torch_device(name: str) -> torch.device:
 
 
 def check_model(name: str) -> None:
-    """A path that doesn't exist would be looked up on the hub, to a puzzling end."""
+    """Raise for a path that doesn't exist; looking it up on the hub would give a confusing error."""
     path = Path(name)
     is_path = name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or path.exists()
     if is_path and not path.is_dir() and not (path.is_file() and path.suffix in WEIGHTS):
@@ -217,7 +217,7 @@ def loading_arguments(dtype: Dtype, attention: str | None) -> dict[str, Any]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a folder or repository holds a peft checkpoint of a Spa3-VLM, as `spa3r finetune` writes for ``lora``."""
+    """Whether a folder or repository is a PEFT checkpoint of a Spa3-VLM, as `spa3r finetune` writes for ``lora``."""
     from transformers import PreTrainedConfig
 
     from spa3r.models.released import find_adapter, find_released
@@ -225,7 +225,7 @@ def is_adapter(name: str) -> bool:
     adapter, folder = find_adapter(name), Path(name)
     if adapter is None:
         return False
-    if any((home / "config.yaml").is_file() for home in (folder, folder.parent)):  # a run, or a checkpoint of one
+    if any((home / "config.yaml").is_file() for home in (folder, folder.parent)):  # a run, or one of its checkpoints
         return True
     if adapter.base is None:
         return (folder / "processor_config.json").is_file()
@@ -259,7 +259,7 @@ def load_vlm(
 
 
 def embedded_note() -> str:
-    """What is to be said of the embedded models."""
+    """A note about the embedded models."""
     from spa3r.rooms.embedded import ROOMS_NOTE
 
     return ROOMS_NOTE
@@ -270,7 +270,7 @@ def _suffix(source: str) -> str:
 
 
 def _files(source: str) -> list[str]:
-    """A file or URL as it is, a folder as its pictures and videos, ``2.jpg`` before ``10.jpg``."""
+    """A file or URL unchanged; for a folder, its pictures and videos in natural order (``2.jpg`` before ``10.jpg``)."""
     if is_url(source) or source[:5].lower() == "data:":
         return [source]
     path = local_path(source)
@@ -291,16 +291,16 @@ def _files(source: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one visitor of a server may ask of it at once.
+    """Limits on the requests of a server's visitor.
 
     Attributes:
-        question_length: Characters of a question, at most.
-        views: Pictures and frames of a place, together, at most.
-        file_bytes: Size of a place's files, together, at most.
-        pixels: Of each picture, at most.
+        question_length: Maximum number of characters of a question.
+        views: Maximum number of pictures and frames of a place together.
+        file_bytes: Maximum size of a place's files together.
+        pixels: Maximum number of pixels of a picture.
 
     Raises:
-        ValueError: One is less than 1.
+        ValueError: A limit is less than 1.
     """
 
     question_length: int = 4000
@@ -314,14 +314,14 @@ class Limits:
 
     @property
     def request_bytes(self) -> int:
-        """Size of a request that is no upload, at most: one of the longest question and a long chat, as JSON."""
+        """Maximum size of a request other than an upload: the longest question and a long chat, as JSON."""
         return 4 * 2**20 + 12 * self.question_length
 
     def check_question(self, question: str) -> None:
-        """Refuse a question that is too long.
+        """Raise for a question that is too long.
 
         Raises:
-            ValueError: With both lengths.
+            ValueError: The question is too long; the message gives both lengths.
         """
         if len(question) > self.question_length:
             raise ValueError(
@@ -330,10 +330,10 @@ class Limits:
             )
 
     def check_views(self, views: int) -> None:
-        """Refuse so many pictures and frames of a place.
+        """Raise for too many pictures and frames of a place.
 
         Raises:
-            ValueError: With both numbers.
+            ValueError: There are too many; the message gives both numbers.
         """
         if views > self.views:
             raise ValueError(
@@ -342,10 +342,10 @@ class Limits:
             )
 
     def check_files(self, files: Sequence[str], num_frames: int | None) -> None:
-        """Refuse files of too many views or bytes, before any is read.
+        """Raise for files with too many views or bytes, before any is read.
 
         Raises:
-            ValueError: With what there is and what is accepted.
+            ValueError: A limit is exceeded; the message gives the actual and the allowed value.
         """
         videos = sum(_suffix(file) in VIDEOS for file in files)
         self.check_views(len(files) - videos + videos * (num_frames or 1))
@@ -363,16 +363,16 @@ def read_views(
     limits: Limits | None = None,
     keep: Callable[[PIL.Image.Image], PIL.Image.Image] | None = None,
 ) -> tuple[list[str], list[PIL.Image.Image]]:
-    """All views of the sources, in order, and their names: a path, a URL, or ``video#i`` for the i-th sampled frame.
+    """Read all views of the sources in order, with names: a path, a URL, or ``video#i`` for the i-th sampled frame.
 
     Args:
         sources: Pictures, videos, folders of them, or URLs.
-        num_frames: Frames of each video; None: by its length.
-        limits: What is accepted; None: anything.
-        keep: What is kept of each picture, so that large ones don't add up; None: all of it.
+        num_frames: Number of frames of each video; None: by its length.
+        limits: Limits to apply; None: unlimited.
+        keep: Function that reduces each picture, so that large ones don't add up; None: keep pictures whole.
 
     Raises:
-        ValueError: A file can't be read, a folder holds nothing to read, or the limits refuse it. The message names it.
+        ValueError: A file can't be read, a folder has nothing to read, or a limit is exceeded. The message names it.
         FileNotFoundError: A source doesn't exist.
     """
     from spa3r.media.images import to_rgb
@@ -391,14 +391,14 @@ def read_views(
             names.append(describe(file))
         views += pictures if keep is None else map(keep, pictures)
         if limits is not None:
-            limits.check_views(len(views))  # of a video, its length may have said how many
+            limits.check_views(len(views))  # a video's length may have decided the number
     return names, views
 
 
 def end_processes() -> None:
-    """Leave the other processes of a run, if there are any."""
+    """Destroy the process group of a distributed run, if there is one."""
     import torch
 
     if torch.distributed.is_initialized():
-        gc.collect()  # what still holds a group keeps it and its threads beyond the interpreter's end, which may abort
+        gc.collect()  # a referenced group keeps its threads alive after the interpreter's end, which may abort
         torch.distributed.destroy_process_group()

@@ -1,7 +1,7 @@
-"""Released research checkpoints -> folders of ours: safetensors, configuration, processor files.
+"""Converts released research checkpoints to folders in our layout: safetensors, configuration, processor files.
 
-``from_pretrained`` loads the released layouts as they are (:mod:`spa3r.models.released`); a conversion writes what it
-would load.
+``from_pretrained`` loads the released layouts directly (:mod:`spa3r.models.released`); a conversion saves the loaded
+model.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ def convert_checkpoint(
     kind: Kind,
     config: PreTrainedConfig | dict[str, Any] | None = None,
 ) -> Path:
-    """Turn a released research checkpoint into one of ours: safetensors, configuration, processor files.
+    """Convert a released research checkpoint to our layout: safetensors, configuration, processor files.
 
-    Sizes come from the tensors' shapes, ``global_qk_norm`` from the checkpoint's own keys. What shapes don't tell (head
-    counts, the layers that the dense heads read) is the released models', unless `config` says otherwise.
+    Sizes are derived from the tensors' shapes, ``global_qk_norm`` from the checkpoint's keys. Values that shapes don't
+    determine (head counts, the layers that the dense heads use) are the released models', unless `config` sets them.
 
     Args:
         source: VGGT-1B's file or folder, ``spa3r.ckpt`` (or its tensors as safetensors), or the ``spa3_vlm`` folder.
-        output_dir: Folder to write; made if missing.
+        output_dir: Target folder; created if missing.
         kind: ``"vggt"``, ``"spa3r"`` or ``"spa3-vlm"``.
-        config: A whole configuration of ours (VggtConfig, Spa3RConfig), or a dictionary of the fields to set, with
+        config: A complete configuration of ours (VggtConfig, Spa3RConfig), or a dictionary of fields to set, with
             ``backbone_config`` for the backbone's.
 
     Returns:
         `output_dir`.
 
     Raises:
-        FileNotFoundError: `source` doesn't exist or holds no weights.
+        FileNotFoundError: `source` doesn't exist or contains no weights.
         ValueError: Keys are missing or unknown (all are named), a file is damaged, or `kind` is unknown.
-        WriteError: The disk is full, or the folder may not be written; nothing of it is.
+        WriteError: The disk is full or the folder isn't writable; nothing is written.
     """
     converters = {"vggt": _convert_vggt, "spa3r": _convert_spa3r, "spa3-vlm": _convert_spa3_vlm}
     if kind not in converters:
@@ -69,14 +69,14 @@ def convert_checkpoint(
 
 
 def save_together(folder: str | Path, *parts: Any) -> None:
-    """``save_pretrained`` of a model and what belongs to it into a folder: all of it or nothing.
+    """Save a model and its companions to a folder with ``save_pretrained``: either all of it or nothing.
 
     Args:
-        folder: What is there is replaced, but for a model card that a user wrote.
+        folder: Target folder; existing files are replaced, except a model card written by a user.
         parts: A model and its processor, for example.
 
     Raises:
-        WriteError: The system refused.
+        WriteError: The folder can't be written.
     """
     folder = Path(folder)
     with writing_folder(folder) as unfinished:
@@ -84,7 +84,7 @@ def save_together(folder: str | Path, *parts: Any) -> None:
             shutil.copy(card, unfinished)
         for part in parts:
             part.save_pretrained(unfinished)
-        for stale in folder.glob("model*.safetensors*"):  # of another number of shards
+        for stale in folder.glob("model*.safetensors*"):  # from a save with another number of shards
             if not (unfinished / stale.name).exists():
                 stale.unlink()
 
@@ -133,7 +133,7 @@ def _image_processor(config: VggtConfig) -> Spa3RImageProcessor:
 
 
 def _filled(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The model with these weights, which are checked against it: what is amiss is named."""
+    """The model with these weights, after checking them against it; errors name what doesn't match."""
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
     require(weights, *expected)
     if foreign := weights.keys() - expected.keys():

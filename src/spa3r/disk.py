@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that one run has to itself. Imports no torch."""
+"""Atomic writing of files, and exclusive locks on the folders of runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 LOCK_FILE = ".lock"
-"""In the folder of a run while it goes on. What counts is whether a process holds it: a killed one holds nothing."""
+"""Lock file in a run's folder. Only a lock held by a process counts; that of a killed process is free."""
 
 
 def write_whole(file: str | os.PathLike, content: str | bytes) -> None:
-    """Write a file that appears at once, with everything in it.
+    """Write a file atomically.
 
     Args:
-        file: Its folder is made if need be.
-        content: Text is written as UTF-8.
+        file: Target file; its folder is created if needed.
+        content: Text is encoded as UTF-8.
 
     Raises:
-        WriteError: It can't be written. What was there before is still there, and nothing half-written is left.
+        WriteError: The file can't be written. An existing file stays unchanged, and no partial file remains.
     """
     file = Path(file)
     with writing(file):
@@ -36,14 +36,14 @@ def write_whole(file: str | os.PathLike, content: str | bytes) -> None:
             with open(unfinished, "wb") as opened:
                 opened.write(content.encode("utf-8") if isinstance(content, str) else content)
                 opened.flush()
-                os.fsync(opened.fileno())  # else a loss of power may leave an empty file of this name
+                os.fsync(opened.fileno())  # otherwise a power failure may leave an empty file
             os.replace(unfinished, file)
         finally:
             unfinished.unlink(missing_ok=True)
 
 
 class WriteError(OSError):
-    """Something can't be written. Its message says what, why, and what to do."""
+    """A write error. Its message says what failed, why, and how to fix it."""
 
     def __init__(self, what: str | os.PathLike, reason: str, cure: str):
         super().__init__(f"{what} can't be written: {reason.rstrip('.')}. {cure}")
@@ -52,18 +52,18 @@ class WriteError(OSError):
 
 @contextmanager
 def writing(what: str | os.PathLike, cure: str = "Free space, or choose another place.") -> Iterator[None]:
-    """Whatever goes wrong while something is written is an error that names it.
+    """Context manager that converts errors during writing to a :class:`WriteError` that names the target.
 
     Args:
         what: What is written, for the error.
-        cure: What the user can do.
+        cure: Advice for the user.
 
     Raises:
-        WriteError: The system refused, or safetensors passes on that it did.
+        WriteError: The system reports an error, directly or through safetensors.
     """
     try:
         yield
-    except WriteError as error:  # of a part of it
+    except WriteError as error:  # from a nested call
         raise WriteError(what, error.reason, cure) from error
     except (OSError, SafetensorError) as error:
         raise WriteError(what, getattr(error, "strerror", None) or str(error), cure) from error
@@ -71,15 +71,15 @@ def writing(what: str | os.PathLike, cure: str = "Free space, or choose another 
 
 @contextmanager
 def writing_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """An empty folder beside another one; what is written there gets into the other one at the end, or nothing does.
+    """Context manager with an empty temporary folder, whose files move to the target folder at the end, or not at all.
 
-    A new or empty folder appears at once. Files of one that holds files are replaced one by one.
+    A new or empty target folder is replaced atomically. If it contains files, they are replaced one by one.
 
     Args:
-        folder: Where the files go.
+        folder: Target folder.
 
     Raises:
-        WriteError: The system refused.
+        WriteError: The folder can't be written.
     """
     folder = Path(folder)
     with writing(folder):
@@ -87,7 +87,7 @@ def writing_folder(folder: str | os.PathLike) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         try:
             yield unfinished
-            with suppress(OSError):  # it doesn't exist, or holds files
+            with suppress(OSError):  # it doesn't exist, or contains files
                 folder.rmdir()
             if not folder.exists():
                 os.rename(unfinished, folder)
@@ -102,19 +102,19 @@ def writing_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: str | os.PathLike, cure: str = "Wait for its end, or name another folder.") -> Iterator[None]:
-    """Keep a second run out of a folder for as long as this lasts; the lock of a killed run is free.
+    """Context manager that locks a folder against other runs; the lock of a killed run is free.
 
     Args:
-        folder: It is made if need be.
-        cure: What the user can do.
+        folder: The folder to lock; created if needed.
+        cure: Advice for the user.
 
     Raises:
-        ValueError: Another run, of any process or thread, is going on there.
+        ValueError: Another run, in any process or thread, has locked the folder.
     """
     folder = Path(folder).resolve()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK_FILE, is_singleton=True)  # a thread may ask again for what it holds
+        lock = FileLock(folder / LOCK_FILE, is_singleton=True)  # a thread may lock a folder again that it has locked
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
@@ -122,22 +122,22 @@ def alone_in(folder: str | os.PathLike, cure: str = "Wait for its end, or name a
     try:
         yield
     finally:
-        if lock.lock_counter == 1:  # its last holder leaves no file; who opened that one meanwhile, opens another
-            with suppress(OSError):  # Windows deletes no open file
+        if lock.lock_counter == 1:  # the last holder removes the file; waiting processes reopen it
+            with suppress(OSError):  # Windows can't delete open files
                 (folder / LOCK_FILE).unlink()
         lock.release()
 
 
 def read_json_object(file: str | os.PathLike, what: str, cure: str) -> dict[str, Any]:
-    """The content of a JSON file that must be an object.
+    """Read a JSON file that must contain an object.
 
     Args:
         file: The file.
         what: What it should be, for the error.
-        cure: What the user can do.
+        cure: Advice for the user.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The file is damaged.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What the pages of ``spa3r demo`` and ``spa3r eval report`` share: one HTML file, no script, no other file."""
+"""Shared code of the pages of ``spa3r demo`` and ``spa3r eval report``: a single HTML file without scripts."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ TYPE_TITLES = {
     "route_planning": "Route",
     "obj_appearance_order": "Order of appearance",
 }
-"""Question types of VSI-Bench in few words."""
+"""Short titles of VSI-Bench's question types."""
 
 
 def make_page(
     heading: str, lead: str, facts: Mapping[str, str], sections: Sequence[str], note: str = "", command: str = ""
 ) -> str:
-    """An HTML document with its pictures inside.
+    """An HTML document with embedded pictures.
 
     Args:
-        heading: What it is about.
-        lead: The same in a few sentences.
-        facts: What there is to know, by name.
-        sections: As :func:`section` makes them.
-        note: A warning at the top, such as that the answers come from untrained weights.
-        command: What makes the same page again.
+        heading: Title of the page.
+        lead: A summary in a few sentences.
+        facts: Key facts by name.
+        sections: Results of :func:`section`.
+        note: A warning at the top, for example that the answers come from untrained weights.
+        command: The command that creates the page again.
     """
     return _PAGE.substitute(
         title=escape(f"{heading[0].lower()}{heading[1:]}"),
@@ -67,7 +67,7 @@ def image(content: bytes, description: str, kind: str = "png") -> str:
 
 
 def html_options(options: Sequence[str], truth: str) -> str:
-    """Options of a choice, the true one marked; nothing where there are none."""
+    """Options of a choice as HTML, with the true one marked; empty without options."""
     marks = ["true" if _letter(option) == _letter(truth) else "false" for option in options]
     items = "".join(f'<li class="{mark}">{escape(option)}</li>' for mark, option in zip(marks, options))
     return f'<ul class="options">{items}</ul>' if items else ""
@@ -78,7 +78,7 @@ def _letter(option: str) -> str:
 
 
 def said(answer: str, choices: Sequence[str]) -> str:
-    """An answer; beside a mere letter what the letter stands for."""
+    """An answer; for a letter, followed by its option."""
     if not answer.strip():
         return '<i class="hint">nothing</i>'
     meant = next((option[len(answer) :] for option in choices if option.startswith(f"{answer}.")), "")
@@ -90,7 +90,7 @@ def bar(share: float) -> str:
 
 
 def html_table(markdown: str) -> str:
-    """A Markdown table as HTML; its first row of numbers stands out."""
+    """A Markdown table as HTML; the first row of numbers is highlighted."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
     if not rows:
         return ""

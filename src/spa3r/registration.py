@@ -1,8 +1,8 @@
 """Registration with transformers, deferred until transformers is imported.
 
-``import spa3r`` imports neither torch nor transformers. The types of this package are registered as soon as the module
-of transformers that defines an Auto class is imported, before or after ``import spa3r``. A class is imported when an
-Auto class looks it up.
+``import spa3r`` imports neither torch nor transformers. The types of this package are registered as soon as the
+transformers module that defines an Auto class is imported, before or after ``import spa3r``. A class of this package is
+imported when an Auto class looks it up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def register() -> None:
-    """Register now what is imported already, and the rest once it is imported."""
+    """Register with modules that are already imported, and with the others once they are imported."""
     for name in list(_WAITING):
         if name in sys.modules:
             _WAITING.pop(name)(sys.modules[name])
@@ -63,7 +63,7 @@ _WAITING: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Calls the function that waits for a module right after the module has run."""
+    """Import hook that calls the function registered for a module right after the module has run."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname not in _WAITING or (spec := PathFinder.find_spec(fullname, path, target)) is None:
@@ -81,7 +81,7 @@ class _RegisterAfterImport(MetaPathFinder):
 
 @dataclass(frozen=True)
 class _NotImported:
-    """A class of this package that is imported when it is looked up."""
+    """A class of this package that is imported on lookup."""
 
     name: str
     wrap: Callable[[type], Any]
@@ -91,7 +91,7 @@ class _NotImported:
 
 
 class _Classes(UserDict):
-    """What Auto classes look up, as the dictionary that transformers keeps for types of other packages."""
+    """Classes for the lookup of Auto classes, like transformers' dictionary for types of other packages."""
 
     def __getitem__(self, key: Any) -> Any:
         value = super().__getitem__(key)
@@ -99,7 +99,7 @@ class _Classes(UserDict):
 
 
 def _extend(mapping: Any, names: dict[Any, str], wrap: Callable[[type], Any] = lambda found: found) -> None:
-    """Add names of classes to a mapping of transformers, as ``register`` of an Auto class adds a class."""
+    """Add class names to a mapping of transformers, like the ``register`` method of an Auto class."""
     mapping._extra_content = _Classes(mapping._extra_content)
     for key, name in names.items():
         mapping.register(key, _NotImported(name, wrap), exist_ok=True)

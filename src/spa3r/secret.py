@@ -1,4 +1,4 @@
-"""Tokens, passwords and keys: they are used, and never written, logged or shown. Imports no torch."""
+"""Tokens, passwords and keys, which must never be written, logged or shown. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _known: set[str] = set()
 
 
 class Secret(str):
-    """A text that its ``repr`` doesn't show."""
+    """A string that its ``repr`` doesn't show."""
 
     def __repr__(self) -> str:
         return repr(MASK)
@@ -42,25 +42,25 @@ def is_secret(name: Any) -> bool:
 
 
 def keep_secret(tree: Any, inside: bool = False) -> Any:
-    """The same sections, whose secrets are :class:`Secret` and are hidden by :func:`hide` from now on.
+    """A copy of the configuration whose secrets are :class:`Secret` and are masked by :func:`hide` from now on.
 
     Args:
         tree: Nested dicts and lists.
-        inside: Whether it stands under the name of a secret.
+        inside: Whether it is nested under a secret's name.
     """
     if isinstance(tree, Mapping):
         return {key: keep_secret(value, inside or is_secret(key)) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [keep_secret(value, inside) for value in tree]
     if inside and tree is not None and not isinstance(tree, bool):
-        if len(str(tree)) >= 6:  # a shorter one would hide half of every text
+        if len(str(tree)) >= 6:  # masking a shorter one would damage ordinary text
             _known.add(str(tree))
         return Secret(tree)
     return tree
 
 
 def without_secrets(tree: Any) -> Any:
-    """The same sections without their secrets: their keys are left out, and texts go through :func:`hide`."""
+    """A copy of the configuration without secrets: their keys are removed, and texts go through :func:`hide`."""
     if isinstance(tree, Mapping):
         return {key: without_secrets(value) for key, value in tree.items() if not is_secret(key)}
     if isinstance(tree, list | tuple):
@@ -69,7 +69,7 @@ def without_secrets(tree: Any) -> Any:
 
 
 def hidden(tree: Any) -> Any:
-    """The same sections, to be written or shown: a secret's value is masked, all texts go through :func:`hide`."""
+    """A copy of the configuration for output: secret values are masked, and all texts go through :func:`hide`."""
     if isinstance(tree, Mapping):
         return {
             hidden(key): MASK if is_secret(key) and value is not None else hidden(value) for key, value in tree.items()
@@ -80,8 +80,8 @@ def hidden(tree: Any) -> Any:
 
 
 def hide(text: str) -> str:
-    """A text that may be shown: secrets of the configuration and of the environment, tokens of the hub, passwords and
-    signatures in URLs are masked."""
+    """A text with secrets masked: those of the configuration and the environment, hub tokens, and passwords and
+    signatures in URLs."""
     of_environment = (
         value for name, value in os.environ.items() if len(value) >= 8 and (is_secret(name) or name.endswith("_TOKEN"))
     )

@@ -1,4 +1,4 @@
-"""What ends a run that can be gone on with: a scheduler, Ctrl-C, a terminal that closes. Imports no torch."""
+"""Signals that stop a resumable run: from a scheduler, Ctrl-C or a closed terminal. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ STOP_SIGNALS = tuple(
 
 @contextmanager
 def on_signals(stop: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Hand :data:`STOP_SIGNALS` to a handler for as long as this lasts.
+    """Context manager that passes :data:`STOP_SIGNALS` to a handler.
 
-    One that is ignored stays so: nohup ignores SIGHUP. Outside the main thread nothing changes.
+    Ignored signals stay ignored: nohup ignores SIGHUP. Has no effect outside the main thread.
 
     Args:
         stop: Called with the signal's number.
@@ -38,10 +38,10 @@ def on_signals(stop: Callable[[int, FrameType | None], object]) -> Iterator[None
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """End as Ctrl-C does, whatever asks for it: what is half-written is removed, and what is finished stays.
+    """Context manager in which stop signals act like Ctrl-C: partial files are removed, finished ones are kept.
 
     Raises:
-        KeyboardInterrupt: A signal came; it says which.
+        KeyboardInterrupt: A signal was received; it names the signal.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:

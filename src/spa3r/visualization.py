@@ -1,7 +1,7 @@
-"""Views and feature fields as pictures: what a model was shown, and what it says of a camera that it was not shown.
+"""Views and feature fields as figures: a model's input, and its prediction for cameras of held-out views.
 
-Every function returns an array or a matplotlib ``Figure`` of its own. Nothing is shown, saved or kept: there is no
-global state and no display is needed.
+Every function returns an array or a new matplotlib ``Figure``. Nothing is shown, saved or cached: there is no global
+state, and no display is needed.
 
     contact_sheet(views).savefig("views.png")
 """
@@ -24,28 +24,28 @@ from spa3r.models.packing import as_list
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTrainingOutput
 
 CELL = 1.75
-"""Inches of a picture's longer side in a contact sheet."""
+"""Longer side of a picture in a contact sheet, in inches."""
 
 MOST_CONTEXT, MOST_TARGETS = 10, 4
-"""Views that a field figure draws at most."""
+"""Maximum number of views in a field figure."""
 
 PANEL, GAP, GROUP_GAP, MARGIN, CAPTION = 1.15, 0.06, 0.2, 0.15, 0.2
 """Inches in a field figure: side of a panel, between panels, between groups, at the edges, and below a panel."""
 
 DPI = 150
-MARK = "#d9480f"  # of the views that stand out, and of warnings
+MARK = "#d9480f"  # for marked views and warnings
 GREY = "#777777"
 
 
 @dataclass(frozen=True)
 class FeatureColours:
-    """RGB colours of features: their three main directions, fitted once and shared by every field it is applied to.
+    """RGB colors of features: their three principal components, fitted once and applied to any number of fields.
 
     Attributes:
-        mean: (C,) of the features that it was fitted on.
-        directions: (C, 3), orthonormal, by falling variance; in each the entry of largest size is positive.
-        low: (3,), what becomes 0 in each direction.
-        high: (3,), what becomes 1.
+        mean: (C,), mean of the features that it was fitted on.
+        directions: (C, 3), orthonormal, by decreasing variance; the entry of largest magnitude in each is positive.
+        low: (3,), values mapped to 0 in each direction.
+        high: (3,), values mapped to 1.
     """
 
     mean: Tensor
@@ -55,7 +55,7 @@ class FeatureColours:
 
     @classmethod
     def fit(cls, features: Tensor) -> FeatureColours:
-        """Principal components of (N, C) features. The darkest and brightest percent are cut off."""
+        """Fit principal components to (N, C) features. The darkest and brightest percent are clipped."""
         features = features.detach().cpu().double()
         mean = features.mean(0)
         covariance = (features - mean).T @ (features - mean)
@@ -66,7 +66,7 @@ class FeatureColours:
         return cls(mean, directions, low, high)
 
     def __call__(self, features: Tensor) -> np.ndarray:  # (..., C) -> (..., 3)
-        """Colours in [0, 1]; what lies outside the fitted range is cut to it."""
+        """Colors in [0, 1]; values outside the fitted range are clipped."""
         places = (features.detach().cpu().double() - self.mean) @ self.directions
         return ((places - self.low) / (self.high - self.low).clamp(min=1e-12)).clamp(0, 1).numpy()
 
@@ -82,16 +82,16 @@ def contact_sheet(
 
     Args:
         views: Pictures (H, W, 3) uint8, of any sizes.
-        title: Stands above all.
-        labels: Of every view; None: numbers from 0.
-        marked: Indices of views that stand out by a coloured frame and label.
-        note: A warning below the title, such as that a model is untrained.
+        title: Title of the page.
+        labels: Label of every view; None: numbers from 0.
+        marked: Indices of views to highlight with a colored frame and label.
+        note: A warning below the title, for example that a model is untrained.
     """
     if not len(views):
         raise ValueError("`views` must hold at least one picture, got none.")
     if labels is not None and len(labels) != len(views):
         raise ValueError(f"`labels` must have one entry for each of the {len(views)} views, got {len(labels)}.")
-    views = [np.asarray(view) for view in views]  # PIL images too
+    views = [np.asarray(view) for view in views]  # also converts PIL images
     columns = math.ceil(math.sqrt(len(views) * 1.3))
     rows = math.ceil(len(views) / columns)
     aspect = max(view.shape[0] / view.shape[1] for view in views)
@@ -112,23 +112,23 @@ def field_figure(
     title: str = "Feature field of held-out views",
     note: str = "",
 ) -> Figure:
-    """What a model knows of the views of a scene that it has not seen, beside the truth.
+    """A model's predictions for held-out views of a scene, next to the truth.
 
-    Above, the context: what the model was shown. Below, a row for each held-out view: the picture; of every target the
-    true and the predicted features in shared colours, and where they differ; depth as the probe reads it off, as the
-    backbone has it, and as it is, where that is known.
+    The top shows the context, which is the model's input. Below is a row per held-out view: the picture; for every
+    target, the true and the predicted features in shared colors, and their difference; the depth of the probe, of the
+    backbone, and the true depth if it is known.
 
     Args:
-        views: Pictures (H, W, 3) uint8 of one scene, context and targets, in the order in which the model had them. At
-            most 10 of the context and 4 of the targets are drawn.
-        output: What :class:`~spa3r.Spa3RForPreTraining` returned for this one scene.
+        views: Pictures (H, W, 3) uint8 of one scene, context and targets, in the model's input order. At most 10 of the
+            context and 4 of the targets are drawn.
+        output: The output of :class:`~spa3r.Spa3RForPreTraining` for this single scene.
         grid_hw: (views, 2), the patch grid of every view.
-        true_depth: Of every view (h, w), any size, metres.
-        title: Stands above all.
-        note: A warning below the title, such as that the model is untrained.
+        true_depth: For every view (h, w), any size, meters.
+        title: Title of the figure.
+        note: A warning below the title, for example that the model is untrained.
 
     Raises:
-        ValueError: The views are not those of the output, or none of them is a target.
+        ValueError: The views don't match the output, or none of them is a target.
     """
     mask = output.target_mask.tolist()
     if len(views) != len(mask):
@@ -144,7 +144,7 @@ def field_figure(
     shown, rows = context[:MOST_CONTEXT], targets[:MOST_TARGETS]
     groups = _field_panels(views, output, [tuple(grid) for grid in as_list(grid_hw)], true_depth, rows)
 
-    # Everything has its place in inches, from the top left corner.
+    # Everything is placed in inches, from the top left corner.
     columns = sum(len(panels) for _, panels in groups)
     width = 2 * MARGIN + columns * (PANEL + GAP) - GAP + (len(groups) - 1) * (GROUP_GAP - GAP)
     thumb = min((width - 2 * MARGIN + GAP) / len(shown) - GAP, 1.2 * PANEL)
@@ -186,7 +186,7 @@ def field_figure(
 
 @dataclass(frozen=True)
 class _Panel:
-    """One column of a field figure: an image for each held-out view, all in the same colours."""
+    """One column of a field figure: one image per held-out view, all with the same color scale."""
 
     heading: str
     images: dict[int, np.ndarray]
@@ -210,9 +210,9 @@ def _field_panels(
     true_depth: Sequence[np.ndarray] | None,
     rows: Sequence[int],
 ) -> list[tuple[str, list[_Panel]]]:
-    """The columns of a field figure, in groups with their headings."""
+    """The columns of a field figure, in groups with headings."""
 
-    def by_view(values: Tensor) -> dict[int, Tensor]:  # (sum of N, ...) -> of every view that is drawn (h, w, ...)
+    def by_view(values: Tensor) -> dict[int, Tensor]:  # (sum of N, ...) -> (h, w, ...) for every drawn view
         parts = values.detach().float().cpu().split([height * width for height, width in grids])
         return {view: parts[view].unflatten(0, grids[view]) for view in rows}
 
@@ -235,7 +235,7 @@ def _field_panels(
                 {view: error.numpy() for view, error in errors.items()},
                 {view: f"mean {error.mean():.2f}" for view, error in errors.items()},
                 colours="magma",
-                limits=(0.0, 0.5),  # half of the way to having nothing in common is bad already
+                limits=(0.0, 0.5),  # half of the range to no similarity is bad already
                 extend="max",
             ),
         ]
@@ -279,7 +279,7 @@ def _count(words: str, views: Sequence[int], shown: Sequence[int]) -> str:
 
 
 class _Page:
-    """A figure on which things are placed in inches from the top left corner."""
+    """A figure with elements placed in inches from the top left corner."""
 
     def __init__(self, width: float, height: float):
         self.width, self.height = width, height
