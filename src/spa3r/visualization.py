@@ -235,7 +235,7 @@ def _field_panels(
                 {view: error.numpy() for view, error in errors.items()},
                 {view: f"mean {error.mean():.2f}" for view, error in errors.items()},
                 colours="magma",
-                limits=(0.0, 0.5),  # half of the range to no similarity is bad already
+                limits=(0.0, 0.5),  # 1 means no similarity; 0.5 is bad already
                 extend="max",
             ),
         ]

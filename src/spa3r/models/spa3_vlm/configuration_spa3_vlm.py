@@ -71,7 +71,7 @@ class Spa3VLMConfig(PreTrainedConfig):
                 "`integration='append'` must have tokens to append, got `spatial_source='none'`. Choose 'spa3r' or "
                 "'vggt', or leave `integration` out: the VLM alone has none."
             )
-        # Weights tied in the VLM's head are tied inside `vlm`; there is nothing to tie at this level.
+        # Weights that the VLM ties are tied inside `vlm`; there is nothing to tie at this level.
         kwargs.pop("tie_word_embeddings", None)
         for choice in ("attn_implementation", "experts_implementation"):
             kwargs.setdefault(choice, {})  # None would undo the sub-configurations' choice that a loaded model uses

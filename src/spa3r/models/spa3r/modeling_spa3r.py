@@ -43,7 +43,7 @@ class Spa3RField(ModelOutput):
     Attributes:
         last_hidden_state: (sum of N, D), the decoder's normalized ray tokens.
         geometry_features: (sum of N, 2C), predicted backbone features; None if ``config.targets`` lacks them.
-        semantic_features: (sum of N, semantic_hidden_size), predicted teacher features; None likewise.
+        semantic_features: (sum of N, semantic_hidden_size), predicted teacher features, or None.
         depth: (sum of N,), depth predicted by the probe, in the backbone's unit.
     """
 
@@ -81,7 +81,7 @@ class Spa3RForPreTrainingOutput(Spa3RModelOutput):
         target_mask: (views,) bool on the CPU, True = target.
         context_features: (sum of N over context views, 2C), the encoder's input, view by view.
         geometry_targets: (sum of N, 2C), or None if ``config.targets`` lacks them.
-        semantic_targets: (sum of N, semantic_hidden_size), or None likewise.
+        semantic_targets: (sum of N, semantic_hidden_size), or None if ``config.targets`` lacks them.
         depth_targets: (sum of N,), or None if the backbone has no depth head.
     """
 
