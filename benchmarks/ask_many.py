@@ -1,10 +1,9 @@
-"""18 questions about one scene of 32 frames, as VSI-Bench asks on average: encoded once against each question alone.
+"""18 questions about one scene of 32 frames, the average of VSI-Bench: encoded once, or each question asked alone.
 
-Three families with random weights of middling size, in float32 and greedy, the prompts of VSI-Bench about a rendered
-room, its 16 new tokens. Asking alone is a whole prompt for each question, as many times as there are questions; asking
-many is ``encode_scene`` and ``ask``, measured before, in the middle and after, of which the median counts. On a CPU the
-seconds are those that the process computed, so that other programs on the machine don't count. Exits with 1 if an
-answer differs.
+Three families with random weights of medium size, in float32 with greedy decoding, the prompts of VSI-Bench about a
+rendered room, its 16 new tokens. Asking alone runs a whole prompt for each question; asking many uses ``encode_scene``
+and ``ask``. It is measured before, in the middle and after, and the median is reported. On a CPU the seconds are CPU
+time of the process, so that other programs don't count. The exit code is 1 if an answer differs.
 
     python benchmarks/ask_many.py
     python benchmarks/ask_many.py --width 518   # frames as large as those of VSI-Bench
@@ -54,10 +53,10 @@ INTERNVL_SIDE, VOCABULARY = 224, 16000
 
 
 def build(family: str, texts: list[str]) -> tuple[AutoConfig, transformers.ProcessorMixin]:
-    """A family's configuration of middling size and its processor; a tokenizer that knows the words of some texts."""
+    """A medium-size configuration of a family and its processor, with a tokenizer trained on the given texts."""
     embedded = embedded_model()[1]
     template = embedded.chat_template
-    # As many tokens for a question as a large vocabulary has.
+    # As many tokens per question as with a large vocabulary.
     tokenizer = embedded.tokenizer.train_new_from_iterator(texts, vocab_size=2000, show_progress=False)
     text = TEXT | {"vocab_size": VOCABULARY}
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -111,7 +110,7 @@ def build(family: str, texts: list[str]) -> tuple[AutoConfig, transformers.Proce
 
 
 def composed(family: str, width: int, texts: list[str], device: str) -> tuple[Spa3VLM, Spa3VLMProcessor]:
-    """With random weights of which every one matters."""
+    """A Spa3-VLM with random weights that all affect the output."""
     torch.manual_seed(0)
     config, vlm_processor = build(family, texts)
     vlm = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -124,7 +123,7 @@ def composed(family: str, width: int, texts: list[str], device: str) -> tuple[Sp
 
 
 def frames_and_questions(frames: int, count: int, width: int) -> tuple[list[Image.Image], list[str]]:
-    """What a camera sees on a walk through a room, and questions about it of all types."""
+    """The views of a camera walk through a room, and questions about it of all types."""
     for seed in range(100):
         room = generate_room(seed, level=2)
         cameras = camera_walk(room, frames, size=(width * 3 // 4, width))
@@ -157,7 +156,7 @@ def main() -> int:
     differ = 0
     for family in args.family:
         model, processor = composed(family, args.width, questions, device)
-        # Of random words an image token would ask for one more picture.
+        # An image token among random words would require one more picture.
         special = sorted(processor.tokenizer.get_added_vocab().values())
         generation["suppress_tokens"] = [*special, *range(len(processor.tokenizer), VOCABULARY)]
 
@@ -184,7 +183,7 @@ def main() -> int:
             ask_seconds.append(clock() - encoded)
             return answers, len(scene)
 
-        model.ask(model.encode_scene(processor, pictures[:2]), questions[:2], **generation)  # warm
+        model.ask(model.encode_scene(processor, pictures[:2]), questions[:2], **generation)  # warm-up
         encode_seconds, ask_seconds, alone_seconds, theirs = [], [], [], []
         answers, prefix = many(encode_seconds, ask_seconds)
         for index, question in enumerate(questions):

@@ -1,8 +1,8 @@
-"""Memory of the host: an index of a million pictures, and a long pretraining with several workers.
+"""Host memory: an index of a million pictures, and a long pretraining with several workers.
 
 python benchmarks/data_memory.py
 
-Linux only: memory is what /proc tells. RSS counts what processes share once for each of them, PSS only once.
+Linux only: memory is read from /proc. RSS counts shared pages once per process, PSS only once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def processor() -> str:
 
 
 def memory(pid: int, field: str, file: str = "status") -> int:
-    """A line of /proc about a process, bytes."""
+    """A field of /proc about a process, in bytes."""
     for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
@@ -50,7 +50,7 @@ def family() -> list[int]:
 
 
 def many_pictures(scenes: int, pictures: int, cache: str, read: int) -> dict[str, float]:
-    """Builds the index of so many scenes and pictures, or opens it, and reads some names; in a process of its own."""
+    """Build or open the index of so many scenes and pictures, and read some names; in its own process."""
     import pyarrow  # noqa: F401  what the library itself takes is not counted
 
     entries = [(f"scene{scene:04d}_00", f"/data/scannet/scans/scene{scene:04d}_00/color") for scene in range(scenes)]
@@ -70,7 +70,7 @@ def many_pictures(scenes: int, pictures: int, cache: str, read: int) -> dict[str
 
 
 def list_folder(folder: str, pictures: int) -> tuple[list[str], int]:
-    """Stands for the disk: names as they would be found there, sorted."""
+    """Simulates the disk: sorted names as they would be listed there."""
     return [f"frame-{picture:06d}.color.jpg" for picture in range(pictures)], pictures
 
 
@@ -107,7 +107,7 @@ def write_scenes(root: Path, scenes: int, pictures: int, size: int) -> None:
 
 
 class MemoryRows(TrainerCallback):
-    """A row of memory every so many steps."""
+    """A row of memory use every `every` steps."""
 
     def __init__(self, every: int):
         self.every, self.history = every, []

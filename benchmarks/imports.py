@@ -1,7 +1,7 @@
-"""Imported modules and CPU seconds of `import spa3r` and of the command line's help.
+"""Imported modules and CPU seconds of `import spa3r` and of the help of the command line.
 
-Every row is a new interpreter; times are medians, of CPU time (user and system, of the whole process) and of wall time.
-The first run of a row may read files from the disk; the others read them from the page cache.
+Every row uses new interpreters; times are medians, of CPU time (user and system, of the whole process) and of wall
+time. The first run of a row may read files from disk; the others read them from the page cache.
 
     python benchmarks/imports.py
 """

@@ -1,7 +1,7 @@
-"""Host memory of instruction data: 100 000 rows of annotations about videos of 32 frames, read by two workers.
+"""Host memory of instruction data: 100 000 rows of annotations for videos of 32 frames, read by two workers.
 
-Prints the memory of the loading process and its workers together while rows are decoded: resident (RSS: pages that they
-share are counted once for each) and proportional (PSS: once). Linux only.
+Prints the total memory of the loading process and its workers while rows are decoded: resident (RSS: shared pages
+count once per process) and proportional (PSS: they count once). Linux only.
 
 python benchmarks/instruction_data_memory.py
 """
@@ -38,7 +38,7 @@ def write_video(path: Path, frames: int = 96, size: tuple[int, int] = (240, 320)
 
 
 def memory(pids: list[int]) -> tuple[float, float]:
-    """RSS and PSS of processes together, MB."""
+    """Total RSS and PSS of processes, MB."""
     totals = {"Rss": 0, "Pss": 0}
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():

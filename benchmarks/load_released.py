@@ -1,8 +1,8 @@
 """Time and memory of loading the released Spa3-VLM at full size: 5.4 billion parameters, bfloat16, 11 GB.
 
-Writes a `spa3_vlm/` folder of random numbers from the manifest of its keys, sharded, into a temporary folder; loads it
-by its name; deletes it. Memory is what the process holds beyond what it held before, the file pages that it maps
-included. Weights that are mapped and not in use may be less than the whole: the system takes clean pages back.
+Writes a sharded `spa3_vlm/` folder of random numbers from the manifest of its keys into a temporary folder, loads it
+by name, and deletes it. Memory is what the process holds in addition to before, including the file pages that it maps.
+Mapped weights that are not in use may not all be counted: the system reclaims clean pages.
 
     python benchmarks/load_released.py
 """
@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 def write(folder: Path, shard_bytes: int) -> int:
-    """The folder as it was released; returns its bytes of weights."""
+    """Write the folder in its released layout; returns the number of bytes of the weights."""
     shapes = json.loads(MANIFEST.read_text())["spa3_vlm"]["bfloat16"]
     shards: list[list[str]] = [[]]
     size = 0
@@ -56,7 +56,7 @@ def write(folder: Path, shard_bytes: int) -> int:
 
 
 class Peak:
-    """The largest resident memory of this process while the block lasts, sampled."""
+    """The peak resident memory of this process inside the block, sampled."""
 
     def __enter__(self):
         self.process, self.done = psutil.Process(), threading.Event()

@@ -1,6 +1,6 @@
-"""Packed attention against padding with a dense mask: the time of one call, as ratios inside one run.
+"""Packed attention compared with padding and a dense mask: the time of one call, as ratios within one run.
 
-``padded`` is what a batch without packing does: every scene padded to the longest, a boolean mask, one SDPA call.
+``padded`` is a batch without packing: every scene padded to the longest, a boolean mask, one SDPA call.
 
     python benchmarks/packed_attention.py
 """
@@ -24,7 +24,7 @@ SCENES = {
 
 
 def padded(query, key, value, lengths):
-    """The dense way: pad, mask, one call, cut."""
+    """The dense way: pad, mask, one call, unpad."""
     longest = max(lengths)
     inputs = [
         torch.nn.utils.rnn.pad_sequence(tensor.split(lengths), batch_first=True).transpose(1, 2)
@@ -41,7 +41,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     names = [name for name in ("sdpa", "eager", "xformers", "flash_attention_2") if not why_unusable(name)]
     if device == "cpu":
-        names.remove("xformers")  # the same path as sdpa there
+        names.remove("xformers")  # it uses the same path as sdpa there
     where = (
         torch.cuda.get_device_name()
         if device == "cuda"
@@ -56,7 +56,7 @@ def main() -> None:
             module = SimpleNamespace(config=SimpleNamespace(_attn_implementation=name), is_causal=False)
             calls[name] = lambda module=module: packed_attention(module, query, key, value, Segments.within(lengths))  # noqa: B023
         seconds = {name: [] for name in calls}
-        for _ in range(REPEATS + 1):  # in turn, so that a drift of the machine hits all alike
+        for _ in range(REPEATS + 1):  # in turn, so that a drift of the machine affects all equally
             for name, call in calls.items():
                 start = time.perf_counter()
                 call()

@@ -1,4 +1,4 @@
-"""Memory of a pretraining step at the released sizes, by arithmetic, and the arithmetic checked by counting.
+"""Memory of a pretraining step at the released sizes, calculated, and the calculation checked by counting.
 
 VGGT-1B, DINOv3 ViT-L/16 and Spa3R; frozen parts in bfloat16, trained ones in float32 under autocast to bfloat16, AdamW;
 scenes of 12 views, half of them targets. Needs no accelerator: parameters are counted on the `meta` device, and a
@@ -41,7 +41,7 @@ def released() -> Spa3RConfig:
 
 
 def medium() -> Spa3RConfig:
-    """Small enough for a real step on a CPU, large enough for its weights not to matter."""
+    """A model small enough for a real step on a CPU, and large enough that its weights don't matter."""
     backbone = VggtConfig(
         **{"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4, "patch_embedding_num_layers": 2},
         **{"patch_embedding_num_heads": 4, "camera_num_layers": 1, "camera_num_heads": 4, "dpt_layers": [0, 1, 2, 3]},
@@ -55,7 +55,7 @@ def medium() -> Spa3RConfig:
 
 
 def on_meta(config: Spa3RConfig) -> Spa3RForPreTraining:
-    """The model without any memory."""
+    """The model without memory for its weights."""
     with torch.device("meta"):
         return Spa3RForPreTraining(config)
 
@@ -64,17 +64,17 @@ def on_meta(config: Spa3RConfig) -> Spa3RForPreTraining:
 
 
 def layer_bytes(width: int, heads: int, ratio: float, is_decoder: bool, half: bool) -> float:
-    """What one layer keeps of one token for its backward pass."""
-    b = 2 if half else 4  # of what goes into a product of matrices
+    """Bytes that one layer keeps per token for its backward pass."""
+    b = 2 if half else 4  # bytes of inputs of matrix products
     norms = 2 * 4 * width  # the inputs of both LayerNorms, always float32
     if half:
         qk_norms = 2 * 4 * width  # float32 copies of queries and keys
-        value = 1 if is_decoder else 3  # in the encoder a part of the fused projection's output, which lives with it
+        value = 1 if is_decoder else 3  # in the encoder a part of the fused projection's output, kept with it
     else:
-        qk_norms = 5 * 4 * width  # the fused projection's output, and normed queries and keys
+        qk_norms = 5 * 4 * width  # the fused projection's output, and normalized queries and keys
         value = 1 if is_decoder else 0
-    # Inputs of the fused projection and of fc1, queries, keys, values, attention's output; both sides of the GELU; in
-    # the decoder the output seen from the camera.
+    # Inputs of the fused projection and of fc1, queries, keys, values, output of the attention; both sides of the GELU;
+    # in the decoder the output in the camera's frame.
     products = b * width * (5 + 2 * ratio + value + is_decoder)
     statistics = 4 * (4 + 3 * heads)
     rotation = 4 * b * width / heads if half and not is_decoder else 0
@@ -82,7 +82,7 @@ def layer_bytes(width: int, heads: int, ratio: float, is_decoder: bool, half: bo
 
 
 def arithmetic(config: Spa3RConfig, views: int, grid: tuple[int, int], half: bool, checkpointing: bool = False) -> dict:
-    """Bytes of activations by what they belong to; `half`: autocast to bfloat16 as on CUDA, else float32."""
+    """Bytes of activations by part; `half`: autocast to bfloat16 as on CUDA, else float32."""
     b = 2 if half else 4
     scenes, cells = max(1, views // SCENE), grid[0] * grid[1]
     patches, width, wide = views * cells, config.hidden_size, config.geometry_hidden_size
@@ -95,29 +95,29 @@ def arithmetic(config: Spa3RConfig, views: int, grid: tuple[int, int], half: boo
     for part, count in layers.items():
         layer = layer_bytes(width, config.num_attention_heads, ratio, part == "decoder", half)
         kept[part] = tokens[part] * count * (b * width if checkpointing else layer)
-        work = max(work, tokens[part] * layer * checkpointing)  # one layer at a time is run again
+        work = max(work, tokens[part] * layer * checkpointing)  # one layer at a time is recomputed
     kept["encoder"] += context * b * wide  # the input
     kept["decoder"] += patches * 4 * width + tokens["decoder"] * 4 * 4 * (8 + 8)  # last norm's input; cameras, angles
     heads = 3 * 2 * b * ratio * width + (3 * b if half else 4) * width
-    loss = 4 * (2 * (wide + semantic) if half else wide + semantic)  # in float32: predictions, and normed ones
+    loss = 4 * (2 * (wide + semantic) if half else wide + semantic)  # in float32: predictions, and normalized ones
     kept["heads, loss"] = patches * (heads + loss)
     if half:
         linear = (module.weight for module in on_meta(config).modules() if isinstance(module, nn.Linear))
         kept["cast weights"] = b * sum(weight.numel() for weight in linear if weight.requires_grad)
-    # Of the backbone, in float32: tokens, patches in two orders, those of the context; of the teacher; predictions.
+    # For the backbone, in float32: tokens, patches in two orders, those of the context; for the teacher; predictions.
     targets = 4 * (3 * wide + wide / 2 + semantic) + b * (wide + semantic)
     pixels = cells * config.patch_size**2
     kept["targets"] = patches * (targets + 4 * 3 * config.patch_size**2) + views * pixels * 2 * 4
 
     chunk, features = min(DPT_VIEWS_AT_ONCE, views), config.backbone_config.dpt_features
-    dense = 2 * 4 * pixels * features / 2  # two float32 maps at the picture's own size
+    dense = 2 * 4 * pixels * features / 2  # two float32 maps at full picture size
     dense += b * (64 + 16) * cells * features + 5 * 4 * cells * wide  # coarser maps; tokens of four layers, and normed
     frozen = chunk * dense + 4 * pixels * features / 2 + patches * (8 * 4 * wide + 2 * 4 * 3 * config.patch_size**2)
     return {"kept": kept, "frozen": frozen, "work": work}
 
 
 def states(config: Spa3RConfig, devices: int) -> dict[str, float]:
-    """Bytes of weights, gradients and the optimiser's state on each device, by how they are spread."""
+    """Bytes of weights, gradients and optimizer state on each device, by sharding strategy."""
     model = on_meta(config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = {p: 4 if p.requires_grad or "camera_head" in name else 2 for name, p in model.named_parameters()}
@@ -128,8 +128,8 @@ def states(config: Spa3RConfig, devices: int) -> dict[str, float]:
     gathered += 2 * max(sum(p.numel() * size[p] for p in layer.parameters()) for layer in layers)  # and the next one
     return {
         "one device": frozen + 16 * trained,  # weight, gradient, and AdamW's two moments
-        "DDP": frozen + 20 * trained,  # and the buckets that gradients travel in
-        # Weights in bfloat16; shares of gradients and of float32 weights and moments; the bucket of default size.
+        "DDP": frozen + 20 * trained,  # and the buckets for communicating gradients
+        # Weights in bfloat16; shards of gradients and of float32 weights and moments; a bucket of default size.
         "ZeRO-2": frozen + 2 * trained + 14 * trained / devices + 2 * 5e8,
         "FSDP2": (frozen + 16 * trained) / devices + gathered,
     }
@@ -139,7 +139,7 @@ def states(config: Spa3RConfig, devices: int) -> dict[str, float]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that are alive, parameters left out, and the most there were."""
+    """Current and peak bytes of all live tensors, without parameters."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -161,14 +161,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 class WithoutPinning(TorchFunctionMode):
-    """Fake tensors can't be pinned where there is no CUDA."""
+    """Fake tensors can't be pinned without CUDA."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **{key: value for key, value in (kwargs or {}).items() if key != "pin_memory"})
 
 
 def fused_attention(module, query, key, value, mask, scaling=None, **kwargs):
-    """What xformers', flash and SDPA's fused kernels keep: queries, keys, values, output, a sum for each query."""
+    """What the fused kernels of xformers, flash and SDPA keep: queries, keys, values, output, a sum per query."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention
     return attend(query, key, value, scale=scaling)[0].transpose(1, 2), None
 
@@ -185,7 +185,7 @@ def inputs(config: Spa3RConfig, views: int, grid: tuple[int, int], device: str) 
 
 
 def count(model: Spa3RForPreTraining, batch: dict, backward: bool) -> dict[str, float]:
-    """Counted bytes of a step: kept at the end of the forward pass, most in the frozen pass, most of all."""
+    """Counted bytes of a step: kept at the end of the forward pass, peak of the frozen pass, peak of all."""
     counted = {}
     with LiveBytes(model) as bytes_:
         bytes_.live = batch["view_pixel_values"].nbytes
@@ -207,7 +207,7 @@ def count(model: Spa3RForPreTraining, batch: dict, backward: bool) -> dict[str, 
 def count_on_fake_cuda(
     fake: FakeTensorMode, config: Spa3RConfig, views: int, grid: tuple[int, int], checkpointing: bool
 ) -> dict[str, float]:
-    """The forward pass at the real size, under autocast, on tensors that say they are CUDA's and hold no memory."""
+    """The forward pass at the real size, under autocast, on fake CUDA tensors without memory."""
     model = on_meta(config)
     model.set_attn_implementation("fused")
     if checkpointing:
@@ -222,7 +222,7 @@ def count_on_fake_cuda(
                     module._parameters[name] = nn.Parameter(tensor, requires_grad=p.requires_grad)
             for name, buffer in module._buffers.items():
                 module._buffers[name] = torch.empty(buffer.shape, device="cuda", dtype=buffer.dtype)
-        # `torch.autocast` itself refuses where there is no CUDA.
+        # `torch.autocast` itself is disabled without CUDA.
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         torch.autocast_increment_nesting()

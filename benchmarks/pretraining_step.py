@@ -1,10 +1,10 @@
-"""A pretraining step at the released sizes on one CUDA device: step time, views a second, peak memory.
+"""A pretraining step at the released sizes on one CUDA device: step time, views per second, peak memory.
 
 VGGT-1B and DINOv3 ViT-L/16 with random weights in bfloat16, Spa3R in float32 under autocast to bfloat16, AdamW; 24
-views of 518 x 392 in scenes of 12. The pictures are noise: what counts is what it costs.
+views of 518 x 392 in scenes of 12. The pictures are noise: only the cost matters.
 
     python benchmarks/pretraining_step.py
-    python benchmarks/pretraining_step.py --tiny   # anywhere: a tiny model, to see that it runs
+    python benchmarks/pretraining_step.py --tiny   # on any machine: a tiny model, as a smoke test
 """
 
 import argparse
@@ -41,7 +41,7 @@ def make_model(config: Spa3RConfig, device: str) -> Spa3RForPreTraining:
 
 
 def make_batch(views: int, grid: tuple[int, int], patch_size: int, device: str) -> dict:
-    """Scenes of 12 views, half of them targets; the layout as Python numbers, which nothing has to wait for."""
+    """Scenes of 12 views, half of them targets; the layout as Python numbers, which need no synchronization."""
     scene = min(views, 12)
     return {
         "view_pixel_values": torch.randn(views * grid[0] * grid[1], 3 * patch_size**2, device=device),
@@ -75,9 +75,9 @@ def main() -> None:
     batch = make_batch(args.views, grid, model.config.patch_size, device)
 
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # the weights were float32 for a moment
+        torch.cuda.reset_peak_memory_stats()  # the weights were temporarily float32
     seconds, losses = [], []
-    for _ in range(3 + steps):  # three to warm up
+    for _ in range(3 + steps):  # three warm-up steps
         start = time.perf_counter()
         with torch.autocast(device, torch.bfloat16):
             loss = model(**batch).loss
@@ -85,7 +85,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())  # waits for the device
+        losses.append(loss.item())  # synchronizes with the device
         seconds.append(time.perf_counter() - start)
     seconds = seconds[3:]
 

@@ -1,7 +1,7 @@
-"""A Spa3-VLM of the released model's sizes, random weights, bf16: does it answer on this machine, and at what cost?
+"""A Spa3-VLM with the released model's sizes, random weights, bf16: does it run on this machine, and at what cost?
 
-Qwen2.5-VL-3B's sizes, VGGT-1B's and Spa3R's; four rendered pictures of 640 x 480; the embedded model's tokenizer. The
-weights are random, so the answer is noise; what counts is what it costs. Prints memory and time.
+The sizes are those of Qwen2.5-VL-3B, VGGT-1B and Spa3R; four rendered pictures of 640 x 480; the embedded model's
+tokenizer. The weights are random, so the answer is noise; only the cost matters. Prints memory and time.
 
     python benchmarks/real_size.py
 """
@@ -45,7 +45,7 @@ VISION = {
 
 
 def peak_gib() -> float:
-    """The process's largest resident memory so far (Linux counts it in KiB)."""
+    """The peak resident memory of the process so far (Linux counts it in KiB)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

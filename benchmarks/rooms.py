@@ -1,4 +1,4 @@
-"""Speed of the embedded world: views per second of drawing, walking and rendering rooms, level by level.
+"""Speed of the rooms: views per second of generating, walking and rendering, level by level.
 
 python benchmarks/rooms.py
 """
@@ -15,7 +15,7 @@ from spa3r.rooms import LEVELS, camera_walk, generate_room, render
 
 
 def processor() -> str:
-    """Name of the CPU where the system tells it."""
+    """Name of the CPU if the system reports it."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -36,7 +36,7 @@ def main() -> None:
     print(f"{args.rooms} rooms a level, {args.views} views of {size[0]} x {size[1]} each; views per second:\n")
     print("| level | antialias | room + walk + render | render alone | ms a room | ms a walk |")
     print("|---|---|---|---|---|---|")
-    render(generate_room(0), camera_walk(generate_room(0), 1))  # what is loaded on first use is not measured
+    render(generate_room(0), camera_walk(generate_room(0), 1))  # lazy loading on first use is not measured
     for level in range(len(LEVELS)):
         for antialias in (1, 2):
             drawing = walking = rendering = 0.0

@@ -1,4 +1,4 @@
-"""What the questions about rooms yield without looking: three blind baselines, level by level, beside chance.
+"""Scores of questions about rooms without pictures: three blind baselines, level by level, compared with chance.
 
 python benchmarks/rooms_blind_baseline.py
 """
@@ -28,14 +28,14 @@ def read(first_seed: int, rooms: int, level: RoomLevel) -> list[dict]:
 
 
 def answer_of(row: dict) -> str:
-    """The words of the answer: an option's without its letter."""
+    """The text of the answer; for an option without its letter."""
     if row["options"] is None:
         return row["ground_truth"]
     return next(option[3:] for option in row["options"] if option[0] == row["ground_truth"])
 
 
 def percent(counts: Counter, most: int) -> str:
-    """The most frequent of something with their shares."""
+    """The most frequent items with their shares."""
     total = sum(counts.values())
     return ", ".join(f"{what} {100 * count / total:.0f} %" for what, count in counts.most_common(most))
 
@@ -64,7 +64,7 @@ def main() -> None:
         for task in columns["most_frequent"]:
             cells = [f"{scores[task]:.1f}" if task in scores else "" for scores in columns.values()]
             if task == "overall":
-                cells[-1] = ""  # numbers have no chance
+                cells[-1] = ""  # numbers have no chance level
             print(f"| {task.removesuffix('_accuracy').removesuffix('_MRA:.5:.95:.05')} | {' | '.join(cells)} |")
         print("\n| type | test questions | most frequent answers | letters |")
         print("|---|---|---|---|")

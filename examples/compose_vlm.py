@@ -1,8 +1,8 @@
-"""Combine a vision-language model with a Spa3R, check that nothing has changed yet, and save the Spa3-VLM.
+"""Combine a vision-language model with a Spa3R, check that its outputs are unchanged, and save the Spa3-VLM.
 
     python compose_vlm.py --model Qwen/Qwen3-VL-4B-Instruct --spa3r path/to/spa3r --output my-spa3-vlm
 
-Without --model it combines the parts of the embedded model anew.
+Without --model it combines the parts of the embedded model again.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Encode views of a room into latents, then decode the feature field of a view that was not shown.
+"""Encode views of a room into latents, then decode the feature field of a held-out view.
 
-Without --model the embedded Spa3R runs, which is trained on rendered rooms.
+Without --model it uses the embedded Spa3R, which is trained on rendered rooms.
 """
 
 import argparse
@@ -21,11 +21,11 @@ def main() -> None:
 
     model, processor = Spa3RModel.from_pretrained(args.model), Spa3RImageProcessor.from_pretrained(args.model)
 
-    room = generate_room(seed=1_000_000)  # no training saw it
+    room = generate_room(seed=1_000_000)  # never used for training
     photos = list(render(room, camera_walk(room, args.views + 1)).images)
     with torch.no_grad():
         latents = model.encode(**processor(photos[:-1]))  # the last view is held out
-        # VGGT sees all views, to tell where the held-out camera stands and what its features are.
+        # VGGT processes all views to get the pose of the held-out camera and its features.
         truth = model.backbone(**processor(photos), output_cameras=True)
         height, width = processor(photos)["view_grid_hw"][-1].tolist()
         field = model.decode(latents, truth.extrinsics[-1:], truth.intrinsics[-1:], [[height, width]], [1])

@@ -1,7 +1,7 @@
-"""Fine-tune the embedded VLM with Spa3R on questions about rooms with `transformers.Trainer` itself.
+"""Fine-tune the embedded VLM with Spa3R on questions about rooms with `transformers.Trainer`.
 
-A demonstration of the mechanics: a few steps, after which the model has learnt next to nothing. `spa3r finetune` adds
-policies, exact resumption, scored answers while training, and reports.
+A demonstration of the mechanics: after these few steps the model has learned next to nothing. `spa3r finetune` adds
+policies, exact resumption, scored answers during training, and reports.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
             gradient_accumulation_steps=2,  # the loss is the mean over the tokens of all four rows
             logging_steps=1,
             report_to="none",
-            remove_unused_columns=False,  # rows are conversations; the collator makes columns of them
+            remove_unused_columns=False,  # rows are conversations; the collator converts them to model inputs
             ddp_find_unused_parameters=False,
         )
         rooms = RoomQuestions(first_seed=0, num_rooms=4, frames=2)

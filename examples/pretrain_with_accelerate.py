@@ -1,8 +1,8 @@
-"""Pretrain a tiny Spa3R on rendered rooms in a bare loop with accelerate, on any number of processes.
+"""Pretrain a tiny Spa3R on rendered rooms in a plain accelerate loop, on any number of processes.
 
     accelerate launch --num_processes 2 examples/pretrain_with_accelerate.py
 
-A demonstration of the mechanics: backbone and teacher are random numbers here, so nothing useful is learned.
+A demonstration of the mechanics: backbone and teacher have random weights, so nothing useful is learned.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=1e-4)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
 
-    # Not prepared by accelerate, which would cut packed tensors: every process makes its own share of each step.
+    # Not prepared by accelerate, which would slice packed tensors: every process makes its own share of each step.
     share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     scenes = SceneBatches(RoomScenes(), processor, views=(2, 4), pictures_per_batch=8, **share)
     for step, batch in zip(range(args.steps), DataLoader(scenes, batch_size=None)):

@@ -1,6 +1,6 @@
-"""Pretrain a tiny Spa3R on rendered rooms with `transformers.Trainer` itself.
+"""Pretrain a tiny Spa3R on rendered rooms with `transformers.Trainer`.
 
-A demonstration of the mechanics: backbone and teacher are random numbers here, so nothing useful is learned.
+A demonstration of the mechanics: backbone and teacher have random weights, so nothing useful is learned.
 `spa3r pretrain` adds the recipe, exact resumption, evaluation and reports.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
             report_to="none",
             per_device_train_batch_size=1,  # one batch of scenes, made by SceneBatches
             remove_unused_columns=False,
-            accelerator_config={"dispatch_batches": False},  # or accelerate cuts packed tensors
+            accelerator_config={"dispatch_batches": False},  # otherwise accelerate slices packed tensors
         )
         scenes = SceneBatches(RoomScenes(num_rooms=16), processor, views=(2, 4), pictures_per_batch=8)
         trainer = Trainer(model, arguments, train_dataset=scenes, data_collator=whole_batch)

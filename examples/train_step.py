@@ -1,6 +1,6 @@
 """Pretrain a tiny Spa3R for a few steps on one rendered room, in plain PyTorch.
 
-A demonstration of the mechanics: backbone and teacher are random numbers here, so nothing useful is learned.
+A demonstration of the mechanics: backbone and teacher have random weights, so nothing useful is learned.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from spa3r.rooms.embedded import embedded_model
 
 
 def tiny_model() -> Spa3RForPreTraining:
-    """The embedded Spa3R's sizes, and a tiny DINOv3 as teacher."""
+    """A model with the embedded Spa3R's sizes, and a tiny DINOv3 as teacher."""
     fields = embedded_model()[0].spa3r.config.to_dict()
     teacher = DINOv3ViTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     return Spa3RForPreTraining(Spa3RConfig(**(fields | {"semantic_teacher_config": teacher})))
@@ -39,7 +39,7 @@ def main() -> None:
     room = generate_room(seed=0, level=1)
     inputs = processor(list(render(room, camera_walk(room, args.views)).images))
     for step in range(args.steps):
-        output = model(**inputs)  # draws other context views every time
+        output = model(**inputs)  # draws new context views every time
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Step 10 of the rooms recipe: what the variants answer about unseen rooms, beside answers without looking."""
+"""Step 10 of the rooms recipe: answers of all variants about unseen rooms, compared with blind answers."""
 
 import argparse
 import platform
@@ -54,13 +54,13 @@ def main() -> None:
         pairs = list(zip(runs["vlm"], runs.get(name, [])))
         for alone, run in pairs:
             print(compared(run.folder.name[-1], name, alone.answers, run.answers))
-        if len(pairs) > 1:  # a draw of rooms is one for all seeds
+        if len(pairs) > 1:  # the same draw of rooms for all seeds
             before, after = ([line for run in column for line in run.answers] for column in zip(*pairs))
             print(compared("all", name, before, after))
 
 
 def compared(seed: str, name: str, before: list[dict], after: list[dict]) -> str:
-    """A row of the last table, of the same questions answered by the VLM alone and by a variant."""
+    """A row of the last table: the same questions answered by the VLM alone and by a variant."""
     difference = aggregate(after)["overall"] - aggregate(before)["overall"]
     low, high = difference_intervals(before, [line["score"] for line in after])["overall"]
     return f"| {seed} | {VARIANTS[name]} | {difference:+.1f} | {low:+.1f} to {high:+.1f} |"

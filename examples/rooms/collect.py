@@ -1,8 +1,8 @@
 """Pack what `gpu.sh` trained into a few files of half precision, and unpack them into folders of models.
 
 `collect.py pack RUN OUT` writes `frozen.safetensors` (VGGT and teacher), one file for each large Spa3R, the files
-`arms-*.safetensors` and `logs.json`. Every file stays below 16 MiB. `collect.py unpack OUT RUN` restores the folders;
-every Spa3R in them holds its frozen parts, those of `frozen.safetensors` or, without it, those that RUN holds.
+`arms-*.safetensors` and `logs.json`. Every file is smaller than 16 MiB. `collect.py unpack OUT RUN` restores the
+folders; every Spa3R in them contains its frozen parts, from `frozen.safetensors` or, if it is missing, from RUN.
 `collect.py frozen MODEL RUN` writes the VGGT and the teacher of a trained Spa3R into a run's folder.
 """
 
@@ -58,7 +58,7 @@ def pack(run: Path, output: Path) -> None:
 
 
 def unpack(packed: Path, run: Path) -> None:
-    """Write the folders of models again."""
+    """Restore the folders of models."""
     logs = packed / "logs.json"
     for path, text in json.loads(logs.read_text()).items() if logs.exists() else ():
         (run / path).parent.mkdir(parents=True, exist_ok=True)

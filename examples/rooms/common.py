@@ -27,10 +27,10 @@ FIRST_HELD_OUT = 1_000_000
 
 @dataclass
 class RenderedRooms:
-    """Rooms of 16 views each, as they were rendered.
+    """Rendered rooms of 16 views each.
 
     Attributes:
-        seeds: Of every room.
+        seeds: Seed of every room.
         images: (R, 16, H, W, 3) uint8.
         depth: (R, 16, H, W) float16, meters.
         instance_ids: (R, 16, H, W) uint8.
@@ -52,7 +52,7 @@ class RenderedRooms:
 
     @classmethod
     def read(cls, root: Path, limit: int | None = None) -> RenderedRooms:
-        """All that `render.py` wrote: the scene folders, or the arrays, which stay on the disk."""
+        """Read the output of `render.py`: the scene folders, or the arrays, which are memory-mapped."""
         if (root / "ready.npy").exists():
             arrays = {name: np.load(root / f"{name}.npy", mmap_mode="r")[:limit] for name in ARRAYS}
             return cls(facts=(arrays.pop("object_classes"), arrays.pop("heights")), **arrays)
@@ -70,7 +70,7 @@ class RenderedRooms:
 
         columns = [np.empty((len(folders), *part.shape), part.dtype) for part in read_one(folders[0])]
         with ThreadPoolExecutor(2) as pool:
-            for index in range(0, len(folders), 100):  # a few at a time: all at once would need the memory twice
+            for index in range(0, len(folders), 100):  # a few at a time: all at once would need twice the memory
                 for room, parts in enumerate(pool.map(read_one, folders[index : index + 100]), start=index):
                     for column, part in zip(columns, parts):
                         column[room] = part
@@ -78,7 +78,7 @@ class RenderedRooms:
 
     @classmethod
     def held_out(cls, count: int, level: int = 0) -> RenderedRooms:
-        """Rooms that are in no training set, rendered now."""
+        """Render rooms that are in no training set."""
         seeds = np.arange(FIRST_HELD_OUT, FIRST_HELD_OUT + count)
         views = [look_around(int(seed), level) for seed in seeds]
         names = ("images", "depth", "instance_ids", "extrinsics", "intrinsics")
@@ -86,16 +86,16 @@ class RenderedRooms:
 
     @property
     def num_ready(self) -> int:
-        """How many rooms are complete, counted from the first."""
+        """Number of complete rooms, counted from the first."""
         return len(self.seeds) if self.ready is None else int(np.logical_and.accumulate(self.ready).sum())
 
     def wait_for(self, rooms: int) -> None:
-        """Return once so many rooms are complete, or all."""
+        """Wait until this many rooms are complete, or all."""
         while self.num_ready < min(rooms, len(self.seeds)):
             time.sleep(0.1)
 
     def room_facts(self) -> tuple[np.ndarray, np.ndarray]:
-        """`facts`, from the rooms' seeds if they are not known."""
+        """Return `facts`, computed from the rooms' seeds if they are not known."""
         if self.facts is None:
             rooms = [generate_room(int(seed), 0) for seed in self.seeds]
             heights = np.array([room.size[2] for room in rooms], np.float32)
@@ -103,7 +103,7 @@ class RenderedRooms:
         return self.facts
 
     def draw(self, rng: np.random.Generator, scenes: int, views: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rooms (scenes,) and frames (scenes, views): a stretch of each walk in equal steps, either way round."""
+        """Draw rooms (scenes,) and frames (scenes, views): a segment of each walk in equal steps, either way."""
         rooms = rng.choice(self.num_ready, scenes, replace=False)
         frames = []
         for _ in range(scenes):
@@ -129,7 +129,7 @@ def pack(images: np.ndarray, patch: int = 14, device: torch.device | str = "cpu"
 
 
 def first_camera_world(extrinsics: np.ndarray) -> Tensor:
-    """Cameras (scenes, views, 4, 4) of any world -> (scenes * views, 4, 4), world = each scene's first camera."""
+    """Cameras (scenes, views, 4, 4) in any world frame -> (scenes * views, 4, 4), world = each scene's first camera."""
     extrinsics = extrinsics.astype(np.float64)
     return torch.from_numpy(extrinsics @ np.linalg.inv(extrinsics[:, :1])).float().flatten(0, 1)
 
@@ -147,23 +147,23 @@ def train(
     muon_learning_rate: float | None = None,
     minutes: float = math.inf,
 ) -> None:
-    """Train with AdamW, and with Muon for the layers' matrices if it has a learning rate.
+    """Train with AdamW, and with Muon for the matrices of the layers if it has a learning rate.
 
     The learning rate warms up and then follows a cosine to zero. The loop writes a line of JSON every `every` steps,
     saves its state with it, and resumes from there.
 
     Args:
-        name: Of the log and of the state.
-        model: What is trained: its parameters that require gradients.
-        step: Losses of one step, from its random generator.
-        evaluate: What else is measured every `every` steps.
+        name: Name of the log and of the state.
+        model: The model; parameters that require gradients are trained.
+        step: Computes the losses of one step, given a random generator.
+        evaluate: Computes additional measurements every `every` steps.
         output: Folder of log and state.
-        steps: How many steps.
-        learning_rate: AdamW's.
-        seed: Of the random generators.
+        steps: Number of steps.
+        learning_rate: Learning rate of AdamW.
+        seed: Seed of the random generators.
         every: Steps between two lines of the log.
-        muon_learning_rate: Muon's; None: AdamW trains all.
-        minutes: Time limit. Where fewer than `steps` steps fit, the schedule follows the clock and ends in time.
+        muon_learning_rate: Learning rate of Muon; None: AdamW trains all parameters.
+        minutes: Time limit. If fewer than `steps` steps fit, the schedule follows the clock and ends in time.
     """
     output.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -196,7 +196,7 @@ def train(
             raise FloatingPointError(f"The loss of step {done} is not finite: {losses}.")
         optimizer.step()
         optimizer.zero_grad()
-        for key, value in (losses | {"gradient_norm": norm}).items():  # summed where they are: reading them would wait
+        for key, value in (losses | {"gradient_norm": norm}).items():  # summed on the device: reading would wait
             sums[key] = sums.get(key, 0.0) + value.detach()
         done += 1
         share = max(done / steps, (time.perf_counter() - begun) / 60 / minutes)

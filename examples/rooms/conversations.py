@@ -1,7 +1,7 @@
-"""Step 7 of the rooms recipe: what a VLM is asked about rooms, as instruction data that `spa3r finetune` reads.
+"""Step 7 of the rooms recipe: conversations about rooms, as instruction data for `spa3r finetune`.
 
-Every room gives conversations of VSI-Bench's question types with their computed answers, one that says what each
-picture of its walk shows, and one in people's own words. The rows are a JSONL file beside the rendered pictures.
+Every room gives conversations of VSI-Bench's question types with their computed answers, one that describes each
+picture of its walk, and one in everyday language. The rows are a JSONL file next to the rendered pictures.
 """
 
 import argparse
@@ -26,19 +26,19 @@ from spa3r.vsi_bench.format import FIRST_WORDS, NUMBER_WORDS, make_prompt
 FILE = "conversations.jsonl"
 FRAMES = 8
 CONVERSATIONS = 8
-"""So many about the questions of a room, each with one of every task: two directions would tell of each other, and
-then nobody needs to look. In every second one, questions with options are asked without them: an answer's letter tells
-little of why it is right."""
+"""Number of conversations per room, each with one question of every task: a second direction question could be
+answered from the first without the pictures. Every second conversation asks questions with options without the options:
+the letter of an answer says little about why it is right."""
 
 BACK = "_back"
 WALKS = ("", BACK)
-"""What follows the names of files about a walk: the one that the rows are about, and the one on the way back."""
+"""Suffixes of the files of a walk: the walk of the rows, and the way back."""
 
 CLEAR = 0.004
-"""Share of a picture that an object covers to be named in its description: 50 pixels."""
+"""Minimum share of a picture that an object covers to be named in its description: 50 pixels."""
 
 WORDS = (*FURNITURE, *(f"{colour} " for colour in COLOURS))
-"""What objects are called; a colour stands before a kind of furniture."""
+"""Words for objects; a color comes before a kind of furniture."""
 
 DESCRIBE = "Which objects does each picture show?"
 
@@ -46,7 +46,7 @@ Turn = tuple[str, str]
 
 
 def describe(names: list[str | None], shares: np.ndarray) -> str:
-    """What each picture shows, of (V, O) shares of its pixels."""
+    """Describe what each picture shows, from the (V, O) shares of its pixels."""
     shown = [
         ", ".join(sorted(name for name, share in zip(names, view) if name and share > CLEAR)) or "none"
         for view in shares
@@ -55,14 +55,14 @@ def describe(names: list[str | None], shares: np.ndarray) -> str:
 
 
 def seen_from(camera: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Metres to the right and ahead (O, 2), on the floor, of points (O, 3); the camera (4, 4), camera-from-room."""
+    """Meters to the right and ahead (O, 2), on the floor, of points (O, 3); the camera (4, 4) is camera-from-room."""
     rotation = camera[:3, :3]
     axes = [axis / np.linalg.norm(axis) for axis in rotation[[0, 2], :2]]
     return (points[:, :2] + (rotation.T @ camera[:3, 3])[:2]) @ np.stack(axes, axis=1)
 
 
 def asked_openly(turn: Turn) -> Turn:
-    """A question without its options, and the right one for an answer."""
+    """A question without its options, with the right option as the answer."""
     question, answer = turn
     question, _, options = question.partition("\nOptions:\n")
     if not options:
@@ -72,7 +72,7 @@ def asked_openly(turn: Turn) -> Turn:
 
 
 def in_own_words(walk: RoomWalk, rng: np.random.Generator) -> list[Turn]:
-    """What people ask who have no benchmark in mind."""
+    """Questions in everyday language, not from a benchmark."""
     seen = np.flatnonzero(walk.shares.max(0) > CLEAR)
     kinds = [walk.room.objects[k].name for k in seen]
     present, absent = ([kind for kind in FURNITURE if (kind in kinds) is there] for there in (True, False))
@@ -125,12 +125,12 @@ def messages(turns: list[Turn]) -> Iterator[dict[str, str]]:
 
 
 class Conversations:
-    """The rows in memory; batches of their questions, in which pictures have places and are not read.
+    """The rows in memory; batches of their questions, with placeholders for pictures, which are not read.
 
     Args:
-        data: Folder of `render.py` with the rows.
-        back: Not the pictures that the rows are about, but those between, from the last to the first: another walk in
-            the same room.
+        data: Output folder of `render.py` with the rows.
+        back: Use the pictures between those of the rows, from the last to the first: another walk through the same
+            room.
     """
 
     def __init__(self, data: Path, back: bool = False):
@@ -149,10 +149,9 @@ class Conversations:
             self.turns[-1] += zip(said[::2], said[1::2])
 
     def texts(self, rooms: int) -> list[str]:
-        """All that is said about the first so many rooms in the benchmark's words.
+        """All text about the first `rooms` rooms in the benchmark's wording.
 
-        A tokenizer that learns from it spells other words in small pieces, those that it has heard and those that it
-        has not.
+        A tokenizer trained on it splits other words into small pieces, whether it has seen them or not.
         """
         turns = (turn for turns in self.turns[:rooms] for turn in turns)
         return [text for turn in turns if turn[0].startswith((FIRST_WORDS, DESCRIBE)) for text in turn]
@@ -166,8 +165,8 @@ class Conversations:
         """All rooms' objects, padded.
 
         Returns:
-            ``words`` (rooms, objects, 2), numbers of kind and colour among `WORDS`, -1 for padding; ``middles`` (rooms,
-            objects, 2), metres to the right and ahead, seen from the first picture.
+            ``words`` (rooms, objects, 2), numbers of kind and color among `WORDS`, -1 for padding; ``middles`` (rooms,
+            objects, 2), meters to the right and ahead, seen from the first picture.
         """
         words, middles = [], []
         for room, names in self.walks.items():
@@ -180,12 +179,13 @@ class Conversations:
         return {"words": pad(words, batch_first=True, padding_value=-1), "middles": pad(middles, batch_first=True)}
 
     def cells(self, number: int) -> dict[str, Tensor]:
-        """What each of so many cells of a walk's pictures shows, cells in the order of the VLM's image tokens.
+        """What each of `number` cells of a walk's pictures shows, with the cells in the order of the VLM's image
+        tokens.
 
         Returns:
-            ``names`` (rooms, cells, words): which kinds of furniture and which of its colours take a seventh of the
-            cell; ``places`` (rooms, cells, 2): where the object stands that takes most of it, metres to the right and
-            ahead, seen from the first picture; ``is_clear`` (rooms, cells): whether that is a fifth.
+            ``names`` (rooms, cells, words): which kinds of furniture and which of its colors cover a seventh of the
+            cell; ``places`` (rooms, cells, 2): the position of the object that covers most of it, meters to the right
+            and ahead, seen from the first picture; ``is_clear`` (rooms, cells): whether it covers a fifth.
         """
         named, places, is_clear = [], [], []
         for room, names in self.walks.items():

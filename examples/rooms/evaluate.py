@@ -1,4 +1,4 @@
-"""Step 5 of the rooms recipe: held-out-view metrics on unseen rooms, of every training seed, beside the baselines."""
+"""Step 5 of the rooms recipe: held-out-view metrics on unseen rooms, for every training seed, with the baselines."""
 
 import argparse
 import platform

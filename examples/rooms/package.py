@@ -1,7 +1,7 @@
-"""Steps 6 and 11 of the rooms recipe: what was trained becomes a checkpoint in the package.
+"""Steps 6 and 11 of the rooms recipe: convert the trained models to checkpoints of the package.
 
-All tensors are kept in half precision, which halves the file; the configuration says float32, as which they are loaded.
-VGGT's point head stays behind: nothing reads it.
+All tensors are stored in half precision, which halves the file; the configuration says float32, so they are loaded as
+float32. VGGT's point head is removed, since nothing uses it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     output = FOLDERS[args.kind]
     if args.kind == "spa3r":
         model = Spa3RForPreTraining.from_pretrained(args.model, dtype="float32")
-        model.config.semantic_teacher_name_or_path = None  # a folder of whoever ran this
+        model.config.semantic_teacher_name_or_path = None  # a folder of the machine that ran this
         model.config.semantic_teacher_config.name_or_path = ""
         processor = Spa3RImageProcessor(size=112)
         strip(model.spa3r)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def strip(spa3r: Spa3RModel) -> None:
-    """Away with the point head, and with the name of the folder that the backbone came from."""
+    """Remove the point head, and the name of the folder that the backbone came from."""
     backbone = spa3r.backbone
     backbone.point_head, backbone.config.heads = None, ("camera", "depth")
     backbone.config.name_or_path = spa3r.config.name_or_path = ""

@@ -1,6 +1,6 @@
-"""Batches of questions about rooms for a language model, and what its tokens mean.
+"""Batches of questions about rooms for a language model, and the meaning of its tokens.
 
-What is frozen has looked at the pictures before, so pictures have places in a batch and are not in it.
+The frozen parts have already processed the pictures, so batches have placeholders instead of pictures.
 """
 
 import re
@@ -14,30 +14,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spa3r.rooms import FURNITURE
 
 SPATIAL = re.compile("the distance between|is the closest to|standing by|You are a robot")
-"""In questions that are answered by where objects stand."""
+"""Matches questions whose answers depend on where objects are."""
 
 LOOKING = 2
-"""After so many layers of the language model, names of objects know what the pictures tell about them."""
+"""Number of language model layers after which names of objects contain the information from the pictures."""
 
 CODE_WIDTH = 18
 
 
 def calculating(language_model: nn.Module) -> nn.Module:
-    """The layers after those that look."""
+    """The layers after the first `LOOKING` ones."""
     return nn.ModuleList([*language_model.layers[LOOKING:], language_model.norm])
 
 
 def place_code(places: Tensor, width: int = 128) -> Tensor:
-    """What an adapter adds to image tokens so that they tell where that stands which they show.
+    """The code that an adapter adds to image tokens to encode the position of the object they show.
 
-    Linear for what is near, and sines and cosines for all of a room, so that sums and differences are easy.
+    It is linear for short distances, with sines and cosines for the whole room, so that sums and differences are easy.
 
     Args:
-        places: (..., 2), metres to the right and ahead, seen from the first picture.
-        width: Of the image tokens.
+        places: (..., 2), meters to the right and ahead, seen from the first picture.
+        width: Width of the image tokens.
 
     Returns:
-        (..., width), zeros after the first `CODE_WIDTH`.
+        (..., width), zeros after the first `CODE_WIDTH` entries.
     """
     turns = 2 * torch.pi * places[..., None] / torch.tensor([3.0, 6.0, 12.0, 24.0])
     code = 2 * torch.cat([places / 3, turns.sin().flatten(-2), turns.cos().flatten(-2)], -1)
@@ -45,23 +45,23 @@ def place_code(places: Tensor, width: int = 128) -> Tensor:
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of logits (batch, sequence, vocabulary) and the labels (batch, sequence - 1) of what follows them."""
+    """Loss of logits (batch, sequence, vocabulary) and labels (batch, sequence - 1) of the next tokens."""
     is_answer = labels >= 0
     return nn.functional.cross_entropy(logits[:, :-1][is_answer].float(), labels[is_answer])
 
 
 class Questions:
-    """Batches for a VLM: all questions about a room share its pictures, and none sees another.
+    """Batches for a VLM: all questions about a room share its pictures, and none attends to another.
 
-    To the VLM each is as if it were asked alone, at a fraction of the cost.
+    The VLM processes each question as if it were asked alone, at a fraction of the cost.
 
     Args:
-        conversations: What is asked.
-        vlm: Counts places.
-        tokenizer: Of the VLM.
+        conversations: The questions.
+        vlm: The VLM, which computes position ids.
+        tokenizer: The VLM's tokenizer.
         cells: Image tokens of each picture.
-        appended: Places for spatial tokens after the last picture.
-        frames: Pictures; 0: questions alone, and only those that are answered by where objects stand.
+        appended: Placeholders for spatial tokens after the last picture.
+        frames: Number of pictures; 0: questions alone, and only those whose answers depend on where objects are.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Questions:
         picture = f"<|vision_start|>{tokenizer.image_token * cells}<|vision_end|>"
         shared = torch.tensor(tokenizer.encode(before + picture * frames + tokenizer.pad_token * appended))
         self.is_picture = shared == tokenizer.image_token_id
-        side = 2 * round(cells**0.5)  # patches; the VLM merges 2 by 2
+        side = 2 * round(cells**0.5)  # patches; the VLM merges 2 x 2
         grid = torch.tensor([[1, side, side]] * frames) if frames else None
         self.shared_places = vlm.base_model.get_rope_index(
             shared[None], mm_token_type_ids=self.is_picture[None].int(), image_grid_thw=grid
@@ -95,12 +95,12 @@ class Questions:
             self.word_of[tokenizer.encode(word)[-1]] = number
 
     def draw(self, rng: np.random.Generator, rooms: int, questions: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rooms and questions about each at random, three of four where objects stand: others are learnt sooner.
+        """Draw rooms and questions about each, three of four about where objects are: the others are learned sooner.
 
         Returns:
-            Numbers of the rooms (rooms,), and the VLM's inputs about text: ``input_ids``, ``labels``,
+            Numbers of the rooms (rooms,), and the VLM's text inputs: ``input_ids``, ``labels``,
             ``mm_token_type_ids`` (rooms, sequence), ``position_ids`` (3, rooms, sequence) and ``attention_mask``
-            (rooms, 1, sequence, sequence), added to attention's logits.
+            (rooms, 1, sequence, sequence), added to the attention logits.
         """
         drawn = rng.integers(len(self.turns), size=rooms)
         parts = {"ids": [], "labels": [], "places": [], "numbers": []}
@@ -142,19 +142,19 @@ class Questions:
         }
 
     def named(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Kinds and colours (rooms, sequence), numbers among `WORDS`, that tokens of questions name; -1 for none."""
+        """Kinds and colors (rooms, sequence), numbers among `WORDS`, that question tokens name; -1 for none."""
         words, is_kind = self.word_of[ids], self.word_of[ids] < len(FURNITURE)
-        before = nn.functional.pad(words, (1, -1), value=-1)  # a colour stands before a kind
+        before = nn.functional.pad(words, (1, -1), value=-1)  # a color comes before a kind
         is_kind &= torch.arange(ids.shape[1]) >= len(self.shared)
         kinds = words.where(is_kind, torch.tensor(-1))
         return kinds, before.where((kinds >= 0) & (before >= len(FURNITURE)), torch.tensor(-1))
 
     def shows(self, ids: Tensor, names: Tensor) -> Tensor:
-        """(rooms, sequence, cells): which cells of the pictures show the object that a question's token names.
+        """(rooms, sequence, cells): which cells of the pictures show the object that a question token names.
 
         Args:
             ids: (rooms, sequence).
-            names: (rooms, cells, words), which cell shows what.
+            names: (rooms, cells, words), what each cell shows.
         """
         kinds, colours = self.named(ids)
         of_word, room = names.transpose(1, 2), torch.arange(len(ids))[:, None]
@@ -162,27 +162,27 @@ class Questions:
         return shows & (of_word[room, colours] | (colours < 0)[..., None])
 
     def meant(self, ids: Tensor, words: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
-        """Where that stands which tokens of questions name.
+        """The positions of the objects that question tokens name.
 
         Args:
             ids: (rooms, sequence).
-            words: (rooms, objects, 2), kind and colour.
+            words: (rooms, objects, 2), kind and color.
             middles: (rooms, objects, 2).
 
         Returns:
-            Places (rooms, sequence, 2), and where there is one: (rooms, sequence), exactly one object has the name.
+            Positions (rooms, sequence, 2), and a mask (rooms, sequence): exactly one object has the name.
         """
         kinds, colours = (part[..., None] for part in self.named(ids))
         fits = (kinds == words[:, None, :, 0]) & (kinds >= 0) & ((colours == words[:, None, :, 1]) | (colours < 0))
         return fits.float() @ middles, fits.sum(-1) == 1
 
     def looking(self, attentions: tuple[Tensor, ...], shows: Tensor) -> Tensor:
-        """-log of the share of attention that goes from an object's name to what shows it, of two heads in two layers.
+        """-log of the share of attention from an object's name to the cells that show it, for two heads in two layers.
 
-        Without this, tens of thousands of conversations pass before words look at pictures.
+        Without this loss, words attend to pictures only after tens of thousands of conversations.
 
         Args:
-            attentions: Of every layer, (rooms, heads, sequence, sequence).
+            attentions: Attention of every layer, (rooms, heads, sequence, sequence).
             shows: (rooms, sequence, cells).
         """
         attention = torch.stack([layer[:, :2] for layer in attentions[:2]], 1)[..., : len(self.shared)]

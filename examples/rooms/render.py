@@ -1,10 +1,10 @@
-"""Step 1 of the rooms recipe: render rooms with their cameras and their truth.
+"""Step 1 of the rooms recipe: render rooms with cameras and ground truth.
 
 Without `--arrays`, every scene is a folder that `spa3r pretrain` reads (pictures and a `cameras.json`). It also holds
-`truth.npz`, on which only the backbone and the teacher are trained: `depth` (V, H, W) float16, meters, and
-`instance_ids` (V, H, W) uint8. The program skips scenes that exist, so it can be stopped and started again.
+`truth.npz`, which is used only to train the backbone and the teacher: `depth` (V, H, W) float16, meters, and
+`instance_ids` (V, H, W) uint8. Existing scenes are skipped, so the program can be stopped and started again.
 
-With `--arrays`, all scenes share a few `.npy` files, which a GPU's training reads while they are being written.
+With `--arrays`, all scenes share a few `.npy` files, which can be read by a GPU training while they are being written.
 `common.RenderedRooms` describes both forms.
 """
 
@@ -22,13 +22,13 @@ from spa3r.rooms import FURNITURE, Room, RoomViews, camera_walk, generate_room, 
 
 VIEWS = 16
 STRIDE = 3
-"""Every third frame of a walk: so many show nearly all of a room."""
+"""Every third frame of a walk: together they show nearly all of a room."""
 
 SIZE = 112
 """Height and width of a view, pixels."""
 
 CLASSES = (*FURNITURE, "wall", "floor", "ceiling")
-"""What a pixel can show."""
+"""The classes of pixels."""
 
 ARRAYS = {
     "images": ("uint8", (VIEWS, SIZE, SIZE, 3)),
@@ -51,7 +51,7 @@ def look_around(seed: int, level: int, views: int = VIEWS, stride: int = STRIDE,
 
 
 def write_scene(seed: int, level: int, output: Path) -> None:
-    """The folder of one room; it appears whole or not at all."""
+    """Write the folder of one room atomically."""
     folder = output / f"{seed:07d}"
     if folder.exists():
         return
@@ -76,14 +76,14 @@ def write_scene(seed: int, level: int, output: Path) -> None:
 
 
 def object_classes(room: Room) -> np.ndarray:  # -> (256,) uint8
-    """The class of every instance id of a room, as an index into `CLASSES`. Id 0, the shell, has none and is 0."""
+    """The class of every instance id of a room, as an index into `CLASSES`. Id 0, the background, has none and is 0."""
     classes = np.zeros(256, np.uint8)
     classes[1 : 1 + len(room.objects)] = [CLASSES.index(item.name) for item in room.objects]
     return classes
 
 
 def create_arrays(output: Path, rooms: int) -> None:
-    """Empty files for so many rooms. Files that exist with the same shape are kept."""
+    """Create empty files for `rooms` rooms. Existing files with the same shape are kept."""
     for name, (dtype, shape) in ARRAYS.items():
         file, shape = output / f"{name}.npy", (rooms, *shape)
         if not file.exists():
@@ -93,7 +93,7 @@ def create_arrays(output: Path, rooms: int) -> None:
 
 
 def write_row(row: int, first: int, level: int, output: Path) -> None:
-    """The entry of one room in the files of `create_arrays`; `ready` is set last."""
+    """Write the entry of one room into the files of `create_arrays`; `ready` is set last."""
     arrays = {name: np.load(output / f"{name}.npy", mmap_mode="r+") for name in ARRAYS}
     if arrays["ready"][row]:
         return

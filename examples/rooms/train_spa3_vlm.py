@@ -1,8 +1,8 @@
-"""Step 9 of the rooms recipe: the small VLM of step 8 and the Spa3R in the package become a Spa3-VLM.
+"""Step 9 of the rooms recipe: combine the small VLM of step 8 and the packaged Spa3R into a Spa3-VLM.
 
-Vision tower, Spa3R and the layers that look are frozen. The adapter learns to tell where that stands which an image
-token shows, and is frozen from then on, while the other layers learn; one that appends tokens learns with them.
-`spa3r finetune` trains with any data; here every room is asked about many times, so each is encoded once, before the
+Vision tower, Spa3R and the first `LOOKING` layers are frozen. The adapter learns to encode the position of the object
+that an image token shows. It is then frozen while the other layers learn; an adapter that appends tokens learns with
+them. `spa3r finetune` trains with any data; here every room is asked about many times, so each is encoded once, before
 training.
 """
 
@@ -30,7 +30,7 @@ from spa3r.rooms.instructions import RoomQuestions
 
 @torch.no_grad()
 def encode_rooms(spa3r: Spa3RModel, source: str, pictures: Iterator[np.ndarray]) -> Tensor:
-    """(rooms, tokens, width) float16: what Spa3R, or its VGGT, makes of every room's pictures."""
+    """(rooms, tokens, width) float16: the output of Spa3R, or of its VGGT, for every room's pictures."""
     encode = spa3r.encode if source == "spa3r" else spa3r.backbone_features
     encoded = []
     while rooms := list(islice(pictures, 10)):
@@ -43,7 +43,7 @@ def encode_rooms(spa3r: Spa3RModel, source: str, pictures: Iterator[np.ndarray])
 
 
 def remember(model: Spa3VLMForConditionalGeneration, seen: Tensor, encoded: Tensor | None) -> None:
-    """Put what the frozen encoders made of every room in their place; pixels are numbers of rooms from now on."""
+    """Replace the frozen encoders by their stored outputs for every room; pixels are room numbers from now on."""
 
     def get_image_features(pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         tokens = seen[pixel_values].float().unflatten(1, (FRAMES, -1)).flatten(0, 1)
@@ -61,21 +61,21 @@ def remember(model: Spa3VLMForConditionalGeneration, seen: Tensor, encoded: Tens
 
 
 def forget(model: Spa3VLMForConditionalGeneration) -> None:
-    """The encoders themselves again."""
+    """Restore the encoders."""
     del model.vlm.base_model.get_image_features
     if model.spa3r is not None:
         del model.spa3r._encode, model.spa3r._backbone_features
 
 
 def align(model: Spa3VLMForConditionalGeneration, folder: Path, args: argparse.Namespace) -> None:
-    """The adapter alone: it adds to an image token the code of the place where that stands which the token shows.
+    """Train only the adapter: it adds the position code of the object that an image token shows to the token.
 
-    It learns from two walks in each room. The last rooms, a fiftieth, are held out.
+    It learns from two walks in each room. The last fiftieth of the rooms is held out.
 
     Args:
-        model: Its adapter is trained.
-        folder: What the frozen parts made of the walks.
-        args: The program's.
+        model: The model, whose adapter is trained.
+        folder: Folder of the outputs of the frozen parts for the walks.
+        args: Arguments of the program.
     """
     names = {"seen": "seen", "encoded": f"encoded_by_{args.spatial_source}"}
     walks = [{key: load_file(folder / f"{name}{walk}.safetensors")["made"] for key, name in names.items()}
@@ -84,7 +84,7 @@ def align(model: Spa3VLMForConditionalGeneration, folder: Path, args: argparse.N
     known = rooms - max(1, rooms // 50)
     made = {key: torch.cat([walk[key] for walk in walks]) for key in ("seen", "encoded", "places", "is_clear")}
     del walks
-    # Waves of 3 m are too short for what most latents know; right and ahead themselves are what counts.
+    # Waves of 3 m are too short for what most latents encode; right and ahead themselves matter most.
     weights = torch.tensor([3.0] * 2 + [0.1, 0.5, 1.0, 1.0] * 4 + [1.0] * (made["seen"].shape[-1] - CODE_WIDTH))
 
     def added(rooms: np.ndarray | slice) -> Tensor:
@@ -98,12 +98,12 @@ def align(model: Spa3VLMForConditionalGeneration, folder: Path, args: argparse.N
             told = added(drawn)
         clear = made["is_clear"][drawn]
         wrong = told - clear[..., None] * place_code(made["places"][drawn])
-        # A token may show two things alike, of which the code can be but one's: no squares.
+        # A token may show two things equally, and the code can describe only one of them: no squares.
         places = 4 * ((wrong[clear].square() * weights).sum(-1) + 1).sqrt().mean()
         return {"places": places, "others": 0.1 * wrong[~clear].square().sum(-1).mean()}
 
     def measure() -> dict[str, float]:
-        """Metres, read off the code's linear part."""
+        """Meters, from the linear part of the code."""
         held_out = np.s_[known:rooms]
         told, scale = added(held_out)[..., :2], place_code(torch.ones(2))[0]
         errors = (told / scale - made["places"][held_out])[made["is_clear"][held_out]].norm(dim=-1)
@@ -174,7 +174,7 @@ def main() -> None:
 
     if aligns:
         align(model, args.vlm, args)
-        # Muon's steps are as long for a faint gradient as for a clear one: they would undo what was aligned.
+        # Muon's steps are as long for a faint gradient as for a strong one: they would undo the alignment.
         model.adapter.requires_grad_(False)
     model.vlm.requires_grad_(False)
     calculating(model.get_decoder()).requires_grad_(True)

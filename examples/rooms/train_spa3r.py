@@ -1,10 +1,10 @@
 """Step 4 of the rooms recipe: Predictive Spatial Field Modeling on the frozen small VGGT and teacher.
 
 `spa3r pretrain` does the same from folders of pictures. This program reads rooms that `render.py --arrays` wrote, so
-that no picture is decoded while a GPU waits. Cameras are given: the rooms know theirs exactly.
+that the GPU never waits for picture decoding. Cameras are given: they are known exactly.
 
-The training has three stages with more and more views of a scene. With many views from the start, walls are learned and
-furniture is not.
+The training has three stages with an increasing number of views per scene. With many views from the start, walls are
+learned and furniture is not.
 """
 
 import argparse
@@ -44,10 +44,10 @@ ARMS = {
     "mask75": {"mask_ratio": 0.75},
     "pluecker": {"camera_embedding": "pluecker"},
 }
-"""The paper's comparisons: what differs from its method, which is `both`."""
+"""The comparisons of the paper: differences from its method, which is `both`."""
 
 STAGES = (("single", (1,), 0.15, 1.0), ("few", (2, 3, 4), 0.4, 1.0), ("many", (4, 6, 8, 12), 0.45, 0.5))
-"""Name, numbers of views, share of the steps and factor of the learning rates."""
+"""Name, numbers of views, share of the steps, and factor of the learning rates."""
 
 MOST_VIEWS = max(max(views) for _, views, _, _ in STAGES)
 

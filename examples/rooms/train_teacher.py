@@ -1,7 +1,7 @@
-"""Step 3 of the rooms recipe: a small DINOv3-shaped teacher that knows what every patch shows, and in which colour.
+"""Step 3 of the rooms recipe: a small DINOv3-shaped teacher that encodes what every patch shows, and its color.
 
-It learns each patch's shares of furniture classes, wall, floor and ceiling, and its mean colour, from single pictures;
-the two readouts are thrown away afterwards.
+It learns each patch's shares of furniture classes, wall, floor and ceiling, and its mean color, from single pictures;
+the two readouts are discarded afterwards.
 """
 
 import argparse
@@ -31,12 +31,12 @@ CONFIG = DINOv3ViTConfig(
     num_attention_heads=4,
     layerscale_value=0.5,
     initializer_range=0.06,
-    pos_embed_rescale=None,  # drawn anew at every step while it trains; the rooms have one size
+    pos_embed_rescale=None,  # drawn anew at every training step; the rooms have one size
 )
 
 
 class Readouts(nn.Module):
-    """The teacher and the two readouts that only training needs."""
+    """The teacher and the two readouts that are needed only for training."""
 
     def __init__(self, teacher: DINOv3ViTModel):
         super().__init__()
@@ -46,7 +46,7 @@ class Readouts(nn.Module):
 
 
 def class_shares(data: RenderedRooms, rooms: np.ndarray, frames: np.ndarray, device: str) -> Tensor:
-    """How much of every patch each class fills, in one view of each room: (V, GRID * GRID, classes)."""
+    """The share of every patch that each class covers, in one view of each room: (V, GRID * GRID, classes)."""
     classes, heights = (torch.from_numpy(facts[rooms]).to(device) for facts in data.room_facts())
     depth = torch.from_numpy(data.depth[rooms, frames]).to(device).float()
     cameras = (torch.from_numpy(camera[rooms, frames]).to(device) for camera in (data.extrinsics, data.intrinsics))

@@ -1,7 +1,7 @@
-"""Step 2 of the rooms recipe: a small VGGT, trained on the rooms' true cameras, depth and points.
+"""Step 2 of the rooms recipe: a small VGGT, trained on the true cameras, depth and points of rooms.
 
-Beside VGGT's own losses a linear readout of every patch's depth and world point, and one of every view's place in its
-room, give the features a dense signal; both readouts are thrown away afterwards. One unit is one metre.
+Besides VGGT's own losses, a linear readout of every patch's depth and world point and another of every view's position
+in its room give the features a dense signal; both readouts are discarded afterwards. One unit is one meter.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from spa3r import VggtConfig, VggtModel
 from spa3r.models.cameras import pose_encoding_to_cameras, unproject
 from spa3r.models.packing import ViewLayout, select_rows, split_prefix
 
-DENSE_SHARE = 8  # the dense heads, which cost most, are trained on one view in so many
+DENSE_SHARE = 8  # the dense heads, which are the most expensive part, are trained on one of this many views
 VIEW_COUNTS = (4, 6, 8, 12)
 
 CONFIG = VggtConfig(
@@ -38,14 +38,14 @@ CONFIG = VggtConfig(
 
 
 class Readouts(nn.Module):
-    """The model and the two readouts that only training needs."""
+    """The model and the two readouts that are needed only for training."""
 
     def __init__(self, vggt: VggtModel):
         super().__init__()
         width = 2 * vggt.config.hidden_size
         self.vggt = vggt
         self.patch = nn.Linear(width, 4)  # log depth, world point
-        self.place = nn.Linear(width, 4)  # sine and cosine of the view's direction in the room, and where it stands
+        self.place = nn.Linear(width, 4)  # sine and cosine of the view's direction in the room, and its position
 
 
 def rotation_to_quaternion(rotation: Tensor) -> Tensor:  # (V, 3, 3) -> (V, 4)
@@ -83,7 +83,7 @@ def rotation_to_quaternion(rotation: Tensor) -> Tensor:  # (V, 3, 3) -> (V, 4)
 
 
 def pose_loss(predicted: Tensor, true: Tensor) -> Tensor:  # (V, 9), (V, 9) -> ()
-    """L1 of translation, rotation and field of view; a quaternion and its negative are one rotation."""
+    """L1 of translation, rotation and field of view; a quaternion and its negative are the same rotation."""
     rotation = torch.minimum(
         (predicted[:, 3:7] - true[:, 3:7]).abs().mean(-1), (predicted[:, 3:7] + true[:, 3:7]).abs().mean(-1)
     )
@@ -95,12 +95,12 @@ def pose_loss(predicted: Tensor, true: Tensor) -> Tensor:  # (V, 9), (V, 9) -> (
 
 
 def confident(error: Tensor, confidence: Tensor) -> Tensor:
-    """VGGT's weighting: errors count by the confidence, and doubting has a price."""
+    """VGGT's weighting: errors are weighted by the confidence, and low confidence has a penalty."""
     return (confidence * error - 0.2 * confidence.log()).mean()
 
 
 class Batch:
-    """Some views of some rooms: what the model sees and what is true."""
+    """Some views of some rooms: model inputs and ground truth."""
 
     def __init__(self, data: RenderedRooms, rooms: np.ndarray, frames: np.ndarray, device: str):
         at = (rooms[:, None], frames)

@@ -1,9 +1,9 @@
-"""Step 8 of the rooms recipe: a small VLM, shaped like Qwen2.5-VL, learns to see rooms and to answer questions.
+"""Step 8 of the rooms recipe: train a small VLM, shaped like Qwen2.5-VL, to see rooms and to answer questions.
 
-It starts from random numbers and learns without Spa3R, in four stages. First its vision tower learns which objects
-every token of a picture shows: the token gets near the embeddings of the words that name them. Then the tower is held
-fast, and the language model learns to look from names to pictures; its upper layers learn to calculate with places,
-from questions without pictures; and last all of its layers learn from questions about walks.
+It starts from random weights and learns without Spa3R, in four stages. First, the vision tower learns which objects
+every image token shows: the token approaches the embeddings of the words that name them. Then the tower is
+frozen, and the language model learns to attend from names to pictures. Its upper layers learn to calculate with
+positions, from questions without pictures. Finally, all of its layers learn from questions about walks.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from spa3r.rooms.instructions import RoomQuestions
 
 VIEW_SIZE = 112
 CELL = 28
-"""Pixels a side of what a token of the vision tower shows."""
+"""Side in pixels of the picture region of one vision token."""
 
 SPECIAL_TOKENS = {
     "pad_token": "<|endoftext|>",
@@ -81,10 +81,10 @@ CHAT_TEMPLATE = """\
 
 
 def make_processor(texts: list[str]) -> Spa3VLMProcessor:
-    """Qwen2.5-VL's processor with a small byte-level BPE that has learnt its merges from some texts.
+    """Qwen2.5-VL's processor with a small byte-level BPE that is trained on some texts.
 
-    Names and digits stand alone, so that they are spelled alike wherever they are, and every line begins with a token
-    of its own. Whatever stands between may become one token, so a question has ten or twenty.
+    Names and digits are separate tokens, so that they are spelled the same everywhere, and every line begins with a
+    token of its own. Anything in between may become one token, so a question has ten or twenty.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -110,7 +110,7 @@ def make_processor(texts: list[str]) -> Spa3VLMProcessor:
         padding_side="left",
     )
     tokenizer.add_tokens(["<|im_start|>", "<|vision_start|>", "<|vision_end|>"], special_tokens=True)
-    size = {"shortest_edge": CELL**2, "longest_edge": (2 * VIEW_SIZE) ** 2}  # in pixels, whatever the names say
+    size = {"shortest_edge": CELL**2, "longest_edge": (2 * VIEW_SIZE) ** 2}  # in pixels, although the names say edges
     vlm_processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(patch_size=14, merge_size=2, size=size),
         video_processor=Qwen2VLVideoProcessor(patch_size=14, merge_size=2, size=size),
@@ -161,13 +161,13 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 
 
 class Eyes(nn.Module):
-    """The vision tower; what a token shows is read off its likeness to the words' embeddings."""
+    """The vision tower; the content of a token is read off its similarity to the embeddings of words."""
 
     def __init__(self, vlm: Qwen2_5_VLForConditionalGeneration, processor: Spa3VLMProcessor):
         super().__init__()
         self.tower, self.embeddings = vlm.model.visual, vlm.get_input_embeddings()
         self.processor = processor.vlm_processor.image_processor
-        self.words = [torch.tensor(processor.tokenizer.encode(word)) for word in WORDS]  # mostly one
+        self.words = [torch.tensor(processor.tokenizer.encode(word)) for word in WORDS]  # mostly one token
         self.bias = nn.Parameter(torch.full((len(WORDS),), -3.0))
 
     def tokens(self, images: np.ndarray) -> Tensor:  # (V, H, W, 3) uint8 -> (V * cells, h)
@@ -180,17 +180,17 @@ class Eyes(nn.Module):
 
 
 class RoomCells:
-    """What the cells of pictures show, each cell a token of the vision tower."""
+    """What the cells of pictures show; each cell is a token of the vision tower."""
 
     def __init__(self, data: RenderedRooms):
         self.data = data
-        self.names = np.zeros((len(data.seeds), 256, len(WORDS)), np.float32)  # of every id of a room; 0 is no object
+        self.names = np.zeros((len(data.seeds), 256, len(WORDS)), np.float32)  # for every id of a room; 0 is no object
         for row, seed in zip(self.names, data.seeds):
             for number, item in enumerate(generate_room(int(seed), 0).objects, start=1):
                 row[number, [WORDS.index(item.name), WORDS.index(f"{item.colour} ")]] = 1
 
     def __call__(self, rooms: np.ndarray, frames: np.ndarray) -> Tensor:
-        """(pictures,) each -> (pictures * cells, names): how clearly a cell shows what has the name, 0 to 1."""
+        """(pictures,) each -> (pictures * cells, names): how clearly a cell shows the named object, 0 to 1."""
         grid = VIEW_SIZE // CELL
         names = self.names[rooms[:, None, None], self.data.instance_ids[rooms, frames]]
         shares = torch.from_numpy(names).unflatten(1, (grid, -1)).unflatten(3, (grid, -1)).mean((2, 4)).flatten(0, 2)
@@ -238,11 +238,11 @@ def main() -> None:
                 tokens = eyes.tokens(data.images[rooms, frames])
                 logits = eyes.names(tokens)
             loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), cells(rooms, frames), reduction="sum")
-            # Short tokens hold little else than names; long ones drown them.
+            # Short tokens contain little besides names; long ones would dominate them.
             return {"names": loss / len(logits), "length": 0.003 * tokens.float().square().sum(-1).mean()}
 
         def measure() -> dict[str, float]:
-            """Of the words that fit what cells clearly show, the share that is found; and of those found, that fit."""
+            """Recall of the words for what cells clearly show, and precision of the words found."""
             rooms, frames = (grid.ravel() for grid in np.mgrid[: len(unseen.seeds), :16:4])
             found, truth = eyes.names(eyes.tokens(unseen.images[rooms, frames])) > 0, unseen_cells(rooms, frames)
             kinds = np.s_[:, : len(FURNITURE)]
@@ -261,7 +261,7 @@ def main() -> None:
     told: list[tuple[Tensor, Tensor]] = []
 
     def tell(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Some tokens know places from here on."""
+        """Add position codes to some tokens from this layer on."""
         hidden, (code, is_told) = inputs[0].float(), told[-1]
         known, length = nn.functional.rms_norm(hidden, hidden.shape[-1:]), hidden.square().mean(-1, keepdim=True).sqrt()
         missing = (code - known)[..., :CODE_WIDTH] * length * is_told[..., None]
@@ -272,7 +272,7 @@ def main() -> None:
         grids = torch.tensor([[1, patches, patches]]).repeat(FRAMES * args.batch, 1)
 
         def talk(rng: np.random.Generator) -> dict[str, Tensor]:
-            """In half of the rooms image tokens tell where that stands which they show, in a quarter names do."""
+            """In half of the rooms image tokens get the positions of the objects they show, in a quarter names do."""
             rooms, inputs = questions.draw(rng, args.batch, args.questions)
             ids, labels, tokens = inputs["input_ids"], inputs.pop("labels")[:, 1:], seen[rooms]
             noisy = shown["places"][rooms] + torch.from_numpy(rng.normal(scale=0.3, size=(*tokens.shape[:2], 2)))
@@ -304,7 +304,7 @@ def main() -> None:
         return talk
 
     def talk_alone(batch: int) -> Callable[..., dict[str, Tensor]]:
-        """Questions without pictures, in which names carry where that stands which they mean."""
+        """Questions without pictures, in which names carry the positions of their objects."""
         questions = Questions(conversations, model, processor.tokenizer, cells, frames=0)
 
         def talk(rng: np.random.Generator) -> dict[str, Tensor]:
@@ -330,12 +330,12 @@ def main() -> None:
         if not shown_file.exists():
             save_file(walks.cells(FRAMES * cells), shown_file)
         if not seen_file.exists():
-            with torch.no_grad():  # the tower is frozen, so it looks once
+            with torch.no_grad():  # the tower is frozen, so one pass is enough
                 seen = torch.stack([eyes.tokens(pictures) for pictures in walks.pictures()])
             save_file({"made": seen.half()}, seen_file)
     seen, shown = load_file(args.output / "seen.safetensors")["made"], load_file(args.output / "cells.safetensors")
     about_pictures = talk_about_pictures(seen, shown)
-    model.set_attn_implementation("eager")  # which tells where it looks
+    model.set_attn_implementation("eager")  # it returns the attention weights
     language = model.get_decoder()
     told_to = language.layers[LOOKING].register_forward_pre_hook(tell)
     rates = args.learning_rate, args.seed, args.every, args.muon_learning_rate
@@ -343,7 +343,7 @@ def main() -> None:
 
     model.model.visual.requires_grad_(False)
     train("vlm_looking", model, about_pictures, dict, args.output, args.looking_steps, *rates)
-    # The layers that look would forget it while the others learn to calculate, and the other way round.
+    # The first layers would forget this while the others learn to calculate, and vice versa.
     model.requires_grad_(False)
     calculating(language).requires_grad_(True)
     train("vlm_places", model, talk_alone(args.place_batch), dict, args.output, args.place_steps, *rates)
