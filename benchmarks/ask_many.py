@@ -2,7 +2,7 @@
 
 Three families with random weights of medium size, in float32 with greedy decoding, the prompts of VSI-Bench about a
 rendered room, its 16 new tokens. Asking alone runs a whole prompt for each question; asking many uses ``encode_scene``
-and ``ask``. It is measured before, in the middle and after, and the median is reported. On a CPU the seconds are CPU
+and ``ask``, measured before, in the middle and after; the median is reported. On a CPU the seconds are CPU
 time of the process, so that other programs don't count. The exit code is 1 if an answer differs.
 
     python benchmarks/ask_many.py

@@ -55,9 +55,8 @@ class Spa3VLMCollator:
     left out and reported, as is a row that can't be used: without an answer, with a picture that can't be read or that
     the processor rejects, not in the chat format, or with a special token in its text
     (:attr:`Spa3VLMProcessor.reserved_tokens <spa3r.Spa3VLMProcessor.reserved_tokens>`). If no row of a batch
-    remains, the batch is one text row without labels, since every process needs a batch. A step without any labels has
-    no
-    loss: :class:`FinetuningTrainer <spa3r.training.FinetuningTrainer>` uses 0, a plain ``Trainer`` gets nan.
+    remains, the batch is one text row without labels, since every process needs a batch. A step without any labels
+    has no loss: :class:`FinetuningTrainer <spa3r.training.FinetuningTrainer>` uses 0, a plain ``Trainer`` gets nan.
 
     Args:
         processor: Its chat template and tokenizer must be those of the trained VLM.

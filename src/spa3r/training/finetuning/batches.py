@@ -1,4 +1,4 @@
-"""Batches of instructions in an order that is known beforehand, whatever the workers do: resumable anywhere."""
+"""Instruction batches in a predetermined order that is independent of the workers and can be resumed anywhere."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from spa3r.data.batches import ResumableBatches
 class InstructionBatches(ResumableBatches):
     """Collated batches of this process.
 
-    Every row comes once an epoch, in another order each time; what is lacking to an equal number of batches for all
-    processes is taken from the epoch's beginning once more. A streamed data set keeps its own order.
+    Every row is used once per epoch, in a different order each time; rows from the start of the epoch are repeated if
+    they are needed for an equal number of batches in all processes. A streamed data set keeps its own order.
 
     Args:
         examples: Data set of examples with ``messages``.
-        collator: Makes a batch of a list of examples.
-        batch_size: Rows of a batch.
-        group_by_length: Whether rows of like length go together, by ``examples.lengths``.
-        accumulate: Batches of a step, of one process: in so many, lengths are alike.
-        seed: Of the order.
-        rank: Of this process.
+        collator: Collates a list of examples into a batch.
+        batch_size: Rows per batch.
+        group_by_length: Whether rows of similar length are grouped, by ``examples.lengths``.
+        accumulate: Batches per step and process: lengths are similar within this many.
+        seed: Seed of the order.
+        rank: Rank of this process.
         world_size: Number of processes.
-        max_bad_share: Share of rows that may be broken; None: any.
+        max_bad_share: Share of rows that may be broken; None: no limit.
 
     Raises:
-        ValueError: `group_by_length` without lengths, or there is no row.
+        ValueError: `group_by_length` is set but there are no lengths, or there are no rows.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class InstructionBatches(ResumableBatches):
             raise ValueError("`examples` must hold at least one row, got none.")
 
     def __len__(self) -> int:
-        """Batches of an epoch, of each process.
+        """Number of batches per epoch and process.
 
         Raises:
             TypeError: The rows are streamed.
@@ -68,7 +68,7 @@ class InstructionBatches(ResumableBatches):
         return -(-len(self.examples) // (self.batch_size * self.world_size))
 
     def order(self, epoch: int) -> list[int]:
-        """Rows of an epoch, those of all processes."""
+        """The rows of an epoch, for all processes."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         if not self.group_by_length:
             return torch.randperm(len(self.examples), generator=generator).tolist()
@@ -88,7 +88,7 @@ class InstructionBatches(ResumableBatches):
             yield self._batch([self.examples[order[place % len(order)]] for place in range(first, first + size)])
 
     def _stream(self, skip: int, epoch: int, number: int, workers: int) -> Iterator[dict[str, Any]]:
-        """Every worker reads the whole stream: what it gives depends on all that came before."""
+        """Every worker reads the whole stream, since its state depends on everything that came before."""
         if hasattr(self.examples, "set_epoch"):
             self.examples.set_epoch(epoch)
         rows, batch = iter(self.examples), 0

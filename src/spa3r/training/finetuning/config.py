@@ -1,4 +1,4 @@
-"""The configuration file of a fine-tuning."""
+"""The configuration file of fine-tuning."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -11,25 +11,25 @@ from spa3r.training.arguments import FinetuningArguments
 from spa3r.training.config import DATA_RANGES, ELSEWHERE, FREE_TO_CHANGE, RunConfig, _check_keys, _make
 
 FILLED_IN = ("vlm_config", "spa3r_config", "spatial_token_id")
-"""Fields of Spa3VLMConfig that follow from the parts."""
+"""Fields of Spa3VLMConfig that are derived from the parts."""
 
 
 @strict
 @dataclass
 class FinetuningModelSection:
-    """Which model is trained.
+    """The model to train.
 
     Args:
         vlm: Folder or hub id of the VLM, with `spa3r`.
         spa3r: Folder or hub id of the Spa3R to combine it with; ``embedded``: the one in the package.
-        init_from: Folder or hub id of a Spa3-VLM to go on from, instead of `vlm` and `spa3r`; ``embedded``: the small
+        init_from: Folder or hub id of a Spa3-VLM to start from, instead of `vlm` and `spa3r`; ``embedded``: the small
             one in the package.
-        dtype: Type of the frozen weights; the trained ones are float32.
-        attn_implementation: Attention back end; None: the best that is installed.
+        dtype: Data type of the frozen weights; the trained ones are float32.
+        attn_implementation: Attention back end; None: the best one that is installed.
         images: What the VLM sees, see :class:`~spa3r.Spa3VLMProcessor`; None: the processor's own choice.
-        view_size: Width of a processed view in pixels; None: the Spa3R's own.
-        fields: Any other fields of :class:`~spa3r.Spa3VLMConfig`, such as ``integration``; in the file they stand
-            beside the others. Only with `vlm` and `spa3r`.
+        view_size: Width of a processed view in pixels; None: that of the Spa3R.
+        fields: Any other fields of :class:`~spa3r.Spa3VLMConfig`, such as ``integration``; in the file they are keys of
+            the same section. Only with `vlm` and `spa3r`.
     """
 
     vlm: str | None = None
@@ -45,15 +45,15 @@ class FinetuningModelSection:
 @strict
 @dataclass
 class InstructionSection:
-    """Which instructions are seen.
+    """The instructions to train on.
 
     Args:
-        train: What :func:`~spa3r.training.make_instructions` takes.
-        max_length: Tokens of a row at most; None: any.
+        train: A description of the data, see :func:`~spa3r.training.make_instructions`.
+        max_length: Maximum number of tokens of a row; None: no limit.
         max_bad_share: Share of rows that may be broken or too long.
-        group_by_length: Whether rows of like length come together.
-        num_workers: Processes that read pictures, for each device; 0: none but the training one.
-        seed: Of the order.
+        group_by_length: Whether rows of similar length are grouped.
+        num_workers: Processes that read pictures, per device; 0: only the training process.
+        seed: Seed of the order.
     """
 
     train: dict[str, Any] = field(default_factory=dict)
@@ -67,14 +67,14 @@ class InstructionSection:
 @strict
 @dataclass
 class AnswerSection:
-    """Held-out questions that the model answers now and then; without them there is no evaluation.
+    """Held-out questions for evaluation during training; without them there is none.
 
     Args:
         questions: As ``data.train``.
-        examples: How many of them, spread evenly; None: all.
-        every: Steps between two evaluations. There is one at the end, too.
-        batch_size: Questions answered at once.
-        max_new_tokens: Length of an answer at most.
+        examples: Number of questions, evenly spaced; None: all.
+        every: Steps between two evaluations. There is also one at the end.
+        batch_size: Number of questions answered at once.
+        max_new_tokens: Maximum length of an answer.
     """
 
     questions: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class AnswerSection:
 
 @dataclass
 class FinetuningConfig(RunConfig):
-    """Everything that ``spa3r finetune`` needs to know: a YAML file of four sections.
+    """The configuration of ``spa3r finetune``: a YAML file of four sections.
 
     Attributes:
         model: The model.

@@ -1,4 +1,4 @@
-"""What a fine-tuning trains: named policies, and the groups of parameters that they give."""
+"""What fine-tuning trains: named policies, and the resulting parameter groups."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ LOW_RANK = "low-rank updates"
 def apply_policy(
     model: Spa3VLMForConditionalGeneration, args: FinetuningArguments
 ) -> Spa3VLMForConditionalGeneration | PeftModel:
-    """Let exactly those parameters learn that the policy names; they become float32, the others stay as they are.
+    """Make exactly the parameters of the policy trainable; they become float32, the others stay unchanged.
 
     Args:
         model: The model, changed in place.
-        args: With the ``policy``.
+        args: The arguments with the ``policy``.
 
     Returns:
-        The model; for ``"lora"`` and ``"qlora"`` as a peft model, whose checkpoints hold the low-rank updates and the
+        The model; for ``"lora"`` and ``"qlora"`` a peft model, whose checkpoints hold the low-rank updates and the
         whole adapter.
 
     Raises:
@@ -71,7 +71,7 @@ def apply_policy(
 
 
 def parts_of(model: Spa3VLMForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
-    """Every parameter, by the part of the model to which it belongs."""
+    """All parameters, grouped by the part of the model to which they belong."""
     vision = {id(parameter) for parameter in model.vision_parameters()}
     spa3r, adapter = getattr(model, "spa3r", None), getattr(model, "adapter", None)
     uses_encoder = getattr(model.config, "spatial_source", "spa3r") == "spa3r"
@@ -93,11 +93,11 @@ def linear_layers(model: Spa3VLMForConditionalGeneration) -> list[str]:
 
 
 def quantization(args: FinetuningArguments, vlm: str) -> BitsAndBytesConfig | None:
-    """How the VLM is loaded: with a language model of 4 bits (arXiv 2305.14314) for ``"qlora"``, else as it is.
+    """How to load the VLM: with a 4-bit language model (arXiv 2305.14314) for ``"qlora"``, otherwise unchanged.
 
     Args:
-        args: Of the training.
-        vlm: Folder or name on the Hub of the VLM.
+        args: Arguments of the training.
+        vlm: Folder or hub id of the VLM.
 
     Raises:
         ImportError: bitsandbytes is missing.
@@ -124,7 +124,7 @@ def quantization(args: FinetuningArguments, vlm: str) -> BitsAndBytesConfig | No
 
 
 def beside(model: nn.Module, part: nn.Module) -> list[str]:
-    """Names of the modules that hold all of a model but one part of it, as few as do."""
+    """Names of the fewest modules that together contain everything in a model except one part."""
     (path,) = (name.split(".") for name, module in model.named_modules() if module is part)
     names = []
     for depth, step in enumerate(path):
@@ -136,13 +136,13 @@ def beside(model: nn.Module, part: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are treated alike.
+    """Parameters that are trained with the same options.
 
     Attributes:
         part: Part of the model.
         parameters: The parameters.
-        learning_rate: Their highest learning rate; None: they are frozen.
-        weight_decay: Their weight decay.
+        learning_rate: Peak learning rate; None: they are frozen.
+        weight_decay: Weight decay.
     """
 
     part: str
@@ -152,11 +152,11 @@ class ParameterGroup:
 
     @property
     def size(self) -> int:
-        """How many numbers."""
+        """Number of elements."""
         return sum(parameter.numel() for parameter in self.parameters)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, without the parameters themselves."""
+        """The group without the parameters themselves, ready for JSON."""
         told = {"part": self.part, "size": self.size}
         return told | {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
 
@@ -164,13 +164,13 @@ class ParameterGroup:
 def parameter_groups(
     model: Spa3VLMForConditionalGeneration | PeftModel, args: FinetuningArguments, decayed: Iterable[str]
 ) -> list[ParameterGroup]:
-    """All parameters of a model on which a policy was applied, in groups: of each part what decays, what doesn't, and
-    what is frozen.
+    """All parameters of a model with an applied policy, in groups: for each part those with weight decay, those
+    without, and the frozen ones.
 
     Args:
         model: The model.
         args: The arguments.
-        decayed: Names of parameters on which weight decay acts.
+        decayed: Names of parameters with weight decay.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     part_of = {id(parameter): part for part, members in parts_of(whole).items() for parameter in members}
@@ -182,7 +182,7 @@ def parameter_groups(
             rate = args.spa3r_learning_rate if part == ENCODER else args.learning_rate
             decay = args.weight_decay if name in decayed else 0.0
         elif "original_module." in name:
-            continue  # peft keeps the adapter as it was, beside the one that learns
+            continue  # peft keeps the original adapter next to the trained one
         groups.setdefault((part, rate, decay or 0.0), []).append(parameter)
     order = (ADAPTER, LOW_RANK, LANGUAGE, VISION, ENCODER, REST)
     keys = sorted(groups, key=lambda key: (key[1] is None, order.index(key[0]), -key[2]))
@@ -190,7 +190,7 @@ def parameter_groups(
 
 
 def group_table(groups: Iterable[ParameterGroup]) -> str:
-    """The groups and their sizes, a line each."""
+    """The groups and their sizes, one per line."""
     rows = [("parameters of the", "how many", "learning rate", "weight decay")]
     for group in groups:
         told = (

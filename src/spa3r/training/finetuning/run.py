@@ -1,4 +1,4 @@
-"""A fine-tuning from its configuration to its last checkpoint: what ``spa3r finetune`` does."""
+"""Fine-tuning from a configuration to the last checkpoint: the implementation of ``spa3r finetune``."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class FinetuningResult(RunResult):
     Attributes:
         output_dir: The run's folder. Once finished it holds the model and its processor for ``from_pretrained``; with
             ``"lora"`` and ``"qlora"`` the peft checkpoint.
-        step: Steps done, those before a resumption included.
+        step: Steps done, including those before a resumption.
         max_steps: Steps of the whole run.
-        resumed_from: The checkpoint that the run went on from, or None.
+        resumed_from: The checkpoint that the run resumed from, or None.
         checkpoint: The last checkpoint.
         interrupted_by: Name of the signal that ended the run early, or None.
-        evaluation: The last evaluation's scores by name, in per cent.
-        nonfinite_steps: Steps that were dropped.
-        skipped: Rows that could not be used, by all processes.
-        parameters: Of every group of parameters its part, size, learning rate (None: frozen) and weight decay.
+        evaluation: The scores of the last evaluation by name, in percent.
+        nonfinite_steps: Number of dropped steps.
+        skipped: Rows that could not be used in all processes.
+        parameters: Part, size, learning rate (None: frozen) and weight decay of every parameter group.
     """
 
     parameters: list[dict[str, Any]] = field(default_factory=list)
@@ -57,23 +57,23 @@ def finetune(
     note: Callable[[str], object] = lambda text: None,
     progress: Callable[[str], object] = lambda text: None,
 ) -> FinetuningResult:
-    """Train, or go on with a training: a run of the same configuration in ``training.output_dir`` is resumed from its
-    last whole checkpoint.
+    """Train, or resume training: a run with the same configuration in ``training.output_dir`` is resumed from its
+    last intact checkpoint.
 
-    SIGTERM, SIGHUP (a terminal that closes) and Ctrl-C end the step, save a checkpoint and return; a second Ctrl-C
-    interrupts at once.
+    SIGTERM, SIGHUP (the terminal is closed) and Ctrl-C finish the step, save a checkpoint and return; a second Ctrl-C
+    interrupts immediately.
 
     Args:
         config: The configuration.
         fresh: Start over: delete the checkpoints, model and logs in ``training.output_dir``.
         callbacks: More callbacks for the trainer.
-        note: Called in the main process with what the user should know: before the first step, all groups of
-            parameters and their sizes.
-        progress: Called in the main process with a line for every entry of the log.
+        note: Called in the main process with messages for the user; before the first step, with all parameter
+            groups and their sizes.
+        progress: Called in the main process with one line per log entry.
 
     Raises:
-        ValueError: The configuration doesn't fit, another run than this one is in the folder or going on there, none of
-            its checkpoints is whole, or nothing finite was learnt.
+        ValueError: The configuration is wrong, the folder belongs to a different run or is in use, none of
+            its checkpoints is intact, or the run learned nothing because no step was finite.
         ImportError: A package of ``spa3r[train]`` is missing, or bitsandbytes for ``"qlora"``.
     """
     require_tensorboard(config)
@@ -117,14 +117,14 @@ def finetune(
 
 
 def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    """The model of a ``"lora"`` run with its updates merged into the language model: a Spa3-VLM as any other.
+    """Merge the low-rank updates of a ``"lora"`` run into the language model; returns an ordinary Spa3-VLM.
 
     Args:
-        run_folder: Folder of the run, or of one of its checkpoints; or any adapter of PEFT that names its base, as a
+        run_folder: Folder of the run, or of one of its checkpoints; or any PEFT adapter that names its base as a
             folder or hub id.
 
     Raises:
-        ValueError: The folder holds no peft checkpoint.
+        ValueError: The folder has no peft checkpoint.
     """
     folder = Path(run_folder)
     homes = [home for home in (folder, folder.parent) if (home / CONFIG_FILE).is_file()]
@@ -144,7 +144,7 @@ def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration,
     return PeftModel.from_pretrained(model, folder).merge_and_unload().eval(), processor
 
 
-# What the configuration names
+# Objects of the configuration
 
 
 def make_arguments(config: FinetuningConfig) -> FinetuningArguments:
@@ -158,9 +158,9 @@ def make_arguments(config: FinetuningConfig) -> FinetuningArguments:
 def make_model(
     config: FinetuningConfig, args: FinetuningArguments | None = None
 ) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor, Spa3RForPreTraining | None]:
-    """The model, its processor, and with ``args.psfm_weight`` the Spa3R with its teacher.
+    """The model, its processor, and if ``args.psfm_weight`` is set, the Spa3R with its teacher.
 
-    Without `args` the VLM is loaded as it is, as ``"qlora"``'s is to be merged.
+    Without `args` the VLM is loaded unquantized, as needed to merge a ``"qlora"`` model.
     """
     section = config.model
     loading = {"dtype": section.dtype, "attn_implementation": section.attn_implementation}
@@ -184,7 +184,7 @@ def make_model(
             vlm = AutoModelForImageTextToText.from_pretrained(section.vlm, quantization_config=quantized, **loading)
             for module in vlm.modules():
                 if hasattr(module, "support_avx512bf16_for_cpu"):
-                    # Else the first evaluation repacks the weights on such CPUs, and no gradient passes from then on.
+                    # Otherwise the first evaluation repacks the weights on such CPUs, which then blocks gradients.
                     module.support_avx512bf16_for_cpu = False
         spa3r: Any = None if section.spa3r is None else resolve(section.spa3r)
         if guards:

@@ -1,4 +1,4 @@
-"""transformers' Trainer for instruction tuning: policies, token-weighted gradients, answers scored while training."""
+"""transformers' Trainer for instruction tuning: policies, token-weighted gradients, scored answers during training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from spa3r.training.finetuning.policies import ParameterGroup, apply_policy, par
 
 NOT_FOR_MODEL = (*REPORT_KEYS, "rows", "num_tokens", "num_patches")
 LAYOUT = ("view_grid_hw", "views_per_scene", "image_tokens_per_scene", "spatial_tokens_per_scene")
-"""Small, and read by the host: they stay there as Python numbers."""
+"""Small inputs that are read by the host: they stay there as Python numbers."""
 
 logger = logging.get_logger(__name__)
 
@@ -44,22 +44,22 @@ PEFT_FILE = "adapter_model.safetensors"
 class FinetuningTrainer(ResumableTrainer):
     """Trains a :class:`~spa3r.Spa3VLMForConditionalGeneration` on instructions.
 
-    Beside what transformers' Trainer does:
+    In addition to transformers' Trainer:
 
-    - ``args.policy`` says what is trained; the rest is frozen.
-    - The loss of a step is the mean over all tokens of answers in all processes and accumulated batches: how rows are
-      spread changes nothing but rounding.
-    - Rows that can't be used are counted, reported, and an error above a stated share. Steps whose gradient is not
-      finite are dropped, and their rows are named.
-    - Evaluation lets the model answer, and scores the answers as VSI-Bench does.
-    - Checkpoints hold no pickles, appear at once, and a resumed run goes on exactly where the saved one was. Those of
-      ``"lora"`` and ``"qlora"`` are small peft checkpoints.
+    - ``args.policy`` determines what is trained; the rest is frozen.
+    - The loss of a step is the mean over all answer tokens in all processes and accumulated batches: apart from
+      rounding, the distribution of rows has no effect.
+    - Rows that can't be used are counted and reported, and raise an error above a given share. Steps whose gradient is
+      not finite are dropped, and their rows are named.
+    - Evaluation generates answers and scores them as VSI-Bench does.
+    - Checkpoints hold no pickles and appear atomically. A resumed run continues exactly where the saved one was.
+      Checkpoints of ``"lora"`` and ``"qlora"`` are small peft checkpoints.
 
     Args:
-        model: The model. The policy is applied to it; ``trainer.model`` is what is trained.
+        model: The model. The policy is applied to it; ``trainer.model`` is the trained model.
         args: The arguments.
         train_dataset: Examples with ``messages``, or :class:`InstructionBatches` of this process's rank.
-        eval_dataset: Examples whose last message is the true answer; all processes share them.
+        eval_dataset: Examples whose last message is the true answer; they are split among all processes.
         processing_class: The processor, saved with the model.
         data_collator: None: :class:`~spa3r.data.Spa3VLMCollator` of the processor.
         psfm: With ``args.psfm_weight``: the Spa3R with its semantic teacher; ``psfm.spa3r`` must be ``model.spa3r``.
@@ -68,8 +68,8 @@ class FinetuningTrainer(ResumableTrainer):
         **kwargs: As in transformers.
 
     Raises:
-        ValueError: The policy doesn't suit the model, the data has no length and ``args.max_steps`` isn't given, or
-            `psfm` is missing or another's.
+        ValueError: The policy doesn't fit the model, the data has no length and ``args.max_steps`` isn't given, or
+            `psfm` is missing or belongs to another model.
     """
 
     UNIT = "rows"
@@ -102,7 +102,7 @@ class FinetuningTrainer(ResumableTrainer):
             )
         if args.max_steps <= 0:
             args.max_steps = steps_of(train_dataset, args)
-        if train_dataset.is_streamed:  # datasets deals a stream's shards out to workers: only one of them sees all
+        if train_dataset.is_streamed:  # datasets splits the shards of a stream among workers: only one may read
             args.dataloader_num_workers = min(args.dataloader_num_workers, 1)
         if args.psfm_weight and (psfm is None or psfm.spa3r is not model.spa3r):
             raise ValueError(
@@ -125,18 +125,18 @@ class FinetuningTrainer(ResumableTrainer):
         if self.psfm is not None and self.psfm.semantic_teacher is not None:
             self.psfm.semantic_teacher.requires_grad_(False).eval().to(args.device)
         self.evaluation = dict(evaluation or {})
-        self._step_batches: list[tuple[list[str], Tensor]] = []  # to name the cause of a bad gradient
+        self._step_batches: list[tuple[list[str], Tensor]] = []  # to name the cause of a non-finite gradient
         self._patches_in_step = 1.0
 
     # Groups
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """What is trained and how, and what is frozen; :func:`~spa3r.training.group_table` prints it."""
+        """All groups, trained and frozen; :func:`~spa3r.training.group_table` prints them."""
         model = self._unwrapped
         return parameter_groups(model, self.args, self.get_decay_parameter_names(model))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in transformers, with a learning rate of its own for Spa3R's encoder."""
+        """As in transformers, with a separate learning rate for Spa3R's encoder."""
         if self.optimizer is None:
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = [
@@ -152,7 +152,7 @@ class FinetuningTrainer(ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], int]:
-        """The batches of a step, and how many tokens the loss covers in it, in all processes."""
+        """The batches of a step, and the number of tokens in its loss, over all processes."""
         batches = [next_batch(epoch_iterator) for _ in range(num_batches)]
         for batch in batches:
             batch["num_tokens"] = int((batch["labels"][:, 1:] != -100).sum())
@@ -170,7 +170,7 @@ class FinetuningTrainer(ResumableTrainer):
         )
         self._is_stopping = bool(stop)
         self._step_batches, self._patches_in_step = [], max(patches, 1.0)
-        return batches, max(int(tokens), 1)  # a step may have nothing to learn
+        return batches, max(int(tokens), 1)  # a step may have no labels
 
     def compute_loss(
         self,
@@ -179,11 +179,11 @@ class FinetuningTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of a batch: the sum over its tokens divided by those of the step."""
+        """The loss of a batch: the sum over its tokens divided by the number of tokens of the step."""
         num_tokens = inputs.get("num_tokens") or int((inputs["labels"][:, 1:] != -100).sum())
         items = max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch
         ready = model_inputs(inputs, self.args.device)
-        with self.accelerator.autocast():  # which accelerate leaves out under FSDP2
+        with self.accelerator.autocast():  # accelerate omits it under FSDP2
             outputs = model(**ready, num_items_in_batch=items)
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
             guard = self._guard(ready) if self.psfm is not None else None
@@ -197,19 +197,19 @@ class FinetuningTrainer(ResumableTrainer):
         if guard is not None:
             loss = loss + guard * (self.args.psfm_weight * inputs["num_patches"] / self._patches_in_step)
         if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # over which gradients are averaged
+            loss = loss * self.accelerator.num_processes  # since gradients are averaged over processes
         if self.args.policy == "end_to_end" and not _has_views(ready):
-            # Distributed training waits for a gradient of every parameter, also of a batch that has text only.
+            # Distributed training needs a gradient for every parameter, even if a batch has only text.
             encoder = self.whole_model.spa3r.encoder
             loss = loss + 0.0 * sum(parameter.sum() for parameter in encoder.parameters())
         return (loss, outputs) if return_outputs else loss
 
     def _guard(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Spa3R's own loss on the batch's views."""
+        """Spa3R's pretraining loss on the views of the batch."""
         if not _has_views(inputs):
             return torch.zeros((), device=self.args.device)
         scenes = [count for count in inputs["views_per_scene"] if count]
-        # The depth probe learns from nothing but its own loss, and is frozen here.
+        # The depth probe learns only from its own loss, and is frozen here.
         losses = self.psfm(inputs["view_pixel_values"], inputs["view_grid_hw"], scenes).losses
         return sum(loss for name, loss in losses.items() if name != "depth_probe")
 
@@ -233,15 +233,15 @@ class FinetuningTrainer(ResumableTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Let the model answer held-out questions, each process its share, and score the answers.
+        """Answer the held-out questions, each process its share, and score the answers.
 
         Questions that can't be asked are left out, and a warning names the first.
 
         Returns:
-            In per cent, by name with the prefix: what :class:`~spa3r.evaluation.AnswerReport` has as ``scores``.
+            Scores in percent, by name with the prefix: the ``scores`` of :class:`~spa3r.evaluation.AnswerReport`.
 
         Raises:
-            ValueError: There are no questions, or none that can be asked.
+            ValueError: There are no questions, or none can be asked.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -268,8 +268,8 @@ class FinetuningTrainer(ResumableTrainer):
     # Checkpoints
 
     def _save_weights(self, model: Any, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-        """Low-rank updates and adapter of a peft model. Else the model: whole at the end of a run, and before that
-        without Spa3R's frozen backbone where it has a home."""
+        """Save the low-rank updates and adapter of a peft model. Otherwise save the model: completely at the end of a
+        run, and before that without Spa3R's frozen backbone if it can be loaded again."""
         if isinstance(model, PeftModel):
             model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
             return
@@ -290,7 +290,7 @@ class FinetuningTrainer(ResumableTrainer):
 
 
 def steps_of(batches: InstructionBatches, args: FinetuningArguments) -> int:
-    """Steps of ``args.num_train_epochs`` epochs.
+    """Number of steps of ``args.num_train_epochs`` epochs.
 
     Raises:
         ValueError: The data is streamed, and has no length.
@@ -306,7 +306,7 @@ def steps_of(batches: InstructionBatches, args: FinetuningArguments) -> int:
 
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """What the model takes of a batch: tensors on the device, the layout of the views as Python numbers."""
+    """The model's inputs of a batch: tensors on the device, the layout of the views as Python numbers."""
     ready = {}
     for name, value in batch.items():
         if name in NOT_FOR_MODEL:
@@ -327,13 +327,13 @@ def _patches_of(batch: Mapping[str, Any]) -> int:
 
 
 def _as_counts(skipped: Sequence[Mapping[str, str]], tried: int) -> tuple[list[dict[str, str]], int, int]:
-    """As SkippedReport counts: a row is what a scene is there, however much of it is broken."""
+    """Counts for a SkippedReport: a row counts as a scene, however much of it is broken."""
     rows = {(entry["source"], entry["scene"]) for entry in skipped}
     return [dict(entry) for entry in skipped], tried, max(0, tried - len(rows))
 
 
 class _Share:
-    """Some items of a data set, read when they are asked for."""
+    """A subset of a data set, read on demand."""
 
     def __init__(self, dataset: Any, indices: range):
         self.dataset, self.indices = dataset, indices

@@ -1,4 +1,4 @@
-"""A pretraining from its configuration to its last checkpoint: what ``spa3r pretrain`` does."""
+"""Pretraining from a configuration to the last checkpoint: the implementation of ``spa3r pretrain``."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class PretrainingResult(RunResult):
 
     Attributes:
         output_dir: The run's folder. Once finished it holds the model for ``from_pretrained``.
-        step: Steps done, those before a resumption included.
+        step: Steps done, including those before a resumption.
         max_steps: Steps of the whole run.
-        resumed_from: The checkpoint that the run went on from, or None.
+        resumed_from: The checkpoint that the run resumed from, or None.
         checkpoint: The last checkpoint.
         interrupted_by: Name of the signal that ended the run early, or None.
-        evaluation: The last evaluation's numbers by name; None where there is no number.
-        nonfinite_steps: Steps that were dropped.
-        skipped: Pictures and scenes that could not be read, by all processes.
-        held_out_skipped: The same of the held-out scenes, in the last evaluation of this process.
+        evaluation: The results of the last evaluation by name; None for missing numbers.
+        nonfinite_steps: Number of dropped steps.
+        skipped: Pictures and scenes that could not be read in all processes.
+        held_out_skipped: The same for the held-out scenes, in the last evaluation of this process.
     """
 
     held_out_skipped: SkippedReport = field(default_factory=SkippedReport)
@@ -48,22 +48,22 @@ def pretrain(
     note: Callable[[str], object] = lambda text: None,
     progress: Callable[[str], object] = lambda text: None,
 ) -> PretrainingResult:
-    """Train, or go on with a training: a run of the same configuration in ``training.output_dir`` is resumed from its
-    last whole checkpoint.
+    """Train, or resume training: a run with the same configuration in ``training.output_dir`` is resumed from its
+    last intact checkpoint.
 
-    SIGTERM, SIGHUP (a terminal that closes) and Ctrl-C end the step, save a checkpoint and return; a second Ctrl-C
-    interrupts at once.
+    SIGTERM, SIGHUP (the terminal is closed) and Ctrl-C finish the step, save a checkpoint and return; a second Ctrl-C
+    interrupts immediately.
 
     Args:
         config: The configuration.
         fresh: Start over: delete the checkpoints, model and logs in ``training.output_dir``.
         callbacks: More callbacks for the trainer.
-        note: Called in the main process with what the user should know.
-        progress: Called in the main process with a line for every entry of the log.
+        note: Called in the main process with messages for the user.
+        progress: Called in the main process with one line per log entry.
 
     Raises:
-        ValueError: The configuration doesn't fit, another run than this one is in the folder or going on there, none of
-            its checkpoints is whole, or nothing finite was learnt.
+        ValueError: The configuration is wrong, the folder belongs to a different run or is in use, none of
+            its checkpoints is intact, or the run learned nothing because no step was finite.
         ImportError: A package of ``spa3r[train]`` is missing.
     """
     require_tensorboard(config)
@@ -86,7 +86,7 @@ def pretrain(
         return PretrainingResult(**told, held_out_skipped=trainer.held_out_skipped)
 
 
-# What the configuration names
+# Objects of the configuration
 
 
 def make_arguments(config: PretrainingConfig) -> PretrainingArguments:
@@ -105,7 +105,7 @@ def make_model(config: PretrainingConfig) -> tuple[Spa3RForPreTraining, Spa3RIma
         model.set_attn_implementation(section.attn_implementation)
     own: dict[str, Any] = {"mode": "pretraining"}
     if section.init_from is not None:
-        with suppress(OSError):  # there may be none beside the weights
+        with suppress(OSError):  # the folder may have none
             saved = Spa3RImageProcessor.from_pretrained(section.init_from)
             own = {"size": saved.size, "mode": saved.mode}
     wanted = {"size": data.image_size, "mode": data.image_mode}
@@ -158,8 +158,8 @@ def make_evaluation_batches(
     sources = [make_source(source) for source in evaluation.sources]
     try:
         num_scenes = sum(map(len, sources))
-        scenes = num_scenes if scenes is None else min(scenes, num_scenes)  # none twice
-    except TypeError as error:  # streamed, or without an end
+        scenes = num_scenes if scenes is None else min(scenes, num_scenes)  # each at most once
+    except TypeError as error:  # streamed, or endless
         if scenes is None:
             raise ValueError(
                 "`evaluation.scenes` must say how many scenes are measured where a source doesn't know how many it "

@@ -1,4 +1,4 @@
-"""transformers' Trainer for batches of scenes: patch-weighted gradients, small whole checkpoints, exact resumption."""
+"""transformers' Trainer for batches of scenes: patch-weighted gradients, small checkpoints, exact resumption."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ ON_DEVICE = ("view_pixel_values", "extrinsics", "intrinsics")
 
 
 def whole_batch(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Collator for a plain ``transformers.Trainer`` over :class:`~spa3r.data.SceneBatches`: the one batch, as it is.
+    """Collator for a plain ``transformers.Trainer`` over :class:`~spa3r.data.SceneBatches`: returns the single batch.
 
-    Keeps what the model takes and leaves out names and counts. The trainer's batch size must be 1, and
-    ``accelerator_config={"dispatch_batches": False}`` keeps accelerate from cutting packed tensors.
+    It keeps the model's inputs and drops names and counts. The trainer's batch size must be 1, and
+    ``accelerator_config={"dispatch_batches": False}`` prevents accelerate from slicing packed tensors.
 
     Args:
         features: A list of one batch.
 
     Raises:
-        ValueError: There are several: packed batches can't be stacked.
+        ValueError: There are several batches: packed batches can't be stacked.
     """
     if len(features) != 1:
         raise ValueError(
@@ -53,9 +53,9 @@ def whole_batch(features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """What the model takes of a batch: pixels and cameras on the device, the layout as Python numbers.
+    """The model's inputs of a batch: pixels and cameras on the device, the layout as Python numbers.
 
-    Wrappers such as DDP move every tensor to the device, and reading the layout back would make the host wait.
+    Wrappers such as DDP move every tensor to the device, and reading the layout back would require a synchronization.
     """
     inputs = {name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None}
     return {
@@ -67,22 +67,22 @@ def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, An
 class PretrainingTrainer(ResumableTrainer):
     """Trains a :class:`~spa3r.Spa3RForPreTraining` on batches of scenes.
 
-    Beside what transformers' Trainer does:
+    In addition to transformers' Trainer:
 
     - The loss of a step is the mean over all patches of all processes and accumulated batches, whatever their sizes:
-      how a batch is spread changes nothing but rounding.
+      apart from rounding, the distribution of a batch has no effect.
     - Every loss term, the views per second and the skipped pictures are logged, also as JSON lines.
-    - A step whose gradient is not finite is dropped, by all processes alike, and the scenes whose loss caused it are
-      named. More than ``args.max_nonfinite_steps`` are an error.
-    - Checkpoints leave the frozen parts out when it is known where they come from, hold no pickles, appear at once, and
-      a resumed run goes on exactly where the saved one was, in the data too.
+    - A step whose gradient is not finite is dropped in all processes, and the scenes whose loss caused it are
+      named. More than ``args.max_nonfinite_steps`` raise an error.
+    - Checkpoints omit the frozen parts if they can be loaded again, hold no pickles, and appear atomically. A resumed
+      run continues exactly where the saved one was, in the data too.
 
     Args:
         model: The model.
         args: The arguments.
         train_dataset: :class:`~spa3r.data.SceneBatches` of this process's rank. Processes must not share batches:
-            accelerate is kept from cutting them.
-        eval_dataset: Held-out scenes, of this process's rank.
+            accelerate is prevented from slicing them.
+        eval_dataset: Held-out scenes of this process's rank.
         processing_class: The image processor, saved with the model.
         callbacks: More callbacks.
         **kwargs: As in transformers.
@@ -107,17 +107,17 @@ class PretrainingTrainer(ResumableTrainer):
             callbacks=callbacks,
             **kwargs,
         )
-        self.held_out_skipped = SkippedReport()  # of the last evaluation
+        self.held_out_skipped = SkippedReport()  # from the last evaluation
         self._step_batches: list[
             tuple[dict[str, Any], dict[str, Tensor]]
-        ] = []  # to name the samples that caused a gradient that is not finite
+        ] = []  # to name the samples that caused a non-finite gradient
 
     # Data
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], int]:
-        """The batches of a step, and how many patches the loss covers in it, in all processes."""
+        """The batches of a step, and the number of patches in its loss, over all processes."""
         batches = [next_batch(epoch_iterator) for _ in range(num_batches)]
         for batch in batches:
             batch["num_patches"] = sum(self._counted_patches_per_view(batch))
@@ -150,8 +150,8 @@ class PretrainingTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of a batch times its share in the patches of the step."""
-        with self.accelerator.autocast():  # which accelerate leaves out under FSDP2
+        """The loss of a batch, weighted by its share of the patches of the step."""
+        with self.accelerator.autocast():  # accelerate omits it under FSDP2
             outputs = model(**model_inputs(inputs, self.args.device))
         num_patches = inputs.get("num_patches") or sum(self._counted_patches_per_view(inputs))
         loss = outputs["loss"]
@@ -159,7 +159,7 @@ class PretrainingTrainer(ResumableTrainer):
             self._window.add(loss, outputs["losses"], num_patches)
             self._step_batches.append((_small_part(inputs), outputs["losses_per_scene"]))
         if num_items_in_batch is not None:
-            # Gradients are averaged over processes, hence their number.
+            # Gradients are averaged over processes, so the loss is multiplied by their number.
             loss = loss * (num_patches * self.accelerator.num_processes / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -186,19 +186,20 @@ class PretrainingTrainer(ResumableTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss terms, and how well the fields of held-out views are predicted, on the held-out scenes.
+        """Compute the loss terms and the quality of the predicted fields of held-out views, on the held-out scenes.
 
         Returns:
-            By name, with the prefix: ``loss`` and its terms; of every metric of
-            :func:`~spa3r.evaluation.evaluate_field` the model's, as ``field_geometry_cosine``, and the share of the gap
-            between the best baseline and perfect prediction that it closes, as ``field_geometry_cosine_gap_closed``.
+            Results by name, with the prefix: ``loss`` and its terms; for every metric of
+            :func:`~spa3r.evaluation.evaluate_field` that of the model, as ``field_geometry_cosine``, and the share of
+            the gap between the best baseline and perfect prediction that it closes, as
+            ``field_geometry_cosine_gap_closed``.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("`eval_dataset` must hold held-out scenes to evaluate on, got None.")
         with self._window.pause():
             dataset.set_epoch(0)  # the same scenes, frames and targets every time
-            # With a generator of its own, for the reason that BatchLoader gives.
+            # The loader has its own generator, for the reason given in BatchLoader.
             loader = DataLoader(dataset, batch_size=None, generator=torch.Generator(), **self._loader_options())
             batches = iter(loader)
             try:
@@ -210,7 +211,7 @@ class PretrainingTrainer(ResumableTrainer):
         return self._tell_evaluation(metrics, metric_key_prefix)
 
     def _evaluate_scenes(self, batches: Iterable[dict[str, Any]]) -> tuple[dict[str, float], FieldReport]:
-        """The loss terms over all processes, and this process's report, from one forward of each batch."""
+        """The loss terms over all processes, and the report of this process, from one forward pass of each batch."""
         model, window = self._unwrapped, Window()
 
         def collect(module: nn.Module, args: tuple, inputs: dict[str, Any], output: Any) -> None:
@@ -227,12 +228,12 @@ class PretrainingTrainer(ResumableTrainer):
     # Checkpoints
 
     def _save_weights(self, model: Any, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-        """Without the frozen parts where they have a home."""
+        """Save without the frozen parts if they can be loaded again."""
         model.save_pretrained(
             folder,
             include_backbone=not frozen_parts_have_homes(model, folder),
             state_dict=state_dict,
-            save_original_format=False,  # the model's own names, which a resumed run looks for
+            save_original_format=False,  # the model's own names, which resuming expects
         )
 
     def _load_weights(self, model: Any, checkpoint: Path) -> None:
@@ -240,7 +241,7 @@ class PretrainingTrainer(ResumableTrainer):
 
 
 def _counting(batches: Iterable[dict[str, Any]], report: SkippedReport) -> Iterator[dict[str, Any]]:
-    """The same batches; what could not be read of them goes into the report."""
+    """The same batches; what could not be read is added to the report."""
     for batch in batches:
         if "skipped" in batch:
             report.add(batch)
@@ -252,7 +253,7 @@ def _small_part(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(reports: Sequence[FieldReport]) -> FieldReport:
-    """The report on the scenes of all processes."""
+    """The combined report of all processes."""
     merged, *others = reports
     for report in others:
         merged.num_views += report.num_views
