@@ -10,6 +10,8 @@ import torch
 from tiny_spa3_vlm import PICTURES, QUESTIONS, WORDS, Composed, make, prompt
 from torch import nn
 
+from spa3r.models.spa3_vlm.state import cache_name
+
 KEEPERS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
 """Families that keep the offset of the last prompt's positions."""
 
@@ -61,6 +63,7 @@ def test_generating_at_the_same_time(composed):
 def test_going_on_from_a_cache_after_another_prompt(composed):
     model, inputs = composed.model, prompt(composed)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    name = cache_name(model.vlm)
     end = 3  # tokens of the question that come later
     first = {
         key: value[:, :-end] if torch.is_tensor(value) and value.shape == ids.shape else value
@@ -68,26 +71,27 @@ def test_going_on_from_a_cache_after_another_prompt(composed):
     }
     wanted = model(**inputs).logits[:, -end:]
     output = model(**first, use_cache=True)
-    caches = [copy.deepcopy(output.cache) for _ in range(3)]
+    caches = [copy.deepcopy(output[name]) for _ in range(3)]
     for between in (lambda: None, lambda: model(**prompt(composed, PICTURES[:1], "What is it?"))):
         between()
-        got = model(input_ids=ids[:, -end:], attention_mask=mask, cache=caches.pop()).logits
+        got = model(input_ids=ids[:, -end:], attention_mask=mask, **{name: caches.pop()}).logits
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     words = {"do_sample": False, "max_new_tokens": WORDS} | composed.words
     answer = model.generate(**inputs, **words)
     model(**prompt(composed, PICTURES[:1]))
-    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, cache=caches.pop(), **words), answer)
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, **{name: caches.pop()}, **words), answer)
     with pytest.raises(ValueError, match=r"Pictures must come with the first tokens of a prompt, got some behind the"):
-        model(**inputs, cache=output.cache)
-    plain = model.vlm(input_ids=ids[:, :3], use_cache=True).cache
+        model(**inputs, **{name: output[name]})
+    plain = model.vlm(input_ids=ids[:, :3], use_cache=True)[name]
     with pytest.raises(ValueError, match=r"must come from a call of this Spa3-VLM .* Pass `position_ids`, or"):
-        model(input_ids=ids[:, -end:], cache=plain)
+        model(input_ids=ids[:, -end:], **{name: plain})
 
 
 @torch.no_grad()
 def test_going_on_from_a_generated_answer(composed):
     model, inputs = composed.model, prompt(composed)
     words = {"do_sample": False} | composed.words
+    name = cache_name(model.vlm)
     whole = model.generate(**inputs, max_new_tokens=2 * WORDS, min_new_tokens=2 * WORDS, **words)
     part = model.generate(
         **inputs, max_new_tokens=WORDS, min_new_tokens=WORDS, return_dict_in_generate=True, use_cache=True, **words
@@ -96,7 +100,7 @@ def test_going_on_from_a_generated_answer(composed):
     rest = model.generate(
         input_ids=part.sequences,
         attention_mask=torch.ones_like(part.sequences),
-        cache=part.cache,
+        **{name: part[name]},
         max_new_tokens=WORDS,
         min_new_tokens=WORDS,
         **words,

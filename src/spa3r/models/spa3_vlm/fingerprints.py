@@ -20,6 +20,7 @@ SAMPLES = 16
 """Number of values sampled from each tensor."""
 
 PASSING = (
+    "_attn_was_changed",  # of transformers 5.19
     *("transformers_version", "_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype"),
     *("backbone_name_or_path", "semantic_teacher_name_or_path"),
 )
