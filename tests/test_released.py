@@ -453,6 +453,19 @@ def test_adapter_folders_load_and_merge(tmp_path):
         torch.testing.assert_close(merged(**inputs).logits, reference, rtol=1e-4, atol=1e-4)
     again = CliRunner().invoke(app, ["merge", str(folder), str(tmp_path / "merged")])
     assert again.exit_code == 1 and "must be a new or an empty folder" in again.output
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = next(key for key in tensors if "lora_A" in key)
+    save_file({name: value for name, value in tensors.items() if name != key}, folder / "adapter_model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"The adapter .* lacks keys of Spa3VLM.*q_proj.*: take adapter and base model"
+    ):
+        Spa3VLMForConditionalGeneration.from_pretrained(folder)
+    save_file(tensors | {key.replace("q_proj", "z_proj"): tensors[key].clone()}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"The adapter .* has foreign keys of Spa3VLM.*z_proj"):
+        Spa3VLMForConditionalGeneration.from_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
     config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="holds an adapter of peft, which names no base model"):

@@ -312,7 +312,13 @@ class PackedPreTrainedModel(PreTrainedModel):
         kept = {key: kwargs[key] for key in kwargs if key not in ("revision", "subfolder")}
         loaded = cls.from_pretrained(adapter.base, **kept, **adapter.where)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
-        model.load_adapter(str(source), adapter_kwargs=where)
+        info = model.load_adapter(str(source), adapter_kwargs=where)
+        for kind, keys in (("lacks", info.missing_keys), ("has foreign", info.unexpected_keys)):
+            if keys:
+                raise ValueError(
+                    f"The adapter {source} {kind} keys of {cls.__name__}: {quote_keys(sorted(keys))}. It was made for "
+                    "another model, or its file is damaged: take adapter and base model from the same run."
+                )
         model.eval()
         return loaded
 
