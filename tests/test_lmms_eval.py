@@ -330,7 +330,7 @@ def number_in(said):
 def differences():
     """The rows of the guide's table: an answer, a truth, our score, lmms-eval's."""
     page = (ROOT / "docs" / "guides" / "lmms_eval.md").read_text(encoding="utf-8")
-    table = page.partition("\n## The same numbers\n")[2].partition("\n| answer |")[2].partition("\n\n")[0]
+    table = page.partition("\n## Differences in scores\n")[2].partition("\n| answer |")[2].partition("\n\n")[0]
     rows = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     return [(said.replace("\\n", "\n"), *rest) for said, *rest in rows]
 
