@@ -1,6 +1,7 @@
 """What all tests share: nothing is downloaded, nothing is random, golden checkpoints are converted once."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("tiny")
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, which processes inherit
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
 
 
