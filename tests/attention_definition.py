@@ -1,9 +1,7 @@
 """The plain definition of attention over segments, and inputs for it."""
 
 import torch
-from tiny import (
-    vggt_config,
-)
+from tiny import vggt_config
 
 from spa3r.models.attention import Segments
 

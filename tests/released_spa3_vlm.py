@@ -6,10 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tiny import GOLDEN_SPA3R_FIELDS, golden
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from vlm_families import build_config, build_processor
 
 FIELDS = {"spa3r_config": GOLDEN_SPA3R_FIELDS}

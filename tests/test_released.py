@@ -461,6 +461,8 @@ def test_adapter_folders_load_and_merge(tmp_path):
         ValueError, match=r"The adapter .* lacks keys of Spa3VLM.*q_proj.*: take adapter and base model"
     ):
         Spa3VLMForConditionalGeneration.from_pretrained(folder)
+    told = CliRunner().invoke(app, ["merge", str(folder), str(tmp_path / "other")])
+    assert told.exit_code == 1 and "lacks keys of Spa3VLM" in " ".join(told.output.split())
     save_file(tensors | {key.replace("q_proj", "z_proj"): tensors[key].clone()}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"The adapter .* has foreign keys of Spa3VLM.*z_proj"):
         Spa3VLMForConditionalGeneration.from_pretrained(folder)

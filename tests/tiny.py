@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, DINOv3ViTConfig
 
 from spa3r import Spa3RConfig, Spa3RImageProcessor, VggtConfig
 from spa3r.models.attention import eager_attention_forward, packed_attention
+from spa3r.models.cameras import pose_encoding_to_cameras
 from spa3r.models.layers import SelfAttention
 
 BACK_ENDS = ("eager", "sdpa", "xformers")
@@ -392,3 +393,11 @@ class ModelTests:
             ValueError, match=r"model\.safetensors can't be read as safetensors .* truncated or damaged"
         ):
             self.model_class.from_pretrained(tmp_path)
+
+
+def some_cameras(inputs) -> dict:
+    """A rigid camera for every view."""
+    pose = torch.randn(len(inputs["view_grid_hw"]), 9)
+    pose[:, 7:] = 0.8
+    extrinsics, intrinsics = pose_encoding_to_cameras(pose, (inputs["view_grid_hw"] * PATCH).tolist())
+    return {"extrinsics": extrinsics, "intrinsics": intrinsics}

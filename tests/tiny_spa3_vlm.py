@@ -8,9 +8,7 @@ from tiny import alive, spa3r_config, vggt_config
 from vlm_families import build
 
 from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLM, Spa3VLMProcessor
-from spa3r.models.spa3_vlm.scenes import (
-    EncodedScene,
-)
+from spa3r.models.spa3_vlm.scenes import EncodedScene
 
 
 def make_spa3r() -> Spa3RModel:

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from tiny_training import command, environment
 
-from spa3r.training import (
-    read_log,
-)
+from spa3r.training import read_log
 
 
 def started(*arguments, cache: Path, **variables: str) -> subprocess.Popen:

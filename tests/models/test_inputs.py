@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import TARGETS, alive, pretraining_config, spa3r_config, vggt_config, view_inputs
-from tiny_cameras import some_cameras
+from tiny import TARGETS, alive, pretraining_config, some_cameras, spa3r_config, vggt_config, view_inputs
 
 from spa3r import Spa3RForPreTraining, Spa3RModel, VggtModel
 from spa3r.models.cameras import check_cameras

@@ -18,11 +18,11 @@ from tiny import (
     pretraining_config,
     realigned,
     relative_error,
+    some_cameras,
     spa3r_config,
     vggt_config,
     view_inputs,
 )
-from tiny_cameras import some_cameras
 from transformers import AutoModel
 
 from spa3r import Spa3RConfig, Spa3RForPreTraining, Spa3RModel, VggtModel

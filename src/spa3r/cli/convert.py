@@ -9,11 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spa3r.console import (
-    AsJson,
-    Verbose,
-    reporting,
-)
+from spa3r.console import AsJson, Verbose, reporting
 from spa3r.media.files import read_text
 
 

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spa3r.console import (
-    AsJson,
-    Verbose,
-    embedded_note,
-    one_line,
-    plural,
-    printable,
-    reporting,
-)
+from spa3r.console import AsJson, Verbose, embedded_note, one_line, plural, printable, reporting
 from spa3r.disk import write_whole, writing
 
 if TYPE_CHECKING:

@@ -6,14 +6,7 @@ import sys
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from spa3r.console import (
-    AsJson,
-    Verbose,
-    one_line,
-    plural,
-    reporting,
-    torch_device,
-)
+from spa3r.console import AsJson, Verbose, one_line, plural, reporting, torch_device
 
 if TYPE_CHECKING:
     import torch

@@ -9,14 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spa3r.console import (
-    AsJson,
-    Report,
-    Verbose,
-    end_processes,
-    plural,
-    reporting,
-)
+from spa3r.console import AsJson, Report, Verbose, end_processes, plural, reporting
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Sections model, data, evaluation, training.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete the checkpoints, model and logs of the run.")]

@@ -396,6 +396,9 @@ class StreamedInstructions(IterableDataset):
         )
 
 
+# Rows
+
+
 def _as_written(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Parse the row if it was kept as text."""
     if RAW not in row or len(row) > 1:

@@ -313,12 +313,7 @@ class PackedPreTrainedModel(PreTrainedModel):
         loaded = cls.from_pretrained(adapter.base, **kept, **adapter.where)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
         info = model.load_adapter(str(source), adapter_kwargs=where)
-        for kind, keys in (("lacks", info.missing_keys), ("has foreign", info.unexpected_keys)):
-            if keys:
-                raise ValueError(
-                    f"The adapter {source} {kind} keys of {cls.__name__}: {quote_keys(sorted(keys))}. It was made for "
-                    "another model, or its file is damaged: take adapter and base model from the same run."
-                )
+        check_adapter_keys(source, cls, info.missing_keys, info.unexpected_keys)
         model.eval()
         return loaded
 
@@ -396,6 +391,22 @@ def _shapes(state_dict: Mapping[str, Tensor] | None, files: Iterable[str]) -> di
         with safe_open(file, framework="pt") as content:
             shapes |= {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}
     return shapes
+
+
+def check_adapter_keys(
+    source: str | Path, model_class: type[PreTrainedModel], missing: Iterable[str], unexpected: Iterable[str]
+) -> None:
+    """Check that a PEFT checkpoint has the keys of the adapter.
+
+    Raises:
+        ValueError: Keys are missing or unexpected.
+    """
+    for kind, keys in (("lacks", sorted(missing)), ("has foreign", sorted(unexpected))):
+        if keys:
+            raise ValueError(
+                f"The adapter {source} {kind} keys of {model_class.__name__}: {quote_keys(keys)}. It was made for "
+                "another model, or its file is damaged: take adapter and base model from the same run."
+            )
 
 
 def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], name: str | Path | None) -> None:

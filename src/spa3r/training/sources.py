@@ -114,6 +114,3 @@ def _check_fields(
     if missing := [name for name, field in known.items() if field.default is field.empty and name not in fields]:
         raise ValueError(f"Instruction data ({what}) need {', '.join(map(repr, missing))}. Add it.")
     check_types(fields, signature_types(made), f"{what}: ")
-
-
-# Rows

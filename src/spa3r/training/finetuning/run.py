@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback, set_seed
 from spa3r.checkpoints import EMBEDDED, resolve
 from spa3r.data.collator import Spa3VLMCollator
 from spa3r.media.videos import uniform_indices
+from spa3r.models.base import check_adapter_keys
 from spa3r.models.model_card import source_names
 from spa3r.models.released import find_adapter
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
@@ -124,15 +125,14 @@ def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration,
             folder or hub id.
 
     Raises:
-        ValueError: The folder has no peft checkpoint.
+        ValueError: The folder has no peft checkpoint, or one with missing or unexpected keys.
     """
     folder = Path(run_folder)
     homes = [home for home in (folder, folder.parent) if (home / CONFIG_FILE).is_file()]
     adapter = find_adapter(run_folder)
     if not homes and adapter is not None and adapter.base is not None:
         base = Spa3VLMForConditionalGeneration.from_pretrained(adapter.base, **adapter.where)
-        model = PeftModel.from_pretrained(base, str(run_folder))
-        return model.merge_and_unload().eval(), Spa3VLMProcessor.from_pretrained(run_folder)
+        return _merge(base, run_folder), Spa3VLMProcessor.from_pretrained(run_folder)
     if not homes or adapter is None:
         raise ValueError(
             f"`run_folder` must hold the peft checkpoint of a run of `spa3r finetune`, got {run_folder}. Give the "
@@ -141,7 +141,14 @@ def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration,
         )
     config = FinetuningConfig.from_yaml(homes[0] / CONFIG_FILE)
     model, processor, _ = make_model(config)
-    return PeftModel.from_pretrained(model, folder).merge_and_unload().eval(), processor
+    return _merge(model, folder), processor
+
+
+def _merge(model: Spa3VLMForConditionalGeneration, adapter: str | Path) -> Spa3VLMForConditionalGeneration:
+    low_rank = PeftModel.from_pretrained(model, str(adapter))
+    loaded = low_rank.load_adapter(str(adapter), low_rank.active_adapter)  # `from_pretrained` only warns of wrong keys
+    check_adapter_keys(adapter, type(model), loaded.missing_keys, loaded.unexpected_keys)
+    return low_rank.merge_and_unload().eval()
 
 
 # Objects of the configuration
