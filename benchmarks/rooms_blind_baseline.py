@@ -49,7 +49,7 @@ def main() -> None:
     levels["0, sizes vary"] = replace(LEVELS[0], size_variation=1.0)
     print(f"Python {platform.python_version()}, numpy {np.__version__}; all is drawn from seeds")
     print(f"{args.training_rooms} training rooms, {args.test_rooms} test rooms of each level, 8 pictures of each room,")
-    print("one question of each type; scores of VSI-Bench in per cent\n")
+    print("one question of each type; scores of VSI-Bench in percent\n")
     for name, level in levels.items():
         training = read(0, args.training_rooms, level)
         test = read(FIRST_TEST_SEED, args.test_rooms, level)

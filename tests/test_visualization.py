@@ -1,4 +1,4 @@
-"""Pictures of views and fields: shared colours, whole figures, nothing global."""
+"""Pictures of views and fields: shared colors, whole figures, nothing global."""
 
 from io import BytesIO
 
@@ -12,7 +12,7 @@ from tiny import alive, pretraining_config, view_inputs
 
 from spa3r import Spa3RForPreTraining, visualization
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTrainingOutput
-from spa3r.visualization import FeatureColours, contact_sheet, field_figure
+from spa3r.visualization import FeatureColors, contact_sheet, field_figure
 
 
 def drawn(figure) -> np.ndarray:
@@ -32,43 +32,43 @@ def features(seed: int, count: int = 64, channels: int = 16) -> torch.Tensor:
     return torch.randn(count, channels, generator=generator) * spread
 
 
-def test_colours_are_shared_by_all_fields():
+def test_colors_are_shared_by_all_fields():
     one, other = features(0), features(1)
-    colours = FeatureColours.fit(one)
-    both = colours(torch.cat([other, one]))
-    np.testing.assert_array_equal(both, np.concatenate([colours(other), colours(one)]))
-    assert not np.allclose(colours(other), FeatureColours.fit(other)(other))
+    colors = FeatureColors.fit(one)
+    both = colors(torch.cat([other, one]))
+    np.testing.assert_array_equal(both, np.concatenate([colors(other), colors(one)]))
+    assert not np.allclose(colors(other), FeatureColors.fit(other)(other))
 
 
-def test_colours_span_their_range_and_stay_in_it():
-    colours = FeatureColours.fit(features(0))
-    own, wild = colours(features(0)), colours(100 * features(1))
+def test_colors_span_their_range_and_stay_in_it():
+    colors = FeatureColors.fit(features(0))
+    own, wild = colors(features(0)), colors(100 * features(1))
     assert own.shape == (64, 3) and own.min() == 0 and own.max() == 1
     assert own.std(axis=0).min() > 0.1
     assert wild.min() == 0 and wild.max() == 1
-    assert colours(features(0).reshape(8, 8, 16)).shape == (8, 8, 3)
+    assert colors(features(0).reshape(8, 8, 16)).shape == (8, 8, 3)
 
 
-def test_colours_follow_the_main_directions_with_a_fixed_sign():
+def test_colors_follow_the_main_directions_with_a_fixed_sign():
     values = features(0)
-    colours = FeatureColours.fit(values)
+    colors = FeatureColors.fit(values)
     centred = (values - values.mean(0)).double()
     main = torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
-    torch.testing.assert_close((colours.directions * main).sum(0).abs(), torch.ones(3, dtype=torch.float64))
-    largest = colours.directions.gather(0, colours.directions.abs().argmax(0, keepdim=True))
+    torch.testing.assert_close((colors.directions * main).sum(0).abs(), torch.ones(3, dtype=torch.float64))
+    largest = colors.directions.gather(0, colors.directions.abs().argmax(0, keepdim=True))
     assert (largest > 0).all()
-    np.testing.assert_array_equal(FeatureColours.fit(values)(values), colours(values))
-    np.testing.assert_allclose(FeatureColours.fit(values.flip(0))(values), colours(values), atol=1e-9)
+    np.testing.assert_array_equal(FeatureColors.fit(values)(values), colors(values))
+    np.testing.assert_allclose(FeatureColors.fit(values.flip(0))(values), colors(values), atol=1e-9)
 
 
-def test_constant_features_have_a_colour_too():
+def test_constant_features_have_a_color_too():
     constant = torch.ones(10, 8)
-    assert np.isfinite(FeatureColours.fit(constant)(constant)).all()
+    assert np.isfinite(FeatureColors.fit(constant)(constant)).all()
 
 
 def test_half_precision_with_gradients():
     values = features(0).bfloat16().requires_grad_()
-    assert FeatureColours.fit(values)(values).dtype == np.float64
+    assert FeatureColors.fit(values)(values).dtype == np.float64
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
@@ -106,10 +106,10 @@ def an_output(targets: int = 2, **changes) -> Spa3RForPreTrainingOutput:
     return Spa3RForPreTrainingOutput(**(fields | changes))
 
 
-def make_field_figure(output, metres: bool = True, **kwargs):
+def make_field_figure(output, meters: bool = True, **kwargs):
     count = len(output.target_mask)
     views = [np.asarray(noise(56, 42, seed)) for seed in range(count)]
-    true_depth = [np.eye(42, 56) + view for view in range(count)] if metres else None
+    true_depth = [np.eye(42, 56) + view for view in range(count)] if meters else None
     return field_figure(views, output, torch.tensor([[6, 8]] * count), true_depth, **kwargs)
 
 
@@ -124,7 +124,7 @@ def test_field_figure_says_what_is_seen():
     figure = make_field_figure(an_output(), title="A field", note="untrained")
     said = " | ".join(texts(figure))
     words = ("A field", "untrained", "the model sees 2 views", "Held-out", "Geometry features", "Semantic features")
-    for word in (*words, "true", "predicted", "1 − cosine", "probe", "backbone", "true, metres", "off by 50 %"):
+    for word in (*words, "true", "predicted", "1 − cosine", "probe", "backbone", "true, meters", "off by 50 %"):
         assert word in said
     assert drawn(figure).std() > 10
 
@@ -133,24 +133,24 @@ def test_field_figure_shows_each_view_in_its_place():
     output = an_output(3)
     shown = panels(make_field_figure(output))
     kinds = ("true", "predicted", "1 − cosine")
-    columns = ["Held-out view, not seen", *(f"Depth, {name}" for name in ("probe", "backbone", "true, metres"))]
-    columns += [f"{name} features, shared colours, {kind}" for name in ("Geometry", "Semantic") for kind in kinds]
+    columns = ["Held-out view, not seen", *(f"Depth, {name}" for name in ("probe", "backbone", "true, meters"))]
+    columns += [f"{name} features, shared colors, {kind}" for name in ("Geometry", "Semantic") for kind in kinds]
     wanted = {f"view {view}, {column}" for view in (1, 3, 5) for column in columns}
     assert shown.keys() == wanted | {f"view {view}" for view in (0, 2, 4)}
     for view in range(6):
         label = f"view {view}" + ", Held-out view, not seen" * (view % 2)
         np.testing.assert_array_equal(shown[label], np.asarray(noise(56, 42, view)))
     rows = torch.cat([output.geometry_targets.split(48)[view] for view in (1, 3, 5)])
-    colours = FeatureColours.fit(rows)  # of all true features that are drawn, and of nothing else
+    colors = FeatureColors.fit(rows)  # of all true features that are drawn, and of nothing else
     error = 1 - torch.nn.functional.cosine_similarity(output.geometry_features, output.geometry_targets)
     for view in (1, 3, 5):
-        group = f"view {view}, Geometry features, shared colours"
+        group = f"view {view}, Geometry features, shared colors"
         for kind, name in (("true", "geometry_targets"), ("predicted", "geometry_features")):
             part = output[name].split(48)[view].view(6, 8, -1)
-            np.testing.assert_allclose(shown[f"{group}, {kind}"], colours(part))
+            np.testing.assert_allclose(shown[f"{group}, {kind}"], colors(part))
         np.testing.assert_allclose(shown[f"{group}, 1 − cosine"], error.split(48)[view].view(6, 8).numpy(), atol=1e-6)
         np.testing.assert_allclose(shown[f"view {view}, Depth, probe"], output.depth.split(48)[view].view(6, 8).numpy())
-        np.testing.assert_array_equal(shown[f"view {view}, Depth, true, metres"], np.eye(42, 56) + view)
+        np.testing.assert_array_equal(shown[f"view {view}, Depth, true, meters"], np.eye(42, 56) + view)
 
 
 def test_field_figure_of_a_perfect_model():
@@ -158,7 +158,7 @@ def test_field_figure_of_a_perfect_model():
     output.geometry_features, output.depth = output.geometry_targets.clone(), output.depth_targets.clone()
     shown = panels(make_field_figure(output))
     for view in (1, 3):
-        group = f"view {view}, Geometry features, shared colours"
+        group = f"view {view}, Geometry features, shared colors"
         np.testing.assert_array_equal(shown[f"{group}, true"], shown[f"{group}, predicted"])
         assert np.abs(shown[f"{group}, 1 − cosine"]).max() < 1e-5
     assert {"mean 0.00", "off by 0 %"} <= set(texts(make_field_figure(output)))
@@ -168,14 +168,14 @@ def test_depths_of_one_unit_share_their_range():
     figure = make_field_figure(an_output())
     limits = {axes.get_label(): axes.images[0].get_clim() for axes in figure.axes if "Depth" in axes.get_label()}
     assert len({limits[f"view {view}, Depth, {name}"] for view in (1, 3) for name in ("probe", "backbone")}) == 1
-    assert limits["view 1, Depth, true, metres"] == (1, 4)  # of its own, over all rows
+    assert limits["view 1, Depth, true, meters"] == (1, 4)  # of its own, over all rows
 
 
 def test_field_figure_leaves_out_what_there_is_not():
     output = an_output(semantic_features=None, semantic_targets=None, depth_targets=None)
-    labels = " ".join(panels(make_field_figure(output, metres=False)))
+    labels = " ".join(panels(make_field_figure(output, meters=False)))
     assert "Geometry" in labels and "probe" in labels
-    assert not [word for word in ("Semantic", "backbone", "metres") if word in labels]
+    assert not [word for word in ("Semantic", "backbone", "meters") if word in labels]
 
 
 def test_field_figure_of_many_views_and_of_several_grids():

@@ -41,7 +41,7 @@ def main() -> None:
     print(f"{platform.machine()} CPU; Python {platform.python_version()}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}")  # fmt: skip
     print(f"{len(test)} questions about {len({row['scene_name'] for row in test})} unseen rooms of level 0; scores of "
-          "VSI-Bench in per cent: mean (lowest to highest)\n")  # fmt: skip
+          "VSI-Bench in percent: mean (lowest to highest)\n")  # fmt: skip
     tasks = list(scores["without looking, most frequent answer"][0])
     print(f"| task | {' | '.join(scores)} |\n|---|{'---|' * len(scores)}")
     for task in tasks:

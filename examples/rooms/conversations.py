@@ -19,7 +19,7 @@ from render import VIEWS
 from torch import Tensor, nn
 
 from spa3r.media.videos import uniform_indices
-from spa3r.rooms import COLOURS, FURNITURE, RoomWalk, generate_room, room_questions
+from spa3r.rooms import COLORS, FURNITURE, RoomWalk, generate_room, room_questions
 from spa3r.rooms.instructions import RoomQuestions
 from spa3r.vsi_bench.format import FIRST_WORDS, NUMBER_WORDS, make_prompt
 
@@ -37,7 +37,7 @@ WALKS = ("", BACK)
 CLEAR = 0.004
 """Minimum share of a picture that an object covers to be named in its description: 50 pixels."""
 
-WORDS = (*FURNITURE, *(f"{colour} " for colour in COLOURS))
+WORDS = (*FURNITURE, *(f"{color} " for color in COLORS))
 """Words for objects; a color comes before a kind of furniture."""
 
 DESCRIBE = "Which objects does each picture show?"
@@ -172,7 +172,7 @@ class Conversations:
         for room, names in self.walks.items():
             objects = generate_room(int(room), 0).objects
             camera = json.loads((self.data / room / "cameras.json").read_text())[Path(names[0]).name]["extrinsics"]
-            words.append(torch.tensor([[WORDS.index(item.name), WORDS.index(f"{item.colour} ")] for item in objects]))
+            words.append(torch.tensor([[WORDS.index(item.name), WORDS.index(f"{item.color} ")] for item in objects]))
             seen = seen_from(np.array(camera), np.array([item.center for item in objects]))
             middles.append(torch.from_numpy(seen).float())
         pad = nn.utils.rnn.pad_sequence
@@ -196,7 +196,7 @@ class Conversations:
             ids = ids.reshape(FRAMES, side, ids.shape[1] // side, side, -1).swapaxes(2, 3).reshape(number, -1)
             objects = generate_room(int(room), 0).objects
             shares = (ids[:, :, None] == np.arange(1, len(objects) + 1)).mean(1)  # (cells, objects)
-            words = np.array([[word in (item.name, f"{item.colour} ") for word in WORDS] for item in objects])
+            words = np.array([[word in (item.name, f"{item.color} ") for word in WORDS] for item in objects])
             named.append(shares @ words > 0.15)
             camera = json.loads((folder / "cameras.json").read_text())[Path(names[0]).name]["extrinsics"]
             places.append(seen_from(np.array(camera), np.array([item.center for item in objects]))[shares.argmax(1)])

@@ -156,10 +156,10 @@ class Questions:
             ids: (rooms, sequence).
             names: (rooms, cells, words), what each cell shows.
         """
-        kinds, colours = self.named(ids)
+        kinds, colors = self.named(ids)
         of_word, room = names.transpose(1, 2), torch.arange(len(ids))[:, None]
         shows = of_word[room, kinds] & (kinds >= 0)[..., None]
-        return shows & (of_word[room, colours] | (colours < 0)[..., None])
+        return shows & (of_word[room, colors] | (colors < 0)[..., None])
 
     def meant(self, ids: Tensor, words: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
         """The positions of the objects that question tokens name.
@@ -172,8 +172,8 @@ class Questions:
         Returns:
             Positions (rooms, sequence, 2), and a mask (rooms, sequence): exactly one object has the name.
         """
-        kinds, colours = (part[..., None] for part in self.named(ids))
-        fits = (kinds == words[:, None, :, 0]) & (kinds >= 0) & ((colours == words[:, None, :, 1]) | (colours < 0))
+        kinds, colors = (part[..., None] for part in self.named(ids))
+        fits = (kinds == words[:, None, :, 0]) & (kinds >= 0) & ((colors == words[:, None, :, 1]) | (colors < 0))
         return fits.float() @ middles, fits.sum(-1) == 1
 
     def looking(self, attentions: tuple[Tensor, ...], shows: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spa3r import Spa3RImageProcessor, Spa3VLMProcessor
 from spa3r.answering.engine import evaluate_answers, score_table
-from spa3r.rooms import COLOURS, FURNITURE, generate_room
+from spa3r.rooms import COLORS, FURNITURE, generate_room
 from spa3r.rooms.instructions import RoomQuestions
 
 VIEW_SIZE = 112
@@ -91,7 +91,7 @@ def make_processor(texts: list[str]) -> Spa3VLMProcessor:
         [
             pre_tokenizers.Split(Regex("(?<=assistant)\n"), "isolated"),  # the prompt for an answer ends there
             pre_tokenizers.Split(Regex("\n"), "merged_with_next"),
-            pre_tokenizers.Split(Regex(rf"\b({'|'.join(FURNITURE)})\b|\b({'|'.join(COLOURS)}) "), "isolated"),
+            pre_tokenizers.Split(Regex(rf"\b({'|'.join(FURNITURE)})\b|\b({'|'.join(COLORS)}) "), "isolated"),
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -187,7 +187,7 @@ class RoomCells:
         self.names = np.zeros((len(data.seeds), 256, len(WORDS)), np.float32)  # for every id of a room; 0 is no object
         for row, seed in zip(self.names, data.seeds):
             for number, item in enumerate(generate_room(int(seed), 0).objects, start=1):
-                row[number, [WORDS.index(item.name), WORDS.index(f"{item.colour} ")]] = 1
+                row[number, [WORDS.index(item.name), WORDS.index(f"{item.color} ")]] = 1
 
     def __call__(self, rooms: np.ndarray, frames: np.ndarray) -> Tensor:
         """(pictures,) each -> (pictures * cells, names): how clearly a cell shows the named object, 0 to 1."""

@@ -144,7 +144,7 @@ figure > img { display: block; width: 100%; border-radius: 0.4rem; background: #
 .plan .object { fill-opacity: 0.85; stroke: var(--ink); stroke-width: 2; stroke-linejoin: round; }
 .plan .walk { stroke: var(--with); stroke-width: 4; stroke-linejoin: round; }
 .plan .camera { fill: var(--with); fill-opacity: 0.3; }
-.plan .centre { fill: var(--with); }
+.plan .center { fill: var(--with); }
 .plan text { font-weight: 600; text-anchor: middle; fill: var(--ink); stroke: var(--card);
   stroke-width: 0.3em; stroke-linejoin: round; paint-order: stroke; }
 .views { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.1rem, 1fr)); gap: 0.5rem; margin: 0;

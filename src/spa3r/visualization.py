@@ -34,11 +34,11 @@ PANEL, GAP, GROUP_GAP, MARGIN, CAPTION = 1.15, 0.06, 0.2, 0.15, 0.2
 
 DPI = 150
 MARK = "#d9480f"  # for marked views and warnings
-GREY = "#777777"
+GRAY = "#777777"
 
 
 @dataclass(frozen=True)
-class FeatureColours:
+class FeatureColors:
     """RGB colors of features: their three principal components, fitted once and applied to any number of fields.
 
     Attributes:
@@ -54,7 +54,7 @@ class FeatureColours:
     high: Tensor
 
     @classmethod
-    def fit(cls, features: Tensor) -> FeatureColours:
+    def fit(cls, features: Tensor) -> FeatureColors:
         """Fit principal components to (N, C) features. The darkest and brightest percent are clipped."""
         features = features.detach().cpu().double()
         mean = features.mean(0)
@@ -167,16 +167,16 @@ def field_figure(
         group_width = len(panels) * (PANEL + GAP) - GAP
         page.text(left + group_width / 2, body_top - 0.36, group, fontsize=9.5)
         for panel in panels:
-            page.text(left + PANEL / 2, body_top - 0.12, panel.heading, fontsize=8.5, color=GREY)
+            page.text(left + PANEL / 2, body_top - 0.12, panel.heading, fontsize=8.5, color=GRAY)
             for row, view in enumerate(rows):
                 top = body_top + row * (height + CAPTION)
                 axes = page.axes(left, top, PANEL, height, f"view {view}, {group}, {panel.heading}")
                 drawn = panel.draw(axes, view)
-                page.text(left + PANEL / 2, top + height + 0.09, panel.captions.get(view, ""), fontsize=7.5, color=GREY)
-            if panel.colours is not None:
+                page.text(left + PANEL / 2, top + height + 0.09, panel.captions.get(view, ""), fontsize=7.5, color=GRAY)
+            if panel.colors is not None:
                 bar = page.axes(left, page.height - 0.32, PANEL, 0.07)
                 page.figure.colorbar(drawn, cax=bar, orientation="horizontal", extend=panel.extend)
-                bar.tick_params(labelsize=7, color=GREY, labelcolor=GREY, length=2, pad=1.5)
+                bar.tick_params(labelsize=7, color=GRAY, labelcolor=GRAY, length=2, pad=1.5)
                 for spine in bar.spines.values():
                     spine.set_visible(False)
             left += PANEL + GAP
@@ -191,7 +191,7 @@ class _Panel:
     heading: str
     images: dict[int, np.ndarray]
     captions: dict[int, str] = field(default_factory=dict)
-    colours: str | None = None
+    colors: str | None = None
     limits: tuple[float, float] = (0.0, 1.0)
     extend: str = "neither"
 
@@ -200,7 +200,7 @@ class _Panel:
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set_visible(False)
-        return axes.imshow(self.images[view], cmap=self.colours, vmin=low, vmax=high, interpolation="nearest")
+        return axes.imshow(self.images[view], cmap=self.colors, vmin=low, vmax=high, interpolation="nearest")
 
 
 def _field_panels(
@@ -225,21 +225,21 @@ def _field_panels(
         if true is None:
             continue
         predicted, true = by_view(predicted), by_view(true)
-        colours = FeatureColours.fit(torch.cat([values.flatten(0, 1) for values in true.values()]))
+        colors = FeatureColors.fit(torch.cat([values.flatten(0, 1) for values in true.values()]))
         errors = {view: 1 - cosine_similarity(predicted[view], true[view], dim=-1).clamp(max=1) for view in rows}
         panels = [
-            _Panel("true", {view: colours(values) for view, values in true.items()}),
-            _Panel("predicted", {view: colours(values) for view, values in predicted.items()}),
+            _Panel("true", {view: colors(values) for view, values in true.items()}),
+            _Panel("predicted", {view: colors(values) for view, values in predicted.items()}),
             _Panel(
                 "1 − cosine",
                 {view: error.numpy() for view, error in errors.items()},
                 {view: f"mean {error.mean():.2f}" for view, error in errors.items()},
-                colours="magma",
+                colors="magma",
                 limits=(0.0, 0.5),  # 1 means no similarity; 0.5 is bad already
                 extend="max",
             ),
         ]
-        groups.append((f"{name} features, shared colours", panels))
+        groups.append((f"{name} features, shared colors", panels))
 
     depths = {"probe": by_view(output.depth)}
     captions = {}
@@ -253,14 +253,14 @@ def _field_panels(
             name,
             {view: values.numpy() for view, values in depth.items()},
             captions if name == "probe" else {},
-            colours="viridis",
+            colors="viridis",
             limits=limits,
         )
         for name, depth in depths.items()
     ]
     if true_depth is not None:
-        metres = {view: np.asarray(true_depth[view]) for view in rows}
-        panels.append(_Panel("true, metres", metres, colours="viridis", limits=_range(metres.values())))
+        meters = {view: np.asarray(true_depth[view]) for view in rows}
+        panels.append(_Panel("true, meters", meters, colors="viridis", limits=_range(meters.values())))
     return [*groups, ("Depth", panels)]
 
 

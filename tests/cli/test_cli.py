@@ -59,7 +59,7 @@ def scene(tmp_path) -> Path:
 def test_ask_prints_the_answer_and_says_what_the_model_knows(scene):
     result = run("ask", scene / "view2.png", QUESTION, "--max-new-tokens", 4)
     assert result.stdout.strip()
-    assert "note: the embedded models learnt from rendered rooms only" in result.stderr
+    assert "note: the embedded models learned from rendered rooms only" in result.stderr
 
 
 def test_ask_takes_a_folder_a_video_and_a_picture_together(scene, tmp_path):
@@ -449,7 +449,7 @@ def test_demo_shows_everything(tmp_path):
     assert page.count("data:image/png;base64,") == 8  # the views and the field
 
     text = run(*arguments).stdout
-    assert "learnt from rendered rooms only" in text and "cameras: given" in text and "not asked" not in text
+    assert "learned from rendered rooms only" in text and "cameras: given" in text and "not asked" not in text
     mean, error = (field["rows"]["nearest_view"]["geometry_cosine"][key] for key in ("mean", "standard_error"))
     assert f"| nearest context view    | {mean:.3f} ± {error:.3f}" in text
     for asked in report["questions"]:
@@ -572,7 +572,7 @@ def test_the_installed_command_prints_json_alone(scene):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"TERM": "dumb"})
     answer = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
-    assert done.stderr == "note: the embedded models learnt from rendered rooms only: they know no photographs\n"
+    assert done.stderr == "note: the embedded models learned from rendered rooms only: they know no photographs\n"
     assert answer["answer"] == run_json("ask", scene, QUESTION, "--max-new-tokens", 6)["answer"]
 
 

@@ -122,7 +122,7 @@ def without(key):
         (lambda rows: rows[0].update(question=7), r"Row 100 of .*: `question` must be a text, got 7"),
         (lambda rows: rows.insert(3, "row"), r"test.jsonl, line 4 must be a JSON object, got str"),
         (without("scene_name"), r"row 101 of .*VSI-Bench lacks \['scene_name'\]"),
-        (lambda rows: rows[2].update(question_type="colour"), r"Row 102 of .*: `question_type` must be a type of"),
+        (lambda rows: rows[2].update(question_type="color"), r"Row 102 of .*: `question_type` must be a type of"),
         (lambda rows: rows[0].update(options=None), r"Row 100 of .*: `options` of a question of type"),
         (lambda rows: rows[6].update(ground_truth="many"), r"Row 106 of .*: `ground_truth` of .* a finite number"),
         (lambda rows: rows[1].update(id=100), r"`id` must be of one row only, and .* 11 rows with repeated ids"),

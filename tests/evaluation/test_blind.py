@@ -42,7 +42,7 @@ def test_the_best_constant_scores_best():
         assert scores >= blind_scores(constant, training)["overall"]
 
 
-def test_words_tell_what_a_thing_is_but_not_its_colour():
+def test_words_tell_what_a_thing_is_but_not_its_color():
     training = [size("200", "bed")] * 5 + [size("30", "red stool"), size("30", "blue stool")] * 3
     training += [size("90", "lamp")] * 4  # too few to rely on
     asked = [size("?", "bed"), size("?", "green stool"), size("?", "lamp"), size("?", "sofa")]

@@ -84,15 +84,15 @@ def test_every_number_is_what_it_is_called(given, model, batch):
         context = [first + view for view, target in enumerate(mask) if not target]
         true, known = of("true", targets), of("true", context)  # one pass, masked: as the encoder saw the context
         mean = {name: values.mean(0, keepdim=True).expand_as(true[name]) for name, values in known.items()}
-        centres = [(-e[:3, :3].T @ e[:3, 3]) for e in out.extrinsics]
+        centers = [(-e[:3, :3].T @ e[:3, 3]) for e in out.extrinsics]
         views = range(first, first + len(mask))
-        widest = max((centres[a] - centres[b]).norm() for a in views for b in views)
+        widest = max((centers[a] - centers[b]).norm() for a in views for b in views)
         nearest = [
             min(
                 context,
                 key=lambda view, target=target: (
                     rotation_angle(out.extrinsics[target], out.extrinsics[view])
-                    + (centres[target] - centres[view]).norm() / widest
+                    + (centers[target] - centers[view]).norm() / widest
                 ),
             )
             for target in targets
@@ -246,9 +246,9 @@ def test_baselines_know_nothing_of_the_target_views(masking, batch):
 def test_distances_of_poses():
     turn = torch.tensor([[0.0, 0, 1], [0, 1, 0], [-1, 0, 0]])  # a quarter
     poses = [homogeneous(torch.eye(3)), homogeneous(turn), *(homogeneous(torch.eye(3)) for _ in range(2))]
-    centres = torch.tensor([[0.0, 0, 0], [0, 0, 0], [3, 0, 0], [0, 4, 0]])
-    for pose, centre in zip(poses, centres):
-        pose[:3, 3] = centre
+    centers = torch.tensor([[0.0, 0, 0], [0, 0, 0], [3, 0, 0], [0, 4, 0]])
+    for pose, center in zip(poses, centers):
+        pose[:3, 3] = center
     extrinsics = invert_extrinsics(torch.stack(poses))
     quarter = math.pi / 2
     wanted = torch.tensor(

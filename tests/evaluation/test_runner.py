@@ -93,7 +93,7 @@ def test_a_run_says_what_it_depends_on(benchmark, whole):
 
 def test_the_table_has_intervals(whole):
     head, _, *rows = whole.table().splitlines()
-    assert [cell.strip() for cell in head.strip("|").split("|")] == ["per cent", "questions", "score", "95 % interval"]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == ["percent", "questions", "score", "95 % interval"]
     low, high = whole.about["intervals"]["overall"]
     last = [cell.strip() for cell in rows[-1].strip("|").split("|")]
     assert last == ["overall", "11", f"{whole.scores['overall']:.1f}", f"{low:.1f} to {high:.1f}"]

@@ -113,7 +113,7 @@ def test_what_is_not_given_is_not_on_the_page(room, walk, views):
 def test_the_plan_is_to_scale(room, walk):
     plan = ElementTree.fromstring(floor_plan(room, walk))
 
-    def places(element) -> np.ndarray:  # back to metres, y up
+    def places(element) -> np.ndarray:  # back to meters, y up
         pairs = [pair.split(",") for pair in element.get("points").split()]
         return np.array(pairs, float) / 100 * [1, -1]
 
@@ -122,7 +122,7 @@ def test_the_plan_is_to_scale(room, walk):
     drawn = [e for e in plan if e.get("class") == "object"]
     for item, element in zip(room.objects, drawn, strict=True):
         np.testing.assert_allclose(places(element), item.footprint(), atol=0.01)
-        assert element[0].text.startswith(f"{item.colour} {item.name}, ")
+        assert element[0].text.startswith(f"{item.color} {item.name}, ")
     assert [e.text for e in plan if e.tag == "text"] == [item.name for item in room.objects]
 
     way = places(next(e for e in plan if e.get("class") == "walk"))

@@ -18,7 +18,7 @@ from spa3r import (
 from spa3r.checkpoints import SPA3_VLM, SPA3R, VLM
 from spa3r.data import SceneBatches
 from spa3r.evaluation import evaluate_field
-from spa3r.rooms import COLOURS, FURNITURE
+from spa3r.rooms import COLORS, FURNITURE
 from spa3r.rooms.embedded import VIEW_SIZE, embedded_model, embedded_spa3r, embedded_vlm
 from spa3r.rooms.scenes import RoomScenes
 
@@ -45,10 +45,10 @@ def test_the_vlm_alone_looks_with_the_same_eyes():
     ours, its = model.vlm.state_dict(), alone.vlm.state_dict()
     assert ours.keys() == its.keys()
     for name, tensor in ours.items():
-        learnt = any(
+        learned = any(
             part in name for part in (*(f"language_model.layers.{i}." for i in range(2, 6)), "language_model.norm")
         )
-        assert torch.equal(tensor, its[name]) is not learnt, name
+        assert torch.equal(tensor, its[name]) is not learned, name
     assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
 
@@ -56,7 +56,7 @@ def test_the_tokenizer_knows_rooms_and_spells_the_rest():
     tokenizer = embedded_model()[1].tokenizer
     for text in ("How many chairs?", "Straße, 部屋, 🪑\n\t  two  spaces "):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
-    for word in (*FURNITURE, *(f"{colour} " for colour in COLOURS)):
+    for word in (*FURNITURE, *(f"{color} " for color in COLORS)):
         assert len(tokenizer(word).input_ids) == 1
     assert len(tokenizer("Is the gray table near the trash bin?").input_ids) < 25
     assert len(tokenizer("<|im_start|><|image_pad|><|vision_end|>").input_ids) == 3
@@ -99,7 +99,7 @@ def test_all_parts_have_a_say():
     other_pixels = inputs | {"pixel_values": -inputs["pixel_values"]}
     with torch.no_grad():
         logits, by_views, by_pixels = (model(**given).logits for given in (inputs, other_views, other_pixels))
-    assert (logits - by_views).abs().max() > 0.01  # the adapter has learnt little
+    assert (logits - by_views).abs().max() > 0.01  # the adapter has learned little
     assert (logits - by_pixels).abs().max() > 0.01
     assert {"camera", "depth"} == set(model.spa3r.backbone.config.heads)
 

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from spa3r.rooms import COLOURS, FURNITURE, LEVELS, Finish, Room, RoomLevel, RoomObject, generate_room
+from spa3r.rooms import COLORS, FURNITURE, LEVELS, Finish, Room, RoomLevel, RoomObject, generate_room
 from spa3r.rooms.finishes import PATTERNS
 
 SEEDS = range(40)
@@ -92,7 +92,7 @@ def test_the_door_stays_free():
         # Along a wall, x or y grows with the yaw of what leans on it.
         direction = {0: 1, 1: -1, 2: -1, 3: 1}[door.wall]
         points[:, along_axis] = direction * (door.along + t)
-        assert (room.clearance(points) > 0.07).all()  # a neighbour along the same wall may be 0.08 m beside it
+        assert (room.clearance(points) > 0.07).all()  # a neighbor along the same wall may be 0.08 m beside it
 
 
 @pytest.mark.parametrize("name", FURNITURE)
@@ -104,11 +104,11 @@ def test_meshes_fill_their_box_exactly(name, extreme):
     w, d, h = size
     np.testing.assert_allclose(points.min(axis=0), [-w / 2, -d / 2, 0], atol=1e-9)
     np.testing.assert_allclose(points.max(axis=0), [w / 2, d / 2, h], atol=1e-9)
-    assert any(part.finish.rgb == COLOURS["red"] for part in item.parts())
+    assert any(part.finish.rgb == COLORS["red"] for part in item.parts())
 
 
 def test_classes_are_many_and_made_of_several_parts():
-    assert len(FURNITURE) >= 10 and len(COLOURS) >= 8
+    assert len(FURNITURE) >= 10 and len(COLORS) >= 8
     for name in FURNITURE:
         assert len(RoomObject(name, "red", (0, 0, 0), FURNITURE[name].smallest, 0.0).parts()) >= 2, name
 
@@ -154,9 +154,9 @@ def test_a_level_of_ones_own():
     assert isinstance(level, RoomLevel)
 
 
-def test_unknown_class_and_colour_errors():
+def test_unknown_class_and_color_errors():
     with pytest.raises(ValueError, match=r"^RoomObject.name: wanted one of bed, sofa, .*, got 'throne'; take a listed"):
         RoomObject("throne", "red", (0, 0, 0.5), (1, 1, 1), 0.0)
-    with pytest.raises(ValueError, match=r"^RoomObject.colour: wanted one of red, orange, .*, got 'mauve'; take a"):
+    with pytest.raises(ValueError, match=r"^RoomObject.color: wanted one of red, orange, .*, got 'mauve'; take a"):
         RoomObject("chair", "mauve", (0, 0, 0.5), (1, 1, 1), 0.0)
     assert Finish((1.0, 1.0, 1.0)).pattern == "plain"

@@ -55,7 +55,7 @@ def answer_of(row: dict) -> str:
 
 def thing(walk: RoomWalk, name: str) -> int:
     """The one object that fits the name."""
-    fits = [k for k, item in enumerate(walk.room.objects) if name in (item.name, f"{item.colour} {item.name}")]
+    fits = [k for k, item in enumerate(walk.room.objects) if name in (item.name, f"{item.color} {item.name}")]
     assert len(fits) == 1, (name, fits)
     return fits[0]
 
@@ -108,7 +108,7 @@ def test_distances_of_any_pair_agree_with_points(walks):
         np.testing.assert_array_equal(walk.distances, walk.distances.T)
 
 
-def test_sizes_are_the_longest_dimension_in_centimetres(asked):
+def test_sizes_are_the_longest_dimension_in_centimeters(asked):
     for walk, row in of_type(asked, "object_size"):
         item = walk.room.objects[thing(walk, re.search(r"\) of the (.+), measured", row["question"])[1])]
         assert float(row["ground_truth"]) == pytest.approx(100 * max(item.size), abs=0.5)
@@ -206,7 +206,7 @@ def test_whatever_is_asked_about_is_seen(asked):
 
 def hand_made(*places: tuple[str, str, float, float]) -> RoomWalk:
     """A room of 8 x 8 m with cubes of half a metre; picture i shows object i for the first time."""
-    objects = tuple(RoomObject(name, colour, (x, y, 0.25), (0.5, 0.5, 0.5), 0.0) for name, colour, x, y in places)
+    objects = tuple(RoomObject(name, color, (x, y, 0.25), (0.5, 0.5, 0.5), 0.0) for name, color, x, y in places)
     room = replace(generate_room(0), objects=objects, size=(8.0, 8.0, 2.6))
     return RoomWalk(room, np.triu(np.full((len(places), len(places)), 0.1)).T)
 

@@ -13,7 +13,7 @@ import pytest
 
 import spa3r.rooms
 from spa3r.rooms import (
-    COLOURS,
+    COLORS,
     FURNITURE,
     LEVELS,
     Cameras,
@@ -104,7 +104,7 @@ def test_views_agree_on_depth_and_ids(scene):
         ids = views.instance_ids[a].ravel()[in_camera[:, 2] > 0.1]
         in_camera = in_camera[in_camera[:, 2] > 0.1]
         uv = (in_camera @ views.intrinsics[b].T)[:, :2] / in_camera[:, 2:]
-        # Only points near a pixel's centre, so that the pixel's own point is near too.
+        # Only points near a pixel's center, so that the pixel's own point is near too.
         near = (np.abs(uv - np.floor(uv) - 0.5) < 0.15).all(axis=1) & (uv >= 0).all(axis=1)
         near &= (uv < [width, height]).all(axis=1)
         u, v = np.floor(uv[near]).astype(int).T
@@ -135,16 +135,16 @@ def test_right_is_right_and_down_is_down():
 
 
 @pytest.mark.parametrize("name", FURNITURE)
-def test_every_class_shows_its_colour(name):
+def test_every_class_shows_its_color(name):
     size = FURNITURE[name].largest
     pictures = {}
-    for colour in ("red", "blue"):
-        item = RoomObject(name, colour, (0.0, 0.0, size[2] / 2), size, -np.pi / 2)  # its front looks at -x
+    for color in ("red", "blue"):
+        item = RoomObject(name, color, (0.0, 0.0, size[2] / 2), size, -np.pi / 2)  # its front looks at -x
         room = dataclasses.replace(generate_room(0), size=(7.0, 7.0, 2.6), objects=(item,), fixtures=())
         views = render(room, looking_at((0.0, 0.0, size[2] + 0.3), distance=2.5, yaw=0.0), antialias=1)
-        pictures[colour] = views.images[0][views.instance_ids[0] == 1].astype(float)
+        pictures[color] = views.images[0][views.instance_ids[0] == 1].astype(float)
     assert len(pictures["red"]) > 40
-    red_minus_blue = {colour: (pixels[:, 0] - pixels[:, 2]).mean() for colour, pixels in pictures.items()}
+    red_minus_blue = {color: (pixels[:, 0] - pixels[:, 2]).mean() for color, pixels in pictures.items()}
     assert red_minus_blue["red"] > red_minus_blue["blue"] + 10
 
 
@@ -176,7 +176,7 @@ def test_antialiasing_changes_edges_of_the_picture_only():
     assert (hard.depth == soft.depth).all() and (hard.instance_ids == soft.instance_ids).all()
     changed = (hard.images != soft.images).any(axis=-1)
     assert 0.02 < changed.mean() < 0.6
-    # An edge pixel of the soft picture lies between its neighbours: the picture varies less.
+    # An edge pixel of the soft picture lies between its neighbors: the picture varies less.
     assert (
         np.abs(np.diff(soft.images.astype(int), axis=2)).mean()
         < np.abs(np.diff(hard.images.astype(int), axis=2)).mean()
@@ -210,7 +210,7 @@ print(sorted({{"torch", "transformers", "embreex"}} & set(sys.modules)))
     assert run_python(code) == "[]"
 
 
-def test_views_do_not_depend_on_their_neighbours():
+def test_views_do_not_depend_on_their_neighbors():
     room = generate_room(6, level=3)
     cameras = camera_walk(room, 5)
     together = render(room, cameras)
@@ -227,7 +227,7 @@ def test_all_objects_are_seen_on_a_long_walk():
     assert not missed
 
 
-def test_neighbouring_views_overlap(scene):
+def test_neighboring_views_overlap(scene):
     _, views = scene
     points = points_of(views)
     height, width = views.depth.shape[1:]
@@ -261,8 +261,8 @@ def test_a_missing_embreex_says_what_to_install(monkeypatch):
         render(room, camera_walk(room, 1))
 
 
-def test_colours_are_albedos():
-    assert all(0 <= channel <= 1 for rgb in COLOURS.values() for channel in rgb)
+def test_colors_are_albedos():
+    assert all(0 <= channel <= 1 for rgb in COLORS.values() for channel in rgb)
 
 
 def test_a_picture_without_an_edge():

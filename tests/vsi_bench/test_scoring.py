@@ -121,12 +121,10 @@ def test_missing_tasks_and_levels_are_left_out_of_the_means():
 
 
 def test_unknown_types_are_refused_everywhere():
-    row = number_row(1, "object_colour") | {"score": 1.0}
+    row = number_row(1, "object_color") | {"score": 1.0}
     calls = (lambda: make_prompt(row), lambda: score_prediction(row, "1"), lambda: aggregate([row]))
     for call in calls:
-        with pytest.raises(
-            ValueError, match=r"`question_type` must be a type of VSI-Bench \(.*\), got 'object_colour'"
-        ):
+        with pytest.raises(ValueError, match=r"`question_type` must be a type of VSI-Bench \(.*\), got 'object_color'"):
             call()
     assert is_choice("route_planning") and not is_choice("object_counting")
 

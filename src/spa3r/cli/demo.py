@@ -74,7 +74,7 @@ def _embedded_vlms() -> tuple[Loaded, Loaded, str]:
 def _ask_with_and_without(
     rows: list[dict[str, Any]], frames: Sequence[np.ndarray], with_spa3r: Loaded, without: Loaded
 ) -> tuple[list[AskedQuestion], dict[str, float]]:
-    """Two answers to every question, and the overall scores, per cent."""
+    """Two answers to every question, and the overall scores, percent."""
     import PIL.Image
 
     from spa3r.evaluation import evaluate_answers

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from spa3r.rooms import COLOURS
+from spa3r.rooms import COLORS
 from spa3r.vsi_bench.format import is_choice
 from spa3r.vsi_bench.scoring import aggregate, score_prediction
 
@@ -20,7 +20,7 @@ BlindMethod = Literal["most_frequent", "best_constant", "question"]
 """How to answer without pictures; see :func:`blind_answers`."""
 
 _ENOUGH = 5  # training questions with the same words; with fewer the answer depends on the type only
-_COLOUR = re.compile(rf"\b({'|'.join(COLOURS)}) ")
+_COLOR = re.compile(rf"\b({'|'.join(COLORS)}) ")
 
 
 def blind_answers(
@@ -85,7 +85,7 @@ def _type(row: Row) -> str:
 
 
 def _words(row: Row) -> str:
-    return _COLOUR.sub("", row["question"])
+    return _COLOR.sub("", row["question"])
 
 
 def _grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
@@ -116,7 +116,7 @@ def _best(rows: Sequence[Row]) -> str:
 
 def _parts(row: Row, option: str) -> list[tuple[str, int, str]]:
     """Type, position and words of the parts of an option: "C. Turn Left, Turn Back" has two parts."""
-    listed = _COLOUR.sub("", option.partition(". ")[2]).split(", ")
+    listed = _COLOR.sub("", option.partition(". ")[2]).split(", ")
     return [(f"{row['question_type']} of {len(listed)}", place, words) for place, words in enumerate(listed)]
 
 

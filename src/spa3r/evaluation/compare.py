@@ -57,7 +57,7 @@ class RunComparison:
 
     def table(self) -> str:
         """Both scores, their difference and its 95 % interval by task, as a Markdown table."""
-        cells = [["per cent", "questions", "A", "B", "B − A", "95 % interval"]]
+        cells = [["percent", "questions", "A", "B", "B − A", "95 % interval"]]
         for name in [*list(self.scores)[1:], "overall"]:
             (first, second), (low, high) = self.scores[name], self.intervals[name]
             numbers = (f"{first:.1f}", f"{second:.1f}", f"{second - first:+.1f}", f"{low:+.1f} to {high:+.1f}")

@@ -346,8 +346,8 @@ def pose_distances(extrinsics: Tensor) -> Tensor:  # (V, 4, 4) -> (V, V)
     two centers is 1. If all cameras are at the same place, only the angle counts.
     """
     extrinsics = extrinsics.cpu().double()  # single precision is coarse near an angle of 0
-    rotation, centres = extrinsics[:, :3, :3], invert_extrinsics(extrinsics)[:, :3, 3]
+    rotation, centers = extrinsics[:, :3, :3], invert_extrinsics(extrinsics)[:, :3, 3]
     relative = rotation[:, None] @ rotation.transpose(-2, -1)
     angles = ((relative.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1).acos()
-    distances = torch.cdist(centres, centres)
+    distances = torch.cdist(centers, centers)
     return angles + distances / distances.max().clamp(min=1e-12)

@@ -154,7 +154,7 @@ def make_table(lines: list[Line]) -> str:
             for line in scored(lines)
         ]
     )
-    cells = [["per cent", "questions", "score", "95 % interval"]]
+    cells = [["percent", "questions", "score", "95 % interval"]]
     for name in [*list(report.scores)[1:], "overall"]:
         low, high = intervals[name]
         cells.append(

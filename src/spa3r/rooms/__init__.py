@@ -8,7 +8,7 @@ every fact is known. Plain numpy; the same seed and level give the same arrays, 
     views = render(room, cameras)
 """
 
-from spa3r.rooms.finishes import COLOURS, Finish
+from spa3r.rooms.finishes import COLORS, Finish
 from spa3r.rooms.furniture import FURNITURE, Furniture
 from spa3r.rooms.levels import LEVELS, RoomLevel
 from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
@@ -18,7 +18,7 @@ from spa3r.rooms.walk import CAMERA_CLEARANCE, Cameras, camera_walk
 
 __all__ = [
     "CAMERA_CLEARANCE",
-    "COLOURS",
+    "COLORS",
     "FURNITURE",
     "LEVELS",
     "QUESTION_TYPES",

@@ -16,7 +16,7 @@ import PIL.Image
 from matplotlib.figure import Figure
 
 from spa3r.page import TYPE_TITLES, bar, figure, html_options, html_table, image, make_page, png_of, said, section
-from spa3r.rooms import COLOURS, Cameras, Room
+from spa3r.rooms import COLORS, Cameras, Room
 from spa3r.vsi_bench.format import is_choice
 
 # Walls 0..3, at -x, -y, +x and +y: their positions, and the direction in which a fixture's `along` grows.
@@ -125,23 +125,23 @@ def floor_plan(room: Room, cameras: Cameras) -> str:
         is_door = fixture.bottom == 0
         shapes.append(line(ends, f'stroke="{_DOOR}" stroke-width="14"' if is_door else 'class="fixture"'))
     for item in room.objects:
-        colour = "#" + "".join(f"{round(255 * channel):02x}" for channel in COLOURS[item.colour])
-        title = escape(f"{item.colour} {item.name}, {' × '.join(f'{side:.2f}' for side in item.size)} m")
+        color = "#" + "".join(f"{round(255 * channel):02x}" for channel in COLORS[item.color])
+        title = escape(f"{item.color} {item.name}, {' × '.join(f'{side:.2f}' for side in item.size)} m")
         shapes.append(
-            f'<polygon points="{points(item.footprint())}" fill="{colour}" class="object"><title>{title}</title>'
+            f'<polygon points="{points(item.footprint())}" fill="{color}" class="object"><title>{title}</title>'
             "</polygon>"
         )
 
     rotation = np.asarray(cameras.extrinsics, np.float64)[:, :3, :3]
-    centres = -np.einsum("vji,vj->vi", rotation, np.asarray(cameras.extrinsics, np.float64)[:, :3, 3])[:, :2]
-    shapes.append(line(centres, 'class="walk"'))
-    for view, (centre, looks) in enumerate(zip(centres, rotation[:, 2, :2])):
+    centers = -np.einsum("vji,vj->vi", rotation, np.asarray(cameras.extrinsics, np.float64)[:, :3, 3])[:, :2]
+    shapes.append(line(centers, 'class="walk"'))
+    for view, (center, looks) in enumerate(zip(centers, rotation[:, 2, :2])):
         looks = looks / max(np.linalg.norm(looks), 1e-9)
         aside = np.array([-looks[1], looks[0]])
-        wedge = np.stack([centre, centre + 0.34 * looks + 0.16 * aside, centre + 0.34 * looks - 0.16 * aside])
+        wedge = np.stack([center, center + 0.34 * looks + 0.16 * aside, center + 0.34 * looks - 0.16 * aside])
         shapes.append(
             f'<polygon points="{points(wedge)}" class="camera"/>'
-            f'<circle cx="{scale * centre[0]:.0f}" cy="{-scale * centre[1]:.0f}" r="6" class="centre">'
+            f'<circle cx="{scale * center[0]:.0f}" cy="{-scale * center[1]:.0f}" r="6" class="center">'
             f"<title>view {view}</title></circle>"
         )
     for item in room.objects:

@@ -9,7 +9,7 @@ import numpy as np
 
 Rgb = tuple[float, float, float]
 
-COLOURS: dict[str, Rgb] = {
+COLORS: dict[str, Rgb] = {
     "red": (0.82, 0.13, 0.13),
     "orange": (0.95, 0.50, 0.10),
     "yellow": (0.95, 0.83, 0.16),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spa3r.rooms.finishes import COLOURS, Finish
+from spa3r.rooms.finishes import COLORS, Finish
 from spa3r.rooms.shapes import box, ellipsoid, frustum
 
 Size = tuple[float, float, float]
@@ -173,7 +173,7 @@ def _bookshelf(size: Size, finish: Finish) -> list[Part]:
         Part(np.concatenate(frame), finish),
         Part(box((-w / 2 + plank, w / 2 - plank), (d / 2 - 0.02, d / 2), (plank, h - plank)), _tinted(finish, 0.7)),
     ]
-    covers = [Finish(COLOURS[name]) for name in ("red", "blue", "white", "green", "yellow", "brown", "black")]
+    covers = [Finish(COLORS[name]) for name in ("red", "blue", "white", "green", "yellow", "brown", "black")]
     for row, z in enumerate(heights[:-1]):
         x, book = -w / 2 + plank + 0.01, 3 * row
         # Fixed but irregular widths and heights; every row leaves some empty space at its end.

@@ -100,12 +100,12 @@ class RoomWalk:
         ambiguous."""
         objects = self.room.objects
         classes = Counter(item.name for item in objects)
-        looks = Counter((item.name, item.colour) for item in objects)
+        looks = Counter((item.name, item.color) for item in objects)
         return [
             item.name
             if classes[item.name] == 1
-            else f"{item.colour} {item.name}"
-            if looks[item.name, item.colour] == 1
+            else f"{item.color} {item.name}"
+            if looks[item.name, item.color] == 1
             else None
             for item in objects
         ]

@@ -96,7 +96,7 @@ def _rays(room: Room, cameras: Cameras) -> tuple[np.ndarray, np.ndarray, np.ndar
     outside = np.flatnonzero((np.abs(centers - [0, 0, half[2]]) >= half).any(axis=1))
     if len(outside):
         raise ValueError(
-            f"extrinsics: wanted cameras inside the room of {room.size} metres, got view {outside[0]} at "
+            f"extrinsics: wanted cameras inside the room of {room.size} meters, got view {outside[0]} at "
             f"{centers[outside[0]].round(3).tolist()}; the world is the room's frame, origin mid-floor."
         )
     height, width = cameras.size

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spa3r.rooms.finishes import COLOURS, Finish, Rgb
+from spa3r.rooms.finishes import COLORS, Finish, Rgb
 from spa3r.rooms.furniture import FURNITURE, Part, Size
 from spa3r.rooms.levels import Range, RoomLevel, resolve_level
 from spa3r.rooms.shapes import box
@@ -22,7 +22,7 @@ _DOOR = (0.9, 2.0)  # width, height, meters
 _TRIES = 60  # places tried for an object
 _ATTEMPTS = 20  # rooms tried for a seed
 
-_WALL_COLOURS: tuple[Rgb, ...] = (
+_WALL_COLORS: tuple[Rgb, ...] = (
     (0.86, 0.80, 0.70),
     (0.70, 0.80, 0.86),
     (0.76, 0.85, 0.72),
@@ -49,7 +49,7 @@ class RoomObject:
 
     Attributes:
         name: class, a key of `FURNITURE`.
-        colour: name of the color of its main part, a key of `COLOURS` (a plant's pot, a television's bench, a bed's
+        color: name of the color of its main part, a key of `COLORS` (a plant's pot, a television's bench, a bed's
             blanket).
         center: center of the box in the room's frame, meters.
         size: width, depth, height along the object's own axes (x to its right, y to its back, z up), meters.
@@ -60,7 +60,7 @@ class RoomObject:
     """
 
     name: str
-    colour: str
+    color: str
     center: tuple[float, float, float]
     size: Size
     yaw: float
@@ -69,7 +69,7 @@ class RoomObject:
     contrast: float = 0.0
 
     def __post_init__(self):
-        for argument, value, known in (("name", self.name, FURNITURE), ("colour", self.colour, COLOURS)):
+        for argument, value, known in (("name", self.name, FURNITURE), ("color", self.color, COLORS)):
             if value not in known:
                 raise ValueError(
                     f"RoomObject.{argument}: wanted one of {', '.join(known)}, got {value!r}; take a listed one."
@@ -82,7 +82,7 @@ class RoomObject:
 
     def parts(self) -> list[Part]:
         """Meshes in the object's frame (origin on the floor, below its center) with their finishes."""
-        finish = Finish(COLOURS[self.colour], self.pattern, self.period, self.contrast)
+        finish = Finish(COLORS[self.color], self.pattern, self.period, self.contrast)
         return FURNITURE[self.name].build(self.size, finish)
 
     def footprint(self) -> np.ndarray:
@@ -289,7 +289,7 @@ def _place(
     smallest, largest = np.array(furniture.smallest), np.array(furniture.largest)
     spread = level.size_variation * rng.uniform(-0.5, 0.5, 3)
     width, depth, height = (float(extent) for extent in (smallest + largest) / 2 + spread * (largest - smallest))
-    colour = str(rng.choice(list(COLOURS)))
+    color = str(rng.choice(list(COLORS)))
     pattern, period, contrast = _draw_texture(
         rng, ("plain", "stripes", "checker", "mottle"), level.object_contrast, 0.12
     )
@@ -305,7 +305,7 @@ def _place(
             yaw = rng.uniform(-np.pi, np.pi) if level.any_yaw else np.pi / 2 * rng.integers(-2, 2)
             middle = rng.uniform(-half_floor, half_floor)
         center = (float(middle[0]), float(middle[1]), height / 2)
-        item = RoomObject(name, colour, center, (width, depth, height), float(yaw), pattern, period, contrast)
+        item = RoomObject(name, color, center, (width, depth, height), float(yaw), pattern, period, contrast)
         corners = item.footprint()
         if wall is None and (half_floor - np.abs(corners)).min() < _PASSAGE:
             continue
@@ -325,11 +325,11 @@ def _draw_texture(
 
 
 def _draw_walls(rng: np.random.Generator, level: RoomLevel) -> tuple[Finish, Finish, Finish, Finish]:
-    colours = rng.permutation(len(_WALL_COLOURS))[:4]  # four different ones: the color identifies the wall
+    colors = rng.permutation(len(_WALL_COLORS))[:4]  # four different ones: the color identifies the wall
     if not level.varied_walls:
-        colours = range(4)
+        colors = range(4)
     patterns = ("plain", "stripes", "bricks", "tiles", "mottle")
-    return tuple(Finish(_WALL_COLOURS[i], *_draw_texture(rng, patterns, level.wall_contrast, 0.35)) for i in colours)
+    return tuple(Finish(_WALL_COLORS[i], *_draw_texture(rng, patterns, level.wall_contrast, 0.35)) for i in colors)
 
 
 def _draw_fixtures(rng: np.random.Generator, level: RoomLevel, size: Size) -> list[Fixture]:

@@ -172,7 +172,7 @@ def _loop(rng: np.random.Generator, room: Room) -> np.ndarray:
     return cells[tuple(np.array(path).T)]
 
 
-_NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
+_NEIGHBORS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
 
 
 def _travel(cost: np.ndarray, goal: tuple[int, int]) -> np.ndarray:
@@ -182,7 +182,7 @@ def _travel(cost: np.ndarray, goal: tuple[int, int]) -> np.ndarray:
     best[goal[0] + 1, goal[1] + 1] = 0
     inner = best[1:-1, 1:-1]
     while True:
-        ways = [best[1 + i : 1 + i + x, 1 + j : 1 + j + y] + cost * np.hypot(i, j) for i, j in _NEIGHBOURS]
+        ways = [best[1 + i : 1 + i + x, 1 + j : 1 + j + y] + cost * np.hypot(i, j) for i, j in _NEIGHBORS]
         shorter = np.minimum(inner, np.min(ways, axis=0))
         if np.array_equal(shorter, inner):
             return inner
@@ -195,7 +195,7 @@ def _descend(travel: np.ndarray, start: tuple[int, int]) -> list[tuple[int, int]
     padded = np.pad(travel, 1, constant_values=np.inf)
     while travel[cell] > 0:
         path.append(cell)
-        cell = min(((cell[0] + i, cell[1] + j) for i, j in _NEIGHBOURS), key=lambda c: padded[c[0] + 1, c[1] + 1])
+        cell = min(((cell[0] + i, cell[1] + j) for i, j in _NEIGHBORS), key=lambda c: padded[c[0] + 1, c[1] + 1])
     return path
 
 
