@@ -11,6 +11,7 @@ The weights are random but alive: every matrix keeps the scale of its input and 
 picture in the wrong place changes the logits.
 """
 
+import inspect
 import json
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.models.smolvlm import processing_smolvlm
+from transformers.utils.import_utils import is_torchvision_greater_or_equal
 
 # SmolVLM's processor spells the number of a video's frames with num2words, and will not start without the package.
 processing_smolvlm.num2words = processing_smolvlm.num2words or str
@@ -77,6 +79,9 @@ class Family:
 
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 4096}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+# The color of the padding follows from it where it is given, as in every released folder; transformers below 5.21 pads
+# with gray where it is the class's default.
+CLIP_MEAN = {"image_mean": [0.48145466, 0.4578275, 0.40821073]}
 # A square tower: 28 x 28 pixels in 4 x 4 patches.
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOWER |= {"image_size": 28, "patch_size": 7}
@@ -158,6 +163,8 @@ QWEN3_5_TEXT = {
 
 def _idefics(name: str, video: tuple[str, dict] | None) -> Family:
     """Families that cut a large picture into tiles, and pad the pictures of a batch to the longest sample."""
+    # AutoProcessor loads the class for Pillow where torchvision has no Lanczos resampling.
+    backend = "" if is_torchvision_greater_or_equal("0.27") else "Pil"
     return Family(
         tokens=IDEFICS_TOKENS,
         more_tokens=IDEFICS_MORE,
@@ -165,7 +172,10 @@ def _idefics(name: str, video: tuple[str, dict] | None) -> Family:
         opening="<|im_start|>",
         picture="<image>",
         processor=(f"{name}Processor", {"image_seq_len": 4}),
-        image=(f"{name}ImageProcessor", {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}),
+        image=(
+            f"{name}ImageProcessor{backend}",
+            {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}},
+        ),
         video=video,
         text={"model_type": "llama"},
         vision=TOWER,
@@ -498,7 +508,7 @@ FAMILIES: dict[str, Family] = {
         adds_bos=True,
         picture="<image_placeholder>",
         processor=("DeepseekVLProcessor", {"num_image_tokens": 16}),
-        image=("DeepseekVLImageProcessor", {"size": SQUARE}),
+        image=("DeepseekVLImageProcessor", {"size": SQUARE, **CLIP_MEAN}),
         text={"model_type": "llama"},
         vision=SIGLIP,
         config={"image_token_id": "<image_placeholder>"},
@@ -517,7 +527,7 @@ FAMILIES: dict[str, Family] = {
         adds_bos=True,
         picture="<image_placeholder>\n",
         processor=("JanusProcessor", {"num_image_tokens": 16}),
-        image=("JanusImageProcessor", {"size": SQUARE}),
+        image=("JanusImageProcessor", {"size": SQUARE, **CLIP_MEAN}),
         text={"model_type": "llama"},
         vision={
             "hidden_size": 32,
@@ -699,3 +709,15 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple
             else:
                 parameter.add_((0.1 * noise).to(parameter.dtype))
     return model.eval(), processor
+
+
+def image_features(model, inputs: dict):
+    """What the model makes of the pictures, by the arguments that its base model names."""
+    function = model.base_model.get_image_features
+    kwargs = {name: inputs[name] for name in inspect.signature(function).parameters if name in inputs}
+    return function(**kwargs, return_dict=True)
+
+
+def without_pixels(inputs: dict) -> dict:
+    """The batch less the pictures; the small tensors about them stay."""
+    return {name: value for name, value in inputs.items() if name != "pixel_values"}

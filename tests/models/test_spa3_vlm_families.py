@@ -9,7 +9,9 @@ from functools import cached_property
 
 import pytest
 import torch
+import transformers
 from media import noise, user
+from packaging.version import Version
 from tiny import alive, realigned, relative_error, spa3r_config, vggt_config
 from transformers import (
     AutoModelForImageTextToText,
@@ -18,7 +20,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 from transformers.generation import BaseStreamer
-from vlm_families import FAMILIES, build
+from vlm_families import FAMILIES, build, image_features, without_pixels
 
 from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
 
@@ -139,8 +141,12 @@ def test_untouched_it_is_the_plain_vlm_to_the_bit(composed, tmp_path):
         {"num_beams": 3},
         {"do_sample": True, "num_return_sequences": 2, "top_k": 0, "temperature": 2.0},
     ):
-        words = []
-        for model, inputs in ((fresh, row), (composed.vlm, without_views(row))):
+        words, plain = [], without_views(row)
+        if composed.name.startswith("qwen3_5") and Version(transformers.__version__) < Version("5.21"):
+            # The plain VLM repeats the pixels of copies in a wrong order there, and the tokens of pictures rightly.
+            features = image_features(composed.vlm, plain)
+            plain = without_pixels(plain) | {"mm_encoder_outputs": {"image": features}}
+        for model, inputs in ((fresh, row), (composed.vlm, plain)):
             torch.manual_seed(3)
             words.append(generate(composed, inputs, model, **kwargs).words)
         assert torch.equal(*words), kwargs

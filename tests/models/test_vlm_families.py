@@ -5,15 +5,13 @@ and handed back without a bit of difference; a save and load without a network; 
 reading order.
 """
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import realigned
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vlm_families import FAMILIES, build, build_processor
+from vlm_families import FAMILIES, build, build_processor, image_features, without_pixels
 
 # Two processors of transformers still use an old protocol of NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -53,13 +51,6 @@ def make_inputs(processor, conversations: list) -> dict:
     )
 
 
-def image_features(model, inputs: dict):
-    """What the model makes of the pictures, by the arguments that its base model names."""
-    function = model.base_model.get_image_features
-    kwargs = {name: inputs[name] for name in inspect.signature(function).parameters if name in inputs}
-    return function(**kwargs, return_dict=True)
-
-
 def flat(features) -> torch.Tensor:
     """All feature rows, in order."""
     return torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in features.pooler_output])
@@ -76,11 +67,6 @@ def generate(model, inputs: dict, **kwargs) -> torch.Tensor:
     """Greedy words after the prompts."""
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     return model.generate(**inputs, **{"max_new_tokens": 4, "do_sample": False} | kwargs)
-
-
-def without_pixels(inputs: dict) -> dict:
-    """The batch less the pictures; the small tensors about them stay."""
-    return {name: value for name, value in inputs.items() if name != "pixel_values"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
