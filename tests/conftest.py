@@ -4,6 +4,7 @@ import os
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for one another
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 pytest.register_assert_rewrite("tiny")
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, which processes inherit
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
