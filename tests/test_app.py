@@ -31,11 +31,10 @@ from gradio_client.exceptions import AppError
 
 from spa3r.app import DAY, Demo, Limits, UnseenRoom, build_app
 from spa3r.cli.main import app
-from spa3r.page import TYPE_TITLES
 from spa3r.rooms import room_questions
 from spa3r.rooms.embedded import ROOMS_NOTE, embedded_model
 from spa3r.rooms.instructions import RoomQuestions
-from spa3r.vsi_bench.format import make_prompt
+from spa3r.vsi_bench.format import TYPE_TITLES, make_prompt
 
 QUESTION = "What do you see?"
 SIZE_QUESTION = "What is the size of this room?"

@@ -5,7 +5,18 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "torchvision", "transformers", "numpy", "xformers", "matplotlib", "einops", "av", "huggingface_hub")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "numpy",
+    "xformers",
+    "matplotlib",
+    "einops",
+    "av",
+    "huggingface_hub",
+    "jinja2",
+)
 ALL_HELP = """
 import click, sys
 from contextlib import redirect_stdout

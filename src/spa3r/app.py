@@ -25,11 +25,10 @@ from spa3r.media.files import HEIF, PICTURES, VIDEOS, can_read_heif
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3_vlm.scenes import EncodedScene, SceneCache
-from spa3r.page import TYPE_TITLES
 from spa3r.rooms import room_questions
 from spa3r.rooms.instructions import FIRST_TEST_SEED, RoomQuestions
 from spa3r.rooms.room import check_seed
-from spa3r.vsi_bench.format import make_prompt
+from spa3r.vsi_bench.format import TYPE_TITLES, make_prompt
 
 try:
     import gradio as gr

@@ -181,7 +181,7 @@ def test_a_table_puts_reports_side_by_side():
         "without": scored(*((kind, truth, "2") for kind, truth in questions)),
     }
     assert score_table(reports) == (
-        "| per cent             | questions | with Spa3R | without |\n"
+        "| percent              | questions | with Spa3R | without |\n"
         "|----------------------|-----------|------------|---------|\n"
         "| object counting      | 1         | 100.0      | 10.0    |\n"
         "| object rel direction | 1         | 100.0      | 0.0     |\n"

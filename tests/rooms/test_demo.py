@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from spa3r.rooms import camera_walk, generate_room, render
-from spa3r.rooms.demo import TYPE_TITLES, AskedQuestion, floor_plan, room_report
-from spa3r.vsi_bench.format import CHOICE_TYPES, NUMBER_TYPES
+from spa3r.rooms.demo import AskedQuestion, floor_plan, room_report
+from spa3r.tables import Table
+from spa3r.vsi_bench.format import CHOICE_TYPES, NUMBER_TYPES, TYPE_TITLES
 
 HOSTILE = '</td><script>alert("&")</script>'
 QUESTIONS = [
@@ -22,7 +23,7 @@ QUESTIONS = [
         "object_rel_direction_easy", "Where is it?\nOptions:\nA. left\nB. right", "b. right", "B", 1.0, "", 0.0
     ),
 ]
-TABLE = "|         | cosine ↑ |\n|---------|----------|\n| model   | 0.75     |\n| nearest | 0.25     |"
+TABLE = Table(["", "cosine ↑"], [["model", "0.75"], ["nearest", "0.25"]])
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,8 @@ def test_bars_are_as_long_as_the_scores(page):
     assert widths == [f"width:{width}%" for width in (75, 0, 50, 0, 100, 0)]
 
 
-def test_a_markdown_table_becomes_one_of_the_page(page):
+def test_a_table_is_the_same_in_the_terminal_and_on_the_page(page):
+    assert TABLE == "|         | cosine ↑ |\n|---------|----------|\n| model   | 0.75     |\n| nearest | 0.25     |"
     cells = re.search(r'<table class="numbers">(.*?)</table>', page, re.DOTALL)[1]
     assert re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", cells) == ["", "cosine ↑", "model", "0.75", "nearest", "0.25"]
 

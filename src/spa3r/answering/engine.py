@@ -6,6 +6,7 @@ print(score_table({"with Spa3R": report}))
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ from transformers.utils import logging
 
 from spa3r.models.base import finite_logits
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import VIEW_KEYS
+from spa3r.tables import Table
 from spa3r.vsi_bench.format import CHOICE_TYPES, NUMBER_TYPES
-from spa3r.vsi_bench.scoring import aggregate, score_prediction
+from spa3r.vsi_bench.scoring import aggregate, score_prediction, task_of, task_title
 
 Example = Mapping[str, Any]
 """``messages`` in the chat format of Hugging Face, ending with the assistant's true answer. Optional keys:
@@ -77,7 +79,8 @@ class AnswerReport:
         types = [answer.question_type for answer in self.answers]
         known = [question_type for question_type in types if question_type in (*CHOICE_TYPES, *NUMBER_TYPES)]
         counts = {"overall": len(known), EXACT_MATCH: len(types) - len(known)}
-        return {name: counts.get(name, sum(t.startswith(_task(name)) for t in known)) for name in self.scores}
+        tasks = Counter(task_title(task_of(question_type)) for question_type in known)
+        return {name: counts.get(name, tasks[task_title(name)]) for name in self.scores}
 
     def to_dict(self) -> dict[str, Any]:
         """All scores and answers, ready for JSON."""
@@ -181,7 +184,7 @@ def score_answer(example: Example, answer: str) -> ScoredAnswer:
     return ScoredAnswer(name, question_type, _text(questions[-1]), answer, truth, score)
 
 
-def score_table(reports: Mapping[str, AnswerReport]) -> str:
+def score_table(reports: Mapping[str, AnswerReport]) -> Table:
     """Scores of several reports by task, as a Markdown table that is readable as plain text.
 
     Args:
@@ -190,17 +193,8 @@ def score_table(reports: Mapping[str, AnswerReport]) -> str:
     scores = [report.scores for report in reports.values()]
     counts = next(iter(reports.values())).counts
     names = sorted(counts, key=lambda name: name in ("overall", EXACT_MATCH))  # tasks first
-    cells = [["per cent", "questions", *reports]]
-    cells += [[_task(name).replace("_", " "), str(counts[name]), *(f"{s[name]:.1f}" for s in scores)] for name in names]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def _task(score: str) -> str:
-    """``object_counting`` of ``object_counting_MRA:.5:.95:.05``."""
-    return score.removesuffix("_accuracy").removesuffix("_MRA:.5:.95:.05")
+    rows = [[task_title(name), str(counts[name]), *(f"{s[name]:.1f}" for s in scores)] for name in names]
+    return Table(["percent", "questions", *reports], rows)
 
 
 def _answers(

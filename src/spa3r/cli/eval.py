@@ -316,7 +316,7 @@ def report_command(
 
 
 def _told(run: EvaluationRun) -> str:
-    from spa3r.evaluation.run_folder import told_missing
+    from spa3r.evaluation.run_folder import missing_note
 
     benchmark, missing = run.about["benchmark"], run.about["missing"]
     lines = [
@@ -325,5 +325,5 @@ def _told(run: EvaluationRun) -> str:
         run.table(),
     ]
     if missing["questions"]:
-        lines += ["", told_missing(missing), *(f"  {scene}: {why}" for scene, why in missing["scenes"].items())]
+        lines += ["", missing_note(missing), *(f"  {scene}: {why}" for scene, why in missing["scenes"].items())]
     return "\n".join(lines)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spa3r.evaluation.run_folder import EvaluationRun, Line, changes, markdown, task_title
+from spa3r.evaluation.run_folder import EvaluationRun, Line, changes
+from spa3r.tables import Table
 from spa3r.vsi_bench.intervals import difference_intervals
-from spa3r.vsi_bench.scoring import aggregate, task_of
+from spa3r.vsi_bench.scoring import aggregate, task_of, task_title
 
 HALF = 0.5
 """An answer that scores more counts as right for the number of flips; for choices that is the true letter."""
@@ -55,14 +56,14 @@ class RunComparison:
     left_out: int
     changed: list[str]
 
-    def table(self) -> str:
+    def table(self) -> Table:
         """Both scores, their difference and its 95 % interval by task, as a Markdown table."""
-        cells = [["percent", "questions", "A", "B", "B − A", "95 % interval"]]
+        rows = []
         for name in [*list(self.scores)[1:], "overall"]:
             (first, second), (low, high) = self.scores[name], self.intervals[name]
             numbers = (f"{first:.1f}", f"{second:.1f}", f"{second - first:+.1f}", f"{low:+.1f} to {high:+.1f}")
-            cells.append([task_title(name), str(self.counts[name]), *numbers])
-        return markdown(cells)
+            rows.append([task_title(name), str(self.counts[name]), *numbers])
+        return Table(["percent", "questions", "A", "B", "B − A", "95 % interval"], rows)
 
     def to_dict(self) -> dict[str, Any]:
         """All results, ready for JSON."""

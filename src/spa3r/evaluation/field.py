@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity, interpolate
 from spa3r.models.cameras import invert_extrinsics
 from spa3r.models.packing import ViewLayout, as_list
 from spa3r.models.spa3r.modeling_spa3r import Spa3RField, Spa3RForPreTraining
+from spa3r.tables import Table
 
 Predictor = Literal["model", "context_mean", "nearest_view", "shuffled_latents", "shuffled_cameras"]
 Metric = Literal["geometry_cosine", "geometry_error", "semantic_cosine", "semantic_error", "depth_error"]
@@ -135,18 +136,16 @@ class FieldReport:
             "gap_closed_from_shuffles": {m: _or_none(gap) for m, gap in self.gap_closed_from_shuffles.items()},
         }
 
-    def table(self) -> str:
-        """The report as a Markdown table that is also readable as plain text; ± is the standard error over scenes."""
+    def table(self) -> Table:
+        """The report as a table; ± is the standard error over scenes."""
         metrics = list(self.rows["model"])
-        cells = [["", *(f"{m.replace('_', ' ')} {'↑' if m.endswith('cosine') else '↓'}" for m in metrics)]]
+        head = ["", *(f"{m.replace('_', ' ')} {'↑' if m.endswith('cosine') else '↓'}" for m in metrics)]
+        rows = []
         for predictor, measures in self.rows.items():
-            cells.append([TITLES[predictor], *(_cell(measures.get(metric, Measure())) for metric in metrics)])
+            rows.append([TITLES[predictor], *(_cell(measures.get(metric, Measure())) for metric in metrics)])
         for title, gaps in (("gap closed", self.gap_closed), ("from the shuffles too", self.gap_closed_from_shuffles)):
-            cells.append([title, *("–" if math.isnan(gap) else f"{100 * gap:.0f} %" for gap in gaps.values())])
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-        return "\n".join(lines)
+            rows.append([title, *("–" if math.isnan(gap) else f"{100 * gap:.0f} %" for gap in gaps.values())])
+        return Table(head, rows)
 
 
 def _or_none(value: float) -> float | None:

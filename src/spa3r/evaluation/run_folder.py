@@ -31,9 +31,10 @@ from spa3r.checks import check_types, is_number, is_of_type, shorten, type_words
 from spa3r.disk import read_json_object, write_whole, writing
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.secret import hidden
+from spa3r.tables import Table
 from spa3r.vsi_bench.format import is_choice
 from spa3r.vsi_bench.intervals import SAMPLES, SEED, score_intervals
-from spa3r.vsi_bench.scoring import aggregate, score_prediction
+from spa3r.vsi_bench.scoring import aggregate, score_prediction, task_title
 
 logger = logging.get_logger(__name__)
 
@@ -135,7 +136,7 @@ class EvaluationRun:
         """In percent: ``"overall"`` and the tasks that occur, as :func:`~spa3r.evaluation.aggregate` returns them."""
         return aggregate(scored(self.answers))
 
-    def table(self) -> str:
+    def table(self) -> Table:
         """The scores by task as a Markdown table, with the number of questions and 95 % intervals over scenes."""
         return make_table(self.answers)
 
@@ -145,7 +146,7 @@ def scored(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [line for line in lines if line["score"] is not None]
 
 
-def make_table(lines: list[Line]) -> str:
+def make_table(lines: list[Line]) -> Table:
     """As :meth:`EvaluationRun.table`."""
     intervals = score_intervals(scored(lines))
     report = AnswerReport(
@@ -154,32 +155,19 @@ def make_table(lines: list[Line]) -> str:
             for line in scored(lines)
         ]
     )
-    cells = [["percent", "questions", "score", "95 % interval"]]
+    rows = []
     for name in [*list(report.scores)[1:], "overall"]:
         low, high = intervals[name]
-        cells.append(
+        rows.append(
             [task_title(name), str(report.counts[name]), f"{report.scores[name]:.1f}", f"{low:.1f} to {high:.1f}"]
         )
-    return markdown(cells)
+    return Table(["percent", "questions", "score", "95 % interval"], rows)
 
 
-def task_title(name: str) -> str:
-    """Convert ``object_counting_MRA:.5:.95:.05`` to ``object counting``."""
-    return name.partition("_MRA")[0].removesuffix("_accuracy").replace("_", " ")
-
-
-def told_missing(missing: Mapping[str, Any]) -> str:
+def missing_note(missing: Mapping[str, Any]) -> str:
     """What happened to questions without frames, from ``about["missing"]``."""
     became = {"skip": "left out of the scores", "zero": "scored 0"}[missing["choice"]]
     return f"Questions without frames to look at: {missing['questions']}, {became}."
-
-
-def markdown(cells: list[list[str]]) -> str:
-    """A Markdown table with headings in the first row, also readable as plain text."""
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
 
 
 # Lines of answers

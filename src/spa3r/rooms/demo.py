@@ -9,27 +9,21 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 import PIL.Image
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from spa3r.page import TYPE_TITLES, bar, figure, html_options, html_table, image, make_page, png_of, said, section
+from spa3r.page import Answer, Question, data_url, environment, render_page
 from spa3r.rooms import COLORS, Cameras, Room
-from spa3r.vsi_bench.format import is_choice
+from spa3r.tables import Table
 
 # Walls 0..3, at -x, -y, +x and +y: their positions, and the direction in which a fixture's `along` grows.
 _WALLS = (((-1, 0), (0, 1)), ((0, -1), (-1, 0)), ((1, 0), (0, -1)), ((0, 1), (1, 0)))
 
-LEAD = (
-    "Spa3R turns views of a place into one spatial representation; a vision-language model that looks at it answers "
-    "questions about the place. Here is one room, every question with its true answer, and what the model says with "
-    "Spa3R and without."
-)
-
-_DOOR = "#8a5a2b"
-_PIXELS = 160  # minimum size of a view's longer side: smaller ones are enlarged without blur
+_MARGIN = 0.35  # meters around the room in the plan
+_PIXELS = 160  # minimum size of a view's longer side on the page
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,15 @@ class AskedQuestion:
     answer_without_spa3r: str
     score_without_spa3r: float
 
+    def for_page(self) -> Question:
+        """The question as :func:`room_report` shows it."""
+        text, _, options = self.question.partition("\nOptions:\n")
+        answers = (
+            Answer("With Spa3R", self.answer, self.score),
+            Answer("Without", self.answer_without_spa3r, self.score_without_spa3r, "without"),
+        )
+        return Question(self.question_type, text, options.splitlines(), self.truth, answers)
+
 
 def room_report(
     views: Sequence[np.ndarray],
@@ -64,7 +67,7 @@ def room_report(
     facts: Mapping[str, str],
     note: str = "",
     figures: Mapping[str, Figure] | None = None,
-    table: str = "",
+    table: Table | None = None,
     command: str = "",
 ) -> str:
     """A page about one room: its views, the questions and the answers with and without Spa3R.
@@ -78,26 +81,32 @@ def room_report(
         facts: Facts about room, model and weights, by name.
         note: A warning at the top, such as that the answers come from untrained weights.
         figures: More pictures, by their captions.
-        table: A Markdown table below the figures.
+        table: A table below the figures.
         command: The command that creates the same page again.
 
     Returns:
         An HTML document with its pictures inside.
     """
-    sections = [
-        section("The room", figure(floor_plan(room, cameras), _plan_caption(room)) + _views(views), "room"),
-        section(
-            "Questions", _summary(scores, len(questions)) + "".join(map(_question, questions)), "questions", "cards"
-        ),
-    ]
-    if figures or table:
-        pictures = "".join(figure(image(png_of(drawn), caption), caption) for caption, drawn in figures.items())
-        title = "The feature field of views that it was not shown"
-        sections.append(section(title, pictures + html_table(table), "field"))
-    return make_page("A room that it has never seen", LEAD, facts, sections, note, command)
+    pictures = [data_url(PIL.Image.fromarray(np.asarray(view)), _PIXELS) for view in views]
+    return render_page(
+        "room.html",
+        facts,
+        note,
+        command,
+        room=room,
+        plan=Markup(floor_plan(room, cameras)),
+        pictures=list(enumerate(pictures)),
+        scores=scores,
+        questions=[asked.for_page() for asked in questions],
+        figures=[(caption, _figure_url(drawn)) for caption, drawn in (figures or {}).items()],
+        table=table,
+    )
 
 
-# Parts of the page
+def _figure_url(figure: Figure) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return data_url(PIL.Image.open(file))
 
 
 def floor_plan(room: Room, cameras: Cameras) -> str:
@@ -107,107 +116,28 @@ def floor_plan(room: Room, cameras: Cameras) -> str:
         room: The room.
         cameras: Cameras of the views, in the room's frame.
     """
-    length, width, _ = room.size
-    margin, scale = 0.35, 100  # meters around the room, units per meter
-
-    def points(places: np.ndarray) -> str:  # (N, 2) meters, y up -> units, y down
-        return " ".join(f"{scale * x:.0f},{-scale * y:.0f}" for x, y in np.asarray(places))
-
-    def line(places: np.ndarray, style: str) -> str:
-        return f'<polyline points="{points(places)}" fill="none" {style}/>'
-
-    corners = np.array([[-length, -width], [length, -width], [length, width], [-length, width]]) / 2
-    shapes = [f'<polygon points="{points(corners)}" class="floor"/>']
+    floor = np.array(room.size[:2])
+    fixtures = []
     for fixture in room.fixtures:
         stands, along = np.array(_WALLS[fixture.wall])
-        middle = stands * np.array([length, width]) / 2 + along * fixture.along
-        ends = np.stack([middle - along * fixture.size[0] / 2, middle + along * fixture.size[0] / 2])
-        is_door = fixture.bottom == 0
-        shapes.append(line(ends, f'stroke="{_DOOR}" stroke-width="14"' if is_door else 'class="fixture"'))
-    for item in room.objects:
-        color = "#" + "".join(f"{round(255 * channel):02x}" for channel in COLORS[item.color])
-        title = escape(f"{item.color} {item.name}, {' × '.join(f'{side:.2f}' for side in item.size)} m")
-        shapes.append(
-            f'<polygon points="{points(item.footprint())}" fill="{color}" class="object"><title>{title}</title>'
-            "</polygon>"
-        )
-
-    rotation = np.asarray(cameras.extrinsics, np.float64)[:, :3, :3]
-    centers = -np.einsum("vji,vj->vi", rotation, np.asarray(cameras.extrinsics, np.float64)[:, :3, 3])[:, :2]
-    shapes.append(line(centers, 'class="walk"'))
-    for view, (center, looks) in enumerate(zip(centers, rotation[:, 2, :2])):
-        looks = looks / max(np.linalg.norm(looks), 1e-9)
-        aside = np.array([-looks[1], looks[0]])
-        wedge = np.stack([center, center + 0.34 * looks + 0.16 * aside, center + 0.34 * looks - 0.16 * aside])
-        shapes.append(
-            f'<polygon points="{points(wedge)}" class="camera"/>'
-            f'<circle cx="{scale * center[0]:.0f}" cy="{-scale * center[1]:.0f}" r="6" class="center">'
-            f"<title>view {view}</title></circle>"
-        )
-    for item in room.objects:
-        x, y = scale * item.center[0], -scale * item.center[1]
-        shapes.append(f'<text x="{x:.0f}" y="{y + 5:.0f}">{escape(item.name)}</text>')
-    left, top = -scale * (length / 2 + margin), -scale * (width / 2 + margin)
-    box = f"{left:.0f} {top:.0f} {-2 * left:.0f} {-2 * top:.0f}"
-    letters = f"font-size:{3 * max(length, width):.0f}px"  # scales with the size of the room
-    return (
-        f'<svg viewBox="{box}" role="img" aria-label="The room from above" class="plan" style="{letters}">'
-        f"{''.join(shapes)}</svg>"
+        middle = stands * floor / 2 + along * fixture.along
+        half = along * fixture.size[0] / 2
+        fixtures.append(([middle - half, middle + half], fixture.bottom == 0))
+    extrinsics = np.asarray(cameras.extrinsics, np.float64)
+    rotation = extrinsics[:, :3, :3]
+    centers = -np.einsum("vji,vj->vi", rotation, extrinsics[:, :3, 3])[:, :2]
+    ahead = rotation[:, 2, :2]
+    ahead = 0.34 * ahead / np.linalg.norm(ahead, axis=1, keepdims=True).clip(min=1e-9)
+    aside = 0.16 / 0.34 * np.stack([-ahead[:, 1], ahead[:, 0]], axis=1)
+    templates = environment()
+    templates.filters["points"] = lambda places: " ".join(f"{x:.0f},{-y:.0f}" for x, y in 100 * np.asarray(places))
+    templates.filters["hex"] = lambda color: "#" + "".join(f"{round(255 * channel):02x}" for channel in COLORS[color])
+    return templates.get_template("plan.svg").render(
+        room=room,
+        corners=np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * floor / 2,
+        box=100 * np.array([*(-floor / 2 - _MARGIN), *(floor + 2 * _MARGIN)]),
+        font_size=3 * floor.max(),  # scales with the size of the room
+        fixtures=fixtures,
+        centers=centers,
+        wedges=np.stack([centers, centers + ahead + aside, centers + ahead - aside], axis=1),
     )
-
-
-def _plan_caption(room: Room) -> str:
-    length, width, height = room.size
-    return (
-        f"From above, to scale: {length:.1f} × {width:.1f} m, {height:.1f} m high, {len(room.objects)} objects. "
-        "The line is the way of the camera, every wedge a view. The model sees the views only."
-    )
-
-
-def _views(views: Sequence[np.ndarray]) -> str:
-    cells = "".join(
-        f"<li>{image(_png(np.asarray(view)), f'View {index}')}<span>{index}</span></li>"
-        for index, view in enumerate(views)
-    )
-    caption = f"What the model sees: {len(views)} views, in this order."
-    return f'<figure><ol class="views">{cells}</ol><figcaption>{caption}</figcaption></figure>'
-
-
-def _summary(scores: tuple[float, float], count: int) -> str:
-    rows = "".join(
-        f'<div class="total {name}"><b>{score:.0f}</b><span>{title}</span>{bar(score / 100)}</div>'
-        for name, title, score in zip(("with", "without"), ("with Spa3R", "without Spa3R"), scores)
-    )
-    return (
-        f'<div class="totals">{rows}</div><p class="hint">Overall score by the rules of VSI-Bench, of 100: the mean of '
-        f"its tasks. {count} questions about one room are a glimpse and no measurement.</p>"
-    )
-
-
-def _question(asked: AskedQuestion) -> str:
-    text, _, options = asked.question.partition("\nOptions:\n")
-    choices = [option for option in options.split("\n") if option]
-    rows = (
-        ("with", "With Spa3R", asked.answer, asked.score),
-        ("without", "Without", asked.answer_without_spa3r, asked.score_without_spa3r),
-    )
-    answers = "".join(
-        f'<tr class="{name}"><th scope="row">{title}</th><td>{said(answer, choices)}</td>'
-        f"<td>{bar(score)}</td><td>{100 * score:.0f}</td></tr>"
-        for name, title, answer, score in rows
-    )
-    truth = f'<tr class="truth"><th scope="row">Truth</th><td colspan="3">{said(asked.truth, choices)}</td></tr>'
-    scored = "right or wrong" if is_choice(asked.question_type) else "the nearer the better"
-    return (
-        f"<article><header><h3>{escape(TYPE_TITLES[asked.question_type])}</h3><span>{scored}</span></header>"
-        f"<p>{escape(text)}</p>"
-        + html_options(choices, asked.truth)
-        + f'<table class="answers">{answers}{truth}</table></article>'
-    )
-
-
-def _png(view: np.ndarray) -> bytes:
-    picture, file = PIL.Image.fromarray(view), io.BytesIO()
-    factor = -(-_PIXELS // max(picture.size))  # a browser would blur it
-    picture.resize([factor * side for side in picture.size], PIL.Image.Resampling.NEAREST).save(file, "PNG")
-    return file.getvalue()

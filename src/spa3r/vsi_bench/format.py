@@ -21,6 +21,20 @@ CHOICE_TYPES = (
 NUMBER_TYPES = ("object_abs_distance", "object_counting", "object_size_estimation", "room_size_estimation")
 """Types answered by a number: meters, a count, centimeters, square meters."""
 
+TYPE_TITLES = {
+    "object_counting": "How many",
+    "object_abs_distance": "Distance",
+    "object_size_estimation": "Object size",
+    "room_size_estimation": "Room size",
+    "object_rel_distance": "Which is nearest",
+    "object_rel_direction_easy": "Direction, easy",
+    "object_rel_direction_medium": "Direction, medium",
+    "object_rel_direction_hard": "Direction, hard",
+    "route_planning": "Route",
+    "obj_appearance_order": "Order of appearance",
+}
+"""Short titles of all types."""
+
 FIRST_WORDS = "These are frames of a video."
 NUMBER_WORDS = "Please answer the question using a single word or phrase."
 CHOICE_WORDS = "Answer with the option's letter from the given choices directly."
