@@ -1,13 +1,14 @@
-"""Tiny Spa3-VLMs that encode scenes."""
+"""Tiny Spa3-VLMs: the ones that encode scenes, and one of each family with a batch of conversations."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
-from media import noise
+from media import noise, user
 from tiny import alive, spa3r_config, vggt_config
-from vlm_families import build
+from vlm_families import FAMILIES, build
 
 from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLM, Spa3VLMProcessor
+from spa3r.models.spa3_vlm.modeling_spa3_vlm import VIEW_KEYS
 from spa3r.models.spa3_vlm.scenes import EncodedScene
 
 
@@ -68,20 +69,25 @@ class Composed:
         return answers
 
 
-def make(name="qwen2_5_vl", integration="cross_attention", spatial_source="spa3r", seed=0) -> Composed:
-    """A composed whose adapter has random weights: what isn't fused, or not as it should be, changes the answers."""
+def compose(name="qwen2_5_vl", seed=0, size=SIZE, integration="cross_attention", spatial_source="spa3r", **kwargs):
+    """A Spa3-VLM and its processor. The adapter's weights are random: what isn't fused, or not as it should be, changes
+    the words."""
     vlm, vlm_processor = build(name, seed=seed)
     spa3r = None if spatial_source == "none" else make_spa3r()
-    model = Spa3VLM.from_vlm_and_spa3r(vlm, spa3r, integration=integration, spatial_source=spatial_source)
+    model = Spa3VLM.from_vlm_and_spa3r(vlm, spa3r, integration=integration, spatial_source=spatial_source, **kwargs)
     if model.adapter is not None:
         alive(model.adapter)
     processor = Spa3VLMProcessor(
         vlm_processor,
-        Spa3RImageProcessor(size=SIZE),
+        Spa3RImageProcessor(size=size),
         image_token_id=vlm.config.image_token_id,
         spatial_tokens=model.config.spatial_tokens,
     )
-    return Composed(model, processor)
+    return model, processor
+
+
+def make(name="qwen2_5_vl", **kwargs) -> Composed:
+    return Composed(*compose(name, **kwargs))
 
 
 def prompt(composed: Composed, pictures=PICTURES, question=QUESTIONS[0], **kwargs) -> dict:
@@ -91,3 +97,65 @@ def prompt(composed: Composed, pictures=PICTURES, question=QUESTIONS[0], **kwarg
             [[{"role": "user", "content": content}]], tokenize=True, return_dict=True, add_generation_prompt=True
         )
     )
+
+
+# One of each family ---------------------------------------------------------------------------------------------------
+
+FAMILY_SIZE, FAMILY_WORDS = 42, 3
+CONVERSATIONS = [
+    user(noise(60, 40, 0), noise(33, 90, 1), "and", noise(28, 28, 2), "How many chairs?"),
+    user(noise(120, 50, 3), "Which object is closer?"),
+    user("What is two plus two?"),
+]
+
+
+def inputs_of(processor, conversations, **kwargs) -> dict:
+    inputs = processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, **({"add_generation_prompt": True} | kwargs)
+    )
+    return {key: value for key, value in inputs.items() if key != "labels"}  # PaliGemma's makes labels, too
+
+
+def without_views(inputs: dict) -> dict:
+    return {key: value for key, value in inputs.items() if key not in VIEW_KEYS}
+
+
+@dataclass
+class ComposedFamily:
+    """A family's Spa3-VLM with a padded batch: three pictures, one, and none."""
+
+    name: str
+    model: Spa3VLM
+    processor: Spa3VLMProcessor
+
+    @cached_property
+    def conversations(self) -> list:
+        # A processor that was not made for conversations wants a picture in every call.
+        return CONVERSATIONS if FAMILIES[self.name].chats else CONVERSATIONS[:2]
+
+    @cached_property
+    def special_tokens(self) -> list[int]:
+        # An image token among the words would ask for one more picture.
+        return sorted(self.processor.tokenizer.get_added_vocab().values())
+
+    @cached_property
+    def batch(self) -> dict:
+        return inputs_of(self.processor, self.conversations)
+
+    @cached_property
+    def alone(self) -> list[dict]:
+        return [inputs_of(self.processor, [conversation]) for conversation in self.conversations]
+
+    def generate(self, inputs: dict, model=None, **kwargs):
+        """Tokens and the logits that they were chosen by (copies of a row one after the other)."""
+        choice = {"max_new_tokens": FAMILY_WORDS, "do_sample": False, "suppress_tokens": self.special_tokens} | kwargs
+        output = (model or self.model).generate(
+            **inputs, **choice, return_dict_in_generate=True, output_logits=True, output_scores=True
+        )
+        output.words = output.sequences[:, inputs["input_ids"].shape[1] :]
+        assert output.words.shape[1] == choice["max_new_tokens"]
+        return output
+
+
+def make_family(name="qwen2_5_vl", **kwargs) -> ComposedFamily:
+    return ComposedFamily(name, *compose(name, size=FAMILY_SIZE, **kwargs))

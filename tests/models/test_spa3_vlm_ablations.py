@@ -7,97 +7,33 @@ import copy
 import json
 import re
 import threading
-from dataclasses import dataclass
-from functools import cached_property
 
 import pytest
 import torch
 from media import noise, user
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import BACK_ENDS, alive, realigned, relative_error
-from tiny_spa3_vlm import make_spa3r
+from tiny import BACK_ENDS, realigned, relative_error
+from tiny_spa3_vlm import CONVERSATIONS, ComposedFamily, inputs_of, make_family, make_spa3r, without_views
+from tiny_spa3_vlm import FAMILY_SIZE as SIZE
+from tiny_spa3_vlm import FAMILY_WORDS as WORDS
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, Trainer, TrainingArguments
 from vlm_families import FAMILIES, build, build_processor
 
 from spa3r import Spa3RConfig, Spa3RImageProcessor, Spa3VLM, Spa3VLMConfig, Spa3VLMProcessor
 from spa3r.data.collator import Spa3VLMCollator
 from spa3r.models.packing import ViewLayout
-from spa3r.models.spa3_vlm.modeling_spa3_vlm import VIEW_KEYS
 
 # Two processors of transformers still use an old protocol of NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-SIZE, WORDS = 42, 3
-CONVERSATIONS = [
-    user(noise(60, 40, 0), noise(33, 90, 1), "and", noise(28, 28, 2), "How many chairs?"),
-    user(noise(120, 50, 3), "Which object is closer?"),
-    user("What is two plus two?"),
-]
 PATCHES = [2 * 3 + 3 * 3 + 3 * 3, 1 * 3, 0]  # of each row's views, 42 pixels wide
 COMBINATIONS = [("cross_attention", "spa3r"), ("cross_attention", "vggt"), ("append", "spa3r"), ("append", "vggt")]
 APPENDED = [combination for combination in COMBINATIONS if combination[0] == "append"]
 
 
-@dataclass
-class Composed:
-    name: str
-    model: Spa3VLM
-    processor: Spa3VLMProcessor
-
-    @cached_property
-    def conversations(self) -> list:
-        # A processor that was not made for conversations wants a picture in every call.
-        return CONVERSATIONS if FAMILIES[self.name].chats else CONVERSATIONS[:2]
-
-    @cached_property
-    def special_tokens(self) -> list[int]:
-        return sorted(self.processor.tokenizer.get_added_vocab().values())
-
-    def inputs_of(self, conversations) -> dict:
-        return inputs_of(self.processor, conversations)
-
-    @cached_property
-    def batch(self) -> dict:
-        return self.inputs_of(self.conversations)
-
-    @cached_property
-    def alone(self) -> list[dict]:
-        return [self.inputs_of([conversation]) for conversation in self.conversations]
-
-    def generate(self, inputs: dict, model=None, **kwargs) -> torch.Tensor:
-        choice = {"max_new_tokens": WORDS, "do_sample": False, "suppress_tokens": self.special_tokens} | kwargs
-        output = (model or self.model).generate(**inputs, **choice, return_dict_in_generate=True, output_logits=True)
-        output.words = output.sequences[:, inputs["input_ids"].shape[1] :]
-        return output
-
-
-def inputs_of(processor, conversations, **kwargs) -> dict:
-    inputs = processor.apply_chat_template(
-        conversations, tokenize=True, return_dict=True, **({"add_generation_prompt": True} | kwargs)
-    )
-    return {key: value for key, value in inputs.items() if key != "labels"}  # PaliGemma's makes labels, too
-
-
-def make(integration="append", spatial_source="spa3r", name="qwen2_5_vl", **kwargs) -> Composed:
-    """A composed whose adapter has random weights, so that whatever reaches the wrong place changes the words."""
-    vlm, vlm_processor = build(name)
-    model = Spa3VLM.from_vlm_and_spa3r(
-        vlm, make_spa3r(), integration=integration, spatial_source=spatial_source, **kwargs
-    )
-    if model.adapter is not None:
-        alive(model.adapter)
-    processor = Spa3VLMProcessor(
-        vlm_processor,
-        Spa3RImageProcessor(size=SIZE),
-        image_token_id=vlm.config.image_token_id,
-        spatial_tokens=model.config.spatial_tokens,
-    )
-    return Composed(name, model, processor)
-
-
-def without_views(inputs: dict) -> dict:
-    return {key: value for key, value in inputs.items() if key not in VIEW_KEYS}
+def make(integration="append", spatial_source="spa3r", name="qwen2_5_vl", **kwargs) -> ComposedFamily:
+    return make_family(name, integration=integration, spatial_source=spatial_source, **kwargs)
 
 
 def logits_of(model, inputs) -> torch.Tensor:
@@ -105,7 +41,7 @@ def logits_of(model, inputs) -> torch.Tensor:
         return model(**inputs).logits
 
 
-def labels_of(composed: Composed) -> torch.Tensor:
+def labels_of(composed: ComposedFamily) -> torch.Tensor:
     """Every word of the prompts, and no place or padding."""
     ids, processor = composed.batch["input_ids"], composed.processor
     return ids.masked_fill((ids == processor.spatial_token_id) | (ids == processor.image_token_id), -100)
@@ -115,7 +51,7 @@ def labels_of(composed: Composed) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def composed(request) -> Composed:
+def composed(request) -> ComposedFamily:
     return make(name=request.param)
 
 
@@ -459,11 +395,11 @@ def test_a_batch_of_text_alone_gives_the_adapter_a_gradient_of_zero(integration,
 
 
 @pytest.fixture(scope="module")
-def appended() -> Composed:
+def appended() -> ComposedFamily:
     return make()
 
 
-def hooks_of(composed: Composed) -> int:
+def hooks_of(composed: ComposedFamily) -> int:
     return len(composed.model.get_input_embeddings()._forward_hooks)
 
 

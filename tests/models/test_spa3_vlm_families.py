@@ -4,100 +4,36 @@ The adapter of the `composed` has random weights, so that whatever reaches the w
 words. Tolerances are relative, ||ours - reference|| / ||reference||.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import pytest
 import torch
 import transformers
-from media import noise, user
 from packaging.version import Version
-from tiny import alive, realigned, relative_error, spa3r_config, vggt_config
+from tiny import alive, realigned, relative_error
+from tiny_spa3_vlm import CONVERSATIONS, ComposedFamily, inputs_of, make_family, without_views
+from tiny_spa3_vlm import FAMILY_WORDS as WORDS
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedModel,
     TextIteratorStreamer,
 )
 from transformers.generation import BaseStreamer
-from vlm_families import FAMILIES, build, image_features, without_pixels
+from vlm_families import FAMILIES, image_features, without_pixels
 
-from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
+from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
 
 # Two processors of transformers still use an old protocol of NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-SIZE, WORDS = 42, 3
-VIEW_KEYS = {"view_pixel_values", "view_grid_hw", "views_per_scene", "image_tokens_per_scene"}
-CONVERSATIONS = [
-    user(noise(60, 40, 0), noise(33, 90, 1), "and", noise(28, 28, 2), "How many chairs?"),
-    user(noise(120, 50, 3), "Which object is closer?"),
-    user("What is two plus two?"),
-]
-
-
-@dataclass
-class Composed:
-    name: str
-    vlm: PreTrainedModel
-    spa3r: Spa3RModel
-    model: Spa3VLMForConditionalGeneration
-    processor: Spa3VLMProcessor
-
-    @cached_property
-    def conversations(self) -> list:
-        # A processor that was not made for conversations wants a picture in every call.
-        return CONVERSATIONS if FAMILIES[self.name].chats else CONVERSATIONS[:2]
-
-    @cached_property
-    def special_tokens(self) -> list[int]:
-        # An image token among the words would ask for one more picture.
-        return sorted(self.processor.tokenizer.get_added_vocab().values())
-
-    def inputs_of(self, conversations, processor=None) -> dict:
-        inputs = (processor or self.processor).apply_chat_template(
-            conversations, tokenize=True, return_dict=True, add_generation_prompt=True
-        )
-        return {key: value for key, value in inputs.items() if key != "labels"}  # PaliGemma's makes labels, too
-
-    @cached_property
-    def batch(self) -> dict:
-        return self.inputs_of(self.conversations)
-
-    @cached_property
-    def alone(self) -> list[dict]:
-        return [self.inputs_of([conversation]) for conversation in self.conversations]
-
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def composed(request) -> Composed:
-    vlm, vlm_processor = build(request.param)
-    spa3r = alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(patch_size=14, image_size=70))))
-    model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r)
-    alive(model.adapter)
-    processor = Spa3VLMProcessor(
-        vlm_processor, Spa3RImageProcessor(size=SIZE), image_token_id=vlm.config.image_token_id
-    )
-    return Composed(request.param, vlm, spa3r, model, processor)
-
-
-def without_views(inputs: dict) -> dict:
-    return {key: value for key, value in inputs.items() if key not in VIEW_KEYS}
-
-
-def generate(composed: Composed, inputs: dict, model=None, **kwargs):
-    """Tokens and the logits that they were chosen by (copies of a row one after the other)."""
-    choice = {"max_new_tokens": WORDS, "do_sample": False, "suppress_tokens": composed.special_tokens} | kwargs
-    output = (model or composed.model).generate(
-        **inputs, **choice, return_dict_in_generate=True, output_logits=True, output_scores=True
-    )
-    output.words = output.sequences[:, inputs["input_ids"].shape[1] :]
-    assert output.words.shape[1] == WORDS
-    return output
+def composed(request) -> ComposedFamily:
+    return make_family(request.param)
 
 
 @torch.no_grad()
-def decode_step_by_step(composed: Composed, inputs: dict, cached: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def decode_step_by_step(
+    composed: ComposedFamily, inputs: dict, cached: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Greedy decoding of one row as it is defined: the best next token (no special one), again and again."""
     inputs, ids, all_logits = dict(inputs), inputs["input_ids"], []
     per_token = [key for key, value in inputs.items() if torch.is_tensor(value) and value.shape == ids.shape]
@@ -117,10 +53,10 @@ def decode_step_by_step(composed: Composed, inputs: dict, cached: bool) -> tuple
     return ids[:, -WORDS:], all_logits
 
 
-def labels_of(composed: Composed) -> torch.Tensor:
+def labels_of(composed: ComposedFamily) -> torch.Tensor:
     """Every word of the prompts."""
     ids, mask = composed.batch["input_ids"], composed.batch["attention_mask"].bool()
-    return ids.masked_fill(~mask | (ids == composed.vlm.config.image_token_id), -100)
+    return ids.masked_fill(~mask | (ids == composed.model.vlm.config.image_token_id), -100)
 
 
 # Before training ------------------------------------------------------------------------------------------------------
@@ -128,9 +64,9 @@ def labels_of(composed: Composed) -> torch.Tensor:
 
 @torch.no_grad()
 def test_untouched_it_is_the_plain_vlm_to_the_bit(composed, tmp_path):
-    fresh = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(composed.vlm, composed.spa3r)
+    fresh = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(composed.model.vlm, composed.model.spa3r)
     plain, labels = without_views(composed.batch), labels_of(composed)
-    reference = composed.vlm(**plain, labels=labels)
+    reference = composed.model.vlm(**plain, labels=labels)
     output, logits = fresh(**composed.batch, labels=labels), reference.logits
     assert torch.equal(output.logits, logits) and torch.equal(output.loss, reference.loss)
 
@@ -144,11 +80,11 @@ def test_untouched_it_is_the_plain_vlm_to_the_bit(composed, tmp_path):
         words, plain = [], without_views(row)
         if composed.name.startswith("qwen3_5") and Version(transformers.__version__) < Version("5.21"):
             # The plain VLM repeats the pixels of copies in a wrong order there, and the tokens of pictures rightly.
-            features = image_features(composed.vlm, plain)
+            features = image_features(composed.model.vlm, plain)
             plain = without_pixels(plain) | {"mm_encoder_outputs": {"image": features}}
-        for model, inputs in ((fresh, row), (composed.vlm, plain)):
+        for model, inputs in ((fresh, row), (composed.model.vlm, plain)):
             torch.manual_seed(3)
-            words.append(generate(composed, inputs, model, **kwargs).words)
+            words.append(composed.generate(inputs, model, **kwargs).words)
         assert torch.equal(*words), kwargs
     assert not torch.equal(*words[0])
 
@@ -156,12 +92,12 @@ def test_untouched_it_is_the_plain_vlm_to_the_bit(composed, tmp_path):
     composed.processor.save_pretrained(tmp_path)
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is Spa3VLMForConditionalGeneration and not any(info.values())
-    assert type(loaded.vlm) is type(composed.vlm)
+    assert type(loaded.vlm) is type(composed.model.vlm)
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert type(processor) is Spa3VLMProcessor and type(processor.vlm_processor) is type(
         composed.processor.vlm_processor
     )
-    again = composed.inputs_of(composed.conversations, processor)
+    again = inputs_of(processor, composed.conversations)
     assert again.keys() == composed.batch.keys()
     assert all(torch.equal(torch.as_tensor(again[key]), torch.as_tensor(composed.batch[key])) for key in again)
     again = realigned(again)
@@ -186,7 +122,7 @@ def test_the_views_reach_the_words_of_their_own_row(composed):
 
     batch, logits = composed.batch, composed.model(**composed.batch).logits
     has_views = batch["views_per_scene"] > 0
-    assert torch.equal(difference(logits, composed.vlm(**without_views(batch)).logits) > 1e-3, has_views)
+    assert torch.equal(difference(logits, composed.model.vlm(**without_views(batch)).logits) > 1e-3, has_views)
 
     patches = int(batch["view_grid_hw"][:3].prod(-1).sum())  # of the first row's three views
     changed = batch["view_pixel_values"].clone()
@@ -211,8 +147,8 @@ def test_a_batch_is_its_rows_alone(composed):
 
 
 def test_greedy_words_are_the_definitions(composed):
-    together = generate(composed, composed.batch)
-    plain = generate(composed, without_views(composed.batch), composed.vlm)
+    together = composed.generate(composed.batch)
+    plain = composed.generate(without_views(composed.batch), composed.model.vlm)
     for row, inputs in enumerate(composed.alone):
         for cached in (False, True):
             words, logits = decode_step_by_step(composed, inputs, cached)
@@ -225,13 +161,13 @@ def test_greedy_words_are_the_definitions(composed):
 
 def test_beams_of_a_batch_are_the_beams_of_its_rows(composed):
     beams = {"num_beams": 3, "num_return_sequences": 2}
-    together = generate(composed, composed.batch, **beams)
+    together = composed.generate(composed.batch, **beams)
     words, scores, moved = together.words.split(2), together.sequences_scores.split(2), []
     for row, inputs in enumerate(composed.alone):
-        alone = generate(composed, inputs, **beams)
+        alone = composed.generate(inputs, **beams)
         assert torch.equal(words[row], alone.words), row
         assert relative_error(scores[row], alone.sequences_scores) <= 1e-5, row
-        plain = generate(composed, without_views(inputs), composed.vlm, **beams)
+        plain = composed.generate(without_views(inputs), composed.model.vlm, **beams)
         moved.append(relative_error(alone.sequences_scores, plain.sequences_scores))
     assert len(words) == len(moved)
     assert min(moved[:2]) > 1e-4 and sum(moved[2:]) <= 1e-6
@@ -239,16 +175,16 @@ def test_beams_of_a_batch_are_the_beams_of_its_rows(composed):
 
 def test_samples_of_a_row_see_its_own_scene(composed):
     """Samples with the best token only are greedy; equal seeds give equal samples, other seeds others."""
-    greedy = generate(composed, composed.batch)
+    greedy = composed.generate(composed.batch)
     sample = {"do_sample": True, "num_return_sequences": 2}
-    best = generate(composed, composed.batch, top_k=1, **sample)
+    best = composed.generate(composed.batch, top_k=1, **sample)
     assert torch.equal(best.words, greedy.words.repeat_interleave(2, 0))
     for ours, reference in zip(best.logits, greedy.logits, strict=True):
         assert relative_error(ours, reference.repeat_interleave(2, 0)) <= 1e-5
     drawn = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        drawn.append(generate(composed, composed.batch, temperature=2.0, top_k=0, **sample).words)
+        drawn.append(composed.generate(composed.batch, temperature=2.0, top_k=0, **sample).words)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
@@ -265,10 +201,10 @@ class Collector(BaseStreamer):
 
 def test_streamers_are_heard(composed):
     inputs, streamer = composed.alone[0], Collector()
-    words = generate(composed, inputs, streamer=streamer).words[0].tolist()
+    words = composed.generate(inputs, streamer=streamer).words[0].tolist()
     assert streamer.ended and streamer.tokens == [*inputs["input_ids"][0].tolist(), *words]
     texts = TextIteratorStreamer(composed.processor.tokenizer, skip_prompt=True)
-    generate(composed, inputs, streamer=texts)
+    composed.generate(inputs, streamer=texts)
     assert "".join(texts) == composed.processor.tokenizer.decode(words)
 
 
@@ -290,16 +226,8 @@ def test_the_base_model_gives_what_the_head_reads(composed):
 @torch.no_grad()
 def test_a_compiled_model_takes_scenes_of_any_shape(integration):
     torch._dynamo.reset()
-    vlm, vlm_processor = build("qwen2_5_vl")
-    spa3r = alive(Spa3RModel(spa3r_config(backbone_config=vggt_config(patch_size=14, image_size=70))))
-    model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r, integration=integration)
-    alive(model.adapter)
-    processor = Spa3VLMProcessor(
-        vlm_processor,
-        Spa3RImageProcessor(size=SIZE),
-        image_token_id=vlm.config.image_token_id,
-        spatial_tokens=model.config.spatial_tokens,
-    )
+    composed = make_family(integration=integration)
+    model, processor = composed.model, composed.processor
     compiled = torch.compile(model, backend="eager")
     for conversations in ([CONVERSATIONS[2]], [CONVERSATIONS[1]], [CONVERSATIONS[0]], CONVERSATIONS[:2]):
         batch = processor.apply_chat_template(conversations, tokenize=True, return_dict=True)
