@@ -49,7 +49,10 @@ def is_number(value: Any, lowest: float, highest: float = math.inf, above: bool 
     """Whether a value is a finite number in a range; `above` excludes the lowest value itself."""
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
         return False
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):  # an array, or an integer beyond every float
+        return False
     return math.isfinite(number) and (number > lowest if above else number >= lowest) and number <= highest
 
 

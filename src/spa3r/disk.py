@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class WriteError(OSError):
 
 
 @contextmanager
-def writing(what: str | os.PathLike, cure: str = "Free space, or choose another place.") -> Iterator[None]:
+def writing(what: str | os.PathLike, cure: str = "Free space, or choose another place.") -> Generator[None]:
     """Context manager that converts errors during writing to a :class:`WriteError` that names the target.
 
     Args:
@@ -70,7 +70,7 @@ def writing(what: str | os.PathLike, cure: str = "Free space, or choose another 
 
 
 @contextmanager
-def writing_folder(folder: str | os.PathLike) -> Iterator[Path]:
+def writing_folder(folder: str | os.PathLike) -> Generator[Path]:
     """Context manager with an empty temporary folder, whose files move to the target folder at the end, or not at all.
 
     A new or empty target folder is replaced atomically. If it contains files, they are replaced one by one.
@@ -101,7 +101,7 @@ def writing_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def alone_in(folder: str | os.PathLike, cure: str = "Wait for its end, or name another folder.") -> Iterator[None]:
+def alone_in(folder: str | os.PathLike, cure: str = "Wait for its end, or name another folder.") -> Generator[None]:
     """Context manager that locks a folder against other runs; the lock of a killed run is free.
 
     Args:

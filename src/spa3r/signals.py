@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,7 +16,7 @@ STOP_SIGNALS = tuple(
 
 
 @contextmanager
-def on_signals(stop: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+def on_signals(stop: Callable[[int, FrameType | None], object]) -> Generator[None]:
     """Context manager that passes :data:`STOP_SIGNALS` to a handler.
 
     Ignored signals stay ignored: nohup ignores SIGHUP. Has no effect outside the main thread.
@@ -37,7 +37,7 @@ def on_signals(stop: Callable[[int, FrameType | None], object]) -> Iterator[None
 
 
 @contextmanager
-def ending_on_signals() -> Iterator[None]:
+def ending_on_signals() -> Generator[None]:
     """Context manager in which stop signals act like Ctrl-C: partial files are removed, finished ones are kept.
 
     Raises:

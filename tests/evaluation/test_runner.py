@@ -149,7 +149,7 @@ def test_presets_are_those_of_the_paper_and_of_the_released_model():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"num_frames": 0}, r"`num_frames` must be at least 1, got 0"),
+        ({"num_frames": 0}, r"`num_frames` must be a whole number from 1 to 1024, got 0"),
         ({"images": "small"}, r"`images` must be one of \('aligned', 'native', None\), got 'small'"),
         ({"missing": "guess"}, r"`missing` must be one of \('fail', 'skip', 'zero'\), got 'guess'"),
     ],

@@ -358,7 +358,7 @@ def test_bad_content_is_refused(processor, item, words):
 def test_number_of_frames_is_checked(processor, video, tmp_path):
     if isinstance(video, str):
         video = str(counting_video(tmp_path / video, 3))
-    with pytest.raises(ValueError, match="`num_frames` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`num_frames` must be a whole number from 1 to 1024, got 0"):
         inputs_of(processor, [{"role": "user", "content": [{"type": "video", "video": video}]}], num_frames=0)
 
 
@@ -787,7 +787,7 @@ def test_what_a_message_says_of_its_video_is_done(processor, tmp_path, options, 
         ({"sample_fps": 2, "total_pixels": 3}, "A video's 'sample_fps', 'total_pixels' can't be used"),
         ({"nframes": 2, "fps": 1}, "`num_frames` .* must be given without `fps`"),
         ({"nframes": 2, "num_frames": 2}, "must have `nframes` or `num_frames`, got both"),
-        ({"nframes": 10**9}, "`num_frames` must be at most 1024, got 1000000000"),
+        ({"nframes": 10**9}, "`num_frames` must be a whole number from 1 to 1024, got 1000000000"),
         ({"video_start": 5, "video_end": 1}, "`video_start` must be less than `video_end`"),
         ({"video": FRAMES, "fps": 2}, "`fps` can't be used for a video given as a list of frames, which have no times"),
         ({"video": FRAMES, "video_end": 2}, "`video_end` can't be used for a video given as a list of frames"),

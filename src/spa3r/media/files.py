@@ -63,8 +63,7 @@ def is_url(source: Any) -> bool:
 
 def local_path(source: str | Path) -> Path:
     """The local path of a source: a path, or a ``file:`` URL, percent-encoded or not."""
-    match = _FILE_URL.match(source) if isinstance(source, str) else None
-    if match is None:
+    if not isinstance(source, str) or (match := _FILE_URL.match(source)) is None:
         return Path(source)
     raw = source[match.end() :]
     decoded = Path(unquote(raw))

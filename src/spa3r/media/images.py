@@ -69,7 +69,7 @@ def to_rgb(image: Image, max_pixels: int | None = None) -> PIL.Image.Image:
             raise ValueError(
                 f"The picture can't be decoded: {name} ({_words(error)}). {_cure(image, error)}"
             ) from error
-    picture.filename = name  # for later messages
+    picture.filename = name  # ty: ignore[missing-attribute]  # as PIL's pictures of files have it
     return picture
 
 

@@ -12,23 +12,23 @@ deadlock. Also, multithreaded decoding of a damaged video is not deterministic.
 from __future__ import annotations
 
 import io
-import math
-import operator
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from numbers import Real
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import av
 import numpy as np
 import PIL.Image
+from av.stream import Disposition
 from transformers.utils import logging
 
-from spa3r.media.files import describe, is_url, local_path, regular_file, shortened
+from spa3r.checks import check_count, is_number, range_words, shorten
+from spa3r.media.files import describe, is_url, local_path, regular_file
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +62,7 @@ def uniform_indices(count: int, num_frames: int) -> np.ndarray:
     Raises:
         ValueError: `num_frames` is not a whole number from 1 to :data:`MAX_FRAMES`.
     """
-    return np.linspace(0, count - 1, _checked_number("num_frames", num_frames)).astype(int)
+    return np.linspace(0, count - 1, check_count("num_frames", num_frames, 1, MAX_FRAMES)).astype(int)
 
 
 @dataclass(frozen=True)
@@ -89,29 +89,28 @@ class FrameSampling:
     video_start: float | None = None
     video_end: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_frames", "min_frames", "max_frames"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
-                _checked_number(name, getattr(self, name))
-        for name, least in (("fps", "more than 0"), ("video_start", "0 or more"), ("video_end", "more than 0")):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number or value < 0 or (value == 0 and name != "video_start"):
-                raise ValueError(f"`{name}` must be a finite number, {least}, got {shortened(repr(value))}.")
+                check_count(name, getattr(self, name), 1, MAX_FRAMES)
+        for name in ("fps", "video_start", "video_end"):
+            value, above = getattr(self, name), name != "video_start"
+            if value is not None and not is_number(value, 0, above=above):
+                raise ValueError(
+                    f"`{name}` must be {range_words(0, None, 'a finite number', above)}, got {shorten(value)}."
+                )
         if self.num_frames is not None:
             if others := [name for name in ("fps", "min_frames", "max_frames") if getattr(self, name) is not None]:
                 raise ValueError(
                     f"`num_frames` (`nframes`) must be given without `{'`, `'.join(others)}`: both say how many frames "
                     "are taken. Leave one of them out."
                 )
-        if None not in (self.min_frames, self.max_frames) and self.min_frames > self.max_frames:
-            raise ValueError(f"`min_frames` must be at most `max_frames`, got {self.min_frames} and {self.max_frames}.")
-        if None not in (self.video_start, self.video_end) and self.video_start >= self.video_end:
-            raise ValueError(
-                f"`video_start` must be less than `video_end`, got {self.video_start} and {self.video_end} seconds."
-            )
+        least, most = self.min_frames, self.max_frames
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"`min_frames` must be at most `max_frames`, got {least} and {most}.")
+        start, end = self.video_start, self.video_end
+        if start is not None and end is not None and start >= end:
+            raise ValueError(f"`video_start` must be less than `video_end`, got {start} and {end} seconds.")
 
     @property
     def needs_times(self) -> bool:
@@ -144,10 +143,8 @@ class FrameSampling:
         return first + uniform_indices(count, self._number(count, seconds))
 
     def _number(self, count: int, seconds: float) -> int:
-        if callable(self.num_frames):
-            return self.num_frames(seconds)
         if self.num_frames is not None:
-            return self.num_frames
+            return self.num_frames(seconds) if isinstance(self.num_frames, Callable) else self.num_frames
         if self.fps is None:
             lowest, highest = self.min_frames, self.max_frames
             lowest = min(4, highest or 4) if lowest is None else lowest
@@ -178,13 +175,12 @@ def sample_frames(
 
     Args:
         video: A file, an ``http(s)://`` or ``file://`` URL, or a file's content.
-        num_frames: Number of frames, or a function that computes it from the length in seconds; None:
-            :func:`default_num_frames`. A shorter video repeats frames.
-        fps: Frames per second of the video, at most all frames; an alternative to `num_frames`.
-        min_frames: Minimum number of frames if `fps` or the length decides.
-        max_frames: Maximum number of frames if `fps` or the length decides.
-        video_start: Start of the part, in seconds from the first frame; None: the first frame.
-        video_end: End of the part, in seconds from the first frame; None: the last frame.
+        num_frames: As in :class:`FrameSampling`, as all of the following; None: :func:`default_num_frames`.
+        fps: Frames per second of the video.
+        min_frames: Minimum number of frames.
+        max_frames: Maximum number of frames.
+        video_start: Start of the part in seconds.
+        video_end: End of the part in seconds.
 
     Raises:
         ValueError: The file can't be opened or has no frames, a frame is damaged, so much is missing that frames would
@@ -216,7 +212,7 @@ def count_frames(video: str | Path | bytes) -> int:
         ValueError: The file can't be opened or has no frames.
     """
     with _opened(video) as source:
-        return source.scan().count
+        return source.scan().num_frames
 
 
 def read_frames(video: str | Path | bytes, indices: Iterable[int]) -> dict[int, PIL.Image.Image]:
@@ -236,11 +232,11 @@ def read_frames(video: str | Path | bytes, indices: Iterable[int]) -> dict[int, 
     wanted = sorted({int(index) for index in indices})
     with _opened(video) as source:
         scan = source.scan()
-        frames, exact = source.decode_near([index for index in wanted if index < scan.count], scan)
+        frames, exact = source.decode_near([index for index in wanted if index < scan.num_frames], scan)
     if not exact:  # as in _sample; but if packets gave no frame, the times are the better estimate
         with _opened(video) as source:
             counted, decoded = source.decode(set(wanted), tolerant=True)
-        if decoded >= scan.count or not frames:
+        if decoded >= scan.num_frames or not frames:
             frames = {index: frame for index, frame in counted.items() if frame is not None}
     return frames
 
@@ -270,7 +266,7 @@ def _sample(video: Any, sampling: FrameSampling, whole: bool = False) -> tuple[l
                 f"{' and others' if len(damaged) > 5 else ''} of {decoded} can't be decoded. Fetch it again, or take "
                 "another part of it."
             )
-    return indices, [frames[index] for index in indices]
+    return indices, [frame for index in indices if (frame := frames[index]) is not None]
 
 
 class _Scan(NamedTuple):
@@ -292,12 +288,12 @@ class _Scan(NamedTuple):
     """Whether the file ends before the length in its header, or packets are damaged."""
 
     @property
-    def count(self) -> int:
+    def num_frames(self) -> int:
         return len(self.starts)
 
     def shortened(self, count: int) -> _Scan:
         """The scan of a video of which only `count` frames can be decoded."""
-        return self._replace(starts=self.starts[:count], seconds=self.seconds * count / self.count, missing=True)
+        return self._replace(starts=self.starts[:count], seconds=self.seconds * count / self.num_frames, missing=True)
 
 
 class _Source:
@@ -311,11 +307,11 @@ class _Source:
 
     def __init__(self, name: str, container: av.container.InputContainer, check_time: Callable[[], None]):
         self.name, self.container, self.check_time = name, container, check_time
-        cover = av.stream.Disposition.attached_pic
-        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+        covers = Disposition.attached_pic
+        streams = [stream for stream in container.streams.video if not stream.disposition & covers]
         if not streams:
             raise _no_frames(name)
-        self.stream = streams[0]
+        self.stream, self.time_base = streams[0], streams[0].time_base or Fraction(1, av.time_base)
         context = self.stream.codec_context
         context.thread_count, context.thread_type = 1, "NONE"  # see the module's docstring
         self._check_pixels(context.width, context.height)
@@ -350,13 +346,10 @@ class _Source:
                 for shown_at, dts, is_key in sorted(shown)
                 if is_key
             }
-            starts = (np.array(times) - times[0]) * float(stream.time_base)
-        if stream.duration is not None:
-            seconds = float(stream.duration * stream.time_base)
-        else:
-            seconds = len(shown) / rate
+            starts = (np.array(times) - times[0]) * float(self.time_base)
         promised_seconds = self._promised_seconds()
-        gap = max([last_duration * float(stream.time_base), 1 / rate, *np.diff(starts)])
+        seconds = promised_seconds if stream.duration is not None else len(shown) / rate
+        gap = max([last_duration * float(self.time_base), 1 / rate, *np.diff(starts)])
         breaks_off = packets < stream.frames or starts[-1] + gap < 0.75 * promised_seconds
         if breaks_off:
             what = f"{stream.frames} frames" if packets < stream.frames else f"{promised_seconds:.1f} seconds"
@@ -370,7 +363,7 @@ class _Source:
         """The length in the header; 0 if missing."""
         stream = self.stream
         if stream.duration is not None:
-            return float(stream.duration * stream.time_base)
+            return float(stream.duration * self.time_base)
         try:  # Matroska, as FFmpeg writes it: "00:00:10.000000000"
             hours, minutes, seconds = stream.metadata["DURATION"].split(":")
             return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
@@ -388,7 +381,7 @@ class _Source:
         if distinct < len(indices) and scan.missing:
             raise _VideoError(
                 f"The video {self.name} is damaged: {len(indices)} frames must be taken of it, and of what its header "
-                f"promises only {scan.count} can be read. Fetch it again, or take at most so many."
+                f"promises only {scan.num_frames} can be read. Fetch it again, or take at most so many."
             )
         self._check_pixels(self.stream.codec_context.width, self.stream.codec_context.height, distinct)
         return indices
@@ -467,7 +460,7 @@ def _no_frames(name: str) -> _VideoError:
 
 
 @contextmanager
-def _opened(video: str | Path | bytes) -> Iterator[_Source]:
+def _opened(video: str | Path | bytes) -> Generator[_Source]:
     """Open a video for reading. Errors of any part of the media library are raised with the video's name and a
     cure."""
     name, end = describe(video), time.monotonic() + MAX_SECONDS
@@ -492,7 +485,7 @@ def _opened(video: str | Path | bytes) -> Iterator[_Source]:
             try:
                 container = (
                     stack.enter_context(  # older PyAV's `options` crash on streams that are found late, as in MPEG
-                        av.open(source, container_options=options, metadata_errors="replace", timeout=timeout)
+                        av.open(source, "r", container_options=options, metadata_errors="replace", timeout=timeout)
                     )
                 )
             except av.FFmpegError as error:
@@ -541,17 +534,3 @@ def _tolerant_decode(container: av.container.InputContainer, stream: av.VideoStr
             yield from packet.decode()
         except av.FFmpegError:
             continue
-
-
-def _checked_number(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise ValueError(f"`{name}` must be a whole number from 1 to {MAX_FRAMES}, got {shortened(repr(value))}.")
-    if number < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {number}.")
-    if number > MAX_FRAMES:
-        raise ValueError(f"`{name}` must be at most {MAX_FRAMES}, got {number}. Take fewer frames.")
-    return number

@@ -26,10 +26,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -98,8 +99,14 @@ class Segments:
         return torch.cat([keys[start : start + length] for start, length in self.key_ranges])
 
 
+class AttentionModule(Protocol):
+    """A layer whose configuration selects the back end."""
+
+    config: PreTrainedConfig
+
+
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None = None
+    module: AttentionModule, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None = None
 ) -> Tensor:
     """Softmax attention within segments, with the back end that ``module.config`` selects.
 
@@ -118,7 +125,7 @@ def packed_attention(
         KeyError: The back end's name is not registered.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    name = module.config._attn_implementation
+    name = module.config._attn_implementation or "sdpa"
     if name == "xformers" and query.is_cuda:
         return _xformers_attention(query, segments.gather_keys(key), segments.gather_keys(value), segments, scaling)
     if "flash" in name and query.dtype == torch.float32:
@@ -132,7 +139,13 @@ def packed_attention(
 
 
 def _grouped_attention(
-    attend: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float
+    attend: Callable,
+    module: AttentionModule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
 ) -> Tensor:
     """One batched call per segment shape, for back ends without variable-length kernels."""
 
@@ -165,7 +178,7 @@ def eager_attention_forward(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Reference attention, with the softmax in float32. Returns (B, Sq, heads, head_dim) and the weights."""
     scores = query @ key.transpose(-2, -1) * scaling
@@ -183,7 +196,13 @@ def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> Tenso
 
 
 def _varlen_flash_attention(
-    attend: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float
+    attend: Callable,
+    module: AttentionModule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
 ) -> Tensor:
     output, _ = attend(
         module,
@@ -201,7 +220,7 @@ def _varlen_flash_attention(
 
 
 @lru_cache(maxsize=128)
-def _block_diagonal_mask(segments: Segments, device: torch.device):
+def _block_diagonal_mask(segments: Segments, device: torch.device) -> Any:
     """xformers' ragged mask (offsets only, nothing dense), created once for all layers."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -222,7 +241,7 @@ def _xformers_attention(query: Tensor, key: Tensor, value: Tensor, segments: Seg
 
 
 def xformers_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Implements ``attn_implementation="xformers"`` for models of transformers, such as the language model of a VLM.
 

@@ -6,19 +6,22 @@ import copy
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from spa3r.checkpoints import resolve
 from spa3r.models.attention import check_attention_implementation
@@ -37,7 +40,9 @@ from spa3r.models.released import (
 )
 
 
-def split_hub_kwargs(kwargs: dict[str, Any], config_class: type) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_hub_kwargs(
+    kwargs: dict[str, Any], config_class: type[PreTrainedConfig]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split keywords into those for the hub and fields of a configuration.
 
     Raises:
@@ -54,12 +59,17 @@ def split_hub_kwargs(kwargs: dict[str, Any], config_class: type) -> tuple[dict[s
     return hub, fields
 
 
-def packed_forward(forward: Callable) -> Callable:
+Model = TypeVar("Model", bound=PreTrainedModel)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def packed_forward(forward: Callable[Concatenate[Model, P], T]) -> Callable[Concatenate[Model, P], T]:
     """Add ``return_dict=False`` to a `forward` of packed sequences, and reject unsupported arguments."""
 
     @can_return_tuple
     @functools.wraps(forward)
-    def wrapper(self, *args, **kwargs):
+    def wrapper(self: Model, *args: P.args, **kwargs: P.kwargs) -> T:
         for name, reason in UNSUPPORTED_OUTPUTS.items():
             if kwargs.pop(name, None) or getattr(self.config, name, False):
                 raise ValueError(f"`{name}` must be left out (or False) with {type(self).__name__}: {reason}.")
@@ -77,7 +87,9 @@ UNSUPPORTED_OUTPUTS = {
 }
 
 
-def without_quantizing(quantization_config: Any, skipped: Sequence[str], model_class: type, config) -> Any:
+def without_quantizing(
+    quantization_config: Any, skipped: Sequence[str], model_class: type[PreTrainedModel], config: PreTrainedConfig
+) -> Any:
     """A copy of a quantization configuration that excludes some modules.
 
     Args:
@@ -111,7 +123,7 @@ SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"
 def nonfinite_tensors(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of floating-point tensors that contain NaN or infinity; for sharded ones, in this process's shard."""
     named = [(name, value.detach()) for name, value in named if value.is_floating_point() and not value.is_meta]
-    parts = [value.to_local() if hasattr(value, "to_local") else value for _, value in named]
+    parts = [to_local() if (to_local := getattr(value, "to_local", None)) else value for _, value in named]
     if not parts:
         return []
     device = parts[0].device
@@ -180,6 +192,7 @@ _CARD_TO_KEEP: ContextVar[bytes | None] = ContextVar("_CARD_TO_KEEP", default=No
 class PackedPreTrainedModel(PreTrainedModel):
     """Base class of the models with packed attention."""
 
+    config_class: type[PreTrainedConfig]  # ty: ignore[incompatible-mutable-override]  # none of ours lacks it
     _skip_quantization: tuple[str, ...] = (".*camera_head",)
     """Regular expressions of modules that are never quantized."""
 
@@ -205,12 +218,18 @@ class PackedPreTrainedModel(PreTrainedModel):
         """The device of the computation and of the inputs, even if weights are offloaded."""
         return execution_device(self)
 
-    def get_input_embeddings(self) -> nn.Module | None:
+    def get_input_embeddings(self) -> None:  # ty: ignore[incompatible-method-override]  # FSDP2 accepts None
         """None: patches are projected without an embedding table. FSDP2 calls it; transformers' default raises."""
         return None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Self:
         """Like transformers' ``from_pretrained``, but strict; ``"embedded"`` names the checkpoint in the package.
 
         Checkpoints in the layouts of the research code are converted on the fly, whether folder, file or hub id
@@ -239,11 +258,11 @@ class PackedPreTrainedModel(PreTrainedModel):
         if (quantization := kwargs.get("quantization_config")) is not None:
             config = kwargs.get("config")
             if not isinstance(config, PreTrainedConfig):
-                config = cls.config_class.from_pretrained(config or source, **where)
+                config = cls.config_class.from_pretrained(str(config or source), **where)
             kwargs["quantization_config"] = without_quantizing(quantization, cls._skip_quantization, cls, config)
         accepts_other_shapes = kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 source,
                 *model_args,
                 output_loading_info=True,
@@ -255,6 +274,7 @@ class PackedPreTrainedModel(PreTrainedModel):
                 f"{_unreadable_file(pretrained_model_name_or_path)} can't be read as safetensors ({error}). "
                 "It is truncated or damaged: download or convert it again."
             ) from error
+        model, info = loaded
         for kind, keys in (("lacks", info["missing_keys"]), ("has foreign", info["unexpected_keys"])):
             if keys:
                 raise ValueError(
@@ -268,10 +288,16 @@ class PackedPreTrainedModel(PreTrainedModel):
         if source is None and pretrained_model_name_or_path is not None:
             model.config.name_or_path = str(pretrained_model_name_or_path)  # the name of a released checkpoint
         model._finish_loading({key: kwargs[key] for key in HUB_KWARGS if key in kwargs})
-        return (model, info) if output_loading_info else model
+        return loaded if output_loading_info else model
 
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict | None,
+        checkpoint_files: list[str] | None,
+        load_config: LoadStateDictConfig,
+        expected_keys: list[str] | None = None,
+    ) -> tuple[LoadStateDictInfo, dict]:
         """Like transformers' method, after checking the files against the model, whose memory isn't allocated yet."""
         if expected_keys is None and not load_config.ignore_mismatched_sizes:  # else a PEFT adapter is loaded
             shapes = _shapes(state_dict, checkpoint_files or ())
@@ -302,7 +328,7 @@ class PackedPreTrainedModel(PreTrainedModel):
             )
 
     @classmethod
-    def _from_adapter(cls, source, adapter: AdapterHome, where: dict[str, Any], **kwargs):
+    def _from_adapter(cls, source: str | Path, adapter: AdapterHome, where: dict[str, Any], **kwargs: Any) -> Self:
         """The base model that a PEFT checkpoint names, with the adapter loaded."""
         if adapter.base is None:
             raise ValueError(
@@ -310,7 +336,7 @@ class PackedPreTrainedModel(PreTrainedModel):
                 "`spa3r merge` makes a whole checkpoint of the folder of such a run."
             )
         kept = {key: kwargs[key] for key in kwargs if key not in ("revision", "subfolder")}
-        loaded = cls.from_pretrained(adapter.base, **kept, **adapter.where)
+        loaded: Any = cls.from_pretrained(adapter.base, **kept, **adapter.where)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
         info = model.load_adapter(str(source), adapter_kwargs=where)
         check_adapter_keys(source, cls, info.missing_keys, info.unexpected_keys)
@@ -343,7 +369,7 @@ class PackedPreTrainedModel(PreTrainedModel):
         """The tensors of a released checkpoint in our names, and its configuration with these fields."""
         raise NotImplementedError
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Like transformers' ``save_pretrained``, with a model card (README.md); an existing card is kept."""
         card = Path(save_directory) / CARD
         token = _CARD_TO_KEEP.set(card.read_bytes() if is_own_card(card) else None)
@@ -354,14 +380,14 @@ class PackedPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             write_model_card(self, save_directory)
 
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """The last step of a push; transformers has replaced the folder's card by the hub's card or a template."""
         if (kept := _CARD_TO_KEEP.get()) is not None:
             (Path(working_dir) / CARD).write_bytes(kept)
         write_model_card(self, working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def _finish_loading(self, hub_kwargs: dict) -> None:
+    def _finish_loading(self, hub_kwargs: dict[str, Any]) -> None:
         """Final steps after the checkpoint's tensors are loaded."""
 
     @torch.no_grad()
@@ -371,13 +397,13 @@ class PackedPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            if module.weight is not None:
-                init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            for name, fill in (("weight", init.ones_), ("bias", init.zeros_)):
+                if (parameter := getattr(module, name, None)) is not None:
+                    fill(parameter)
         elif isinstance(module, TransformerLayer) and module.layer_scale_init is not None:
-            init.constant_(module.layer_scale1, module.layer_scale_init)
-            init.constant_(module.layer_scale2, module.layer_scale_init)
+            for scale in (module.layer_scale1, module.layer_scale2):
+                if isinstance(scale, Tensor):
+                    init.constant_(scale, module.layer_scale_init)
 
 
 def _shapes(state_dict: Mapping[str, Tensor] | None, files: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -445,16 +471,16 @@ def _told(name: str | Path | None) -> str:
     return "" if name is None else f" {name}"
 
 
-def save_without(save: Callable, model: nn.Module, left_out: Sequence[str], save_directory, **kwargs) -> None:
+def save_without(save: Callable, model: nn.Module, left_out: Sequence[str], *args: Any, **kwargs: Any) -> None:
     """Call `save` (``save_pretrained`` of `model`'s base class) without the parameters under some paths."""
     if left_out:
         state_dict = kwargs.pop("state_dict", None) or model.state_dict()
         prefixes = tuple(f"{path}." for path in left_out)
         kwargs["state_dict"] = {key: value for key, value in state_dict.items() if not key.startswith(prefixes)}
-    save(save_directory, **kwargs)
+    save(*args, **kwargs)
 
 
-def _unreadable_file(name_or_path) -> str:
+def _unreadable_file(name_or_path: str | Path | None) -> str:
     """The damaged file of a local checkpoint folder, or the checkpoint's name."""
     if name_or_path is None:
         return "The state dict's file"

@@ -140,11 +140,11 @@ def _check_values(name: str, cameras: Tensor) -> None:
         skewed = (rotation @ rotation.mT - torch.eye(3, dtype=cameras.dtype)).abs().amax((1, 2)) > RIGID_TOLERANCE
         fault = skewed | (torch.linalg.det(rotation) < 0), "be rigid: a rotation and a translation, without scale"
     elif not fault[0].any():
-        focal = cameras[:, (0, 1), (0, 1)]
+        focal = cameras.diagonal(dim1=1, dim2=2)[:, :2]
         skewed = (cameras[:, 0, 1].abs() > 1e-3 * focal[:, 0]) | (cameras[:, 1, 0].abs() > 1e-3 * focal[:, 1])
         fault = skewed | (focal <= 0).any(1), "have focal lengths above 0 and no skew"
     if fault[0].any():
-        view = fault[0].nonzero()[0].item()
+        view = int(fault[0].nonzero()[0])
         rows = [[round(value, 4) for value in row] for row in cameras[view].tolist()]
         raise ValueError(
             f"`{name}` must {fault[1]}, got {rows} for view {view}. Leave the view out, or give no cameras: the "

@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from spa3r.checks import is_count, is_number, range_words, shorten, type_words
+from spa3r.checks import is_count, is_number, is_of_type, range_words, shorten, type_words
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 MAX_WIDTH = 16384
 """Maximum layer width. Like all limits here, far above real models, and low enough to fail fast."""
@@ -48,6 +50,12 @@ def number(default: float, lowest: float, highest: float, above: bool = False) -
     return _field(default, lambda value: is_number(value, lowest, highest, above), words)
 
 
+def submodel() -> Any:
+    """A configuration field: a submodel's configuration, or its fields, of which ``__post_init__`` makes one."""
+    allowed = dict[str, Any] | PreTrainedConfig
+    return _field(None, lambda value: is_of_type(value, allowed), type_words(allowed))
+
+
 def _field(default: Any, is_right: Callable[[Any], bool], wanted: str) -> Any:
     if default is None:
         wanted = f"{wanted}, or None"
@@ -59,7 +67,7 @@ def _field(default: Any, is_right: Callable[[Any], bool], wanted: str) -> Any:
     return validated_field(check, default=default, metadata={"wanted": wanted})
 
 
-def checked(cls: type) -> type:
+def checked(cls: type[Config]) -> type[Config]:
     """Like huggingface_hub's ``strict``, but raises a ValueError with the field's name, expected and actual value.
 
     Args:
@@ -79,7 +87,7 @@ def checked(cls: type) -> type:
             raise ValueError(f"`{name}` of {cls.__name__} must be {wanted}, got {shorten(value)}.") from error
 
     @wraps(construct)
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Other unknown names are kept, as in transformers; a near match of a field's name is a typo.
         known = list(cls.__dataclass_fields__)
         for name in kwargs.keys() - known:
@@ -90,7 +98,7 @@ def checked(cls: type) -> type:
         except StrictDataclassError as error:
             raise ValueError(f"The fields of {cls.__name__} contradict one another: {_one_line(error)}") from error
 
-    cls.__setattr__, cls.__init__ = __setattr__, __init__
+    cls.__setattr__, cls.__init__ = __setattr__, __init__  # ty: ignore[invalid-assignment]  # a decorator's work
     return cls
 
 
@@ -121,7 +129,7 @@ INHERITED = {
 """Inherited fields whose types transformers doesn't check: allowed types, and the description for errors."""
 
 
-def make_part(name: str, given: dict[str, Any] | PreTrainedConfig | None, part: type) -> PreTrainedConfig:
+def make_part(name: str, given: dict[str, Any] | PreTrainedConfig | None, part: type[Config]) -> Config:
     """The configuration of a submodel of ours; None: its defaults.
 
     Args:
@@ -134,13 +142,14 @@ def make_part(name: str, given: dict[str, Any] | PreTrainedConfig | None, part: 
     """
     if isinstance(given, part):
         return given
-    if isinstance(given, PreTrainedConfig) or (given or {}).get("model_type", part.model_type) != part.model_type:
-        kind = given.model_type if isinstance(given, PreTrainedConfig) else given["model_type"]
+    fields = given if isinstance(given, dict) else {}
+    kind = given.model_type if isinstance(given, PreTrainedConfig) else fields.get("model_type", part.model_type)
+    if isinstance(given, PreTrainedConfig) or kind != part.model_type:
         raise ValueError(
             f"`{name}` must be a {part.__name__} or its fields, got those of a model of type {shorten(kind)}."
         )
     try:
-        return part(**(given or {}))
+        return part(**fields)
     except ValueError as error:
         raise ValueError(f"`{name}`: {error}") from error
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spa3r.models.attention import Segments, packed_attention
@@ -37,8 +38,8 @@ class Mlp(nn.Module):
 class RMSNorm(nn.RMSNorm):
     """RMSNorm with the weight cast to the input's dtype: under autocast they differ, which rules out fused kernels."""
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (..., C) -> the same
-        return nn.functional.rms_norm(tokens, self.normalized_shape, self.weight.to(tokens.dtype), self.eps)
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> the same
+        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -48,7 +49,7 @@ class SelfAttention(nn.Module):
 
     def __init__(
         self,
-        config,
+        config: PreTrainedConfig,
         hidden_size: int,
         num_attention_heads: int,
         qk_norm: Literal["layer_norm", "rms_norm"] | None,
@@ -95,7 +96,7 @@ class TransformerLayer(GradientCheckpointingLayer):
 
     def __init__(
         self,
-        config,
+        config: PreTrainedConfig,
         hidden_size: int,
         num_attention_heads: int,
         intermediate_size: int,
@@ -121,3 +122,21 @@ class TransformerLayer(GradientCheckpointingLayer):
     ) -> Tensor:  # (S, C) -> (S, C)
         tokens = tokens + self.layer_scale1 * self.attention(self.norm1(tokens), segments, positions)
         return tokens + self.layer_scale2 * self.mlp(self.norm2(tokens))
+
+
+def make_layers(
+    count: int,
+    config: PreTrainedConfig,
+    hidden_size: int,
+    num_attention_heads: int,
+    mlp_ratio: float,
+    layer_norm_eps: float,
+    **options: Any,
+) -> nn.ModuleList:
+    """A stack of layers; arguments as in :class:`TransformerLayer`, the MLP's inner width being `mlp_ratio` wider."""
+    return nn.ModuleList(
+        TransformerLayer(
+            config, hidden_size, num_attention_heads, int(hidden_size * mlp_ratio), layer_norm_eps, **options
+        )
+        for _ in range(count)
+    )

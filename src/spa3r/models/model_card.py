@@ -6,6 +6,7 @@ several, the card uses the strictest.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -156,7 +157,7 @@ def source_names(sources: Any) -> list[str]:
     return [name for name in names if name]
 
 
-def is_own_card(file: str | Path) -> bool:
+def is_own_card(file: str | os.PathLike) -> bool:
     """Whether a file is a card that a user wrote: it exists and is not an unedited template of transformers or PEFT."""
     file = Path(file)
     if not file.exists():
@@ -173,7 +174,7 @@ def _written_lines(text: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("- **Finetuned from model")]
 
 
-def write_model_card(model: Any, folder: str | Path, training_data: Iterable[str] = ()) -> None:
+def write_model_card(model: Any, folder: str | os.PathLike, training_data: Iterable[str] = ()) -> None:
     """Write the card of a saved model into its folder, unless the folder already has one.
 
     Args:

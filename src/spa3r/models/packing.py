@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -173,6 +174,20 @@ class ViewLayout:
         }
         return torch.cat([grids[grid] for grid in self.grid_hw])
 
+    def token_positions(
+        self, num_prefix: int, lengths: Sequence[int], device: torch.device, first: int = 1
+    ) -> Tensor:  # -> (S, 2)
+        """(y, x) of every token of a packed sequence with a prefix before each segment; (0, 0) for the prefix.
+
+        Args:
+            num_prefix: Tokens before each segment.
+            lengths: Patches of each segment.
+            device: Device of the result.
+            first: Position of a view's first row and column.
+        """
+        prefix = torch.zeros(len(lengths), num_prefix, 2, dtype=torch.long, device=device)
+        return prepend_tokens(prefix, self.positions(device) + first, lengths)
+
 
 def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small tensor from Python numbers; pinned and asynchronous on CUDA to avoid synchronization."""
@@ -216,35 +231,30 @@ def whole_numbers(name: str, values: Tensor | Sequence, depth: int = 1) -> list:
     Raises:
         ValueError: It is something else: fractions, booleans, texts, other dimensions, a tensor without data.
     """
-    dtype = getattr(values, "dtype", None)
-    if isinstance(values, Tensor):
-        is_right = not (values.is_floating_point() or values.is_complex() or dtype == torch.bool or values.is_meta)
-    else:
-        is_right = dtype is None or getattr(dtype, "kind", "") in "iu"
-    if dtype is not None and 0 in values.shape:
-        return []
-    if is_right:
-        rows = as_list(values)
-        if dtype is not None:  # all entries are integers: check the dimensions only
-            is_right = len(values.shape) == depth or (depth == 1 and not values.shape)
-        elif depth == 1:
-            is_right = all(is_count(entry, -math.inf) for entry in rows)
+    if isinstance(values, Tensor | np.ndarray | np.generic):
+        if 0 in values.shape:
+            return []
+        if isinstance(values, Tensor):
+            is_whole = not (values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool)
+            is_whole &= not values.is_meta
         else:
-            rows = [as_list(row) if hasattr(row, "__len__") and not isinstance(row, str) else None for row in rows]
-            is_right = all(row is not None and all(is_count(entry, -math.inf) for entry in row) for row in rows)
-            is_right = is_right and isinstance(values, Sequence)
-    if not is_right:
-        what = "a row of whole numbers for every view" if depth == 2 else "whole numbers"
-        raise ValueError(
-            f"`{name}` must hold {what}, got {shorten(values)}"
-            f"{'' if dtype is None else f' and type {dtype}'}. Pass it as the processor returned it."
-        )
-    if dtype is not None:
-        return rows
-    return [int(entry) for entry in rows] if depth == 1 else [[int(entry) for entry in row] for row in rows]
+            is_whole = values.dtype.kind in "iu"
+        if is_whole and (values.ndim == depth or (depth == 1 and not values.ndim)):
+            return as_list(values)
+    elif depth == 1:
+        entries = as_list(values)
+        if all(is_count(entry, -math.inf) for entry in entries):
+            return [int(entry) for entry in entries]
+    elif isinstance(values, Sequence):
+        rows = [as_list(row) for row in values if hasattr(row, "__len__") and not isinstance(row, str)]
+        if len(rows) == len(values) and all(is_count(entry, -math.inf) for row in rows for entry in row):
+            return [[int(entry) for entry in row] for row in rows]
+    what = "a row of whole numbers for every view" if depth == 2 else "whole numbers"
+    dtype = f" and type {values.dtype}" if hasattr(values, "dtype") else ""
+    raise ValueError(f"`{name}` must hold {what}, got {shorten(values)}{dtype}. Pass it as the processor returned it.")
 
 
-def as_list(values: Tensor | Sequence) -> list:
+def as_list(values: Any) -> list:
     """Convert a small tensor, array or sequence to Python numbers; a single number becomes a list."""
     values = values.tolist() if hasattr(values, "tolist") else values
     return list(values) if isinstance(values, Sequence) else [values]

@@ -6,7 +6,7 @@ calls another method of a module, or reads a weight, has to load them explicitly
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -42,7 +42,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 @contextmanager
-def weights_at_hand(module: nn.Module) -> Iterator[None]:
+def weights_at_hand(module: nn.Module) -> Generator[None]:
     """Context manager: the module's own parameters (not those of submodules) hold their data.
 
     For calls of methods other than ``forward``.

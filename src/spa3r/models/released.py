@@ -12,7 +12,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -78,11 +78,11 @@ class Rule:
         """The new keys of one match, with their tensors."""
         if self.key is None:
             return
-        cut = isinstance(self.key, tuple)
-        keys, tensors = (self.key, self.tensor(tensor)) if cut else ((self.key,), (self.tensor(tensor),))
+        keys = self.key if isinstance(self.key, tuple) else (self.key,)
+        tensors = self.tensor(tensor) if isinstance(self.key, tuple) else (self.tensor(tensor),)
         for key, part in zip(keys, tensors, strict=True):
             if key is not None:
-                yield key(match) if callable(key) else match.expand(key), part
+                yield match.expand(key) if isinstance(key, str) else key(match), part
 
 
 def layer_rules(source: str, target: str) -> list[Rule]:
@@ -139,7 +139,7 @@ def own_fields(fields: Mapping[str, Any] | PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key not in bookkeeping}
 
 
-def quote_keys(keys, limit: int = 8) -> str:
+def quote_keys(keys: Iterable[str], limit: int = 8) -> str:
     """A readable list of checkpoint keys for an error message."""
     keys = sorted(keys)
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""

@@ -14,6 +14,7 @@ from spa3r.models.configuration_base import (
     make_foreign,
     make_part,
     number,
+    submodel,
 )
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 
@@ -63,9 +64,9 @@ class Spa3RConfig(PreTrainedConfig):
     model_type = "spa3r"
     sub_configs = {"backbone_config": VggtConfig, "semantic_teacher_config": AutoConfig}
 
-    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+    backbone_config: VggtConfig | Any = submodel()
     backbone_name_or_path: str | None = None
-    semantic_teacher_config: dict[str, Any] | PreTrainedConfig | None = None
+    semantic_teacher_config: PreTrainedConfig | Any = submodel()
     semantic_teacher_name_or_path: str | None = None
     semantic_hidden_size: int = count(1024)
     hidden_size: int = count(768)
@@ -84,7 +85,7 @@ class Spa3RConfig(PreTrainedConfig):
     targets: list[Target] | tuple[Target, ...] = get_args(Target)
     camera_embedding: Literal["prope", "pluecker"] = "prope"
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.backbone_config = make_part("backbone_config", self.backbone_config, VggtConfig)
         if isinstance(self.semantic_teacher_config, dict):
             self.semantic_teacher_config = make_foreign(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import PIL.Image
@@ -44,7 +45,7 @@ class ViewBatch(BatchFeature):
     ``image_tokens_per_scene``) on the CPU: the models read it as Python integers, which would synchronize with an
     accelerator."""
 
-    def to(self, *args, **kwargs) -> ViewBatch:
+    def to(self, *args: Any, **kwargs: Any) -> ViewBatch:
         layout = {key: self.data[key] for key in LAYOUT_KEYS if key in self.data}
         super().to(*args, **kwargs)
         self.data.update(layout)
@@ -88,7 +89,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         do_rescale: bool = True,
         do_normalize: bool = True,
         resample: Resampling | int = Resampling.BICUBIC,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         patch_size = check_count("patch_size", patch_size, highest=256)
@@ -116,7 +117,9 @@ class Spa3RImageProcessor(BaseImageProcessor):
         self.resample = int(resample)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Spa3RImageProcessor:
+    def from_pretrained(  # ty: ignore[incompatible-method-override]  # options are given by name
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Self:
         """Like transformers' ``from_pretrained``; ``"embedded"`` names the checkpoint in the package.
 
         A checkpoint in the layout of the research code has no settings file: settings are derived from its tensors.
@@ -125,8 +128,9 @@ class Spa3RImageProcessor(BaseImageProcessor):
         where = {key: kwargs[key] for key in WHERE if key in kwargs}
         if (released := find_released(source, get_args(Kind), cls.__name__, **where)) is not None:
             size, patch_size = view_size(released.tensors())
-            options = {key: value for key, value in kwargs.items() if key not in WHERE and not key.startswith("_from")}
-            return cls(**{"size": size, "patch_size": patch_size} | options)
+            settings: dict[str, Any] = {"size": size, "patch_size": patch_size}
+            settings |= {key: kwargs[key] for key in kwargs if key not in WHERE and not key.startswith("_from")}
+            return cls(**settings)
         return super().from_pretrained(source, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,7 +186,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
         scenes = [[processor.process_view(image) for image in scene] for scene in as_scenes(images)]
         return processor.pack(scenes, return_tensors)
 
-    def _with(self, **settings) -> Spa3RImageProcessor:
+    def _with(self, **settings: Any) -> Spa3RImageProcessor:
         """A copy with these settings (None keeps the current value), validated by the constructor."""
         settings = {key: value for key, value in settings.items() if value is not None}
         if not settings:

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from spa3r.checks import is_count, shorten
 from spa3r.models.attention import Segments
-from spa3r.models.base import (
-    PackedPreTrainedModel,
-    check_finite,
-    packed_forward,
-    save_without,
-    split_hub_kwargs,
-)
+from spa3r.models.base import PackedPreTrainedModel, check_finite, packed_forward, save_without, split_hub_kwargs
 from spa3r.models.cameras import camera_rays, check_cameras, pluecker_rays, relative_to_first_view
 from spa3r.models.encodings import ProjectiveEncoding, RotaryEncoding, projection_matrices
-from spa3r.models.layers import Mlp, TransformerLayer
+from spa3r.models.layers import Mlp, make_layers
 from spa3r.models.packing import ViewLayout, as_list, check_tensor, prepend_tokens, select_rows, split_prefix, to_device
-from spa3r.models.released import HUB_KWARGS, find_released
+from spa3r.models.released import HUB_KWARGS, ReleasedCheckpoint, find_released
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.spa3r.released_spa3r import for_pretraining, translate_spa3r
 from spa3r.models.vggt.modeling_vggt import VggtModel, VggtModelOutput
@@ -47,7 +45,7 @@ class Spa3RField(ModelOutput):
         depth: (sum of N,), depth predicted by the probe, in the backbone's unit.
     """
 
-    last_hidden_state: Tensor | None = None
+    last_hidden_state: Tensor
     geometry_features: Tensor | None = None
     semantic_features: Tensor | None = None
     depth: Tensor | None = None
@@ -96,17 +94,16 @@ class Spa3RForPreTrainingOutput(Spa3RModelOutput):
 
 
 def _make_layers(config: Spa3RConfig, count: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        TransformerLayer(
-            config,
-            config.hidden_size,
-            config.num_attention_heads,
-            int(config.hidden_size * config.mlp_ratio),
-            config.layer_norm_eps,
-            qk_norm="rms_norm",
-        )
-        for _ in range(count)
-    )
+    width, heads = config.hidden_size, config.num_attention_heads
+    return make_layers(count, config, width, heads, config.mlp_ratio, config.layer_norm_eps, qk_norm="rms_norm")
+
+
+def _rotary_encoding(
+    config: Spa3RConfig, layout: ViewLayout, num_prefix: int, lengths: Sequence[int], device: torch.device
+) -> RotaryEncoding:
+    """RoPE of segments of patches, each after a prefix at (0, 0). Positions are per view, so views have no order."""
+    positions = layout.token_positions(num_prefix, lengths, device)
+    return RotaryEncoding.from_positions(positions, config.hidden_size // config.num_attention_heads, config.rope_theta)
 
 
 class Spa3REncoder(nn.Module):
@@ -125,23 +122,14 @@ class Spa3REncoder(nn.Module):
         scenes = len(layout.views_per_scene)
         patches_per_scene = layout.per_scene(layout.patches_per_view)
         patches = self.input_projection(features.to(self.norm.weight.dtype))
-        # Registers and queries have position (0, 0); positions are per view, so views have no order.
         prefix = torch.cat([self.register_tokens, self.query_tokens], dim=1).expand(scenes, -1, -1)
         tokens = prepend_tokens(prefix.to(patches.dtype), patches, patches_per_scene)
-        positions = prepend_tokens(
-            torch.zeros(*prefix.shape[:2], 2, dtype=torch.long, device=patches.device),
-            layout.positions(patches.device) + 1,
-            patches_per_scene,
-        )
-        config = self.config
-        rotary = RotaryEncoding.from_positions(
-            positions, config.hidden_size // config.num_attention_heads, config.rope_theta
-        )
+        rotary = _rotary_encoding(self.config, layout, prefix.shape[1], patches_per_scene, patches.device)
         segments = Segments.within([prefix.shape[1] + count for count in patches_per_scene])
         for layer in self.layers:
             tokens = layer(tokens, segments, rotary)
         latents, _ = split_prefix(tokens, patches_per_scene, prefix.shape[1])
-        return self.norm(latents[:, config.num_register_tokens :])
+        return self.norm(latents[:, self.config.num_register_tokens :])
 
 
 class Spa3RDecoder(nn.Module):
@@ -185,23 +173,11 @@ class Spa3RDecoder(nn.Module):
         segments = Segments.within([prefix.shape[1] + count for count in lengths])
         if prope:
             encoding = self._projective_encoding(extrinsics, intrinsics, layout, prefix.shape[1])
-        else:
-            encoding = self._rotary_encoding(layout, prefix.shape[1], ray_tokens.device)
+        else:  # a Plücker ray gives a position in the world, but not in the picture
+            encoding = _rotary_encoding(config, layout, prefix.shape[1], lengths, ray_tokens.device)
         for layer in self.layers:
             tokens = layer(tokens, segments, encoding)
         return self.norm(split_prefix(tokens, lengths, prefix.shape[1])[1])
-
-    def _rotary_encoding(self, layout: ViewLayout, num_prefix: int, device: torch.device) -> RotaryEncoding:
-        """The encoder's rotary encoding. A Plücker ray gives a position in the world, but not in the picture."""
-        config = self.config
-        positions = prepend_tokens(
-            torch.zeros(layout.num_views, num_prefix, 2, dtype=torch.long, device=device),
-            layout.positions(device) + 1,
-            layout.patches_per_view,
-        )
-        return RotaryEncoding.from_positions(
-            positions, config.hidden_size // config.num_attention_heads, config.rope_theta
-        )
 
     def _projective_encoding(
         self, extrinsics: Tensor, intrinsics: Tensor, layout: ViewLayout, num_prefix: int
@@ -218,11 +194,7 @@ class Spa3RDecoder(nn.Module):
             return pairs.repeat_interleave(repeats, dim=0, output_size=sum(counts))
 
         projection, inverse = projection_matrices(extrinsics, intrinsics, image_hw)
-        positions = prepend_tokens(
-            torch.zeros(layout.num_views, num_prefix, 2, dtype=torch.long, device=device),
-            layout.positions(device),
-            lengths,
-        )
+        positions = layout.token_positions(num_prefix, lengths, device, first=0)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         return ProjectiveEncoding.from_cameras(
             per_token(projection), per_token(inverse), positions, head_dim, self.config.rope_theta
@@ -233,6 +205,7 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
     """Base class of the Spa3R models: keeps the frozen parts frozen and can exclude them from checkpoints."""
 
     config_class = Spa3RConfig
+    config: Spa3RConfig
     base_model_prefix = "spa3r"
     main_input_name = "view_pixel_values"
     _keep_in_fp32_modules_strict = ["camera_head"]
@@ -246,16 +219,16 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
         if isinstance(module, Spa3REncoder):
             init.trunc_normal_(module.query_tokens, std=self.config.initializer_range)
 
-    def frozen_modules(self) -> dict[str, nn.Module | None]:
-        """The parts that are never trained, by their path in the model."""
-        return {"backbone": self.backbone}
+    def frozen_modules(self) -> dict[str, PreTrainedModel | None]:
+        """The parts that are never trained, by their path in the model; None for one that is not loaded."""
+        raise NotImplementedError
 
     def _freeze(self) -> None:
         for module in self.frozen_modules().values():
             if module is not None:
                 module.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         """Like ``nn.Module.train``; the frozen parts stay in eval mode."""
         super().train(mode)
         for module in self.frozen_modules().values():
@@ -263,11 +236,14 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
                 module.eval()
         return self
 
-    def save_pretrained(self, save_directory, include_backbone: bool = True, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, include_backbone: bool = True, **kwargs: Any
+    ) -> None:
         """Like transformers' ``save_pretrained``; optionally without the frozen parts.
 
         Args:
             save_directory: Target folder.
+            *args: As in transformers.
             include_backbone: False excludes the frozen parts (backbone, semantic teacher); the configuration then
                 records their sources, and ``from_pretrained`` loads them from there.
             **kwargs: As in transformers.
@@ -276,10 +252,10 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
             ValueError: A part is to be excluded, but its source is unknown.
         """
         with self.naming_frozen_parts(include_backbone, save_directory) as left_out:
-            save_without(super().save_pretrained, self, left_out, save_directory, **kwargs)
+            save_without(super().save_pretrained, self, left_out, save_directory, *args, **kwargs)
 
     @contextmanager
-    def naming_frozen_parts(self, include_backbone: bool, save_directory: str | Path) -> Iterator[list[str]]:
+    def naming_frozen_parts(self, include_backbone: bool, save_directory: str | os.PathLike) -> Generator[list[str]]:
         """Context manager: while a checkpoint is written, the configuration names the frozen parts that it lacks.
 
         Args:
@@ -301,7 +277,7 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
             for field, name in before.items():
                 setattr(self.config, field, name)
 
-    def _home_of(self, path: str, module: nn.Module | None, save_directory: str | Path) -> str:
+    def _home_of(self, path: str, module: PreTrainedModel | None, save_directory: str | os.PathLike) -> str:
         """Source of a frozen part: as configured, or where the part or the model was loaded from."""
         field = f"{path.rpartition('.')[2]}_name_or_path"
         name = getattr(self.config, field) or (module.config.name_or_path if module is not None else "")
@@ -319,7 +295,7 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
             )
         return str(folder.resolve()) if folder.is_dir() else name  # absolute: valid in any working directory
 
-    def _finish_loading(self, hub_kwargs: dict) -> None:
+    def _finish_loading(self, hub_kwargs: dict[str, Any]) -> None:
         """Load the frozen parts that the checkpoint only names, then freeze."""
         for path, module in self.frozen_modules().items():
             if module is None:
@@ -332,7 +308,7 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
         self._freeze()
 
 
-def _load_frozen_part(part: str, name: str, **kwargs) -> nn.Module:
+def _load_frozen_part(part: str, name: str, **kwargs: Any) -> PreTrainedModel:
     """Load a backbone or teacher from its own checkpoint, or from that of a whole Spa3R that contains it."""
     hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
     released = find_released(name, ("vggt", *Spa3RPreTrainedModel._released_kinds), f"its {part}", **hub)
@@ -357,10 +333,9 @@ def _load_frozen_part(part: str, name: str, **kwargs) -> nn.Module:
     return _part_of_spa3r(part, name, **kwargs)
 
 
-def _part_of_spa3r(part: str, name: str, **kwargs) -> nn.Module:
-    if part == "backbone":
-        return Spa3RModel.from_pretrained(name, **kwargs).backbone
-    return Spa3RForPreTraining.from_pretrained(name, **kwargs).semantic_teacher
+def _part_of_spa3r(part: str, name: str, **kwargs: Any) -> PreTrainedModel:
+    owner = Spa3RModel if part == "backbone" else Spa3RForPreTraining
+    return getattr(owner.from_pretrained(name, **kwargs), part)
 
 
 class Spa3RModel(Spa3RPreTrainedModel):
@@ -373,7 +348,9 @@ class Spa3RModel(Spa3RPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^semantic_teacher\."]
 
     @classmethod
-    def _from_released(cls, released, fields):
+    def _from_released(
+        cls, released: ReleasedCheckpoint, fields: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], Spa3RConfig]:
         weights, _, config = translate_spa3r(released.tensors(), fields)
         return weights, config
 
@@ -389,6 +366,9 @@ class Spa3RModel(Spa3RPreTrainedModel):
         self.depth_probe = Mlp(width, inner, 1)
         self.post_init()
         self._freeze()
+
+    def frozen_modules(self) -> dict[str, PreTrainedModel | None]:
+        return {"backbone": self.backbone}
 
     @packed_forward
     def forward(
@@ -411,9 +391,9 @@ class Spa3RModel(Spa3RPreTrainedModel):
         """
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         given = self._given_cameras(extrinsics, intrinsics, layout, view_pixel_values.device)
-        features, cameras = self._run_backbone(view_pixel_values, layout, output_cameras=given is None)
+        features, backbone = self._run_backbone(view_pixel_values, layout, output_cameras=given is None)
         latents = self.encoder(features, layout)
-        extrinsics, intrinsics = given or (cameras.extrinsics, cameras.intrinsics)
+        extrinsics, intrinsics = given or backbone.cameras
         field = self._decode(latents, extrinsics, intrinsics, layout)
         return Spa3RModelOutput(**field, latents=latents, extrinsics=extrinsics, intrinsics=intrinsics)
 
@@ -423,12 +403,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
         view_grid_hw: Tensor | Sequence[Sequence[int]],
         views_per_scene: Tensor | Sequence[int],
     ) -> Tensor:  # -> (scenes, L, D)
-        """Encode every scene into its latents; all views are context.
-
-        Args:
-            view_pixel_values: (sum of N, 3 * p * p), from the image processor.
-            view_grid_hw: (views, 2), from the image processor.
-            views_per_scene: (scenes,), from the image processor.
+        """Encode every scene into its latents; all views are context. Takes the image processor's output.
 
         Raises:
             ValueError: There are no views, or the inputs contradict each other.
@@ -437,7 +412,12 @@ class Spa3RModel(Spa3RPreTrainedModel):
         check_finite(self, latents, "latents", view_pixel_values=view_pixel_values)
         return latents
 
-    def _encode(self, view_pixel_values: Tensor, view_grid_hw, views_per_scene) -> Tensor:  # -> (scenes, L, D)
+    def _encode(
+        self,
+        view_pixel_values: Tensor,
+        view_grid_hw: Tensor | Sequence[Sequence[int]],
+        views_per_scene: Tensor | Sequence[int],
+    ) -> Tensor:  # -> (scenes, L, D)
         """:meth:`encode` without checking the result: training skips steps that are not finite."""
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         return self.encoder(self._run_backbone(view_pixel_values, layout)[0], layout)
@@ -449,12 +429,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
         views_per_scene: Tensor | Sequence[int],
     ) -> Tensor:  # -> (sum of N, 2C)
         """The encoder's input: the frozen backbone's last-layer features of every patch, computed with attention
-        across all views of a scene.
-
-        Args:
-            view_pixel_values: (sum of N, 3 * p * p), from the image processor.
-            view_grid_hw: (views, 2), from the image processor.
-            views_per_scene: (scenes,), from the image processor.
+        across all views of a scene. Takes the image processor's output.
 
         Raises:
             ValueError: There are no views, or the inputs contradict each other.
@@ -463,7 +438,12 @@ class Spa3RModel(Spa3RPreTrainedModel):
         check_finite(self, features, "features", view_pixel_values=view_pixel_values)
         return features
 
-    def _backbone_features(self, view_pixel_values: Tensor, view_grid_hw, views_per_scene) -> Tensor:
+    def _backbone_features(
+        self,
+        view_pixel_values: Tensor,
+        view_grid_hw: Tensor | Sequence[Sequence[int]],
+        views_per_scene: Tensor | Sequence[int],
+    ) -> Tensor:  # -> (sum of N, 2C)
         """:meth:`backbone_features` without checking the result."""
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         return self._run_backbone(view_pixel_values, layout)[0]
@@ -516,18 +496,20 @@ class Spa3RModel(Spa3RPreTrainedModel):
     def _given_cameras(
         self, extrinsics: Tensor | None, intrinsics: Tensor | None, layout: ViewLayout, device: torch.device
     ) -> tuple[Tensor, Tensor] | None:
-        if (extrinsics is None) != (intrinsics is None):
+        if extrinsics is None and intrinsics is None:
+            return None
+        if extrinsics is None or intrinsics is None:
             raise ValueError(
                 "`extrinsics` and `intrinsics` go together: got only "
                 f"{'`intrinsics`' if extrinsics is None else '`extrinsics`'}. Pass both, or neither to have the "
                 "backbone predict them."
             )
-        if extrinsics is None:
-            return None
         extrinsics, intrinsics = check_cameras(extrinsics, intrinsics, layout.num_views, device)
         return relative_to_first_view(extrinsics, layout.views_per_scene), intrinsics.float()
 
-    def _run_backbone(self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs) -> tuple[Tensor, VggtModelOutput]:
+    def _run_backbone(
+        self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs: Any
+    ) -> tuple[Tensor, VggtModelOutput]:
         """The last layer's patch features (sum of N, 2C), and the backbone's whole output. Always without gradients."""
         if self.backbone is None:
             raise ValueError(
@@ -564,13 +546,15 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         self._freeze()
 
     @classmethod
-    def _from_released(cls, released, fields):
+    def _from_released(
+        cls, released: ReleasedCheckpoint, fields: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], Spa3RConfig]:
         weights, teacher, config = translate_spa3r(released.tensors(), fields)
         return for_pretraining(weights, teacher if "semantic" in config.targets else {}), config
 
     @classmethod
     def from_vggt_and_dinov3(
-        cls, vggt: str | Path, dinov3: str | Path | None = None, dtype: torch.dtype | str = "auto", **kwargs
+        cls, vggt: str | Path, dinov3: str | Path | None = None, dtype: torch.dtype | str = "auto", **kwargs: Any
     ) -> Spa3RForPreTraining:
         """A newly initialized Spa3R with two pretrained frozen parts.
 
@@ -601,8 +585,8 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         if "depth" not in self.config.backbone_config.heads:  # no depth targets
             self.spa3r.depth_probe.requires_grad_(False)
 
-    def frozen_modules(self) -> dict[str, nn.Module | None]:
-        parts = {"spa3r.backbone": self.spa3r.backbone}
+    def frozen_modules(self) -> dict[str, PreTrainedModel | None]:
+        parts: dict[str, PreTrainedModel | None] = {"spa3r.backbone": self.spa3r.backbone}
         if "semantic" in self.config.targets:
             parts["semantic_teacher"] = self.semantic_teacher
         return parts
@@ -657,11 +641,12 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
 
         latents = model.encoder(context_features, split.context_layout)
         if given is None:
-            given = tuple(
-                torch.stack([cameras[place] for place in split.places])
-                for cameras in (backbone.extrinsics, backbone.intrinsics)
+            extrinsics, intrinsics = (
+                torch.stack([cameras[place] for place in split.places]) for cameras in backbone.cameras
             )
-        field = model._decode(latents, *given, layout)
+        else:
+            extrinsics, intrinsics = given
+        field = model._decode(latents, extrinsics, intrinsics, layout)
         geometry_targets = features if "geometry" in config.targets else None
         semantic_targets = None
         if "semantic" in config.targets:
@@ -674,13 +659,13 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         counted = [config.loss_views == "all" or target for target in targets]
         losses, losses_per_scene = _reduce(errors, layout, counted)
         return Spa3RForPreTrainingOutput(
-            loss=sum(losses.values()),
+            loss=reduce(add, losses.values()),
             losses=losses,
             losses_per_scene=losses_per_scene,
             target_mask=torch.tensor(targets),
             latents=latents,
-            extrinsics=given[0],
-            intrinsics=given[1],
+            extrinsics=extrinsics,
+            intrinsics=intrinsics,
             context_features=context_features,
             geometry_targets=geometry_targets,
             semantic_targets=semantic_targets,
@@ -723,7 +708,13 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
     @torch.no_grad()
     def _semantic_targets(self, view_pixel_values: Tensor, layout: ViewLayout) -> Tensor:  # -> (sum of N, width)
         """The teacher's normalized patch tokens of the resized view, resized to the view's own grid."""
-        config, patch = self.config, self.config.patch_size
+        config, patch, teacher = self.config, self.config.patch_size, self.semantic_teacher
+        if teacher is None:
+            raise ValueError(
+                "This Spa3RForPreTraining has no semantic teacher: its configuration names "
+                f"{config.semantic_teacher_name_or_path!r}. Load it with from_pretrained, or set "
+                "`model.semantic_teacher`."
+            )
         teacher_grid = SEMANTIC_IMAGE_SIZE // config.semantic_teacher_config.patch_size
         parts = view_pixel_values.split(list(layout.patches_per_view))
         targets: list[Tensor] = list(parts)
@@ -737,7 +728,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
                 q=patch,
             )
             images = nn.functional.interpolate(images, size=(SEMANTIC_IMAGE_SIZE,) * 2, mode="bilinear")
-            tokens = self.semantic_teacher(pixel_values=images.to(self.semantic_teacher.dtype)).last_hidden_state
+            tokens = teacher(pixel_values=images.to(teacher.dtype)).last_hidden_state
             tokens = tokens[:, -(teacher_grid**2) :].float().transpose(1, 2).unflatten(-1, (teacher_grid,) * 2)
             tokens = nn.functional.interpolate(tokens, size=(height, width), mode="bilinear")
             for view, grid in zip(views, tokens.flatten(2).transpose(1, 2).contiguous()):
@@ -759,17 +750,17 @@ def field_errors(
 ) -> dict[str, Tensor]:  # -> of every term (sum of N,)
     """The loss terms of every patch, in float32: smooth-L1 (beta 1) over channels, and 1 - cosine.
 
-    A target that is None has no terms.
+    Features that the field or the targets lack have no terms.
     """
     errors = {}
     pairs = {"geometry": (field.geometry_features, geometry), "semantic": (field.semantic_features, semantic)}
     for name, (predicted, target) in pairs.items():
-        if target is None:
+        if predicted is None or target is None:
             continue
         predicted, target = predicted.float(), target.float()
         errors[f"{name}_l1"] = nn.functional.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
         errors[f"{name}_cosine"] = 1 - nn.functional.cosine_similarity(predicted, target, dim=-1)
-    if depth is not None:
+    if field.depth is not None and depth is not None:
         errors["depth_probe"] = nn.functional.smooth_l1_loss(field.depth.float(), depth.float(), reduction="none")
     return errors
 

@@ -95,7 +95,7 @@ def translate_spa3r(
     require(weights, "encoder.query_tokens", "encoder.register_tokens", "semantic_head.fc2.weight")
     require(weights, "encoder.layers.0.attention.q_norm.weight", "encoder.layers.0.mlp.fc1.weight")
     _, num_latents, width = weights["encoder.query_tokens"].shape
-    inferred = {
+    inferred: dict[str, Any] = {
         "hidden_size": width,
         "num_latents": num_latents,
         "num_register_tokens": weights["encoder.register_tokens"].shape[1],
@@ -141,7 +141,7 @@ def translate_dinov3(
     require(weights, "embeddings.patch_embeddings.weight", "embeddings.register_tokens")
     require(weights, "model.layer.0.mlp.up_proj.weight")
     width, _, patch, _ = weights["embeddings.patch_embeddings.weight"].shape
-    inferred = {
+    inferred: dict[str, Any] = {
         "hidden_size": width,
         "patch_size": patch,
         "intermediate_size": weights["model.layer.0.mlp.up_proj.weight"].shape[0],

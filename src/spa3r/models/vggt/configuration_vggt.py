@@ -1,6 +1,6 @@
 """Configuration of the geometry backbone. Imports no torch."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -62,7 +62,7 @@ class VggtConfig(PreTrainedConfig):
     dpt_features: int = count(256, lowest=8)
     initializer_range: float | int = number(0.02, 0, 1)
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         unknown = sorted(set(self.heads) - {"camera", "depth", "point"})
         if unknown:

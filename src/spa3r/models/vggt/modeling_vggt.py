@@ -5,8 +5,9 @@ Two memory savings over the original: only requested layers are kept, and the de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from spa3r.models.attention import Segments
 from spa3r.models.base import PackedPreTrainedModel, packed_forward
 from spa3r.models.cameras import pose_encoding_to_cameras
 from spa3r.models.encodings import RotaryEncoding
-from spa3r.models.layers import Mlp, TransformerLayer
+from spa3r.models.layers import Mlp, make_layers
 from spa3r.models.packing import ViewLayout, prepend_tokens, split_prefix, to_device
 from spa3r.models.placement import weights_at_hand
+from spa3r.models.released import ReleasedCheckpoint
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 from spa3r.models.vggt.released_vggt import translate_vggt
 
@@ -47,7 +49,7 @@ class VggtModelOutput(ModelOutput):
         world_points_confidence: An (H, W) map for every view, at least 1.
     """
 
-    tokens: tuple[Tensor, ...] | None = None
+    tokens: tuple[Tensor, ...]
     pose_encodings: tuple[Tensor, ...] | None = None
     extrinsics: Tensor | None = None
     intrinsics: Tensor | None = None
@@ -55,6 +57,17 @@ class VggtModelOutput(ModelOutput):
     depth_confidence: tuple[Tensor, ...] | None = None
     world_points: tuple[Tensor, ...] | None = None
     world_points_confidence: tuple[Tensor, ...] | None = None
+
+    @property
+    def cameras(self) -> tuple[Tensor, Tensor]:
+        """``extrinsics`` and ``intrinsics``.
+
+        Raises:
+            ValueError: The output has none.
+        """
+        if self.extrinsics is None or self.intrinsics is None:
+            raise ValueError("The output must have cameras, got none. Ask for them with `output_cameras=True`.")
+        return self.extrinsics, self.intrinsics
 
 
 class VggtPatchEmbedding(nn.Module):
@@ -68,16 +81,14 @@ class VggtPatchEmbedding(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embedding = nn.Parameter(torch.zeros(1, 1 + self.grid_size**2, width))
         self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, width))
-        self.layers = nn.ModuleList(
-            TransformerLayer(
-                config,
-                width,
-                config.patch_embedding_num_heads,
-                int(width * config.mlp_ratio),
-                layer_norm_eps=1e-6,
-                layer_scale=config.layer_scale_init,
-            )
-            for _ in range(config.patch_embedding_num_layers)
+        self.layers = make_layers(
+            config.patch_embedding_num_layers,
+            config,
+            width,
+            config.patch_embedding_num_heads,
+            config.mlp_ratio,
+            layer_norm_eps=1e-6,
+            layer_scale=config.layer_scale_init,
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
@@ -95,12 +106,12 @@ class VggtPatchEmbedding(nn.Module):
         return self.norm(split_prefix(tokens, layout.patches_per_view, prefix.shape[1])[1])
 
     def _position_embedding(self, grid_hw: tuple[int, int]) -> Tensor:  # -> (h * w, C)
-        learnt = self.position_embedding[0, 1:]
+        learned = self.position_embedding[0, 1:]
         if grid_hw == (self.grid_size, self.grid_size):
-            return learnt
-        square = learnt.float().reshape(1, self.grid_size, self.grid_size, -1).permute(0, 3, 1, 2)
+            return learned
+        square = learned.float().reshape(1, self.grid_size, self.grid_size, -1).permute(0, 3, 1, 2)
         resized = nn.functional.interpolate(square, size=grid_hw, mode="bicubic", antialias=True)
-        return resized[0].flatten(1).t().to(learnt.dtype)
+        return resized[0].flatten(1).t().to(learned.dtype)
 
 
 class VggtCameraHead(nn.Module):
@@ -115,16 +126,14 @@ class VggtCameraHead(nn.Module):
         self.pose_embedding = nn.Linear(9, width)
         self.modulation = nn.Linear(width, 3 * width)
         self.adaptive_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.layers = nn.ModuleList(
-            TransformerLayer(
-                config,
-                width,
-                config.camera_num_heads,
-                int(width * config.mlp_ratio),
-                layer_norm_eps=1e-5,
-                layer_scale=config.layer_scale_init,
-            )
-            for _ in range(config.camera_num_layers)
+        self.layers = make_layers(
+            config.camera_num_layers,
+            config,
+            width,
+            config.camera_num_heads,
+            config.mlp_ratio,
+            layer_norm_eps=1e-5,
+            layer_scale=config.layer_scale_init,
         )
         self.norm = nn.LayerNorm(width)
         self.output = Mlp(width, config.hidden_size, 9)
@@ -148,7 +157,7 @@ class VggtCameraHead(nn.Module):
                 pose = raw.detach()  # no gradients through earlier refinements
             return tuple(poses)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Like ``nn.Module._apply``, which moves and casts, but never casts to half precision."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -182,7 +191,7 @@ class VggtFusionBlock(nn.Module):
 
     def forward(self, maps: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
         """(B, channels, h, w), and the finer map of the same shape -> (B, channels, *size)."""
-        if self.skip_unit is not None:
+        if self.skip_unit is not None and skip is not None:
             maps = maps + self.skip_unit(skip)
         return self.projection(_resize(self.unit(maps), size))
 
@@ -271,6 +280,7 @@ class VggtModel(PackedPreTrainedModel):
 
     config_class = VggtConfig
     base_model_prefix = "vggt"
+    config: VggtConfig
     main_input_name = "view_pixel_values"
     _keep_in_fp32_modules_strict = ["camera_head"]
     _released_kinds = ("vggt",)
@@ -283,17 +293,15 @@ class VggtModel(PackedPreTrainedModel):
         self.camera_token = nn.Parameter(torch.zeros(1, 2, 1, width))
         self.register_token = nn.Parameter(torch.zeros(1, 2, config.num_register_tokens, width))
         self.frame_layers, self.global_layers = (
-            nn.ModuleList(
-                TransformerLayer(
-                    config,
-                    width,
-                    config.num_attention_heads,
-                    int(width * config.mlp_ratio),
-                    layer_norm_eps=1e-5,
-                    qk_norm=qk_norm,
-                    layer_scale=config.layer_scale_init,
-                )
-                for _ in range(config.num_hidden_layers)
+            make_layers(
+                config.num_hidden_layers,
+                config,
+                width,
+                config.num_attention_heads,
+                config.mlp_ratio,
+                layer_norm_eps=1e-5,
+                qk_norm=qk_norm,
+                layer_scale=config.layer_scale_init,
             )
             for qk_norm in ("layer_norm", config.global_qk_norm)
         )
@@ -303,7 +311,9 @@ class VggtModel(PackedPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def _from_released(cls, released, fields):
+    def _from_released(
+        cls, released: ReleasedCheckpoint, fields: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], VggtConfig]:
         return translate_vggt(released.tensors(), fields)
 
     @torch.no_grad()
@@ -382,7 +392,7 @@ class VggtModel(PackedPreTrainedModel):
             if not isinstance(wanted, bool):
                 name = {"camera": "cameras", "point": "points"}.get(head, head)
                 raise ValueError(f"`output_{name}` must be True or False, got {shorten(wanted)}.")
-            if wanted and head not in self.config.heads:
+            if wanted and getattr(self, f"{head}_head") is None:
                 raise ValueError(
                     f"This VggtModel has no {head} head (`config.heads` = {list(self.config.heads)}). "
                     f"Load a checkpoint with one, or don't ask for its output."
@@ -392,7 +402,7 @@ class VggtModel(PackedPreTrainedModel):
         with weights_at_hand(self):  # `forward` is not called here
             kept = self._aggregate(view_pixel_values, layout, wanted, context_views)
         output = VggtModelOutput(tokens=tuple(kept[index] for index in output_layers))
-        if output_cameras:
+        if output_cameras and self.camera_head is not None:
             camera_tokens = split_prefix(kept[count - 1], layout.patches_per_view, self.num_special_tokens)[0][:, 0]
             output.pose_encodings = self.camera_head(camera_tokens, layout.views_per_scene)
             output.extrinsics, output.intrinsics = pose_encoding_to_cameras(
@@ -400,11 +410,11 @@ class VggtModel(PackedPreTrainedModel):
             )
         if dense_layers:
             patches = [self.patch_tokens(kept[index], layout) for index in dense_layers]
-            if output_depth:
+            if output_depth and self.depth_head is not None:
                 maps = self.depth_head(patches, layout)
                 output.depth = tuple(view_map[0].exp() for view_map in maps)
                 output.depth_confidence = tuple(1 + view_map[1].exp() for view_map in maps)
-            if output_points:
+            if output_points and self.point_head is not None:
                 maps = self.point_head(patches, layout)
                 output.world_points = tuple(
                     (view_map[:3].sign() * view_map[:3].abs().expm1()).permute(1, 2, 0) for view_map in maps
@@ -431,16 +441,10 @@ class VggtModel(PackedPreTrainedModel):
         view_segments = Segments.within(lengths)
         scene_segments = _global_segments(layout, lengths, context_views)
         positions = RotaryEncoding.from_positions(
-            prepend_tokens(
-                torch.zeros(
-                    layout.num_views, self.num_special_tokens, 2, dtype=torch.long, device=patches.device
-                ),
-                layout.positions(patches.device) + 1,
-                layout.patches_per_view,
-            ),
+            layout.token_positions(self.num_special_tokens, layout.patches_per_view, patches.device),
             self.config.hidden_size // self.config.num_attention_heads,
             self.config.rope_theta,
-        )  # fmt: skip
+        )
 
         kept = {}
         for index in range(max(layers) + 1):

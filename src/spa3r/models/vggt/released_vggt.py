@@ -92,7 +92,7 @@ def vggt_config(weights: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Vgg
     patch = math.isqrt(pixels // 3)
     grid = math.isqrt(weights["patch_embedding.position_embedding"].shape[1] - 1)
     require(weights, "frame_layers.0.attention.q_norm.weight", "frame_layers.0.mlp.fc1.weight")
-    inferred = {
+    inferred: dict[str, Any] = {
         "hidden_size": width,
         "patch_size": patch,
         "image_size": grid * patch,
@@ -112,6 +112,5 @@ def vggt_config(weights: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Vgg
             inferred["dpt_features"] = laterals[0].shape[0] if laterals else 256
     # A property of the weights, regardless of `fields`: the released Spa3R lacks these biases.
     has_bias = "global_layers.0.attention.q_norm.bias" in weights
-    return VggtConfig(
-        **(inferred | own_fields(fields) | {"global_qk_norm": "layer_norm" if has_bias else "rms_norm"})
-    )  # fmt: skip
+    inferred |= own_fields(fields) | {"global_qk_norm": "layer_norm" if has_bias else "rms_norm"}
+    return VggtConfig(**inferred)
