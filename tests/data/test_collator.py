@@ -58,7 +58,7 @@ ROWS = [
 ]
 
 
-def learnt(processor, labels: torch.Tensor) -> list[str]:
+def learned(processor, labels: torch.Tensor) -> list[str]:
     """The runs of labels, each as text."""
     ids, runs = labels.tolist(), []
     for before, label in zip([IGNORED, *ids], ids):
@@ -80,7 +80,7 @@ def assert_same(ours: dict, reference: dict) -> None:
 @pytest.mark.parametrize("marked", [True, False])
 def test_labels_are_a_mask_made_by_hand(marked):
     processor = make(marked=marked)
-    pieces = [  # text, whether it is learnt; an image token for each 28 x 28 pixels of the views
+    pieces = [  # text, whether it is learned; an image token for each 28 x 28 pixels of the views
         ("<|im_start|>user\n<|vision_start|>", False),
         ("<|image_pad|>", False),
         ("<|vision_end|>How many?<|im_end|>\n<|im_start|>assistant\n", False),
@@ -90,10 +90,10 @@ def test_labels_are_a_mask_made_by_hand(marked):
         ("\n", False),
     ]
     ids, labels = [], []
-    for text, is_learnt in pieces:
+    for text, is_learned in pieces:
         tokens = processor.tokenizer(text, add_special_tokens=False).input_ids
         ids += tokens
-        labels += tokens if is_learnt else [IGNORED] * len(tokens)
+        labels += tokens if is_learned else [IGNORED] * len(tokens)
     messages = [
         say("user", noise(42, 42), "How many?"),
         say("assistant", "Three chairs."),
@@ -120,12 +120,12 @@ def test_labels_are_the_assistants_words_and_the_end_token(name):
             ["The lamp." + end],
             ["Four" + end],
         ]
-        assert [learnt(processor, labels) for labels in batches[-1]["labels"]] == answers
+        assert [learned(processor, labels) for labels in batches[-1]["labels"]] == answers
     assert_same(*batches)
     batch = batches[0]
     assert_same(Spa3VLMCollator(processor)([ROWS[i] for i in (2, 0, 1)]), batch)  # pictures first
-    is_learnt = batch["labels"] != IGNORED
-    assert torch.equal(batch["labels"][is_learnt], batch["input_ids"][is_learnt])
+    is_learned = batch["labels"] != IGNORED
+    assert torch.equal(batch["labels"][is_learned], batch["input_ids"][is_learned])
     # Padded on the right.
     lengths = batch["attention_mask"].sum(1)
     assert torch.equal(batch["attention_mask"].bool(), torch.arange(max(lengths)) < lengths[:, None])
@@ -181,7 +181,7 @@ def test_other_templates_by_difference(kind):
     messages = [say("user", "Hi"), say("assistant", " Two chairs"), say("user", "So?"), say("assistant", "Yes.")]
     batch = Spa3VLMCollator(processor)([{"messages": messages}])
     first = "Two chairs" if "space" in kind else " Two chairs"
-    assert learnt(processor, batch["labels"][0]) == [first + "<|im_end|>", "Yes.<|im_end|>"]
+    assert learned(processor, batch["labels"][0]) == [first + "<|im_end|>", "Yes.<|im_end|>"]
     prompt = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
     assert torch.equal(batch["input_ids"], prompt["input_ids"])
 
@@ -189,7 +189,7 @@ def test_other_templates_by_difference(kind):
 def test_a_template_that_writes_an_answer_in_two_ways_is_refused():
     thought = "{%- if message['role'] == 'assistant' and loop.last -%}{{ '<think></think>' }}{%- endif -%}"
     collator = Spa3VLMCollator(make(template=OPEN + thought + WORDS + CLOSE))
-    assert learnt(collator.processor, collator([{"messages": TEXT}])["labels"][0]) == ["<think></think>Four<|im_end|>"]
+    assert learned(collator.processor, collator([{"messages": TEXT}])["labels"][0]) == ["<think></think>Four<|im_end|>"]
     words = (
         r"writes message 1, the assistant's, in two ways.* the text up to it goes on with '<think></think>Four<\|im_end"
         r"\|>\\n', what stands there when messages follow with 'Four<\|im_end\|>.*Mark the words in the template, "
@@ -225,7 +225,7 @@ def test_plain_chat_data_with_files(tmp_path):
     processor = make()
     batch = Spa3VLMCollator(processor)(rows)
     assert batch["views_per_scene"].tolist() == [1, 4]
-    assert [learnt(processor, labels) for labels in batch["labels"]] == [["A room<|im_end|>"]] * 2
+    assert [learned(processor, labels) for labels in batch["labels"]] == [["A room<|im_end|>"]] * 2
     picture["image"] = str(tmp_path / "missing.png")
     batch = Spa3VLMCollator(processor)(rows)
     assert batch["views_per_scene"].tolist() == [4]
@@ -296,7 +296,7 @@ def test_what_a_chat_template_refuses_is_left_out():
     processor = make(template=alternate + OPEN + WORDS + CLOSE)
     batch = Spa3VLMCollator(processor)([{"messages": [*TEXT[:1], *TEXT]}, {"messages": TEXT}])
     assert [entry["reason"] for entry in batch["skipped"]] == ["TemplateError: Roles must alternate"]
-    assert learnt(processor, batch["labels"][0]) == ["Four<|im_end|>"]
+    assert learned(processor, batch["labels"][0]) == ["Four<|im_end|>"]
 
 
 def test_examples_whose_columns_were_removed_are_refused(composed, tmp_path):
@@ -339,7 +339,7 @@ def test_long_rows_are_cut_in_their_answers(name):
             assert torch.equal(batch[key], value[:, :limit]), key
         elif torch.is_tensor(value):
             assert torch.equal(batch[key], value), key
-    assert learnt(processor, batch["labels"][0])[0].startswith("0 1 2 3")
+    assert learned(processor, batch["labels"][0])[0].startswith("0 1 2 3")
 
 
 def test_no_picture_is_cut():

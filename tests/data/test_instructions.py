@@ -509,12 +509,12 @@ def test_made_of_a_configuration(tmp_path):
     mixture = make_instructions({"mixture": two, "num_rows": 9})
     assert {example["source"] for example in mixture} == {"a"} and len(mixture) == 9
     for spec, words in (
-        ({"annotation": "a.jsonl"}, "no field 'annotation'. They have: type, streaming, annotations"),
-        ({}, "need 'annotations'"),
+        ({"annotation": "a.jsonl"}, "no field 'annotation'. It has: type, streaming, annotations"),
+        ({}, "needs 'annotations'"),
         ({"type": "vsi"}, "must be instructions or room_questions, got 'vsi'"),
         ({"mixture": {"a": one | {"weight": 1}, "b": one}}, "b has none"),
         ({"mixture": {"a": one | {"streaming": True}}}, "a is streamed"),
-        ({"mixture": {"a": one}, "rows": 3}, "no field 'rows'. They have: mixture, num_rows, seed"),
+        ({"mixture": {"a": one}, "rows": 3}, "no field 'rows'. It has: mixture, num_rows, seed"),
     ):
         with pytest.raises(ValueError, match=words):
             make_instructions(spec)

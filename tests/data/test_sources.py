@@ -499,7 +499,7 @@ def test_data_sets_that_cannot_be_used_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match="`dataset` has no column 'photos'; it has images, scene"):
             source(change(lists), "photos")
-        with pytest.raises(ValueError, match="'image' holds single pictures, and `scene_column` must tell"):
+        with pytest.raises(ValueError, match="'image' holds single pictures, and `scene_column` must name their"):
             source(change(single), "image")
     with pytest.raises(ValueError, match=r"must be a datasets\.Dataset, got IterableDataset\. Use StreamedScenes"):
         DatasetScenes(lists.to_iterable_dataset())
@@ -536,7 +536,7 @@ def test_sources_from_fields(rooms, tmp_path):
             {"type": "rooms", "levels": 2, "size": 56},
             r"'rooms' has no field 'levels'\. It has: type, level, num_frames, stride_of_walk, first_seed",
         ),
-        ({"type": "dataset", "stream": True}, r"no field 'stream'\. It has: .*, name, streaming"),
+        ({"type": "dataset", "stream": True}, r"no field 'stream'\. It has: type, streaming, .*, name"),
         ({"type": "folder", "stride": [1, 2]}, r"'folder' needs 'root'\. Add it"),
     ],
 )

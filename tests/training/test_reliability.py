@@ -220,7 +220,7 @@ def test_weights_that_overflow_end_the_run_and_are_never_saved(clipping, config,
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
-def test_run_that_learnt_nothing_fails_whenever_it_is_asked(tmp_path):
+def test_run_that_learned_nothing_fails_whenever_it_is_asked(tmp_path):
     scenes = write_scenes(tmp_path / "scenes", scenes=6)
     ours = trainer(tmp_path / "run", scenes, max_steps=2, save_steps=1)
     original = ours.get_batch_samples
@@ -232,13 +232,13 @@ def test_run_that_learnt_nothing_fails_whenever_it_is_asked(tmp_path):
         return samples, patches
 
     ours.get_batch_samples = poisoned
-    words = r"All 2 steps were dropped because their gradient is not finite: nothing was learnt, and no model is saved"
+    words = r"All 2 steps were dropped because their gradient is not finite: nothing was learned, and no model is saved"
     with pytest.raises(ValueError, match=words):
         ours.train()
     again = trainer(tmp_path / "run", scenes, max_steps=2)
     again.restore(tmp_path / "run" / "checkpoint-2")
     with pytest.raises(ValueError, match=words):
-        again.check_learnt()
+        again.check_learned()
 
 
 def test_nonfinite_weights_are_not_trained_nor_saved(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -85,7 +85,7 @@ class SceneBatches(ResumableBatches):
         sources: SceneSource | Sequence[SceneSource],
         image_processor: Spa3RImageProcessor,
         *,
-        views: tuple[int, int] = (4, 12),
+        views: Sequence[int] = (4, 12),
         pictures_per_batch: int = 24,
         mask_ratio: float = 0.5,
         cameras: Literal["predicted", "given"] = "predicted",
@@ -105,8 +105,9 @@ class SceneBatches(ResumableBatches):
         self._lengths = [_length(source) for source in self.sources]
         self._check()
         self._num_scenes = scenes_per_epoch
-        if scenes_per_epoch is None and None not in self._lengths:
-            self._num_scenes = sum(self._lengths)
+        known = [length for length in self._lengths if length is not None]
+        if scenes_per_epoch is None and len(known) == len(self._lengths):
+            self._num_scenes = sum(known)
         if self._num_scenes is not None and self._num_scenes < world_size:
             raise ValueError(
                 f"An epoch must hold at least a scene for each of the {world_size} ranks, got {self._num_scenes}. "
@@ -147,7 +148,7 @@ class SceneBatches(ResumableBatches):
             if len(self.weights) != len(self.sources) or not all(weight > 0 for weight in self.weights):
                 raise ValueError(
                     f"`weights` must be a positive number for each of the {len(self.sources)} sources, got "
-                    f"{list(self.weights)}. Leave out a source that shall not be seen."
+                    f"{list(self.weights)}. Leave out a source that must not be seen."
                 )
         is_streamed = any(isinstance(source, StreamedScenes) for source in self.sources)
         if self.world_size > 1 and is_streamed and self.scenes_per_epoch is None and self.weights is None:
@@ -165,12 +166,12 @@ class SceneBatches(ResumableBatches):
         Raises:
             TypeError: The epoch is endless, or its length isn't known.
         """
-        if self._num_scenes is None:
+        if self._num_batches is None:
+            self._num_batches = self._plan(0).num_steps
+        if self._num_batches is None:
             raise TypeError(
                 "The length of an epoch is not known: a source has no end or is streamed. Give `scenes_per_epoch`."
             )
-        if self._num_batches is None:
-            self._num_batches = self._plan(0).num_steps
         return self._num_batches
 
     def _plan(self, epoch: int) -> EpochPlan:
@@ -203,7 +204,7 @@ class SceneBatches(ResumableBatches):
                     return
 
     def _batch(self, run: _Run, places: list[_Place], views: int) -> dict[str, Any]:
-        batch = _Batch([], [], [], [], [], [], 0)
+        batch = _Batch()
         for place in places:
             try:
                 self._add_scene(batch, run, place, run.scene(place), views)
@@ -230,9 +231,10 @@ class SceneBatches(ResumableBatches):
             batch.scenes.append(f"{source.name}/{name}")
             batch.views.append(read.views)
             batch.targets += targets.tolist()
-            if self.cameras == "given":
-                batch.extrinsics.append(relative_to_first(np.stack(read.extrinsics)))
-                batch.intrinsics.append(np.stack(read.intrinsics).astype(np.float32))
+            if read.cameras:
+                extrinsics, intrinsics = (np.stack(matrices) for matrices in zip(*read.cameras))
+                batch.extrinsics.append(relative_to_first(extrinsics))
+                batch.intrinsics.append(intrinsics.astype(np.float32))
         skipped = [
             {"source": source.name, "scene": name, "picture": picture, "reason": reason} for picture, reason in unread
         ]
@@ -250,7 +252,7 @@ class SceneBatches(ResumableBatches):
         else:
             usable = np.arange(max(1, source.num_frames(scene)))
         frames = usable[sample_frames(len(usable), views, source.stride, rng)].tolist()
-        good: dict[int, tuple] = {}
+        good: dict[int, _View] = {}
         unread: list[tuple[str, str]] = []
         tried: set[int] = set()
         for _ in range(1 + _ROUNDS):
@@ -267,15 +269,19 @@ class SceneBatches(ResumableBatches):
         if not good:
             raise SceneError(f"None of the {len(tried)} pictures tried can be read, the first: {' '.join(unread[0])}")
         chosen = sorted(min(good, key=lambda other: abs(other - frame)) for frame in frames)
-        return _Read(*([good[frame][part] for frame in chosen] for part in range(3)), unread, len(tried))
+        read = [good[frame] for frame in chosen]
+        cameras = [view.camera for view in read if view.camera is not None]
+        return _Read([view.image for view in read], cameras, unread, len(tried))
 
-    def _load(self, source: SceneSource, scene: Any, frames: list[int], unread: list[tuple[str, str]]) -> dict:
-        """The processed view, extrinsics and intrinsics of every readable frame."""
+    def _load(
+        self, source: SceneSource, scene: Any, frames: list[int], unread: list[tuple[str, str]]
+    ) -> dict[int, _View]:
+        """The processed view and the camera of every readable frame."""
         loaded = source.load(scene, frames)
         unread += loaded.unread
-        good = {}
+        good: dict[int, _View] = {}
         for place, (frame, image) in enumerate(zip(loaded.frames, loaded.images)):
-            extrinsics = intrinsics = None
+            camera = None
             try:
                 view = self.image_processor.process_view(image)
             except ValueError as error:  # smaller than a patch
@@ -284,10 +290,10 @@ class SceneBatches(ResumableBatches):
             if self.cameras == "given":
                 if loaded.extrinsics is None or loaded.intrinsics is None:
                     raise SceneError("A camera that was known can't be read any more.")
-                extrinsics = loaded.extrinsics[place]
                 size = (image.height, image.width)
                 intrinsics = self.image_processor.process_intrinsics(loaded.intrinsics[place], size)
-            good[frame] = (view, extrinsics, intrinsics)
+                camera = loaded.extrinsics[place], np.asarray(intrinsics)
+            good[frame] = _View(view, camera)
         return good
 
     def _packed(self, batch: _Batch) -> dict[str, Any]:
@@ -400,21 +406,27 @@ class _Stream:
 class _Batch:
     """A batch while it is being filled, scene by scene."""
 
-    scenes: list[str]
-    views: list[list[PIL.Image.Image]]
-    targets: list[bool]
-    extrinsics: list[np.ndarray]
-    intrinsics: list[np.ndarray]
-    skipped: list[dict[str, str]]
-    num_pictures: int
+    scenes: list[str] = field(default_factory=list)
+    views: list[list[PIL.Image.Image]] = field(default_factory=list)
+    targets: list[bool] = field(default_factory=list)
+    extrinsics: list[np.ndarray] = field(default_factory=list)
+    intrinsics: list[np.ndarray] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    num_pictures: int = 0
+
+
+class _View(NamedTuple):
+    """A processed view; with ``cameras="given"`` its extrinsics and intrinsics."""
+
+    image: PIL.Image.Image
+    camera: tuple[np.ndarray, np.ndarray] | None
 
 
 class _Read(NamedTuple):
-    """Views of a scene."""
+    """Views of a scene, and with ``cameras="given"`` the camera of each."""
 
     views: list[PIL.Image.Image]
-    extrinsics: list[np.ndarray | None]
-    intrinsics: list[np.ndarray | None]
+    cameras: list[tuple[np.ndarray, np.ndarray]]
     unread: list[tuple[str, str]]
     num_tried: int
 

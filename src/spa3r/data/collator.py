@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,7 +103,7 @@ class Spa3VLMCollator:
 
         Raises:
             ValueError: An example has no ``messages``, or even rows with plain text and pictures can't be used: the
-                chat template doesn't tell which words are the assistant's, or the processor wasn't made for
+                chat template doesn't mark the assistant's words, or the processor wasn't made for
                 conversations. The message says what to do.
         """
         skipped = [entry for example in examples for entry in example.get("skipped") or ()]
@@ -130,7 +130,7 @@ class Spa3VLMCollator:
                 with self._leaving_out(example, skipped):
                     batch = self._process([conversation])
                     kept.append((example, conversation))
-            if len(kept) != 1:
+            if batch is None or len(kept) != 1:
                 batch = self._process([conversation for _, conversation in kept] or [_NOTHING])
         reasons = [self._unusable(ids, labels, n) for ids, labels, n in _rows(batch)] if kept else []
         if any(reasons):
@@ -144,7 +144,7 @@ class Spa3VLMCollator:
     # Rows that can't be used
 
     @contextmanager
-    def _leaving_out(self, example: Mapping[str, Any], skipped: list[dict[str, str]]) -> Iterator[None]:
+    def _leaving_out(self, example: Mapping[str, Any], skipped: list[dict[str, str]]) -> Generator[None]:
         """Report a row that can't be used, unless plain rows fail too: then the processor is at fault."""
         try:
             yield
@@ -176,7 +176,7 @@ class Spa3VLMCollator:
 
     # Words
 
-    def _marked(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def _marked(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The conversation for `_MARKING_TEMPLATE`: pictures, then the text that the chat template writes, split into
         pieces; those of the assistant are to be learned."""
         self.processor.check_messages(messages)
@@ -197,7 +197,7 @@ class Spa3VLMCollator:
 
     def _spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The output of the chat template, and the spans of the assistant in it."""
-        if GENERATION.search(self.processor.chat_template):
+        if GENERATION.search(str(self.processor.chat_template)):
             text, (spans,) = self._render(messages, return_assistant_tokens_mask=True)
             return text, spans
         text, _ = self._render(messages)
@@ -212,14 +212,14 @@ class Spa3VLMCollator:
                 _check_written(message, text[len(before) : len(through)], index)
         return text, spans
 
-    def _render(self, messages: list[dict[str, Any]], **kwargs) -> tuple[str, list]:
-        texts, spans = render_jinja_template(
+    def _render(self, messages: list[dict[str, Any]], **kwargs: Any) -> tuple[str, Any]:
+        (text,), spans = render_jinja_template(
             [messages],
             chat_template=self.processor.chat_template,
             **kwargs,
             **self.processor.tokenizer.special_tokens_map,
         )
-        return texts[0], spans
+        return text, spans
 
     def _ended(self, text: str, start: int, stop: int) -> tuple[str, int]:
         """The text and the end of an answer in it, including an end token and nothing after it."""
@@ -243,7 +243,7 @@ class Spa3VLMCollator:
     # Tokens
 
     def _process(self, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        batch = self.processor._write(  # the output has the special tokens of the chat template
+        written: Any = self.processor._write(  # the output has the special tokens of the chat template
             conversations,
             chat_template=_MARKING_TEMPLATE,
             tokenize=True,
@@ -251,7 +251,7 @@ class Spa3VLMCollator:
             return_assistant_tokens_mask=True,
             processor_kwargs={"padding": True, "padding_side": "right"},
         )
-        batch = dict(batch)
+        batch = dict(written)
         if "labels" in batch:
             name = type(self.processor.vlm_processor).__name__
             raise ValueError(
@@ -276,10 +276,10 @@ class Spa3VLMCollator:
 
     def _end_of_pictures(self, input_ids: Tensor) -> int:
         """The number of tokens up to the last one of a picture, including the tokens that close the picture."""
-        is_place = input_ids == self.processor.image_token_id
-        if self.processor.spatial_tokens is not None:  # tokens appended to the last picture
-            is_place |= input_ids == self.processor.spatial_token_id
-        places = is_place.nonzero()
+        tokens = [self.processor.image_token_id]
+        if self.processor.spatial_tokens is not None:  # appended to the last picture
+            tokens.append(self.processor.spatial_token_id)
+        places = torch.isin(input_ids, torch.tensor(tokens)).nonzero()
         end = int(places[-1]) + 1 if len(places) else 0
         while 0 < end < len(input_ids) and int(input_ids[end]) in self._special_ids:
             end += 1
@@ -336,7 +336,7 @@ def _check_prefix(prefix: str, text: str, index: int, what: str, where: str) -> 
     if not text.startswith(prefix):
         same = next((place for place, pair in enumerate(zip(prefix, text)) if pair[0] != pair[1]), len(text))
         raise ValueError(
-            f"The chat template writes message {index}, the assistant's, in two ways, so its words can't be told by "
+            f"The chat template writes message {index}, the assistant's, in two ways, so its words can't be found by "
             f"difference: {what} goes on with {prefix[same:][:40]!r}, {where} with {text[same:][:40]!r}. Mark the "
             "words in the template, {% generation %}...{% endgeneration %}, and set `processor.chat_template` to it."
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -65,14 +65,12 @@ class DatasetScenes(SceneSource):
         if not len(loaded):
             raise ValueError(f"`dataset` must hold at least one row, got none in {name!r}. Check the split.")
         self._rows = loaded.select_columns(columns).with_format("arrow")
-        self._is_list = _is_list(loaded.features[images_column])
-        self._starts = self._order = self._names = None
-        if not self._is_list:
+        self._groups: _Groups | None = None
+        if not _is_list(loaded.features[images_column]):
             _check_single(images_column, scene_column)
-            self._group()
+            self._groups = self._group_rows()
 
-    def _group(self) -> None:
-        """Group rows by scene: scenes in order of their first row, and the rows of each."""
+    def _group_rows(self) -> _Groups:
         keys = self._rows.select_columns([self.scene_column])[:][self.scene_column].combine_chunks()
         if keys.null_count:
             raise ValueError(
@@ -81,22 +79,20 @@ class DatasetScenes(SceneSource):
             )
         keys = keys.dictionary_encode()
         groups = keys.indices.to_numpy(zero_copy_only=False)
-        self._order = np.argsort(groups, kind="stable").astype(np.uint32)
-        self._starts = np.concatenate([[0], np.cumsum(np.bincount(groups))])
-        self._names = [str(name) for name in keys.dictionary.to_pylist()]
+        order = np.argsort(groups, kind="stable").astype(np.uint32)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(groups))])
+        return _Groups([str(name) for name in keys.dictionary.to_pylist()], order, starts)
 
     def __len__(self) -> int:
-        return len(self._rows) if self._is_list else len(self._names)
+        return len(self._rows) if self._groups is None else len(self._groups.names)
 
     def scene_name(self, scene: int) -> str:
-        if not self._is_list:
-            return self._names[scene]
+        if self._groups is not None:
+            return self._groups.names[scene]
         return str(scene if self.scene_column is None else self._rows[scene][self.scene_column][0].as_py())
 
     def num_frames(self, scene: int) -> int:
-        if self._is_list:
-            return len(self._cells(scene))
-        return int(self._starts[scene + 1] - self._starts[scene])
+        return len(self._cells(scene) if self._groups is None else self._groups.rows(scene))
 
     def _cells(self, row: int) -> Any:
         """The pictures of a row, undecoded and without a copy: an Arrow array."""
@@ -104,12 +100,24 @@ class DatasetScenes(SceneSource):
         return [] if cells is None else cells
 
     def load(self, scene: int, frames: Sequence[int]) -> LoadedScene:
-        if self._is_list:
+        if self._groups is None:
             cells = self._cells(scene)
             _check_some(cells)
             return _decode(frames, (cells[int(frame)].as_py() for frame in frames))
-        rows = self._order[self._starts[scene] + np.asarray(frames, int)]
+        rows = self._groups.rows(scene)[np.asarray(frames, int)]
         return _decode(frames, (self._rows[int(row)][self.images_column][0].as_py() for row in rows))
+
+
+class _Groups(NamedTuple):
+    """Rows grouped by scene, scenes in order of their first row: `order` lists all rows, scene by scene."""
+
+    names: list[str]
+    order: np.ndarray
+    starts: np.ndarray
+
+    def rows(self, scene: int) -> np.ndarray:
+        """The rows of a scene, in order."""
+        return self.order[self.starts[scene] : self.starts[scene + 1]]
 
 
 @dataclass
@@ -168,7 +176,7 @@ class StreamedScenes(SceneSource):
                 "`dataset.to_iterable_dataset()`."
             )
         first = None
-        if loaded.features is None:  # only the data can tell
+        if loaded.features is None:  # only the rows show the columns
             first = next(iter(loaded), None)
             if first is None:
                 raise ValueError(f"`dataset` must hold at least one row, got none in {name!r}. Check the split.")
@@ -234,7 +242,12 @@ def require_datasets() -> Any:
 
 
 def open_dataset(
-    dataset: Any, split: str, config: str | None = None, data_files=None, data_dir=None, streaming: bool = False
+    dataset: Any,
+    split: str,
+    config: str | None = None,
+    data_files: str | Sequence[str] | Mapping[str, Any] | None = None,
+    data_dir: str | None = None,
+    streaming: bool = False,
 ) -> Any:
     """The data set, loaded if only its name or folder is given."""
     if not isinstance(dataset, str | Path):
@@ -264,8 +277,8 @@ def _checked_columns(columns: Iterable[str], images_column: str, scene_column: s
 def _check_single(images_column: str, scene_column: str | None) -> None:
     if scene_column is None:
         raise ValueError(
-            f"`images_column` {images_column!r} holds single pictures, and `scene_column` must tell which belong "
-            "together, got None. Give it, or a column of lists of pictures."
+            f"`images_column` {images_column!r} holds single pictures, and `scene_column` must name their "
+            "scenes, got None. Give it, or a column of lists of pictures."
         )
 
 
@@ -301,7 +314,7 @@ def decode_picture(cell: Any) -> PIL.Image.Image:
     Raises:
         ValueError: There is no picture, or it can't be read.
     """
-    path = None
+    path: Any = None
     if isinstance(cell, Mapping):
         path, cell = cell.get("path"), cell.get("bytes")
     if cell is None and path is None:

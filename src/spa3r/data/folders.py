@@ -20,10 +20,16 @@ Camera = tuple[np.ndarray, np.ndarray]
 """Extrinsics (4, 4) camera-from-world, and intrinsics (3, 3) in pixels of the original picture."""
 
 
-class _PictureFolders(SceneSource):
-    """Base of the folder layouts: an index of folders, and pictures read from them."""
+class IndexedScenes(SceneSource):
+    """Base of the sources on disk: an index of folders or files, of which each is a scene.
 
-    endings = PICTURES
+    Args:
+        root: The folder of the scenes.
+        scenes: Names of the scenes to use, or a text file with one per line; None: all.
+        stride: Lowest and highest step between drawn frames.
+        name: Name of the source in reports; None: the folder's name.
+        cache_dir: Folder of the index; None: the user's cache.
+    """
 
     def __init__(
         self,
@@ -35,29 +41,21 @@ class _PictureFolders(SceneSource):
     ):
         self.root = existing_folder(root)
         self.name, self.stride = name or self.root.name, check_stride(stride)
-        entries = self._entries(read_names(scenes))
         self.index = SceneIndex.build(
             [type(self).__name__, self.root.resolve(), *([] if scenes is None else [str(scenes)])],
-            entries,
+            self._entries(read_names(scenes)),
             self._scan,
             cache_dir,
         )
-        self._rows = np.flatnonzero(self.index.counts)
-        if not len(self._rows):
-            raise ValueError(self._why_empty())
+        self._rows = np.arange(len(self.index))
 
     @abstractmethod
     def _entries(self, scenes: list[str] | None) -> list[Entry]:
-        """Names of the scenes and their picture folders."""
+        """Names of the scenes, and the folder or file of each."""
 
     @abstractmethod
-    def _why_empty(self) -> str:
-        """The error message if there are no scenes."""
-
-    def _scan(self, folder: str) -> tuple[list[str], int]:
-        names = [name for name in listed(folder) if name.lower().endswith(self.endings)]
-        names.sort(key=natural_key)
-        return names, len(names)
+    def _scan(self, path: str) -> tuple[list[str], int]:
+        """Names of the pictures of a scene, if it has any, and its number of frames."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -67,6 +65,34 @@ class _PictureFolders(SceneSource):
 
     def num_frames(self, scene: int) -> int:
         return int(self.index.counts[self._rows[scene]])
+
+
+class PictureFolders(IndexedScenes):
+    """Base of the layouts of picture folders; folders without pictures are left out."""
+
+    endings = PICTURES
+
+    def __init__(
+        self,
+        root: str | Path,
+        scenes: Sequence[str] | str | Path | None = None,
+        stride: Sequence[int] = (1, 4),
+        name: str | None = None,
+        cache_dir: str | Path | None = None,
+    ):
+        super().__init__(root, scenes, stride, name, cache_dir)
+        self._rows = np.flatnonzero(self.index.counts)
+        if not len(self._rows):
+            raise ValueError(self._why_empty())
+
+    @abstractmethod
+    def _why_empty(self) -> str:
+        """The error message if there are no scenes."""
+
+    def _scan(self, path: str) -> tuple[list[str], int]:
+        names = [name for name in listed(path) if name.lower().endswith(self.endings)]
+        names.sort(key=natural_key)
+        return names, len(names)
 
     def load(self, scene: int, frames: Sequence[int]) -> LoadedScene:
         row = self._rows[scene]
@@ -118,7 +144,7 @@ class _PictureFolders(SceneSource):
         matters."""
 
 
-class FolderScenes(_PictureFolders):
+class FolderScenes(PictureFolders):
     """A folder per scene, with pictures in natural order of their names.
 
     A scene's folder may hold ``cameras.json``: ``{"000.png": {"extrinsics": 4 x 4 camera-from-world with OpenCV axes,
@@ -151,7 +177,9 @@ class FolderScenes(_PictureFolders):
     def _camera_file(self, folder: Path) -> Path:
         return folder / "cameras.json"
 
-    def _cameras(self, folder, names, sizes) -> list[Camera | None]:
+    def _cameras(
+        self, folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]] | None
+    ) -> list[Camera | None]:
         file = self._camera_file(folder)
         if not file.exists():
             return [None] * len(names)

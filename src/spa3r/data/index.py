@@ -87,7 +87,7 @@ class SceneIndex:
     @classmethod
     def build(
         cls,
-        key: Sequence[str],
+        key: Sequence[str | Path],
         entries: Sequence[Entry],
         scan: Callable[[str], tuple[list[str], int]],
         cache_dir: str | Path | None = None,

@@ -154,7 +154,8 @@ class RowReader:
             else:
                 path = self._path(item["path"] if isinstance(item, Mapping) else item)
                 if path.is_dir():
-                    files = sorted((f for f in path.iterdir() if f.suffix.lower() in PICTURES), key=_natural)
+                    files = [file for file in path.iterdir() if file.suffix.lower() in PICTURES]
+                    files.sort(key=lambda file: natural_key(file.name))
                     frames = [to_rgb(file) for file in self._some(files)]
                 else:
                     frames = sample_frames(path, self.num_frames or self._frames_for)
@@ -291,8 +292,9 @@ class InstructionMixture(Dataset):
     ):
         if not parts:
             raise ValueError("`parts` must hold at least one data set, got none.")
-        self.parts, self.names = dict(parts), list(parts)
-        sizes = np.array([len(part) for part in parts.values()])
+        self.parts: dict[str, Any] = dict(parts)
+        self.names = list(parts)
+        sizes = np.array([len(part) for part in self.parts.values()])
         weights = dict(zip(self.names, sizes.tolist())) if weights is None else dict(weights)
         if set(weights) != set(parts) or min(weights.values()) < 0 or not sum(weights.values()) > 0:
             raise ValueError(
@@ -338,8 +340,8 @@ class StreamedInstructions(IterableDataset):
             annotations, or wherever the paths lead.
         name: Name of the source in reports; None: the name of the file or data set.
         split: Split of a hub data set.
-        shuffle_buffer: Size of the buffer from which the next row is drawn, anew in every epoch; 0: the order of the
-            rows.
+        shuffle_buffer: Size of the buffer from which the next row is drawn, differently in every epoch; 0: the order
+            of the rows.
         seed: Seed of that draw.
         frames: As for :class:`InstructionDataset`.
         seconds_per_frame: As for :class:`InstructionDataset`.
@@ -505,10 +507,6 @@ def _media_name(item: Any) -> str:
 def _is_below(path: Path, root: Path) -> bool:
     """Whether the path as written is below the root: links below the root may point anywhere, which is intended."""
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
-
-
-def _natural(file: Path) -> str:
-    return natural_key(file.name)
 
 
 def _entry(source: str, place: int, error: RowError) -> dict[str, str]:

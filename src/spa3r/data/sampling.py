@@ -87,7 +87,7 @@ class EpochPlan:
         lengths: Sequence[int | None],
         weights: Sequence[float] | None,
         num_scenes: int | None,
-        views: tuple[int, int],
+        views: Sequence[int],
         pictures: int,
         world_size: int,
         seed: int,
@@ -96,8 +96,9 @@ class EpochPlan:
         self.lengths, self.num_scenes, self.views = list(lengths), num_scenes, views
         self.pictures, self.world_size, self.seed, self.epoch = pictures, world_size, seed, epoch
         self.shares = None if weights is None else np.asarray(weights, float) / np.sum(weights)
-        self.ends = None if weights is not None or None in self.lengths else np.cumsum(self.lengths)
-        self._steps: np.ndarray | None = None if num_scenes is None else self._finite_steps()
+        known = [length for length in lengths if length is not None]
+        self.ends = np.cumsum(known) if weights is None and len(known) == len(lengths) else None
+        self._steps: np.ndarray | None = None if num_scenes is None else self._finite_steps(num_scenes)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._counts = [np.zeros(len(self.lengths), np.int64)]  # draws of every source before each block
         self._block: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -110,7 +111,7 @@ class EpochPlan:
         """The random generator of the scene at a position of the epoch."""
         return self.rng(_SCENE, self.epoch, place)
 
-    # Steps ------------------------------------------------------------------------------------------------------------
+    # Steps
 
     @property
     def num_steps(self) -> int | None:
@@ -120,32 +121,32 @@ class EpochPlan:
     def steps(self, first: int = 0, stride: int = 1) -> Iterator[Step]:
         """Every `stride`-th step, starting at `first`."""
         if self._steps is None:
-            return islice(self._endless_steps(), first, None, stride)
-        return map(self.step, range(first, len(self._steps), stride))
+            yield from islice(self._endless_steps(), first, None, stride)
+            return
+        for index in range(first, len(self._steps), stride):
+            yield Step(index, *self._steps[index].tolist())
 
     def _endless_steps(self) -> Iterator[Step]:
         index = place = 0
         for block in count():
-            for views in self.rng(_VIEWS, self.epoch, block).integers(*self.views, size=_BLOCK, endpoint=True).tolist():
+            for views in self._draw_views(self.epoch, block):
                 scenes = self.world_size * (self.pictures // views)
                 yield Step(index, place, scenes, views)
                 index, place = index + 1, place + scenes
 
-    def step(self, index: int) -> Step:
-        """One step of a finite epoch."""
-        first, scenes, views = self._steps[index].tolist()
-        return Step(index, first, scenes, views)
+    def _draw_views(self, epoch: int, block: int) -> list[int]:
+        return self.rng(_VIEWS, epoch, block).integers(*self.views, size=_BLOCK, endpoint=True).tolist()
 
-    def _finite_steps(self) -> np.ndarray:
+    def _finite_steps(self, num_scenes: int) -> np.ndarray:
         """(steps, 3): first position, scenes, views.
 
         The numbers of views are drawn once for all epochs and shuffled for each, so all epochs have the same length.
         Every rank gets at least one scene in every step; at most world_size - 1 scenes are left over, and only if the
         budget allows one scene per rank.
         """
-        world, left, rows, block = self.world_size, self.num_scenes, [], 0
+        world, left, rows, block = self.world_size, num_scenes, [], 0
         while left >= world:
-            for views in self.rng(_VIEWS, 0, block).integers(*self.views, size=_BLOCK, endpoint=True).tolist():
+            for views in self._draw_views(0, block):
                 scenes = world * (self.pictures // views)
                 missing = world - (left - scenes)  # this many fewer, and the next step has a scene for every rank
                 if 0 < missing < world and scenes - missing >= world:
@@ -161,7 +162,7 @@ class EpochPlan:
         first = np.cumsum(steps[:, 0]) - steps[:, 0]
         return np.column_stack([first, steps])
 
-    # Scenes -----------------------------------------------------------------------------------------------------------
+    # Scenes
 
     def scene_at(self, place: int) -> tuple[int, int]:
         """The source, and the scene of that source, at a position of the epoch.
@@ -171,16 +172,16 @@ class EpochPlan:
         """
         if self.shares is not None:
             source, before = self._weighted(place)
-            return source, before if self.lengths[source] is None else self._shuffled(source, before)
+            length = self.lengths[source]
+            return source, before if length is None else self._shuffled(source, before, length)
         if self.ends is None:
             return 0, place
-        scene = self._shuffled(-1, place)
+        scene = self._shuffled(-1, place, int(self.ends[-1]))
         source = int(np.searchsorted(self.ends, scene, side="right"))
-        return source, scene - int(self.ends[source] - self.lengths[source])
+        return source, scene - (int(self.ends[source - 1]) if source else 0)
 
-    def _shuffled(self, source: int, before: int) -> int:
-        """The scene that is drawn after `before` others of its source (-1: all sources together)."""
-        length = int(self.ends[-1]) if source < 0 else self.lengths[source]
+    def _shuffled(self, source: int, before: int, length: int) -> int:
+        """The scene that is drawn after `before` others of its source (-1: all sources together) of `length` scenes."""
         turn, place = divmod(before, length)
         if self._orders.get(source, (None, None))[0] != turn:
             order = self.rng(_ORDER, self.epoch, source + 1, turn).permutation(length)

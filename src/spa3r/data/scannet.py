@@ -10,7 +10,7 @@ import numpy as np
 
 from spa3r.data.folders import (
     Camera,
-    _PictureFolders,
+    PictureFolders,
     existing_folder,
     folders_in,
     read_json,
@@ -23,7 +23,7 @@ from spa3r.media.files import read_text
 _OPENGL_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
-class ScanNetScenes(_PictureFolders):
+class ScanNetScenes(PictureFolders):
     """ScanNet: ``<root>/scene0000_00/color/0.jpg``. Cameras, if they were exported, are ``pose/0.txt``
     (camera-to-world) and ``intrinsic/intrinsic_color.txt``; a pose with infinite values is invalid.
 
@@ -63,7 +63,9 @@ class ScanNetScenes(_PictureFolders):
     def _camera_file(self, folder: Path) -> Path:
         return folder.parent / "intrinsic" / "intrinsic_color.txt"
 
-    def _cameras(self, folder, names, sizes) -> list[Camera | None]:
+    def _cameras(
+        self, folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]] | None
+    ) -> list[Camera | None]:
         file = self._camera_file(folder)
         if not file.exists():
             return [None] * len(names)
@@ -79,7 +81,7 @@ class ScanNetScenes(_PictureFolders):
         return cameras
 
 
-class ScanNetPPScenes(_PictureFolders):
+class ScanNetPPScenes(PictureFolders):
     """ScanNet++: ``<root>/data/<scene>/dslr/undistorted_images``, or else ``resized_undistorted_images``; the scenes
     are listed in ``<root>/splits/<split>.txt``. Cameras, if there are any, are in
     ``dslr/nerfstudio/transforms_undistorted.json``.
@@ -126,7 +128,9 @@ class ScanNetPPScenes(_PictureFolders):
     def _camera_file(self, folder: Path) -> Path:
         return folder.parent / "nerfstudio" / "transforms_undistorted.json"
 
-    def _cameras(self, folder, names, sizes) -> list[Camera | None]:
+    def _cameras(
+        self, folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]] | None
+    ) -> list[Camera | None]:
         file = self._camera_file(folder)
         if not file.exists():
             return [None] * len(names)
@@ -156,7 +160,7 @@ class ScanNetPPScenes(_PictureFolders):
             raise SceneError(f"{file} is not in nerfstudio's format: {error!r}. Export it again.") from error
 
 
-def present(wanted: list[str] | None, found: list[str], source: _PictureFolders) -> list[str]:
+def present(wanted: list[str] | None, found: list[str], source: PictureFolders) -> list[str]:
     """The requested scenes that were found, with a warning about the others."""
     if wanted is None:
         return found

@@ -44,17 +44,26 @@ class SkippedReport:
         self.pictures_tried += num_pictures
         self.scenes_tried += num_scenes
         if self.max_bad_share is not None:
-            self._check("pictures", self.pictures_bad, self.pictures_tried, _FEW_PICTURES)
-            self._check("scenes", self.scenes_bad, self.scenes_tried, _FEW_SCENES)
+            self._check(self.max_bad_share, "pictures", self.pictures_bad, self.pictures_tried, _FEW_PICTURES)
+            self._check(self.max_bad_share, "scenes", self.scenes_bad, self.scenes_tried, _FEW_SCENES)
 
-    def _check(self, what: str, bad: int, tried: int, few: int) -> None:
-        share = self.max_bad_share
+    def _check(self, share: float, what: str, bad: int, tried: int, few: int) -> None:
         chance = 4 * (share * (1 - share) * tried) ** 0.5
         if bad > share * tried + chance and (tried >= few or share == 0):
             raise RuntimeError(
                 f"`max_bad_share` = {share} of the {what} may be bad, got {bad} of {tried} ({bad / tried:.1%}). Repair "
                 f"or remove them, or accept more with a larger `max_bad_share`.\n{self}"
             )
+
+    def counts(self) -> dict[str, Any]:
+        """All that was counted, for :meth:`count_again`: ``entries``, ``pictures`` and readable ``scenes``."""
+        readable = self.scenes_tried - self.scenes_bad
+        return {"entries": self.entries(), "pictures": self.pictures_tried, "scenes": readable}
+
+    def count_again(self, counts: Mapping[str, Any]) -> None:
+        """Add the counts of another report, or of an earlier part of the run."""
+        skipped = [entry for entry in counts["entries"] for _ in range(entry["times"])]
+        self.count(skipped, counts["pictures"], counts["scenes"])
 
     def entries(self) -> list[dict[str, Any]]:
         """Skipped items, each listed once: source, scene, picture ("" for a whole scene), reason, times."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from spa3r.data.folders import existing_folder, listed, read_names
-from spa3r.data.index import SceneIndex, natural_key
-from spa3r.data.source import LoadedScene, SceneError, SceneSource, check_stride
+from spa3r.data.folders import IndexedScenes, listed
+from spa3r.data.index import Entry, natural_key
+from spa3r.data.source import LoadedScene, SceneError
 from spa3r.media.files import VIDEOS, inside
 from spa3r.media.videos import count_frames, read_frames
 
 
-class VideoScenes(SceneSource):
+class VideoScenes(IndexedScenes):
     """One video per scene. Counting frames reads every file once; the index stores the counts.
 
     Args:
@@ -34,9 +34,10 @@ class VideoScenes(SceneSource):
         name: str | None = None,
         cache_dir: str | Path | None = None,
     ):
-        self.root = existing_folder(root)
-        self.name, self.stride = name or self.root.name, check_stride(stride)
-        names = read_names(scenes)
+        super().__init__(root, scenes, stride, name, cache_dir)
+
+    def _entries(self, scenes: list[str] | None) -> list[Entry]:
+        names = scenes
         if names is None:
             names = sorted((file for file in listed(self.root) if Path(file).suffix.lower() in VIDEOS), key=natural_key)
         for file in names:
@@ -47,21 +48,13 @@ class VideoScenes(SceneSource):
                 )
         if not names:
             raise ValueError(f"{self.root} holds no video ({', '.join(sorted(VIDEOS))}). Check the path.")
-        self.index = SceneIndex.build(
-            [type(self).__name__, self.root.resolve(), *([] if scenes is None else [str(scenes)])],
-            [(file, str(self.root / file)) for file in names],
-            _scan,
-            cache_dir,
-        )
+        return [(file, str(self.root / file)) for file in names]
 
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def scene_name(self, scene: int) -> str:
-        return self.index.name(scene)
-
-    def num_frames(self, scene: int) -> int:
-        return int(self.index.counts[scene])
+    def _scan(self, path: str) -> tuple[list[str], int]:
+        try:
+            return [], count_frames(path)
+        except ValueError:  # reported when the scene is loaded
+            return [], 0
 
     def load(self, scene: int, frames: Sequence[int]) -> LoadedScene:
         try:
@@ -73,10 +66,3 @@ class VideoScenes(SceneSource):
             raise SceneError(f"The video {self.index.path(scene)} is damaged: none of its frames can be decoded.")
         unread = [(f"frame {frame}", "It can't be decoded.") for frame in frames if frame not in found]
         return LoadedScene(read, [found[frame] for frame in read], unread=unread)
-
-
-def _scan(file: str) -> tuple[list[str], int]:
-    try:
-        return [], count_frames(file)
-    except ValueError:  # reported when the scene is loaded
-        return [], 0

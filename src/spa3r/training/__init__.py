@@ -15,6 +15,7 @@ from spa3r.training.finetuning.trainer import FinetuningTrainer
 from spa3r.training.logs import JsonLinesCallback, read_log
 from spa3r.training.pretraining.run import PretrainingResult, pretrain
 from spa3r.training.pretraining.trainer import PretrainingTrainer, whole_batch
+from spa3r.training.runs import RunResult
 from spa3r.training.sources import make_instructions, make_source
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "PretrainingConfig",
     "PretrainingResult",
     "PretrainingTrainer",
+    "RunResult",
     "apply_policy",
     "finetune",
     "group_table",

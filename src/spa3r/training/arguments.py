@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 
 from spa3r.checks import check_ranges, check_types
 
@@ -41,13 +43,13 @@ RANGES: dict[str, tuple[float, float | None]] = {
 
 
 @cache
-def types_of(arguments: type) -> dict[str, Any]:
+def types_of(arguments: type[RunArguments]) -> dict[str, Any]:
     """The annotated types of the trainer's arguments; ``report_to`` may be None."""
     hints = get_type_hints(arguments)
     return {one.name: hints[one.name] for one in dataclasses.fields(arguments) if one.init}
 
 
-def check_arguments(arguments: type, values: Mapping[str, Any], prefix: str = "") -> None:
+def check_arguments(arguments: type[RunArguments], values: Mapping[str, Any], prefix: str = "") -> None:
     """Reject values of wrong types, and numbers out of range.
 
     Args:
@@ -72,7 +74,7 @@ def make_checked(arguments: type[RunArguments], values: Mapping[str, Any]) -> An
         made = arguments(**values)
         if made.lr_scheduler_type != "reduce_lr_on_plateau":
             probe = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=made.learning_rate)
-            options = {"scheduler_specific_kwargs": made.lr_scheduler_kwargs}
+            options: dict[str, Any] = {"scheduler_specific_kwargs": made.lr_scheduler_kwargs}
             get_scheduler(made.lr_scheduler_type, probe, num_warmup_steps=1, num_training_steps=2, **options)
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         if isinstance(error, ValueError) and str(error).startswith("`"):  # our own message
@@ -112,6 +114,11 @@ class RunArguments(TrainingArguments):
     max_nonfinite_steps: int = field(default=100)
     muon_learning_rate: float | None = field(default=None)
 
+    @property
+    def folder(self) -> Path:
+        """``output_dir`` as a path."""
+        return Path(str(self.output_dir))
+
     def __post_init__(self):
         # transformers checks strings and dictionaries: here they come in more forms than in a file.
         types = {name: kind for name, kind in types_of(type(self)).items() if kind in NUMBERS}
@@ -131,7 +138,7 @@ class RunArguments(TrainingArguments):
         if self.optim not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(
                 f"`muon_learning_rate` goes with `optim` adamw_torch or adamw_torch_fused, which train the rest, got "
-                f"{self.optim.value!r}. Leave one of the two out."
+                f"{OptimizerNames(self.optim).value!r}. Leave one of the two out."
             )
 
 
@@ -213,7 +220,7 @@ class FinetuningArguments(RunArguments):
     warmup_steps: float = field(default=0.03)  # below 1 it is a share of all steps
     weight_decay: float = field(default=0.01)
     gradient_accumulation_steps: int = field(default=8)
-    bf16: bool | None = field(default=None)
+    bf16: bool | None = field(default=None)  # ty: ignore[incompatible-attribute-override]  # None ends in __post_init__
 
     def __post_init__(self):
         if self.policy not in POLICIES:

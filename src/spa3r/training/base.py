@@ -9,9 +9,9 @@ import multiprocessing
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from spa3r.data import SkippedReport
@@ -32,6 +32,7 @@ from spa3r.models.model_card import CARD, is_own_card, write_model_card
 from spa3r.models.released import quote_keys
 from spa3r.secret import without_secrets
 from spa3r.signals import STOP_SIGNALS
+from spa3r.training.arguments import RunArguments
 from spa3r.training.checkpoints import (
     LAST_FILE,
     OPTIMIZER_FILE,
@@ -125,10 +126,14 @@ class Window:
         """Add the terms of a batch with their weights, unless the loss is not finite."""
         self.names = tuple(losses)
         values = torch.stack(list(losses.values())).detach().float()
-        weights = torch.as_tensor(weights, dtype=values.dtype).expand_as(values).to(values.device)
-        values = torch.cat([weights, values * weights])
+        factors = torch.as_tensor(weights, dtype=values.dtype).expand_as(values).to(values.device)
+        values = torch.cat([factors, values * factors])
         values = torch.where(torch.isfinite(loss.detach()), values, torch.zeros_like(values))
         self.sums = values if self.sums is None else self.sums + values
+
+    def totals(self) -> list[float]:
+        """The sums as numbers; none if nothing was added."""
+        return [] if self.sums is None else self.sums.tolist()
 
     @staticmethod
     def means(sums: Sequence[float], names: Sequence[str]) -> dict[str, float]:
@@ -139,7 +144,7 @@ class Window:
         }
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> Generator[None]:
         """Exclude the enclosed work from the training time."""
         start = time.perf_counter()
         yield
@@ -153,9 +158,14 @@ class ResumableTrainer(Trainer):
     dropped in all processes, and the samples that caused it are named. Checkpoints hold no pickles and appear
     atomically. A resumed run continues exactly where the saved one was, in the data too.
 
-    A subclass prepares the batches of a step (``get_batch_samples``), computes the loss, and defines the content of a
-    checkpoint (``_save_weights``, ``_load_weights``).
+    A subclass counts what a batch has (``_count``), computes the loss, and defines the content of a checkpoint
+    (``_save_weights``, ``_load_weights``).
     """
+
+    args: RunArguments
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
 
     training_data: Sequence[str] = ()
     """Names of the training data, for the model card."""
@@ -163,7 +173,10 @@ class ResumableTrainer(Trainer):
     UNIT = "scenes"
     """What a batch consists of, as shown to the user."""
 
-    def __init__(self, model: nn.Module, args: Any, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
+    COUNTED: ClassVar[tuple[str, ...]]
+    """Keys of the numbers that :meth:`_count` adds to a batch; the loss is a mean over the first."""
+
+    def __init__(self, model: nn.Module, args: RunArguments, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any):
         super().__init__(
             model, args, callbacks=[*callbacks, _StopAtTheEndOfTheStep(self), JsonLinesCallback()], **kwargs
         )
@@ -174,17 +187,20 @@ class ResumableTrainer(Trainer):
                 "matrices. Leave it out, or let each process hold the whole model."
             )
         self.model_accepts_loss_kwargs = True  # our loss is already scaled by `num_items_in_batch`
-        self.loader: BatchLoader | None = None
+        self.loader: BatchLoader | None = None  # while it trains
         self.nonfinite_steps = 0
         self.stop_requested = False
         self.skipped = SkippedReport(getattr(self.train_dataset, "max_bad_share", None))
         self._window = Window()
+        self._step_counts: dict[str, float] = {}  # over all processes
+        self._step_batches: list[Any] = []  # of this process, to name the cause of a gradient that is not finite
         self._is_stopping = False
         self._writing_dir: Path | None = None  # set while a checkpoint is written
-        self._host_group = None
+        self._host_group: dist.ProcessGroup | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             # Counts and flags are exchanged between hosts, without waiting for an accelerator.
-            self._host_group = dist.new_group(backend="gloo")
+            group = dist.new_group(backend="gloo")
+            self._host_group = group if isinstance(group, dist.ProcessGroup) else None
 
     @property
     def _unwrapped(self) -> Any:
@@ -203,11 +219,29 @@ class ResumableTrainer(Trainer):
 
     # Data
 
-    def get_train_dataloader(self) -> BatchLoader:
+    def get_train_dataloader(self) -> BatchLoader:  # ty: ignore[incompatible-method-override]  # it is only iterated over
         """The batches of all epochs, not prepared by accelerate, which slices packed tensors along dimension 0."""
         options = self._loader_options()
         self.loader = BatchLoader(self.train_dataset, persistent_workers="num_workers" in options, **options)
         return self.loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], int]:
+        """The batches of a step, and the number of items in its loss, over all processes."""
+        batches = [_next(epoch_iterator) for _ in range(num_batches)]
+        for batch in batches:
+            with as_value_error():
+                self._count(batch)
+        own = [sum(batch[name] for batch in batches) for name in self.COUNTED]
+        *counts, stop = self._sum_over_hosts([*own, self.stop_requested])
+        self._is_stopping = bool(stop)
+        self._step_batches, self._step_counts = [], dict(zip(self.COUNTED, counts))
+        return batches, max(int(counts[0]), 1)  # a step may have nothing to learn from
+
+    def _count(self, batch: dict[str, Any]) -> None:
+        """Add the numbers of `COUNTED` to a batch; count in the window, and what could not be read."""
+        raise NotImplementedError
 
     def _loader_options(self) -> dict[str, Any]:
         args = self.args
@@ -238,7 +272,7 @@ class ResumableTrainer(Trainer):
     def _gather_from_hosts(self, value: Any) -> list[Any]:
         if self._host_group is None:
             return [value]
-        gathered = [None] * dist.get_world_size()
+        gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, value, group=self._host_group)
         return gathered
 
@@ -246,7 +280,7 @@ class ResumableTrainer(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(
-        args: Any, model: nn.Module | None = None
+        args: Any, model: Any = None
     ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         """As in transformers, with Muon if requested."""
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -254,7 +288,9 @@ class ResumableTrainer(Trainer):
             return optimizer, options
         return MuonAndAdamW, options | {"matrices": layer_matrices(model), "muon_lr": args.muon_learning_rate}
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Forward and backward of one batch; returns its share of the loss of the step, 0 if that is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         return torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
@@ -273,25 +309,25 @@ class ResumableTrainer(Trainer):
 
     def _drop_step(self, model: nn.Module, norm: float) -> None:
         """Make the optimizer skip this step. The norm is that of all processes, so all of them get here."""
-        guilty = sorted({name for part in self._gather_from_hosts(self._nonfinite_parts()) for name in part})
-        if self.accelerator.scaler is not None and not guilty:
+        names = sorted({name for part in self._gather_from_hosts(self._nonfinite_parts()) for name in part})
+        if self.accelerator.scaler is not None and not names:
             return  # the scaler of float16 searches for the largest factor, and drops the step itself
-        blame = f"{self.UNIT} {', '.join(guilty)}" if guilty else "no loss: the gradient alone is not finite"
+        cause = f"{self.UNIT} {', '.join(names)}" if names else "no loss: the gradient alone is not finite"
         if self.is_deepspeed_enabled:  # it has already taken its step inside `backward`
             raise ValueError(
-                f"The gradient of step {self.state.global_step + 1} is not finite ({norm}) because of {blame}, and "
+                f"The gradient of step {self.state.global_step + 1} is not finite ({norm}) because of {cause}, and "
                 "DeepSpeed has already used it. Take them out of the data and resume from the last checkpoint."
             )
         self._check_finite()  # otherwise the run would drop every further step
         self.nonfinite_steps += 1
         logger.warning(
-            f"Step {self.state.global_step + 1} is dropped: its gradient is not finite ({norm}) because of {blame}."
+            f"Step {self.state.global_step + 1} is dropped: its gradient is not finite ({norm}) because of {cause}."
         )
-        self.log({"nonfinite_step": self.state.global_step + 1, f"nonfinite_{self.UNIT}": ", ".join(guilty)})
+        self.log({"nonfinite_step": self.state.global_step + 1, f"nonfinite_{self.UNIT}": ", ".join(names)})
         if self.nonfinite_steps > self.args.max_nonfinite_steps:
             raise ValueError(
                 f"{self.nonfinite_steps} steps had to be dropped because their gradient is not finite, more than "
-                f"`max_nonfinite_steps` = {self.args.max_nonfinite_steps}; the last one because of {blame}. Take such "
+                f"`max_nonfinite_steps` = {self.args.max_nonfinite_steps}; the last one because of {cause}. Take such "
                 f"{self.UNIT} out of the data, lower `learning_rate`, or train in float32."
             )
         if self.accelerator.scaler is None:
@@ -309,14 +345,14 @@ class ResumableTrainer(Trainer):
         (count,) = self._sum_over_hosts([len(names)])
         if not count:
             return
-        last = next(iter(reversed(checkpoints_in(self.args.output_dir))), None)
+        last = next(iter(reversed(checkpoints_in(self.args.folder))), None)
         earlier = "there is no earlier checkpoint" if last is None else f"the last finite ones are in {last}"
         raise ValueError(
             f"After step {self.state.global_step} weights of the model are not finite ({quote_keys(names, 3)}): a step "
-            f"was too large. They are not saved; {earlier}. Lower `learning_rate`, and train anew, or on from those."
+            f"was too large. They are not saved; {earlier}. Lower `learning_rate`, and start over or from those."
         )
 
-    def check_learnt(self) -> None:
+    def check_learned(self) -> None:
         """Reject a finished run that learned nothing.
 
         Raises:
@@ -325,7 +361,7 @@ class ResumableTrainer(Trainer):
         if 0 < self.state.global_step <= self.nonfinite_steps:
             raise ValueError(
                 f"All {self.nonfinite_steps} steps were dropped because their gradient is not finite: nothing was "
-                f"learnt, and no model is saved. Look in {JsonLinesCallback.FILE} for the {self.UNIT} that caused it, "
+                f"learned, and no model is saved. Look in {JsonLinesCallback.FILE} for the {self.UNIT} that caused it, "
                 "lower `learning_rate`, or train in float32."
             )
 
@@ -348,7 +384,7 @@ class ResumableTrainer(Trainer):
 
     def _training_entry(self, logs: dict[str, float]) -> dict[str, float]:
         window, self._window = self._window, Window()
-        sums = [] if window.sums is None else window.sums.tolist()
+        sums = window.totals()
         seconds = time.perf_counter() - window.start - window.paused
         names = sorted(window.counts)
         counts = self._sum_over_hosts([*(window.counts[name] for name in names), *sums])
@@ -367,13 +403,13 @@ class ResumableTrainer(Trainer):
     def skipped_by_all(self) -> SkippedReport:
         """What could not be read in all processes. Every process must call this."""
         total = SkippedReport()
-        for counts in self._gather_from_hosts(_counts_of(self.skipped)):
-            _count_again(total, counts)
+        for counts in self._gather_from_hosts(self.skipped.counts()):
+            total.count_again(counts)
         return total
 
     # Evaluation
 
-    def _tell_evaluation(self, numbers: Mapping[str, float], prefix: str) -> dict[str, float]:
+    def _log_evaluation(self, numbers: Mapping[str, float], prefix: str) -> dict[str, float]:
         """Log the results of an evaluation with the prefix before each name, and pass them to the callbacks."""
         metrics = {f"{prefix}_{name}": value for name, value in numbers.items()}
         self.log(metrics)
@@ -385,7 +421,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint atomically: write it elsewhere, flush it to disk, then move it."""
         self._check_finite()
-        output_dir = Path(self.args.output_dir)
+        output_dir = self.args.folder
         name = f"checkpoint-{self.state.global_step}"
         cure = "Free space; the same command goes on from the last checkpoint."
         with self._window.pause(), writing(output_dir / name, cure):
@@ -426,7 +462,7 @@ class ResumableTrainer(Trainer):
         """Save the model, the processor, and the arguments as JSON."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._save_weights(self._unwrapped, folder, state_dict)
         if self.processing_class is not None:
@@ -453,17 +489,17 @@ class ResumableTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save all small states that a resumed run needs, in one file."""
-        random_states, skipped = self._gather_from_hosts(random_state()), _counts_of(self.skipped_by_all())
+        random_states, skipped = self._gather_from_hosts(random_state()), self.skipped_by_all().counts()
         if not self.args.should_save:
             return
-        scaler = self.accelerator.scaler
+        scaler, loader = self.accelerator.scaler, self.loader or self.get_train_dataloader()
         state = {
             "processes": self.accelerator.num_processes,
             "random": random_states,
             "scheduler": None if self.is_sharded else self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "epoch": self.loader.epoch,
-            "batch": self.loader.batch,
+            "epoch": loader.epoch,
+            "batch": loader.batch,
             "nonfinite_steps": self.nonfinite_steps,
             "skipped": skipped,
         }
@@ -493,14 +529,15 @@ class ResumableTrainer(Trainer):
             self.lr_scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.loader.epoch, self.loader.batch = state["epoch"], state["batch"]
+        loader = self.loader or self.get_train_dataloader()
+        loader.epoch, loader.batch = state["epoch"], state["batch"]
         self._restore_counts(state)
 
     def _restore_counts(self, state: dict[str, Any]) -> None:
         self.nonfinite_steps = state["nonfinite_steps"]
         if self.args.process_index == 0:  # the counts cover all processes
             with as_value_error():
-                _count_again(self.skipped, state["skipped"])
+                self.skipped.count_again(state["skipped"])
 
     def restore(self, checkpoint: str | Path) -> None:
         """Load the weights of a checkpoint and the counts of its run, without training; with
@@ -517,7 +554,7 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None:
             set_random_state(load_state(Path(checkpoint) / STATE_FILE)["random"][self.args.process_index])
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As transformers' ``train``. Incomplete files of a killed run are removed first, and the folder is locked for
         this run until it ends.
 
@@ -536,9 +573,9 @@ class ResumableTrainer(Trainer):
                 "The files that it was loaded from are damaged, or come from a training that failed: load others."
             )
         checkpoint = self._checked(resume_from_checkpoint) if resume_from_checkpoint else None
-        with alone_in(self.args.output_dir) if self.args.process_index == 0 else contextlib.nullcontext():
+        with alone_in(self.args.folder) if self.args.process_index == 0 else contextlib.nullcontext():
             if self.args.should_save:
-                remove_unfinished(self.args.output_dir)
+                remove_unfinished(self.args.folder)
             self._window = Window()
             try:
                 output = super().train(checkpoint, *args, **kwargs)
@@ -546,20 +583,18 @@ class ResumableTrainer(Trainer):
                 if self.loader is not None:
                     self.loader.close()
         if not self._is_stopping:
-            self.check_learnt()
+            self.check_learned()
         return output
 
-    def _checked(self, checkpoint: str | bool) -> str:
+    def _checked(self, checkpoint: str | Literal[True]) -> str:
         """Return the checkpoint after checking that it is intact."""
-        output_dir = self.args.output_dir
+        folder = self.args.folder
         if checkpoint is True:
-            whole, damaged = newest_whole(output_dir)
+            whole, damaged = newest_whole(folder)
             if whole is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint` needs a checkpoint in {output_dir}, got none. Leave it out."
-                )
-            for folder, fault in damaged.items():
-                logger.warning(put_aside(folder, fault) if self.args.should_save else f"{folder} is damaged ({fault})")
+                raise ValueError(f"`resume_from_checkpoint` needs a checkpoint in {folder}, got none. Leave it out.")
+            for place, fault in damaged.items():
+                logger.warning(put_aside(place, fault) if self.args.should_save else f"{place} is damaged ({fault})")
             return str(whole)
         if (fault := fault_of(Path(checkpoint))) is not None:
             raise ValueError(
@@ -572,7 +607,7 @@ class ResumableTrainer(Trainer):
         """The checkpoint with the best evaluation, if it is intact; otherwise None, with a warning."""
         if state.best_model_checkpoint is None:
             return None
-        best = Path(self.args.output_dir) / Path(state.best_model_checkpoint).name  # the folder may have been moved
+        best = self.args.folder / Path(state.best_model_checkpoint).name  # the folder may have been moved
         fault = fault_of(best)
         if fault is None:
             return best
@@ -599,7 +634,7 @@ class ResumableTrainer(Trainer):
         if _internal_call or self.is_sharded:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
-            place = Path(output_dir or self.args.output_dir)
+            place = Path(output_dir or self.args.folder)
             cure = "Free space; the same command saves the model from the last checkpoint."
             with writing(place, cure), writing_into(place) as folder:
                 super().save_model(str(folder), _internal_call=True)
@@ -620,13 +655,15 @@ class _StopAtTheEndOfTheStep(TrainerCallback):
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         if self.trainer._is_stopping:
             control.should_save = control.should_training_stop = True
         return control
 
 
-def next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
     """The next batch; errors of a worker are raised without its traceback."""
     try:
         return next(batches)
@@ -636,7 +673,7 @@ def next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def as_value_error() -> Iterator[None]:
+def as_value_error() -> Generator[None]:
     """Raise an excess of unreadable data as a ValueError, as other faults that the user can fix."""
     try:
         yield
@@ -682,19 +719,6 @@ def frozen_parts_have_homes(model: Any, folder: Path) -> bool:
             return True
     except ValueError:
         return False
-
-
-def _counts_of(report: SkippedReport) -> dict[str, Any]:
-    return {
-        "entries": report.entries(),
-        "pictures": report.pictures_tried,
-        "scenes": report.scenes_tried - report.scenes_bad,  # those that could be read
-    }
-
-
-def _count_again(report: SkippedReport, counts: dict[str, Any]) -> None:
-    skipped = [entry for entry in counts["entries"] for _ in range(entry["times"])]
-    report.count(skipped, counts["pictures"], counts["scenes"])
 
 
 __all__ = ["BatchLoader", "ResumableTrainer"]

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,11 @@ def _load_state(file: str | Path) -> Any:
 
 def random_state() -> dict[str, Any]:
     """The states of the generators of Python, NumPy, PyTorch, and the current accelerator."""
-    _, keys, *rest = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    keys = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     state = {
         "python": random.getstate(),
-        "numpy": ("MT19937", torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": ("MT19937", keys, numpy["state"]["pos"], numpy["has_gauss"], numpy["gauss"]),
         "torch": torch.get_rng_state(),
     }
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -233,9 +234,9 @@ def newest_whole(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
             return folder, damaged
         damaged[folder] = fault
     if damaged:
-        told = "; ".join(f"{folder.name}: {fault}" for folder, fault in damaged.items())
+        faults = "; ".join(f"{folder.name}: {fault}" for folder, fault in damaged.items())
         raise ValueError(
-            f"No checkpoint in {output_dir} is whole ({told}). Put an undamaged copy back, or start over in another "
+            f"No checkpoint in {output_dir} is whole ({faults}). Put an undamaged copy back, or start over in another "
             "folder or with --fresh, which deletes the run."
         )
     return None, {}
@@ -262,7 +263,7 @@ def remove_unfinished(output_dir: str | Path) -> bool:
 
 
 @contextmanager
-def writing_into(output_dir: str | Path) -> Iterator[Path]:
+def writing_into(output_dir: str | Path) -> Generator[Path]:
     """An empty folder for files that will be published into `output_dir`; it is removed afterwards."""
     folder = unfinished_folder(output_dir)
     shutil.rmtree(folder, ignore_errors=True)

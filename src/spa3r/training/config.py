@@ -8,27 +8,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
+import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
+from yaml.reader import ReaderError
 
 from spa3r.checks import check_ranges, is_number, shorten
 from spa3r.media.files import other_encoding, shortened, text_encoding
 from spa3r.models.attention import check_attention_implementation
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.secret import is_secret, keep_secret, without_secrets
-from spa3r.training.arguments import MAX_SEED, PretrainingArguments, check_arguments
+from spa3r.training.arguments import MAX_SEED, PretrainingArguments, RunArguments, check_arguments
 
 MAX_NUMBER = 2**63 - 1
-
-PARTS = ("backbone", "semantic_teacher")
-OWN_MODEL_KEYS = ("init_from", *PARTS, "dtype", "attn_implementation")
-FILLED_IN = {
-    *(f"{part}_{kind}" for part in PARTS for kind in ("config", "name_or_path")),
-    "semantic_hidden_size",
-}
-"""Fields of Spa3RConfig that are derived from the parts."""
 
 ELSEWHERE = {
     "dataloader_num_workers": "data.num_workers",
@@ -127,13 +121,20 @@ class EvaluationSection:
     seed: int = 1
 
 
+@dataclass
 class RunConfig:
     """Base of the commands' configuration files: four sections, checked strictly, with overrides by key.
 
-    A subclass is a dataclass of the sections. The last section, ``training``, holds arguments of the trainer.
+    A subclass annotates the first three with dataclasses; that of the model has ``fields`` for other fields of the
+    model's configuration. The last section holds arguments of the trainer.
     """
 
-    ARGUMENTS: ClassVar[type]
+    model: Any
+    data: Any
+    evaluation: Any
+    training: dict[str, Any]
+
+    ARGUMENTS: ClassVar[type[RunArguments]]
     """The class of the trainer's arguments."""
     RECIPE: ClassVar[tuple[str, ...]]
     """Arguments that the resolved configuration lists even if nobody set them."""
@@ -143,6 +144,8 @@ class RunConfig:
     """Arguments of transformers that are set in another place."""
     MODEL: ClassVar[type]
     """The model's configuration class."""
+    DERIVED: ClassVar[tuple[str, ...]]
+    """Fields of the model's configuration that are derived from its parts."""
     RANGES: ClassVar[dict[str, dict[str, tuple[float, float | None]]]]
     """Lowest and highest values of numbers in the other sections."""
 
@@ -156,35 +159,37 @@ class RunConfig:
         Raises:
             ValueError: A key is unknown, or a required one is missing. The message lists the known keys.
         """
+        types = get_type_hints(cls)
         known = [section.name for section in dataclasses.fields(cls)]
         sections = keep_secret(_plain(sections, ""))
         _check_keys(sections, known, "", "sections")
-        parts = {}
+        parts: dict[str, dict[str, Any]] = {}
         for name in known:
             section = sections.get(name) or {}
             if not isinstance(section, Mapping):
                 raise ValueError(f"`{name}` must be a section with keys of its own, got {shorten(section)}.")
             parts[name] = dict(section)
-        for key in parts["training"]:
+        training = parts.pop("training")
+        for key in training:
             if key in cls.ELSEWHERE:
                 raise ValueError(f"`training.{key}` is said in another place: {cls.ELSEWHERE[key]}.")
-        if parts["training"].get("report_to", "none") is None:  # null in YAML
-            parts["training"]["report_to"] = "none"
-        config = cls._from_sections(parts)
-        arguments = [one.name for one in dataclasses.fields(cls.ARGUMENTS) if one.init]
-        _check_keys(config.training, arguments, "training.", "keys")
-        check_arguments(cls.ARGUMENTS, config.training, "training.")
+        if training.get("report_to", "none") is None:  # null in YAML
+            training["report_to"] = "none"
+        own = [name for name in _names(types["model"]) if name != "fields"]
+        fields = [name for name in cls.MODEL.__annotations__ if name not in cls.DERIVED]
+        _check_keys(parts["model"], [*own, *fields], "model.", "keys")
+        fields = {name: parts["model"].pop(name) for name in fields if name in parts["model"]}
+        parts["model"]["fields"] = fields
+        config = cls(**{name: _make(types[name], name, part) for name, part in parts.items()}, training=training)
+        _check_keys(training, _names(cls.ARGUMENTS), "training.", "keys")
+        check_arguments(cls.ARGUMENTS, training, "training.")
         for section, ranges in cls.RANGES.items():
             check_ranges(vars(getattr(config, section)), ranges, f"{section}.")
         config._check_model()
         config._check()
-        if not config.training.get("output_dir"):
+        if not training.get("output_dir"):
             raise ValueError("`training.output_dir` must name the folder for checkpoints and logs, got none.")
         return config
-
-    @classmethod
-    def _from_sections(cls, parts: dict[str, dict[str, Any]]) -> Self:
-        raise NotImplementedError
 
     @classmethod
     def from_yaml(cls, file: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -213,19 +218,19 @@ class RunConfig:
 
     def lacking_in(self, earlier: Mapping[str, Any]) -> list[str]:
         """Keys that affect what is learned and that the resolved configuration of an earlier run lacks."""
-        sections = [one for one in dataclasses.fields(self) if one.name != "training"]
-        keys = {f"{section.name}.{one.name}" for section in sections for one in dataclasses.fields(section.type)}
+        sections = ("model", "data", "evaluation")
+        keys = {f"{section}.{name}" for section in sections for name in _names(type(getattr(self, section)))}
         keys |= {f"training.{name}" for name in self.RECIPE}
-        now, told = _flat(self.to_dict()), _flat(earlier)
+        now = _flat(self.to_dict())
         return sorted(
             key
-            for key in keys & now.keys() - told.keys()
+            for key in keys & now.keys() - _flat(earlier).keys()
             if not (now[key] is None or _is_free(key, self.FREE_TO_CHANGE))
         )
 
     def to_yaml(self) -> str:
         """As :meth:`to_dict`, as YAML text."""
-        return _yaml().safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def _check(self) -> None:
         """Reject combinations of values that don't fit together."""
@@ -268,6 +273,10 @@ class PretrainingConfig(RunConfig):
     )
     FREE_TO_CHANGE = FREE_TO_CHANGE
     MODEL = Spa3RConfig
+    DERIVED = (
+        *("backbone_config", "backbone_name_or_path", "semantic_teacher_config", "semantic_teacher_name_or_path"),
+        "semantic_hidden_size",
+    )
     RANGES = {
         "data": DATA_RANGES
         | dict.fromkeys(("views", "pictures_per_device", "scenes_per_epoch", "image_size"), (1, None))
@@ -279,19 +288,6 @@ class PretrainingConfig(RunConfig):
         "per_device_eval_batch_size": "data.pictures_per_device",
         "num_train_epochs": "training.max_steps",
     }
-
-    @classmethod
-    def _from_sections(cls, parts: dict[str, dict[str, Any]]) -> Self:
-        model = parts["model"]
-        fields = [one.name for one in dataclasses.fields(Spa3RConfig) if _is_ours(one.name)]
-        _check_keys(model, [*OWN_MODEL_KEYS, *fields], "model.", "keys")
-        own = {key: model.pop(key) for key in OWN_MODEL_KEYS if key in model}
-        return cls(
-            _make(ModelSection, "model", own | {"fields": model}),
-            _make(DataSection, "data", parts["data"]),
-            _make(EvaluationSection, "evaluation", parts["evaluation"]),
-            parts["training"],
-        )
 
     def _check(self) -> None:
         if not self.data.sources:
@@ -323,13 +319,14 @@ def _is_free(key: str, free_to_change: Sequence[str]) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in free_to_change)
 
 
-def _is_ours(name: str) -> bool:
-    return name in Spa3RConfig.__annotations__ and name not in FILLED_IN
+def _names(section: type[Any]) -> list[str]:
+    """Names of the arguments of a dataclass."""
+    return [one.name for one in dataclasses.fields(section) if one.init]
 
 
-def _make(section: type, name: str, values: dict[str, Any]) -> Any:
+def _make(section: type[Any], name: str, values: dict[str, Any]) -> Any:
     """Create a section after checking its keys and the types of its values."""
-    _check_keys(values, [one.name for one in dataclasses.fields(section)], f"{name}.", "keys")
+    _check_keys(values, _names(section), f"{name}.", "keys")
     try:
         return section(**values)
     except StrictDataclassError as error:
@@ -365,22 +362,25 @@ def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _set(sections: dict[str, Any], path: str, value: Any) -> None:
-    *parents, key = path.split(".")
+    *parents, last = path.split(".")
     place: Any = sections
-    for parent in [*parents, key]:
-        is_last = parent is key
-        if isinstance(place, list):
-            if not parent.isdecimal() or int(parent) >= len(place):
-                raise ValueError(f"`{path}`: wanted a number below {len(place)} to choose from a list, got {parent!r}.")
-            parent = int(parent)
-        elif not isinstance(place, dict):
-            raise ValueError(f"`{path}` leads into {shorten(place)}, which has no keys.")
-        if is_last:
-            place[parent] = value
-        else:
-            if isinstance(place, dict) and place.get(parent) is None:
-                place[parent] = {}
-            place = place[parent]
+    for parent in parents:
+        key = _key_in(place, parent, path)
+        if isinstance(place, dict) and place.get(key) is None:
+            place[key] = {}
+        place = place[key]
+    place[_key_in(place, last, path)] = value
+
+
+def _key_in(place: Any, part: str, path: str) -> str | int:
+    """A part of a path, as a key of a section or an index of a list."""
+    if isinstance(place, dict):
+        return part
+    if not isinstance(place, list):
+        raise ValueError(f"`{path}` leads into {shorten(place)}, which has no keys.")
+    if not part.isdecimal() or int(part) >= len(place):
+        raise ValueError(f"`{path}`: wanted a number below {len(place)} to choose from a list, got {part!r}.")
+    return int(part)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -446,16 +446,15 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 def _parse_yaml(text: str, what: str) -> Any:
     """Parse YAML. Error messages never show the text, which may hold a token."""
-    yaml = _yaml()
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{what} must have at most {MAX_CHARACTERS} characters, got more. Is it the right file?")
     loader = None
     try:
-        loader = _loader(yaml)(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        _count_values(yaml, node, {}, set())
+        _count_values(node, {}, set())
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -463,7 +462,7 @@ def _parse_yaml(text: str, what: str) -> Any:
         raise ValueError(f"{what} can't be read as YAML: {error.problem or error.context}{place}.") from error
     except RecursionError as error:
         raise ValueError(f"{what} can't be read as YAML: it is nested too deeply.") from error
-    except yaml.reader.ReaderError as error:
+    except ReaderError as error:
         raise ValueError(f"{what} can't be read as YAML: a character that is not allowed ({error.reason}).") from error
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:  # such as June 31
         raise ValueError(f"{what} can't be read as YAML: {error}.") from error
@@ -472,7 +471,16 @@ def _parse_yaml(text: str, what: str) -> Any:
             loader.dispose()
 
 
-def _count_values(yaml: Any, node: Any, counts: dict[int, int], above: set[int]) -> int:
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; this loader reads it as a number, as users expect."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int], above: set[int]) -> int:
     """Count the values of a node with aliases expanded; reject too many values, cycles and duplicate keys."""
     if id(node) in counts:
         return counts[id(node)]
@@ -485,33 +493,12 @@ def _count_values(yaml: Any, node: Any, counts: dict[int, int], above: set[int])
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"the key {twice!r} stands twice in one section")
-    count = 1 + sum(_count_values(yaml, child, counts, above) for child in children)
+    count = 1 + sum(_count_values(child, counts, above) for child in children)
     if count > MAX_VALUES:
         raise ValueError(f"it stands for more than {MAX_VALUES} values")
     above.remove(id(node))
     counts[id(node)] = count
     return count
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Configuration files need PyYAML, which is not installed. pip install 'spa3r[train]'."
-        ) from error
-    return yaml
-
-
-def _loader(yaml: Any) -> type:
-    """YAML 1.1 reads 1e-3 as a string; this loader reads it as a number, as users expect."""
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    pattern = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+.0123456789"))
-    return Loader
 
 
 __all__ = ["DataSection", "EvaluationSection", "ModelSection", "PretrainingConfig"]

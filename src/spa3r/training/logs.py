@@ -25,7 +25,7 @@ class JsonLinesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keep the lines up to the step that training resumes from."""
-        file = Path(args.output_dir) / self.FILE
+        file = Path(str(args.output_dir)) / self.FILE
         if not state.is_world_process_zero or not file.exists():
             return
         kept = [line for line in read_log(file) if line["step"] <= state.global_step]
@@ -46,7 +46,7 @@ class JsonLinesCallback(TrainerCallback):
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in (logs or {}).items()
         }
-        place = Path(args.output_dir) / self.FILE
+        place = Path(str(args.output_dir)) / self.FILE
         with writing(place, "Free space; the same command goes on from the last checkpoint."):
             place.parent.mkdir(parents=True, exist_ok=True)
             with open(place, "a", encoding="utf-8") as file:

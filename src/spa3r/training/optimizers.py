@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMAdapter, Spa3VLMAppendAdapter
 
 
-def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
+def layer_matrices(model: nn.Module) -> list[Tensor]:
     """The weights of linear layers inside layer lists and adapters, each (out, in), trained or not."""
     layers = (
         module
@@ -39,7 +39,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
-        matrices: Iterable[nn.Parameter],
+        matrices: Iterable[Tensor],
         lr: float = 1e-3,
         muon_lr: float = 0.02,
         **options: Any,

@@ -5,19 +5,19 @@ from __future__ import annotations
 import itertools
 import shutil
 import signal
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import TrainerState
 
 from spa3r.data import SkippedReport
 from spa3r.disk import alone_in, write_whole
 from spa3r.signals import on_signals
+from spa3r.training.arguments import RunArguments
 from spa3r.training.base import ResumableTrainer
 from spa3r.training.checkpoints import (
     DAMAGED,
@@ -34,21 +34,24 @@ CONFIG_FILE = "config.yaml"
 TENSORBOARD = "tensorboard"
 WEIGHTS = ("model*.safetensors*", "adapter_model.safetensors", "adapter_config.json")
 
+Trained = TypeVar("Trained", bound=ResumableTrainer)
+
 
 @dataclass
 class RunResult:
-    """The result of a run.
+    """The result of a training.
 
     Attributes:
-        output_dir: The run's folder. Once finished it holds the model for ``from_pretrained``.
+        output_dir: The run's folder. Once finished it holds the model and its processor for ``from_pretrained``; with
+            the policies ``"lora"`` and ``"qlora"`` the peft checkpoint.
         step: Steps done, including those before a resumption.
         max_steps: Steps of the whole run.
         resumed_from: The checkpoint that the run resumed from, or None.
         checkpoint: The last checkpoint.
         interrupted_by: Name of the signal that ended the run early, or None.
-        evaluation: The results of the last evaluation by name; None for missing numbers.
+        evaluation: The results of the last evaluation by name, scores in percent; None for missing numbers.
         nonfinite_steps: Number of dropped steps.
-        skipped: What could not be read in all processes.
+        skipped: What could not be used in all processes: pictures and scenes, or rows.
     """
 
     output_dir: str
@@ -68,80 +71,81 @@ class RunResult:
 
 
 def run(
-    trainer: ResumableTrainer,
-    checkpoint: Path | None,
-    max_steps: int,
-    note: Callable[[str], object],
-    progress: Callable[[str], object],
-) -> dict[str, Any]:
-    """Train to the end or until a signal, save the finished model, and return the fields of a result."""
-    args, step = trainer.args, step_of(checkpoint)
-    output_dir = Path(args.output_dir)
-    continue_tensorboard(trainer, output_dir, step)
-    if args.process_index == 0:
-        trainer.add_callback(ProgressLines(progress))
-    signals: list[str] = []
-    if step < max_steps:
-        with stopping_on_signals(trainer, signals, note):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        step = trainer.state.global_step
-    elif not trainer.is_sharded:  # all steps are done, but a kill may have come before the model was saved
-        trainer.restore(checkpoint)
-        trainer.check_learnt()
-    if step >= max_steps:
-        trainer.save_model()
-    skipped = trainer.skipped_by_all()
-    last = next(iter(reversed(checkpoints_in(output_dir))), None)
-    return {
-        "output_dir": str(output_dir),
-        "step": step,
-        "max_steps": max_steps,
-        "resumed_from": None if checkpoint is None else str(checkpoint),
-        "checkpoint": None if last is None else str(last),
-        "interrupted_by": signals[0] if signals and step < max_steps else None,
-        "evaluation": last_evaluation(output_dir),
-        "nonfinite_steps": trainer.nonfinite_steps,
-        "skipped": skipped,
-    }
-
-
-@contextmanager
-def own_folder(args: Any) -> Iterator[None]:
-    """Lock the run's folder, from the first search for checkpoints to the saved model.
-
-    Raises:
-        ValueError: Another run is using the folder.
-    """
-    if args.process_index != 0:
-        yield
-        return
-    with alone_in(args.output_dir, "Wait for its end, or name another folder in `training.output_dir`."):
-        yield
-
-
-def find_checkpoint(
     config: RunConfig,
-    args: Any,
+    args: RunArguments,
+    make_trainer: Callable[[Callable[[str], object]], Trained],
+    parts: Collection[str | None],
     fresh: bool,
     note: Callable[[str], object],
-    parts: Collection[str | None],
-) -> Path | None:
-    """Prepare the run's folder and return the checkpoint to resume from, or None.
+    progress: Callable[[str], object],
+) -> tuple[Trained, dict[str, Any]]:
+    """Train from the last checkpoint to the end or until a signal, and save the finished model.
+
+    The run's folder is locked from the first search for checkpoints to the saved model.
+
+    Args:
+        config: The configuration.
+        args: The trainer's arguments.
+        make_trainer: Creates the trainer after the seed is set; its argument is `note`.
+        parts: Folders of the model's parts, which can't be the run's folder.
+        fresh: Whether to delete an earlier run in the folder.
+        note: Called in the main process with messages for the user.
+        progress: Called in the main process with one line per log entry.
+
+    Returns:
+        The trainer, and the fields of a :class:`RunResult`.
 
     Raises:
-        ValueError: The folder belongs to a different run or to one of the model's parts.
+        ValueError: The folder belongs to a different run, is in use, or is that of a part; or the run learned nothing.
     """
-    output_dir = Path(args.output_dir)
-    with args.main_process_first(desc="looking for an earlier run"):
-        if args.process_index == 0:
-            prepare_folder(config, output_dir, fresh, note, parts)
-    checkpoint = next(iter(reversed(checkpoints_in(output_dir))), None)  # the newest, now that damaged ones are gone
-    if checkpoint is not None:
-        note(f"going on from {checkpoint}")
-    return checkpoint
+    _require_tensorboard(config)
+    folder, is_main = args.folder, args.process_index == 0
+    if not is_main:
+        note = lambda text: None  # noqa: E731
+    cure = "Wait for its end, or name another folder in `training.output_dir`."
+    with alone_in(folder, cure) if is_main else nullcontext():
+        with args.main_process_first(desc="looking for an earlier run"):
+            if is_main:
+                _prepare_folder(config, folder, fresh, note, parts)
+        checkpoint = _last_checkpoint(folder)  # the newest, now that damaged ones are gone
+        step = 0
+        if checkpoint is not None:
+            note(f"going on from {checkpoint}")
+            step = TrainerState.load_from_json(str(checkpoint / LAST_FILE)).global_step
+        set_seed(args.seed)
+        trainer = make_trainer(note)
+        _continue_tensorboard(trainer, folder, step)
+        if is_main:
+            trainer.add_callback(ProgressLines(progress))
+        signals: list[str] = []
+        if step < args.max_steps:
+            with _stopping_on_signals(trainer, signals, note):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            step = trainer.state.global_step
+        elif checkpoint is not None and not trainer.is_sharded:  # a kill may have come before the model was saved
+            trainer.restore(checkpoint)
+            trainer.check_learned()
+        if step >= args.max_steps:
+            trainer.save_model()
+        skipped, last = trainer.skipped_by_all(), _last_checkpoint(folder)
+        return trainer, {
+            "output_dir": str(folder),
+            "step": step,
+            "max_steps": args.max_steps,
+            "resumed_from": None if checkpoint is None else str(checkpoint),
+            "checkpoint": None if last is None else str(last),
+            "interrupted_by": signals[0] if signals and step < args.max_steps else None,
+            "evaluation": _last_evaluation(folder),
+            "nonfinite_steps": trainer.nonfinite_steps,
+            "skipped": skipped,
+        }
 
 
-def prepare_folder(
+def _last_checkpoint(folder: Path) -> Path | None:
+    return next(iter(reversed(checkpoints_in(folder))), None)
+
+
+def _prepare_folder(
     config: RunConfig, output_dir: Path, fresh: bool, note: Callable[[str], object], parts: Collection[str | None]
 ) -> None:
     """Reject another run's folder, clean up after a kill, and save the resolved configuration."""
@@ -165,7 +169,7 @@ def prepare_folder(
         read_log(output_dir / JsonLinesCallback.FILE)  # fail now, not after the model is loaded
     checkpoint, damaged = newest_whole(output_dir)
     if checkpoint is not None:
-        if changed := changes(earlier_configuration(file, config), config.to_dict(), config.FREE_TO_CHANGE):
+        if changed := changes(_earlier_configuration(file, config), config.to_dict(), config.FREE_TO_CHANGE):
             raise ValueError(
                 f"`training.output_dir` {output_dir} holds a run of another configuration ({'; '.join(changed)}). "
                 "Change it back to go on with that run, name another folder, or start over with --fresh, which deletes "
@@ -176,7 +180,7 @@ def prepare_folder(
     write_whole(file, config.to_yaml())
 
 
-def earlier_configuration(file: Path, config: RunConfig) -> dict[str, Any]:
+def _earlier_configuration(file: Path, config: RunConfig) -> dict[str, Any]:
     """The configuration with which a resumed run was started.
 
     Raises:
@@ -200,13 +204,8 @@ def earlier_configuration(file: Path, config: RunConfig) -> dict[str, Any]:
     return before
 
 
-def step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else TrainerState.load_from_json(str(checkpoint / LAST_FILE)).global_step
-
-
-def require_tensorboard(config: RunConfig) -> None:
-    reports = config.training.get("report_to", "tensorboard")
-    if "tensorboard" in reports:
+def _require_tensorboard(config: RunConfig) -> None:
+    if "tensorboard" in config.training.get("report_to", "tensorboard"):
         try:
             import tensorboard  # noqa: F401
         except ModuleNotFoundError as error:
@@ -216,7 +215,7 @@ def require_tensorboard(config: RunConfig) -> None:
             ) from error
 
 
-def continue_tensorboard(trainer: ResumableTrainer, output_dir: Path, step: int) -> None:
+def _continue_tensorboard(trainer: ResumableTrainer, output_dir: Path, step: int) -> None:
     """Use one folder for all parts of a run; a resumed part hides the steps that it repeats."""
     if trainer.pop_callback(TensorBoardCallback) is None or not trainer.is_world_process_zero():
         return
@@ -226,7 +225,7 @@ def continue_tensorboard(trainer: ResumableTrainer, output_dir: Path, step: int)
     trainer.add_callback(TensorBoardCallback(writer))
 
 
-def last_evaluation(output_dir: Path) -> dict[str, float | None]:
+def _last_evaluation(output_dir: Path) -> dict[str, float | None]:
     file = output_dir / JsonLinesCallback.FILE
     evaluations = (
         [line for line in read_log(file) if any(key.startswith("eval_") for key in line)] if file.exists() else []
@@ -235,10 +234,20 @@ def last_evaluation(output_dir: Path) -> dict[str, float | None]:
 
 
 class ProgressLines(TrainerCallback):
+    """Writes a line for every log entry."""
+
     def __init__(self, write: Callable[[str], object]):
         self.write = write
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the line."""
         numbers = {key: value for key, value in (logs or {}).items() if key != "epoch"}
         parts = (
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
@@ -247,9 +256,9 @@ class ProgressLines(TrainerCallback):
 
 
 @contextmanager
-def stopping_on_signals(
+def _stopping_on_signals(
     trainer: ResumableTrainer, received: list[str], note: Callable[[str], object]
-) -> Iterator[None]:
+) -> Generator[None]:
     """SIGTERM, SIGHUP and the first Ctrl-C stop the run at the end of the step."""
 
     def stop(number: int, frame: Any) -> None:

@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from spa3r.checks import check_types, shorten, signature_types
 from spa3r.data.dataset_scenes import DatasetScenes, StreamedScenes
 from spa3r.data.folders import FolderScenes
@@ -45,25 +43,19 @@ def make_source(fields: Mapping[str, Any]) -> SceneSource:
     kind = fields.pop("type", None)
     if not isinstance(kind, str) or kind not in SOURCES:
         raise ValueError(f"`type` of a source must be one of {', '.join(SOURCES)}, got {shorten(kind)}.")
-    source, extra = SOURCES[kind], []
+    source, extra = SOURCES[kind], ["type"]
     if kind == "dataset":
-        extra = ["streaming"]
+        extra.append("streaming")
         check_types(fields, {"streaming": bool}, f"{kind}.")
         if fields.pop("streaming", False):
             source = StreamedScenes
-    known = inspect.signature(source).parameters
-    if unknown := [name for name in fields if name not in known]:
-        raise ValueError(
-            f"A source of type {kind!r} has no field {', '.join(map(repr, unknown))}. It has: type, "
-            f"{', '.join([*known, *extra])}."
-        )
-    if missing := [name for name, field in known.items() if field.default is field.empty and name not in fields]:
-        raise ValueError(f"A source of type {kind!r} needs {', '.join(map(repr, missing))}. Add it.")
-    check_types(fields, signature_types(source), f"{kind}.")
+    _check_fields(source, fields, f"A source of type {kind!r}", extra, f"{kind}.")
     return source(**fields)
 
 
-def make_instructions(spec: Mapping[str, Any]) -> Dataset:
+def make_instructions(
+    spec: Mapping[str, Any],
+) -> InstructionDataset | StreamedInstructions | InstructionMixture | RoomQuestions:
     """Create the data set that a configuration describes.
 
     Args:
@@ -90,27 +82,35 @@ def make_instructions(spec: Mapping[str, Any]) -> Dataset:
             raise ValueError(f"`weight` must stand in every part of a mixture or in none; {without} has none. Add it.")
         if streamed := [name for name, fields in parts.items() if fields.get("streaming")]:
             raise ValueError(f"`mixture` takes parts with random access, and {', '.join(streamed)} is streamed.")
-        _check_fields(InstructionMixture, spec, "a mixture", ("mixture",), given=("parts", "weights"))
+        what = "A mixture of instruction data"
+        _check_fields(InstructionMixture, spec, what, ("mixture",), "a mixture: ", given=("parts", "weights"))
         made = {name: make_instructions(fields | {"name": fields.get("name", name)}) for name, fields in parts.items()}
         return InstructionMixture(made, weights or None, **spec)
     kind = spec.pop("type", "instructions")
     if kind not in ("instructions", "room_questions"):
         raise ValueError(f"`type` of instruction data must be instructions or room_questions, got {shorten(kind)}.")
     streaming = kind == "instructions" and spec.pop("streaming", False)
-    made = RoomQuestions if kind == "room_questions" else StreamedInstructions if streaming else InstructionDataset
-    _check_fields(made, spec, f"{kind}", ("type", "streaming"))
-    return made(**spec)
+    data = RoomQuestions if kind == "room_questions" else StreamedInstructions if streaming else InstructionDataset
+    _check_fields(data, spec, f"Instruction data of type {kind!r}", ("type", "streaming"), f"{kind}: ")
+    return data(**spec)
 
 
 def _check_fields(
-    made: Any, fields: Mapping[str, Any], what: str, extra: Sequence[str], given: Sequence[str] = ()
+    made: type, fields: Mapping[str, Any], what: str, extra: Sequence[str], prefix: str, given: Sequence[str] = ()
 ) -> None:
+    """Reject fields that a class doesn't take, missing ones, and values of wrong types.
+
+    Args:
+        made: The class.
+        fields: Arguments of its constructor.
+        what: What the fields describe, for the error.
+        extra: Other fields that are known, for the error.
+        prefix: Prefix of a field's name in an error about its type.
+        given: Arguments that don't come from the fields.
+    """
     known = {name: field for name, field in inspect.signature(made).parameters.items() if name not in given}
     if unknown := [name for name in fields if name not in known]:
-        raise ValueError(
-            f"Instruction data ({what}) have no field {', '.join(map(repr, unknown))}. They have: "
-            f"{', '.join([*extra, *known])}."
-        )
+        raise ValueError(f"{what} has no field {', '.join(map(repr, unknown))}. It has: {', '.join([*extra, *known])}.")
     if missing := [name for name, field in known.items() if field.default is field.empty and name not in fields]:
-        raise ValueError(f"Instruction data ({what}) need {', '.join(map(repr, missing))}. Add it.")
-    check_types(fields, signature_types(made), f"{what}: ")
+        raise ValueError(f"{what} needs {', '.join(map(repr, missing))}. Add it.")
+    check_types(fields, signature_types(made), prefix)

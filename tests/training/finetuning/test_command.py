@@ -207,14 +207,14 @@ def test_qlora_trains_around_a_language_model_of_4_bits(tmp_path):
     sections["training"] |= {"output_dir": str(tmp_path / "plain"), "max_steps": 3}
     file.write_text(yaml.safe_dump(sections | {"evaluation": {}}))
     finetune_json(file)
-    learnt, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "plain"))
-    assert {name.split(".")[2] for name in learnt} == {"adapter", "vlm"} and learnt.keys() == plain.keys()
-    assert all(torch.equal(tensor, plain[name]) for name, tensor in learnt.items())
-    assert all(tensor.any() for name, tensor in learnt.items() if "lora_B" in name)
+    learned, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "plain"))
+    assert {name.split(".")[2] for name in learned} == {"adapter", "vlm"} and learned.keys() == plain.keys()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in learned.items())
+    assert all(tensor.any() for name, tensor in learned.items() if "lora_B" in name)
 
     merged = merge_lora(tmp_path / "run")[0].vlm.state_dict()
     name = "model.language_model.layers.1.mlp.down_proj"
-    low, high = (learnt[f"base_model.model.vlm.{name}.lora_{part}.weight"] for part in "AB")
+    low, high = (learned[f"base_model.model.vlm.{name}.lora_{part}.weight"] for part in "AB")
     added = merged[f"{name}.weight"] - whole.state_dict()[f"{name}.weight"]
     scale = FinetuningArguments(output_dir="runs", use_cpu=True).lora_alpha / 2
     assert torch.allclose(added, scale * high @ low, atol=1e-6) and added.abs().max() > 0

@@ -407,8 +407,8 @@ def test_lora_checkpoint_is_small_loads_and_merges(tmp_path):
     ours.save_model()
     saved = {file: os.path.getsize(tmp_path / file) for file in os.listdir(tmp_path) if "adapter_" in file}
     assert saved.keys() == {"adapter_model.safetensors", "adapter_config.json"}
-    learnt = sum(p.numel() for p in ours.model.parameters() if p.requires_grad)
-    assert saved["adapter_model.safetensors"] < 4 * learnt * 1.2
+    learned = sum(p.numel() for p in ours.model.parameters() if p.requires_grad)
+    assert saved["adapter_model.safetensors"] < 4 * learned * 1.2
     same_files(tmp_path, tmp_path / "checkpoint-2", "adapter_model.safetensors")
     fresh, processor = composed()
     loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()

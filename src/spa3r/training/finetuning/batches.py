@@ -48,13 +48,14 @@ class InstructionBatches(ResumableBatches):
         max_bad_share: float | None = 0.05,
     ):
         super().__init__()
-        self.examples, self.collator, self.batch_size = examples, collator, batch_size
+        self.examples: Any = examples
+        self.collator, self.batch_size = collator, batch_size
         self.group_by_length, self.accumulate, self.seed = group_by_length, accumulate, seed
         self.rank, self.world_size, self.max_bad_share = rank, world_size, max_bad_share
         self.is_streamed = not hasattr(examples, "__getitem__") or isinstance(examples, IterableDataset)
         if group_by_length and (self.is_streamed or getattr(examples, "lengths", None) is None):
             raise ValueError("`group_by_length` needs a data set with `lengths`, and this one has none. Leave it out.")
-        if not self.is_streamed and len(examples) == 0:
+        if not self.is_streamed and len(self.examples) == 0:
             raise ValueError("`examples` must hold at least one row, got none.")
 
     def __len__(self) -> int:

@@ -1,17 +1,13 @@
 """The configuration file of fine-tuning."""
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
 from spa3r.training.arguments import FinetuningArguments
-from spa3r.training.config import DATA_RANGES, ELSEWHERE, FREE_TO_CHANGE, RunConfig, _check_keys, _make
-
-FILLED_IN = ("vlm_config", "spa3r_config", "spatial_token_id")
-"""Fields of Spa3VLMConfig that are derived from the parts."""
+from spa3r.training.config import DATA_RANGES, ELSEWHERE, FREE_TO_CHANGE, RunConfig
 
 
 @strict
@@ -108,6 +104,7 @@ class FinetuningConfig(RunConfig):
     )
     FREE_TO_CHANGE = (*FREE_TO_CHANGE, "training.num_train_epochs")
     MODEL = Spa3VLMConfig
+    DERIVED = ("vlm_config", "spa3r_config", "spatial_token_id")
     RANGES = {
         "model": {"view_size": (1, None)},
         "data": DATA_RANGES | {"max_length": (1, None)},
@@ -118,21 +115,6 @@ class FinetuningConfig(RunConfig):
         "train_sampling_strategy": "data.group_by_length",
         "data_seed": "data.seed",
     }
-
-    @classmethod
-    def _from_sections(cls, parts: dict[str, dict[str, Any]]) -> Self:
-        model = parts["model"]
-        own = [one.name for one in dataclasses.fields(FinetuningModelSection) if one.name != "fields"]
-        fields = [name for name in Spa3VLMConfig.__annotations__ if name not in FILLED_IN]
-        fields = [name for name in fields if name not in ("model_type", "sub_configs")]
-        _check_keys(model, [*own, *fields], "model.", "keys")
-        given = {key: model.pop(key) for key in own if key in model}
-        return cls(
-            _make(FinetuningModelSection, "model", given | {"fields": model}),
-            _make(InstructionSection, "data", parts["data"]),
-            _make(AnswerSection, "evaluation", parts["evaluation"]),
-            parts["training"],
-        )
 
     def _check(self) -> None:
         model = self.model

@@ -65,8 +65,9 @@ def apply_policy(
             target_modules=linear_layers(model),
             modules_to_save=["adapter"] if parts[ADAPTER] else None,
         )
-        model = get_peft_model(model, lora)
-        model.train(model.training)  # frozen parts stay in eval mode
+        low_rank = get_peft_model(model, lora)
+        low_rank.train(model.training)  # frozen parts stay in eval mode
+        return low_rank
     return model
 
 
@@ -157,8 +158,8 @@ class ParameterGroup:
 
     def to_dict(self) -> dict[str, Any]:
         """The group without the parameters themselves, ready for JSON."""
-        told = {"part": self.part, "size": self.size}
-        return told | {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        group = {"part": self.part, "size": self.size}
+        return group | {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
 
 
 def parameter_groups(
@@ -172,7 +173,7 @@ def parameter_groups(
         args: The arguments.
         decayed: Names of parameters with weight decay.
     """
-    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     part_of = {id(parameter): part for part, members in parts_of(whole).items() for parameter in members}
     decayed, groups = set(decayed), {}
     for name, parameter in model.named_parameters():
@@ -193,10 +194,9 @@ def group_table(groups: Iterable[ParameterGroup]) -> str:
     """The groups and their sizes, one per line."""
     rows = [("parameters of the", "how many", "learning rate", "weight decay")]
     for group in groups:
-        told = (
-            ("frozen", "") if group.learning_rate is None else (f"{group.learning_rate:g}", f"{group.weight_decay:g}")
-        )
-        rows.append((group.part, f"{group.size:,}", *told))
+        is_frozen = group.learning_rate is None
+        options = ("frozen", "") if is_frozen else (f"{group.learning_rate:g}", f"{group.weight_decay:g}")
+        rows.append((group.part, f"{group.size:,}", *options))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows

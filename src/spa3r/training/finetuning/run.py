@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, TrainerCallback, set_seed
+from torch.utils.data import Dataset, Subset
+from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from spa3r.checkpoints import EMBEDDED, resolve
 from spa3r.data.collator import Spa3VLMCollator
+from spa3r.data.instructions import StreamedInstructions
 from spa3r.media.videos import uniform_indices
 from spa3r.models.base import check_adapter_keys
 from spa3r.models.model_card import source_names
@@ -24,8 +26,8 @@ from spa3r.training.arguments import FinetuningArguments, make_checked
 from spa3r.training.finetuning.batches import InstructionBatches
 from spa3r.training.finetuning.config import FinetuningConfig
 from spa3r.training.finetuning.policies import group_table, quantization
-from spa3r.training.finetuning.trainer import FinetuningTrainer, _Share
-from spa3r.training.runs import CONFIG_FILE, RunResult, find_checkpoint, own_folder, require_tensorboard, run
+from spa3r.training.finetuning.trainer import FinetuningTrainer
+from spa3r.training.runs import CONFIG_FILE, RunResult, run
 from spa3r.training.sources import make_instructions
 
 
@@ -34,16 +36,6 @@ class FinetuningResult(RunResult):
     """What :func:`finetune` returns.
 
     Attributes:
-        output_dir: The run's folder. Once finished it holds the model and its processor for ``from_pretrained``; with
-            ``"lora"`` and ``"qlora"`` the peft checkpoint.
-        step: Steps done, including those before a resumption.
-        max_steps: Steps of the whole run.
-        resumed_from: The checkpoint that the run resumed from, or None.
-        checkpoint: The last checkpoint.
-        interrupted_by: Name of the signal that ended the run early, or None.
-        evaluation: The scores of the last evaluation by name, in percent.
-        nonfinite_steps: Number of dropped steps.
-        skipped: Rows that could not be used in all processes.
         parameters: Part, size, learning rate (None: frozen) and weight decay of every parameter group.
     """
 
@@ -77,16 +69,10 @@ def finetune(
             its checkpoints is intact, or the run learned nothing because no step was finite.
         ImportError: A package of ``spa3r[train]`` is missing, or bitsandbytes for ``"qlora"``.
     """
-    require_tensorboard(config)
-    args = make_arguments(config)
-    if args.process_index != 0:
-        note = lambda text: None  # noqa: E731
-    with own_folder(args):
-        section = config.model
-        checkpoint = find_checkpoint(config, args, fresh, note, (section.init_from, section.vlm, section.spa3r))
-        set_seed(args.seed)
+    args, section, data, evaluation = make_arguments(config), config.model, config.data, config.evaluation
+
+    def make_trainer(note: Callable[[str], object]) -> FinetuningTrainer:
         model, processor, psfm = make_model(config, args)
-        data, evaluation = config.data, config.evaluation
         collator = Spa3VLMCollator(processor, max_length=data.max_length)
         batches = InstructionBatches(
             make_instructions(data.train),
@@ -111,10 +97,12 @@ def finetune(
             callbacks=list(callbacks),
         )
         trainer.training_data = source_names(data.train)
-        groups = trainer.parameter_groups()
-        note(group_table(groups))
-        told = run(trainer, checkpoint, args.max_steps, note, progress)
-        return FinetuningResult(**told, parameters=[group.to_dict() for group in groups])
+        note(group_table(trainer.parameter_groups()))
+        return trainer
+
+    parts = (section.init_from, section.vlm, section.spa3r)
+    trainer, result = run(config, args, make_trainer, parts, fresh, note, progress)
+    return FinetuningResult(**result, parameters=[group.to_dict() for group in trainer.parameter_groups()])
 
 
 def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
@@ -146,7 +134,8 @@ def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration,
 
 def _merge(model: Spa3VLMForConditionalGeneration, adapter: str | Path) -> Spa3VLMForConditionalGeneration:
     low_rank = PeftModel.from_pretrained(model, str(adapter))
-    loaded = low_rank.load_adapter(str(adapter), low_rank.active_adapter)  # `from_pretrained` only warns of wrong keys
+    # `from_pretrained` only warns of wrong keys.
+    loaded = low_rank.load_adapter(str(adapter), str(low_rank.active_adapter))
     check_adapter_keys(adapter, type(model), loaded.missing_keys, loaded.unexpected_keys)
     return low_rank.merge_and_unload().eval()
 
@@ -170,36 +159,37 @@ def make_model(
     Without `args` the VLM is loaded unquantized, as needed to merge a ``"qlora"`` model.
     """
     section = config.model
-    loading = {"dtype": section.dtype, "attn_implementation": section.attn_implementation}
-    guards = args is not None and args.psfm_weight > 0
+    loading: dict[str, Any] = {"dtype": section.dtype, "attn_implementation": section.attn_implementation}
+    needs_teacher = args is not None and args.psfm_weight > 0
     psfm = None
     if section.init_from is not None:
         quantizes = args is not None and args.policy == "qlora"
-        if quantizes or (guards and section.init_from != EMBEDDED):
-            what = "`policy` 'qlora' quantises a VLM" if quantizes else "`psfm_weight` takes Spa3R's teacher"
+        if quantizes or (needs_teacher and section.init_from != EMBEDDED):
+            what = "`policy` 'qlora' quantizes a VLM" if quantizes else "`psfm_weight` takes Spa3R's teacher"
             raise ValueError(
                 f"{what} where a VLM and a Spa3R are combined: give `model.vlm` and `model.spa3r`, not `init_from`."
             )
         model = Spa3VLMForConditionalGeneration.from_pretrained(section.init_from, **loading)
         processor = Spa3VLMProcessor.from_pretrained(section.init_from)
-        if guards:
+        if needs_teacher:
             psfm, _ = embedded_spa3r()
             psfm.spa3r = model.spa3r
     else:
-        vlm: Any = section.vlm
-        if args is not None and (quantized := quantization(args, section.vlm)) is not None:
-            vlm = AutoModelForImageTextToText.from_pretrained(section.vlm, quantization_config=quantized, **loading)
+        name: Any = section.vlm  # or `init_from`, as the configuration has checked
+        vlm = name
+        if args is not None and (quantized := quantization(args, name)) is not None:
+            vlm = AutoModelForImageTextToText.from_pretrained(name, quantization_config=quantized, **loading)
             for module in vlm.modules():
                 if hasattr(module, "support_avx512bf16_for_cpu"):
                     # Otherwise the first evaluation repacks the weights on such CPUs, which then blocks gradients.
-                    module.support_avx512bf16_for_cpu = False
-        spa3r: Any = None if section.spa3r is None else resolve(section.spa3r)
-        if guards:
-            psfm = Spa3RForPreTraining.from_pretrained(spa3r, **loading)
+                    module.support_avx512bf16_for_cpu = False  # ty: ignore[invalid-assignment]  # bitsandbytes' flag
+        home = None if section.spa3r is None else resolve(section.spa3r)
+        spa3r: Any = home
+        if needs_teacher:
+            psfm = Spa3RForPreTraining.from_pretrained(home, **loading)
             spa3r = psfm.spa3r
         model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r, **loading, **section.fields)
-        home = None if section.spa3r is None else resolve(section.spa3r)
-        processor = Spa3VLMProcessor.from_vlm_and_spa3r(section.vlm, home)
+        processor = Spa3VLMProcessor.from_vlm_and_spa3r(name, home)
         processor.spatial_tokens = model.config.spatial_tokens
     if section.images is not None:
         processor.images = section.images
@@ -208,14 +198,20 @@ def make_model(
     return model, processor, psfm
 
 
-def make_questions(config: FinetuningConfig) -> Any:
-    """The held-out questions, or None."""
+def make_questions(config: FinetuningConfig) -> Dataset | None:
+    """The held-out questions, or None.
+
+    Raises:
+        ValueError: They are streamed.
+    """
     if not config.evaluation.questions:
         return None
     questions, wanted = make_instructions(config.evaluation.questions), config.evaluation.examples
+    if isinstance(questions, StreamedInstructions):
+        raise ValueError("`evaluation.questions` must have random access, got `streaming: true`. Leave it out.")
     if wanted is None or wanted >= len(questions):
         return questions
-    return _Share(questions, uniform_indices(len(questions), wanted))
+    return Subset(questions, uniform_indices(len(questions), wanted).tolist())
 
 
 __all__ = ["FinetuningResult", "finetune", "merge_lora"]

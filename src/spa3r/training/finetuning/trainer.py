@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,8 @@ from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
 from spa3r.training.arguments import FinetuningArguments
 from spa3r.training.base import (
     ResumableTrainer,
-    as_value_error,
     frozen_parts_have_homes,
     load_strictly,
-    next_batch,
 )
 from spa3r.training.finetuning.batches import InstructionBatches
 from spa3r.training.finetuning.policies import ParameterGroup, apply_policy, parameter_groups
@@ -73,6 +71,7 @@ class FinetuningTrainer(ResumableTrainer):
     """
 
     UNIT = "rows"
+    COUNTED = ("num_tokens", "num_patches")
 
     def __init__(
         self,
@@ -110,7 +109,7 @@ class FinetuningTrainer(ResumableTrainer):
                 f"{args.psfm_weight}; got {'none' if psfm is None else 'that of another model'}. Combine the VLM with "
                 "`psfm.spa3r`."
             )
-        self.whole_model = model
+        self.whole_model, self._recipe = model, args
         super().__init__(
             apply_policy(model, args),
             args,
@@ -125,15 +124,13 @@ class FinetuningTrainer(ResumableTrainer):
         if self.psfm is not None and self.psfm.semantic_teacher is not None:
             self.psfm.semantic_teacher.requires_grad_(False).eval().to(args.device)
         self.evaluation = dict(evaluation or {})
-        self._step_batches: list[tuple[list[str], Tensor]] = []  # to name the cause of a non-finite gradient
-        self._patches_in_step = 1.0
 
     # Groups
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """All groups, trained and frozen; :func:`~spa3r.training.group_table` prints them."""
         model = self._unwrapped
-        return parameter_groups(model, self.args, self.get_decay_parameter_names(model))
+        return parameter_groups(model, self._recipe, self.get_decay_parameter_names(model))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in transformers, with a separate learning rate for Spa3R's encoder."""
@@ -149,35 +146,20 @@ class FinetuningTrainer(ResumableTrainer):
 
     # A step
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], int]:
-        """The batches of a step, and the number of tokens in its loss, over all processes."""
-        batches = [next_batch(epoch_iterator) for _ in range(num_batches)]
-        for batch in batches:
-            batch["num_tokens"] = int((batch["labels"][:, 1:] != -100).sum())
-            batch["num_patches"] = _patches_of(batch)
-            skipped, tried = batch["skipped"], batch["num_rows"]
-            with as_value_error():
-                self.skipped.count(*_as_counts(skipped, tried))
-            self._window.counts.update(rows=tried, tokens=batch["num_tokens"], skipped=len(skipped))
-        tokens, patches, stop = self._sum_over_hosts(
-            [
-                sum(batch["num_tokens"] for batch in batches),
-                sum(batch["num_patches"] for batch in batches),
-                self.stop_requested,
-            ]
-        )
-        self._is_stopping = bool(stop)
-        self._step_batches, self._patches_in_step = [], max(patches, 1.0)
-        return batches, max(int(tokens), 1)  # a step may have no labels
+    def _count(self, batch: dict[str, Any]) -> None:
+        batch["num_tokens"] = int((batch["labels"][:, 1:] != -100).sum())
+        batch["num_patches"] = len(batch["view_pixel_values"]) if _has_views(batch) else 0
+        skipped, tried = batch["skipped"], batch["num_rows"]
+        broken = {(entry["source"], entry["scene"]) for entry in skipped}  # a row counts as a scene, once
+        self.skipped.count(skipped, tried, max(0, tried - len(broken)))
+        self._window.counts.update(rows=tried, tokens=batch["num_tokens"], skipped=len(skipped))
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch: the sum over its tokens divided by the number of tokens of the step."""
         num_tokens = inputs.get("num_tokens") or int((inputs["labels"][:, 1:] != -100).sum())
@@ -186,31 +168,32 @@ class FinetuningTrainer(ResumableTrainer):
         with self.accelerator.autocast():  # accelerate omits it under FSDP2
             outputs = model(**ready, num_items_in_batch=items)
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
-            guard = self._guard(ready) if self.psfm is not None else None
+            guard = None if self.psfm is None else self._guard(self.psfm, ready)
         if model.training:
             mean = loss * (items / num_tokens) if num_tokens else loss
             losses, weights = {"answers": mean}, [num_tokens]
             if guard is not None:
-                losses["psfm"], weights = self.args.psfm_weight * guard, [num_tokens, inputs["num_patches"]]
+                losses["psfm"], weights = self._recipe.psfm_weight * guard, [num_tokens, inputs["num_patches"]]
             self._window.add(sum(losses.values()), losses, weights)
             self._step_batches.append((inputs.get("rows", []), loss.detach()))
         if guard is not None:
-            loss = loss + guard * (self.args.psfm_weight * inputs["num_patches"] / self._patches_in_step)
+            patches = max(self._step_counts["num_patches"], 1)
+            loss = loss + guard * (self._recipe.psfm_weight * inputs["num_patches"] / patches)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # since gradients are averaged over processes
-        if self.args.policy == "end_to_end" and not _has_views(ready):
+        spa3r = self.whole_model.spa3r
+        if spa3r is not None and self._recipe.policy == "end_to_end" and not _has_views(ready):
             # Distributed training needs a gradient for every parameter, even if a batch has only text.
-            encoder = self.whole_model.spa3r.encoder
-            loss = loss + 0.0 * sum(parameter.sum() for parameter in encoder.parameters())
+            loss = loss + 0.0 * sum(parameter.sum() for parameter in spa3r.encoder.parameters())
         return (loss, outputs) if return_outputs else loss
 
-    def _guard(self, inputs: Mapping[str, Any]) -> Tensor:
+    def _guard(self, psfm: Spa3RForPreTraining, inputs: Mapping[str, Any]) -> Tensor:
         """Spa3R's pretraining loss on the views of the batch."""
         if not _has_views(inputs):
             return torch.zeros((), device=self.args.device)
         scenes = [count for count in inputs["views_per_scene"] if count]
         # The depth probe learns only from its own loss, and is frozen here.
-        losses = self.psfm(inputs["view_pixel_values"], inputs["view_grid_hw"], scenes).losses
+        losses = psfm(inputs["view_pixel_values"], inputs["view_grid_hw"], scenes).losses
         return sum(loss for name, loss in losses.items() if name != "depth_probe")
 
     def _nonfinite_parts(self) -> list[str]:
@@ -243,27 +226,28 @@ class FinetuningTrainer(ResumableTrainer):
         Raises:
             ValueError: There are no questions, or none can be asked.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("`eval_dataset` must hold questions with their answers to evaluate on, got None.")
-        processor = self.processing_class
-        args = self.args
+        indices = range(self.args.process_index, len(dataset), self.args.world_size)
         with self._window.pause():
-            share = _Share(dataset, range(args.process_index, len(dataset), args.world_size))
-            with self.accelerator.autocast():
-                own = AnswerReport([])
-                if share:
-                    own = evaluate_answers(self._unwrapped, processor, share, **self.evaluation, skip=True)
+            own = AnswerReport([])
+            if indices:
+                examples = (dataset[index] for index in indices)
+                with self.accelerator.autocast():
+                    own = evaluate_answers(
+                        self._unwrapped, self.processing_class, examples, **self.evaluation, skip=True
+                    )
             parts = self._gather_from_hosts((own.answers, own.skipped))
             answers, skipped = (list(chain.from_iterable(part)) for part in zip(*parts))
             report = AnswerReport(answers, skipped)
         if skipped:
             first = f"{skipped[0]['row']!r}: {skipped[0]['reason']}"
-            told = f"{len(skipped)} of {len(dataset)} held-out questions can't be asked; the first is {first}"
+            words = f"{len(skipped)} of {len(dataset)} held-out questions can't be asked; the first is {first}"
             if not answers:
-                raise ValueError(f"{told} Check the questions, and that the processor is the model's.")
-            logger.warning(told)
-        return self._tell_evaluation(report.scores, metric_key_prefix)
+                raise ValueError(f"{words} Check the questions, and that the processor is the model's.")
+            logger.warning(words)
+        return self._log_evaluation(report.scores, metric_key_prefix)
 
     # Checkpoints
 
@@ -320,29 +304,6 @@ def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, An
 
 def _has_views(inputs: Mapping[str, Any]) -> bool:
     return inputs.get("view_pixel_values") is not None and len(inputs["view_pixel_values"]) > 0
-
-
-def _patches_of(batch: Mapping[str, Any]) -> int:
-    return len(batch["view_pixel_values"]) if _has_views(batch) else 0
-
-
-def _as_counts(skipped: Sequence[Mapping[str, str]], tried: int) -> tuple[list[dict[str, str]], int, int]:
-    """Counts for a SkippedReport: a row counts as a scene, however much of it is broken."""
-    rows = {(entry["source"], entry["scene"]) for entry in skipped}
-    return [dict(entry) for entry in skipped], tried, max(0, tried - len(rows))
-
-
-class _Share:
-    """A subset of a data set, read on demand."""
-
-    def __init__(self, dataset: Any, indices: range):
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.indices[index]]
 
 
 __all__ = ["FinetuningTrainer"]

@@ -7,16 +7,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from spa3r.data import SceneBatches, SkippedReport
 from spa3r.models.model_card import source_names
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
 from spa3r.training.arguments import PretrainingArguments, make_checked
-from spa3r.training.config import ModelSection, PretrainingConfig
+from spa3r.training.config import PretrainingConfig
 from spa3r.training.pretraining.trainer import PretrainingTrainer
-from spa3r.training.runs import RunResult, find_checkpoint, own_folder, require_tensorboard, run
+from spa3r.training.runs import RunResult, run
 from spa3r.training.sources import make_source
 
 
@@ -25,16 +25,7 @@ class PretrainingResult(RunResult):
     """What :func:`pretrain` returns.
 
     Attributes:
-        output_dir: The run's folder. Once finished it holds the model for ``from_pretrained``.
-        step: Steps done, including those before a resumption.
-        max_steps: Steps of the whole run.
-        resumed_from: The checkpoint that the run resumed from, or None.
-        checkpoint: The last checkpoint.
-        interrupted_by: Name of the signal that ended the run early, or None.
-        evaluation: The results of the last evaluation by name; None for missing numbers.
-        nonfinite_steps: Number of dropped steps.
-        skipped: Pictures and scenes that could not be read in all processes.
-        held_out_skipped: The same for the held-out scenes, in the last evaluation of this process.
+        held_out_skipped: As ``skipped``, for the held-out scenes in the last evaluation of this process.
     """
 
     held_out_skipped: SkippedReport = field(default_factory=SkippedReport)
@@ -66,24 +57,21 @@ def pretrain(
             its checkpoints is intact, or the run learned nothing because no step was finite.
         ImportError: A package of ``spa3r[train]`` is missing.
     """
-    require_tensorboard(config)
-    args = make_arguments(config)
-    if args.process_index != 0:
-        note = lambda text: None  # noqa: E731
-    with own_folder(args):
-        section = config.model
-        parts = (section.init_from, section.backbone, section.semantic_teacher)
-        checkpoint = find_checkpoint(config, args, fresh, note, parts)
-        set_seed(args.seed)
+    args, section = make_arguments(config), config.model
+
+    def make_trainer(note: Callable[[str], object]) -> PretrainingTrainer:
         model, processor = make_model(config)
-        train_batches = make_batches(config, processor, model, args)
-        eval_batches = make_evaluation_batches(config, processor, model, args) if config.evaluation.sources else None
+        batches = make_batches(config, processor, model, args)
+        held_out = make_evaluation_batches(config, processor, model, args) if config.evaluation.sources else None
         trainer = PretrainingTrainer(
-            model, args, train_batches, eval_batches, processing_class=processor, callbacks=list(callbacks)
+            model, args, batches, held_out, processing_class=processor, callbacks=list(callbacks)
         )
         trainer.training_data = source_names(config.data.sources)
-        told = run(trainer, checkpoint, args.max_steps, note, progress)
-        return PretrainingResult(**told, held_out_skipped=trainer.held_out_skipped)
+        return trainer
+
+    parts = (section.init_from, section.backbone, section.semantic_teacher)
+    trainer, result = run(config, args, make_trainer, parts, fresh, note, progress)
+    return PretrainingResult(**result, held_out_skipped=trainer.held_out_skipped)
 
 
 # Objects of the configuration
@@ -100,32 +88,25 @@ def make_arguments(config: PretrainingConfig) -> PretrainingArguments:
 def make_model(config: PretrainingConfig) -> tuple[Spa3RForPreTraining, Spa3RImageProcessor]:
     """The model and its image processor."""
     section, data = config.model, config.data
-    model = _go_on_with(section) if section.init_from is not None else _fresh(section)
-    if section.attn_implementation is not None:
-        model.set_attn_implementation(section.attn_implementation)
+    fields: dict[str, Any] = {"dtype": section.dtype} | section.fields
     own: dict[str, Any] = {"mode": "pretraining"}
-    if section.init_from is not None:
+    if section.init_from is None and section.backbone is not None:
+        model = Spa3RForPreTraining.from_vggt_and_dinov3(section.backbone, section.semantic_teacher, **fields)
+    else:
+        homes = {"backbone": section.backbone, "semantic_teacher": section.semantic_teacher}
+        fields |= {f"{part}_name_or_path": home for part, home in homes.items() if home is not None}
+        model = Spa3RForPreTraining.from_pretrained(section.init_from, **fields)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         with suppress(OSError):  # the folder may have none
             saved = Spa3RImageProcessor.from_pretrained(section.init_from)
             own = {"size": saved.size, "mode": saved.mode}
-    wanted = {"size": data.image_size, "mode": data.image_mode}
-    fields = own | {name: value for name, value in wanted.items() if value is not None}
-    return model, Spa3RImageProcessor(patch_size=model.config.patch_size, **fields)
-
-
-def _fresh(section: ModelSection) -> Spa3RForPreTraining:
-    fields = {"dtype": section.dtype} | section.fields
-    return Spa3RForPreTraining.from_vggt_and_dinov3(section.backbone, section.semantic_teacher, **fields)
-
-
-def _go_on_with(section: ModelSection) -> Spa3RForPreTraining:
-    homes = {"backbone": section.backbone, "semantic_teacher": section.semantic_teacher}
-    homes = {f"{part}_name_or_path": home for part, home in homes.items() if home is not None}
-    model = Spa3RForPreTraining.from_pretrained(section.init_from, dtype=section.dtype, **homes, **section.fields)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
+    if section.attn_implementation is not None:
+        model.set_attn_implementation(section.attn_implementation)
+    given = {"size": data.image_size, "mode": data.image_mode}
+    own |= {name: value for name, value in given.items() if value is not None}
+    return model, Spa3RImageProcessor(patch_size=model.config.patch_size, **own)
 
 
 def make_batches(
@@ -138,14 +119,10 @@ def make_batches(
         processor,
         views=_range_of(data.views),
         pictures_per_batch=data.pictures_per_device,
-        mask_ratio=model.config.mask_ratio,
-        cameras=data.cameras,
         weights=data.weights,
         scenes_per_epoch=data.scenes_per_epoch,
         seed=data.seed,
-        rank=args.process_index,
-        world_size=args.world_size,
-        max_bad_share=data.max_bad_share,
+        **_shared_options(config, model, args),
     )
 
 
@@ -153,7 +130,7 @@ def make_evaluation_batches(
     config: PretrainingConfig, processor: Spa3RImageProcessor, model: Spa3RForPreTraining, args: PretrainingArguments
 ) -> SceneBatches:
     """The held-out batches of this process."""
-    data, evaluation = config.data, config.evaluation
+    evaluation = config.evaluation
     views, scenes = _range_of(evaluation.views), evaluation.scenes
     sources = [make_source(source) for source in evaluation.sources]
     try:
@@ -169,19 +146,27 @@ def make_evaluation_batches(
         sources,
         processor,
         views=views,
-        pictures_per_batch=max(data.pictures_per_device, views[1]),
-        mask_ratio=model.config.mask_ratio,
-        cameras=data.cameras,
+        pictures_per_batch=max(config.data.pictures_per_device, views[1]),
         scenes_per_epoch=scenes,
         seed=evaluation.seed,
-        rank=args.process_index,
-        world_size=args.world_size,
-        max_bad_share=data.max_bad_share,
+        **_shared_options(config, model, args),
     )
 
 
-def _range_of(views: int | Sequence[int]) -> tuple[int, ...]:
-    return (views, views) if isinstance(views, int) else tuple(views)
+def _shared_options(
+    config: PretrainingConfig, model: Spa3RForPreTraining, args: PretrainingArguments
+) -> dict[str, Any]:
+    return {
+        "mask_ratio": model.config.mask_ratio,
+        "cameras": config.data.cameras,
+        "rank": args.process_index,
+        "world_size": args.world_size,
+        "max_bad_share": config.data.max_bad_share,
+    }
+
+
+def _range_of(views: int | Sequence[int]) -> Sequence[int]:
+    return (views, views) if isinstance(views, int) else views
 
 
 __all__ = ["PretrainingResult", "pretrain"]

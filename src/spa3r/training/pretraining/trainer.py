@@ -21,11 +21,9 @@ from spa3r.training.arguments import PretrainingArguments
 from spa3r.training.base import (
     ResumableTrainer,
     Window,
-    as_value_error,
     end_workers,
     frozen_parts_have_homes,
     load_strictly,
-    next_batch,
 )
 
 MODEL_INPUTS = ("view_pixel_values", "view_grid_hw", "views_per_scene", "target_mask", "extrinsics", "intrinsics")
@@ -88,6 +86,8 @@ class PretrainingTrainer(ResumableTrainer):
         **kwargs: As in transformers.
     """
 
+    COUNTED = ("num_patches",)
+
     def __init__(
         self,
         model: Spa3RForPreTraining,
@@ -108,38 +108,21 @@ class PretrainingTrainer(ResumableTrainer):
             **kwargs,
         )
         self.held_out_skipped = SkippedReport()  # from the last evaluation
-        self._step_batches: list[
-            tuple[dict[str, Any], dict[str, Tensor]]
-        ] = []  # to name the samples that caused a non-finite gradient
 
     # Data
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], int]:
-        """The batches of a step, and the number of patches in its loss, over all processes."""
-        batches = [next_batch(epoch_iterator) for _ in range(num_batches)]
-        for batch in batches:
-            batch["num_patches"] = sum(self._counted_patches_per_view(batch))
-            if "skipped" in batch:
-                with as_value_error():
-                    self.skipped.add(batch)
-                self._window.counts["skipped"] += len(batch["skipped"])
-            self._window.counts["views"] += len(batch["view_grid_hw"])
-        patches, stop = self._sum_over_hosts([sum(batch["num_patches"] for batch in batches), self.stop_requested])
-        self._is_stopping = bool(stop)
-        self._step_batches = []
-        return batches, int(patches)
+    def _count(self, batch: dict[str, Any]) -> None:
+        batch["num_patches"] = sum(self._counted_patches_per_view(batch))
+        if "skipped" in batch:
+            self.skipped.add(batch)
+            self._window.counts["skipped"] += len(batch["skipped"])
+        self._window.counts["views"] += len(batch["view_grid_hw"])
 
     def _counted_patches_per_view(self, batch: Mapping[str, Any]) -> list[int]:
         patches = torch.as_tensor(batch["view_grid_hw"]).prod(-1)
-        if self._config.loss_views == "target":
+        if self._unwrapped.config.loss_views == "target":
             patches = patches * torch.as_tensor(batch["target_mask"])
         return patches.tolist()
-
-    @property
-    def _config(self):
-        return self._unwrapped.config
 
     # A step
 
@@ -148,7 +131,7 @@ class PretrainingTrainer(ResumableTrainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The loss of a batch, weighted by its share of the patches of the step."""
         with self.accelerator.autocast():  # accelerate omits it under FSDP2
@@ -164,16 +147,16 @@ class PretrainingTrainer(ResumableTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _nonfinite_parts(self) -> list[str]:
-        guilty = []
+        names_of_all: list[str] = []
         for batch, losses in self._step_batches:
             layout = ViewLayout.from_inputs(batch["view_grid_hw"], batch["views_per_scene"])
             names = batch.get("scenes") or [f"number {scene}" for scene in range(len(layout.views_per_scene))]
             counted = layout.per_scene(self._counted_patches_per_view(batch))
             per_scene = torch.stack(list(losses.values())).sum(0).tolist()
-            guilty += [
+            names_of_all += [
                 name for name, loss, patches in zip(names, per_scene, counted) if patches and not math.isfinite(loss)
             ]
-        return guilty
+        return names_of_all
 
     def _counted(self, counts: Mapping[str, float], seconds: float) -> dict[str, float]:
         return {
@@ -194,7 +177,7 @@ class PretrainingTrainer(ResumableTrainer):
             the gap between the best baseline and perfect prediction that it closes, as
             ``field_geometry_cosine_gap_closed``.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("`eval_dataset` must hold held-out scenes to evaluate on, got None.")
         with self._window.pause():
@@ -208,7 +191,7 @@ class PretrainingTrainer(ResumableTrainer):
             finally:
                 end_workers(batches)
             metrics = {"loss": sum(means.values())} | means | _numbers(_merged(self._gather_from_hosts(report)))
-        return self._tell_evaluation(metrics, metric_key_prefix)
+        return self._log_evaluation(metrics, metric_key_prefix)
 
     def _evaluate_scenes(self, batches: Iterable[dict[str, Any]]) -> tuple[dict[str, float], FieldReport]:
         """The loss terms over all processes, and the report of this process, from one forward pass of each batch."""
@@ -223,7 +206,7 @@ class PretrainingTrainer(ResumableTrainer):
                 report = evaluate_field(model, batches)
         finally:
             hook.remove()
-        return Window.means(self._sum_over_hosts(window.sums.tolist()), window.names), report
+        return Window.means(self._sum_over_hosts(window.totals()), window.names), report
 
     # Checkpoints
 
