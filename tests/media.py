@@ -122,6 +122,11 @@ def user(*parts: str | Image.Image) -> list[dict]:
     return [{"role": "user", "content": [{"type": kind, kind: part} for kind, part in kinds]}]
 
 
+def asked(question: str, answer: str = "4.") -> list[dict]:
+    """A question and its answer, as rows of instruction data have them."""
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
 @contextmanager
 def served(files: dict[str, bytes]) -> Iterator[str]:
     """Files by path on a web server of this machine; gives its address."""

@@ -1,5 +1,7 @@
-"""Tiny fine-tunings: the embedded composed on small views, instructions made by hand."""
+"""Tiny fine-tunings: the embedded Spa3-VLM on small views, instructions made by hand."""
 
+import copy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +41,14 @@ def examples(count: int = 8, shapes=SHAPES) -> list[dict]:
     return [example(row, shapes) for row in range(count)]
 
 
+@cache
+def _embedded():
+    return embedded_model()
+
+
 def composed():
-    """The embedded composed, on views of 4 x 4 patches."""
-    model, processor = embedded_model()
+    """A copy of the embedded Spa3-VLM and its processor, on views of 4 x 4 patches."""
+    model, processor = copy.deepcopy(_embedded())
     processor.view_image_processor.size = 56
     return model, processor
 

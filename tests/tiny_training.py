@@ -53,6 +53,12 @@ def write_scenes(folder: Path, scenes: int = 12, frames: int = 6, seed: int = 0)
     return folder
 
 
+def folder_source(folder: Path, scenes: int = 12, **fields) -> dict:
+    """Scenes on disk, as a configuration describes them."""
+    root = write_scenes(folder / "scenes", scenes)
+    return {"type": "folder", "root": str(root), "cache_dir": str(folder / "index")} | fields
+
+
 def batches(folder: Path, cache: Path, **fields) -> SceneBatches:
     processor = Spa3RImageProcessor(patch_size=PATCH, size=5 * PATCH)
     fields = {"views": (2, 4), "pictures_per_batch": 8} | fields
@@ -85,6 +91,13 @@ def write_config(file: Path, parts: dict, source: dict, **training) -> Path:
     }
     file.write_text(yaml.safe_dump(sections))
     return file
+
+
+def prepared(folder: Path, scenes: int = 12, **training) -> Path:
+    """A configuration file with its parts and scenes, all in one folder."""
+    return write_config(
+        folder / "config.yaml", write_parts(folder / "parts"), folder_source(folder, scenes), **training
+    )
 
 
 def command(*arguments, processes: int = 1) -> list[str]:

@@ -3,11 +3,11 @@
 import json
 import pickle
 
-import av
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from media import asked, write_video
 from torch.utils.data import DataLoader
 
 from spa3r.data import InstructionDataset, InstructionMixture, StreamedInstructions
@@ -26,20 +26,11 @@ def write_picture(path, shade: int, size=(28, 42)):
     PIL.Image.new("RGB", size, (shade, shade, shade)).save(path)
 
 
-def write_video(path, seconds: float, rate: int = 4):
-    """Frame i is as bright as i."""
+def write_walk(path, seconds: float, rate: int = 4):
+    """A video whose frame i is as bright as 5 i."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        for index in range(int(seconds * rate)):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 5 * index, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def conversation(question: str, answer: str = "4.") -> list[dict]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    frames = [PIL.Image.new("RGB", (32, 32), (5 * index,) * 3) for index in range(int(seconds * rate))]
+    write_video(path, frames, rate)
 
 
 def write_lines(path, rows):
@@ -66,16 +57,16 @@ def shades(example) -> list[int]:
 
 
 def test_vsi_590k_video_and_image(tmp_path):
-    write_video(tmp_path / "src/a.mp4", seconds=10)
+    write_walk(tmp_path / "src/a.mp4", seconds=10)
     write_picture(tmp_path / "src/b.jpg", 200)
     rows = [
         {
-            "conversations": conversation("<image>\nThese are frames of a video.\nHow many chairs?"),
+            "conversations": asked("<image>\nThese are frames of a video.\nHow many chairs?"),
             "question_type": "object_counting",
             "video": "src/a.mp4",
         },
-        {"conversations": conversation("<image>\nHow many?"), "question_type": "object_counting", "image": "src/b.jpg"},
-        {"conversations": conversation("What is 2 + 2?")},
+        {"conversations": asked("<image>\nHow many?"), "question_type": "object_counting", "image": "src/b.jpg"},
+        {"conversations": asked("What is 2 + 2?")},
     ]
     data = InstructionDataset(write_lines(tmp_path / "vsi.jsonl", rows))
     assert len(data) == 3
@@ -92,8 +83,8 @@ def test_vsi_590k_video_and_image(tmp_path):
 
 @pytest.mark.parametrize(("seconds", "expected"), [(2, 4), (8, 4), (11, 6), (12, 6), (40, 8)])
 def test_frames_by_the_length_of_the_video(tmp_path, seconds, expected):
-    write_video(tmp_path / "a.mp4", seconds, rate=1)
-    rows = [{"conversations": conversation("<image>\nHow many?"), "video": "a.mp4"}]
+    write_walk(tmp_path / "a.mp4", seconds, rate=1)
+    rows = [{"conversations": asked("<image>\nHow many?"), "video": "a.mp4"}]
     file = write_lines(tmp_path / "a.jsonl", rows)
     assert shown(InstructionDataset(file)[0]).count("I") == expected
     assert shown(InstructionDataset(file, num_frames=3)[0]).count("I") == 3
@@ -106,7 +97,7 @@ def test_spar_several_pictures(tmp_path):
         write_picture(tmp_path / f"spar/{index}.jpg", 50 * index)
     row = {
         "id": "s7",
-        "conversations": conversation("<image>\n<image>\nWhich is nearer than in <image>?"),
+        "conversations": asked("<image>\n<image>\nWhich is nearer than in <image>?"),
         "images": [f"{index}.jpg" for index in range(3)],
     }
     (tmp_path / "spar.json").write_text(json.dumps([row]))
@@ -118,15 +109,15 @@ def test_spar_several_pictures(tmp_path):
 def test_llava_hound_folder_of_frames_in_natural_order(tmp_path):
     for index in range(12):
         write_picture(tmp_path / f"frames/v1/{index}.jpeg", 10 * index)
-    row = {"id": 3, "conversations": conversation("<video>\nWhat happens?"), "video": "frames/v1"}
+    row = {"id": 3, "conversations": asked("<video>\nWhat happens?"), "video": "frames/v1"}
     example = InstructionDataset(write_lines(tmp_path / "hound.jsonl", [row]))[0]
     assert shown(example) == ["I"] * 8 + ["What happens?", "4."]
     assert shades(example) == [10 * int(index) for index in np.linspace(0, 11, 8).astype(int)]
 
 
 def test_vlm_3r_placeholders_one_for_each_frame(tmp_path):
-    write_video(tmp_path / "scannet/a.mp4", seconds=4)
-    row = {"conversations": conversation("<image><image><image>\nHow far?"), "video": "scannet/a.mp4"}
+    write_walk(tmp_path / "scannet/a.mp4", seconds=4)
+    row = {"conversations": asked("<image><image><image>\nHow far?"), "video": "scannet/a.mp4"}
     example = InstructionDataset(write_lines(tmp_path / "vlm3r.jsonl", [row]))[0]
     assert shown(example) == ["I"] * 4 + ["How far?", "4."]
 
@@ -136,8 +127,8 @@ def test_a_folder_of_json_beside_its_media(tmp_path, kind):
     """As VSI-590K lies on disk; `datasets` alone would see a folder of videos."""
     folder = tmp_path / "VSI-590K"
     for name in "abc":
-        write_video(folder / f"src/{name}.mp4", seconds=4)
-    rows = [{"conversations": conversation("<image>\nHow many?"), "video": f"src/{name}.mp4"} for name in "ab"]
+        write_walk(folder / f"src/{name}.mp4", seconds=4)
+    rows = [{"conversations": asked("<image>\nHow many?"), "video": f"src/{name}.mp4"} for name in "ab"]
     write_lines(folder / "vsi_590k.jsonl", rows)
     (folder / "README.md").write_text("# VSI-590K\n")
     data = list(kind(folder))
@@ -151,7 +142,7 @@ def test_a_folder_of_json_beside_its_media(tmp_path, kind):
 
 
 def test_a_video_inside_parquet(tmp_path):
-    write_video(tmp_path / "a.mp4", seconds=10)
+    write_walk(tmp_path / "a.mp4", seconds=10)
     features = datasets.Features(
         {
             "conversations": datasets.List({"from": datasets.Value("string"), "value": datasets.Value("string")}),
@@ -159,7 +150,7 @@ def test_a_video_inside_parquet(tmp_path):
         }
     )
     row = {
-        "conversations": conversation("<video>\nHow many?"),
+        "conversations": asked("<video>\nHow many?"),
         "video": {"bytes": (tmp_path / "a.mp4").read_bytes(), "path": "a.mp4"},
     }
     datasets.Dataset.from_list([row], features=features).to_parquet(tmp_path / "rows.parquet")
@@ -224,13 +215,13 @@ def broken(tmp_path, bad: int = 3):
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
     (tmp_path / "cut.mp4").write_bytes(b"no video")
     (tmp_path / "empty").mkdir()
-    ask = conversation("<image>\nHow many?")
+    ask = asked("<image>\nHow many?")
     rows = [
         {"conversations": ask, "image": "missing.png"},
         {"conversations": ask, "image": "cut.jpg"},
         {"conversations": ask, "video": "cut.mp4"},
         {"conversations": ask, "video": "empty"},
-        {"conversations": conversation("<image> <image> <image>"), "images": ["a.png", "a.png"]},
+        {"conversations": asked("<image> <image> <image>"), "images": ["a.png", "a.png"]},
         {"conversations": ask[:1], "image": "a.png"},
         {"question": "How many?"},
         {"conversations": [{"from": "narrator", "value": "Once."}]},
@@ -240,7 +231,7 @@ def broken(tmp_path, bad: int = 3):
         {"conversations": ask},
         {"conversations": ask, "image": ""},
     ]
-    good = [{"conversations": conversation(f"<image>\n{index}?"), "image": "a.png"} for index in range(3)]
+    good = [{"conversations": asked(f"<image>\n{index}?"), "image": "a.png"} for index in range(3)]
     return write_lines(tmp_path / "broken.jsonl", rows[:bad] + good)
 
 
@@ -285,7 +276,7 @@ def test_broken_rows_are_replaced_and_named(tmp_path):
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
 def test_no_row_is_lost_to_the_encoding(kind, encoding, tmp_path):
     """As editors and shells of Windows write: with a byte-order mark, and two bytes for a character."""
-    rows = [{"id": f"é{n}", "conversations": conversation(f"Wie groß ist Stühle {n}?")} for n in range(3)]
+    rows = [{"id": f"é{n}", "conversations": asked(f"Wie groß ist Stühle {n}?")} for n in range(3)]
     text = json.dumps(rows, ensure_ascii=False)
     if kind == "jsonl":
         text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
@@ -298,7 +289,7 @@ def test_no_row_is_lost_to_the_encoding(kind, encoding, tmp_path):
 
 def test_another_encoding_is_named(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_bytes(json.dumps({"conversations": conversation("groß?")}, ensure_ascii=False).encode("latin-1"))
+    file.write_bytes(json.dumps({"conversations": asked("groß?")}, ensure_ascii=False).encode("latin-1"))
     with pytest.raises(ValueError, match=r"rows.jsonl must be text in UTF-8, .* got other bytes .* Save it as UTF-8"):
         InstructionDataset(file)
 
@@ -308,9 +299,9 @@ def test_numbers_are_answers(tmp_path):
     write_lines(
         tmp_path / "rows.jsonl",
         [
-            {"conversations": conversation("How many?", 4)},
-            {"conversations": conversation("How far?", 2.5)},
-            {"conversations": conversation(7, 0)},
+            {"conversations": asked("How many?", 4)},
+            {"conversations": asked("How far?", 2.5)},
+            {"conversations": asked(7, 0)},
             {"messages": [{"role": "user", "content": [3, "?"]}, {"role": "assistant", "content": 3}]},
             {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": item}]},
         ],
@@ -323,11 +314,11 @@ def test_numbers_are_answers(tmp_path):
 
 def test_rows_of_any_form_end_nothing(tmp_path):
     """What is no answer, and what no reader expects."""
-    good = {"conversations": conversation("How many?")}
+    good = {"conversations": asked("How many?")}
     bad = [
-        {"conversations": conversation("How many?", True)},
-        {"conversations": conversation("How many?", float("nan"))},
-        {"conversations": conversation("How many?", {"a": 1})},
+        {"conversations": asked("How many?", True)},
+        {"conversations": asked("How many?", float("nan"))},
+        {"conversations": asked("How many?", {"a": 1})},
         {"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "4"}]},
         {"messages": [{"role": ["user"], "content": "?"}, {"role": "assistant", "content": "4"}]},
         {"messages": 7},
@@ -362,13 +353,13 @@ def test_paths_do_not_leave_the_folder_of_media(tmp_path):
         ("image", {"path": "../secret.png"}),
     ):
         inner = str(tmp_path / "media/sub/../a.png")
-        rows = [{"conversations": conversation("<image>What?"), kind: path}]
-        rows += [{"conversations": conversation("<image>What?"), "image": inner}]
+        rows = [{"conversations": asked("<image>What?"), kind: path}]
+        rows += [{"conversations": asked("<image>What?"), "image": inner}]
         write_lines(tmp_path / "rows.jsonl", rows)
         example = InstructionDataset(tmp_path / "rows.jsonl", tmp_path / "media")[0]
         assert "leads out of `media_root`" in example["skipped"][0]["reason"] and shades(example) == [100]
     # Without `media_root` the annotations say where their media lie.
-    write_lines(tmp_path / "media/rows.jsonl", [{"conversations": conversation("What?"), "image": "../secret.png"}])
+    write_lines(tmp_path / "media/rows.jsonl", [{"conversations": asked("What?"), "image": "../secret.png"}])
     assert shades(InstructionDataset(tmp_path / "media/rows.jsonl")[0]) == [200]
 
 
@@ -398,7 +389,7 @@ def test_a_stream_tells_of_what_is_broken_at_its_end(tmp_path):
 def test_a_stream_is_shared_among_workers(tmp_path):
     (tmp_path / "hub/data").mkdir(parents=True)
     for part in range(3):
-        rows = [{"conversations": conversation(f"{part}{row}?")} for row in range(4)]
+        rows = [{"conversations": asked(f"{part}{row}?")} for row in range(4)]
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"hub/data/train-0000{part}-of-00003.parquet")
     loader = DataLoader(StreamedInstructions(tmp_path / "hub"), batch_size=None, num_workers=2)
     found = sorted(shown(example)[0] for example in loader)
@@ -406,7 +397,7 @@ def test_a_stream_is_shared_among_workers(tmp_path):
 
 
 def test_nothing_that_can_be_used(tmp_path):
-    row = {"conversations": conversation("<image>\nHow many?"), "image": "missing.png"}
+    row = {"conversations": asked("<image>\nHow many?"), "image": "missing.png"}
     data = InstructionDataset(write_lines(tmp_path / "a.jsonl", [row, row]))
     with pytest.raises(ValueError, match=r"None of the 2 rows from row 0 of 'a' can be used.*missing.png.*media_root"):
         data[0]
@@ -420,7 +411,7 @@ def test_annotations_that_cannot_be_read(tmp_path):
     (tmp_path / "none.json").write_text("[]")
     with pytest.raises(ValueError, match="at least one row, got none in none"):
         InstructionDataset(tmp_path / "none.json")
-    file = write_lines(tmp_path / "a.jsonl", [{"conversations": conversation("How many?")}])
+    file = write_lines(tmp_path / "a.jsonl", [{"conversations": asked("How many?")}])
     for fields, words in (
         ({"frames": (8, 4)}, "fewest and the most frames"),
         ({"seconds_per_frame": 0}, "above 0"),
@@ -443,14 +434,14 @@ def test_a_json_array_is_read_piece_by_piece(tmp_path, monkeypatch):
 
 
 def test_a_file_that_changed_is_read_again(tmp_path):
-    file = write_lines(tmp_path / "a.jsonl", [{"conversations": conversation("One?")}])
+    file = write_lines(tmp_path / "a.jsonl", [{"conversations": asked("One?")}])
     assert shown(InstructionDataset(file)[0])[0] == "One?"
-    write_lines(file, [{"conversations": conversation("Two?")}, {"conversations": conversation("Three?")}])
+    write_lines(file, [{"conversations": asked("Two?")}, {"conversations": asked("Three?")}])
     assert shown(InstructionDataset(file)[0])[0] == "Two?"
 
 
 def test_annotations_stay_on_disk(tmp_path):
-    file = write_lines(tmp_path / "a.jsonl", [{"conversations": conversation(f"{i}?" * 50)} for i in range(5000)])
+    file = write_lines(tmp_path / "a.jsonl", [{"conversations": asked(f"{i}?" * 50)} for i in range(5000)])
     data = InstructionDataset(file)
     assert data.rows.cache_files
     assert len(pickle.dumps(data)) < 20_000  # what a worker process is given
@@ -460,10 +451,10 @@ def test_annotations_stay_on_disk(tmp_path):
 def test_lengths_are_alike_to_those_of_tokens(tmp_path):
     write_picture(tmp_path / "a.png", 9)
     rows = [
-        {"conversations": conversation("One two three?")},
-        {"conversations": conversation("word " * 100)},
-        {"conversations": conversation("<image>\nHow many?"), "image": "a.png"},
-        {"conversations": conversation("<image>\nHow many?"), "video": "a.mp4"},
+        {"conversations": asked("One two three?")},
+        {"conversations": asked("word " * 100)},
+        {"conversations": asked("<image>\nHow many?"), "image": "a.png"},
+        {"conversations": asked("<image>\nHow many?"), "video": "a.mp4"},
     ]
     file = write_lines(tmp_path / "a.jsonl", rows)
     lengths = InstructionDataset(file).lengths
@@ -474,7 +465,7 @@ def test_lengths_are_alike_to_those_of_tokens(tmp_path):
 
 def texts(tmp_path, name: str, count: int):
     return InstructionDataset(
-        write_lines(tmp_path / f"{name}.jsonl", [{"conversations": conversation(f"{name}{i}")} for i in range(count)])
+        write_lines(tmp_path / f"{name}.jsonl", [{"conversations": asked(f"{name}{i}")} for i in range(count)])
     )
 
 
@@ -521,7 +512,7 @@ def test_made_of_a_configuration(tmp_path):
 
 
 def test_what_a_row_says_of_its_video_is_not_left_out_silently(tmp_path):
-    write_video(tmp_path / "walk.mp4", 3)
+    write_walk(tmp_path / "walk.mp4", 3)
     rows = [
         {"messages": [{"role": "user", "content": [video]}, {"role": "assistant", "content": "4"}]}
         for video in (

@@ -18,7 +18,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny import pretraining_config, relative_error
-from tiny_training import environment, write_config, write_parts, write_scenes
+from tiny_training import environment, prepared
 
 from spa3r import Spa3RForPreTraining
 from spa3r.models.layers import TransformerLayer
@@ -113,12 +113,7 @@ def test_the_papers_recipe_is_the_default_on_the_papers_data():
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("configs")
-    source = {"type": "folder", "root": str(write_scenes(folder / "scenes", scenes=24))}
-    file = write_config(folder / "tiny.yaml", write_parts(folder / "parts"), source, max_steps=2, save_steps=2)
-    sections = yaml.safe_load(file.read_text())
-    sections["training"]["learning_rate"] = 1e-3
-    file.write_text(yaml.safe_dump(sections))
-    return file
+    return prepared(folder, scenes=24, max_steps=2, save_steps=2, learning_rate=1e-3)
 
 
 def start(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_training import environment, run, same_files, write_config, write_parts, write_scenes
+from tiny_training import environment, folder_source, prepared, run, same_files, write_config, write_parts
 
 from spa3r.training import read_log
 
@@ -17,8 +17,7 @@ TERMS = ("loss", "geometry_l1", "geometry_cosine", "semantic_l1", "semantic_cosi
 @pytest.mark.slow
 def test_two_processes_with_half_the_pictures_each_are_one_with_all(tmp_path):
     """Loss by loss, with scenes of mixed sizes and accumulated batches; each evaluates its share."""
-    parts, scenes = write_parts(tmp_path / "parts"), write_scenes(tmp_path / "scenes", scenes=24)
-    source = {"type": "folder", "root": str(scenes), "cache_dir": str(tmp_path / "index")}
+    parts, source = write_parts(tmp_path / "parts"), folder_source(tmp_path, scenes=24)
     logs, results = [], []
     for processes in (1, 2):
         config = write_config(
@@ -49,9 +48,7 @@ def test_two_processes_with_half_the_pictures_each_are_one_with_all(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(tmp_path):
-    parts, scenes = write_parts(tmp_path / "parts"), write_scenes(tmp_path / "scenes")
-    source = {"type": "folder", "root": str(scenes), "cache_dir": str(tmp_path / "index")}
-    config = write_config(tmp_path / "config.yaml", parts, source, lr_scheduler_type="constant")
+    config = prepared(tmp_path, lr_scheduler_type="constant")
     run("pretrain", config, "--training.output_dir", tmp_path / "whole", cache=tmp_path, processes=2)
     halves = ("pretrain", config, "--training.output_dir", tmp_path / "halves")
     run(*halves, "--training.max_steps=3", cache=tmp_path, processes=2)
@@ -89,9 +86,7 @@ assert result.nonfinite_steps == 1 and result.is_finished
 @pytest.mark.slow
 def test_batches_stay_whole_scenes_are_not_shared_and_all_drop_the_same_step(tmp_path):
     """One process meets a scene whose loss is not finite: both leave the step out, and go on together."""
-    parts, scenes = write_parts(tmp_path / "parts"), write_scenes(tmp_path / "scenes", scenes=24)
-    source = {"type": "folder", "root": str(scenes), "cache_dir": str(tmp_path / "index")}
-    config = write_config(tmp_path / "config.yaml", parts, source, max_steps=12, save_steps=1, save_total_limit=20)
+    config = prepared(tmp_path, scenes=24, max_steps=12, save_steps=1, save_total_limit=20)
     (tmp_path / "watched.py").write_text(WATCHED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

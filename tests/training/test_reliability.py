@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from safetensors.torch import load_file
-from tiny_training import batches, environment, same_files, trainer, write_config, write_parts, write_scenes
+from tiny_training import batches, environment, prepared, same_files, trainer, write_scenes
 from transformers import TrainerCallback
-from typer.testing import CliRunner
 
-from spa3r.cli.main import app
 from spa3r.disk import alone_in, write_whole
 from spa3r.training import PretrainingConfig, pretrain, read_log
 from spa3r.training.base import nonfinite_tensors
@@ -30,8 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reliability")
-    source = {"type": "folder", "root": str(write_scenes(folder / "scenes")), "cache_dir": str(folder / "index")}
-    return write_config(folder / "config.yaml", write_parts(folder / "parts"), source)
+    return prepared(folder)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +47,7 @@ def stopped(whole, tmp_path) -> Path:
 
 
 def command(config: Path, *overrides: object, code: int = 0) -> dict:
-    result = CliRunner().invoke(app, ["pretrain", str(config), *map(str, overrides), "--json"])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
+    result = run("pretrain", config, *overrides, "--json", code=code)
     return json.loads(result.stdout) | {"stderr": result.stderr}
 
 

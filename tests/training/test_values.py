@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_training import write_config, write_parts, write_scenes
+from tiny_training import prepared
 from typer.testing import CliRunner
 
 from spa3r.cli.main import app
@@ -227,8 +227,7 @@ SECRET = "hf_verysecretverysecretverysecret12"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("values")
-    source = {"type": "folder", "root": str(write_scenes(folder / "scenes", 3)), "cache_dir": str(folder / "index")}
-    return write_config(folder / "config.yaml", write_parts(folder / "parts"), source, max_steps=1, save_steps=1)
+    return prepared(folder, scenes=3, max_steps=1, save_steps=1)
 
 
 def pretrain(*arguments: object) -> str:

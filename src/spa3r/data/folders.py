@@ -47,7 +47,7 @@ class IndexedScenes(SceneSource):
             self._scan,
             cache_dir,
         )
-        self._rows = np.arange(len(self.index))
+        self._rows = self._usable()
 
     @abstractmethod
     def _entries(self, scenes: list[str] | None) -> list[Entry]:
@@ -56,6 +56,10 @@ class IndexedScenes(SceneSource):
     @abstractmethod
     def _scan(self, path: str) -> tuple[list[str], int]:
         """Names of the pictures of a scene, if it has any, and its number of frames."""
+
+    def _usable(self) -> np.ndarray:
+        """The rows of the index that are scenes."""
+        return np.arange(len(self.index))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -72,18 +76,11 @@ class PictureFolders(IndexedScenes):
 
     endings = PICTURES
 
-    def __init__(
-        self,
-        root: str | Path,
-        scenes: Sequence[str] | str | Path | None = None,
-        stride: Sequence[int] = (1, 4),
-        name: str | None = None,
-        cache_dir: str | Path | None = None,
-    ):
-        super().__init__(root, scenes, stride, name, cache_dir)
-        self._rows = np.flatnonzero(self.index.counts)
-        if not len(self._rows):
+    def _usable(self) -> np.ndarray:
+        rows = np.flatnonzero(self.index.counts)
+        if not len(rows):
             raise ValueError(self._why_empty())
+        return rows
 
     @abstractmethod
     def _why_empty(self) -> str:

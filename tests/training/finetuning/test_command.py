@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,14 @@ import PIL.Image
 import pytest
 import torch
 import yaml
+from command_line import run as run_here
+from command_line import run_json
 from safetensors.torch import load_file
 from tiny_finetuning import ROOMS, write_config
 from tiny_training import run, same_files
 from training_processes import started, wait_for_step
-from typer.testing import CliRunner
 
 from spa3r import Spa3VLMForConditionalGeneration
-from spa3r.cli.main import app
 from spa3r.rooms.embedded import embedded_model
 from spa3r.training import FinetuningArguments, FinetuningConfig, merge_lora, read_log
 from spa3r.training.finetuning.run import make_arguments, make_model
@@ -32,16 +33,7 @@ def config(tmp_path) -> Path:
     return write_config(tmp_path / "config.yaml")
 
 
-def finetune(*arguments, code: int = 0):
-    result = CliRunner().invoke(app, ["finetune", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def finetune_json(*arguments, code: int = 0) -> dict:
-    return json.loads(finetune(*arguments, "--json", code=code).stdout)
+finetune, finetune_json = partial(run_here, "finetune"), partial(run_json, "finetune")
 
 
 def test_trains_scores_answers_and_leaves_a_model(config, tmp_path):
@@ -152,7 +144,7 @@ def test_a_backbone_that_has_a_home_stays_out_of_checkpoints(tmp_path):
         ({"training": {"output_dir": None}}, r"`training\.output_dir` must name the folder"),
         (
             {"training": {"policy": "qlora"}},
-            r"'qlora' quantises a VLM where .* are combined: .* not `init_from`",
+            r"'qlora' quantizes a VLM where .* are combined: .* not `init_from`",
         ),
         ({"data": {"group_by_length": True}}, r"`group_by_length` needs a data set with `lengths`"),
     ],

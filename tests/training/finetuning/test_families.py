@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from media import counting_frames, noise, write_video
+from media import asked, counting_frames, noise, write_video
 from tiny import PATCH, spa3r_config
 from tiny_finetuning import trainer
 from vlm_families import build
@@ -16,10 +16,6 @@ from spa3r.training import read_log
 from spa3r.training.sources import make_instructions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step", "ignore:.*gradient_checkpointing")
-
-
-def said(question: str, answer: str) -> list[dict]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def write_layouts(folder: Path) -> dict[str, list[dict]]:
@@ -37,30 +33,30 @@ def write_layouts(folder: Path) -> dict[str, list[dict]]:
     return {
         "vsi_590k": [
             {
-                "conversations": said(prompt + "How many chairs are in this room?", "4"),
+                "conversations": asked(prompt + "How many chairs are in this room?", "4"),
                 "question_type": "object_counting",
                 "video": "vsi/walk.mp4",
             },
             {
-                "conversations": said("<image>\nHow far is the lamp?", "2.5"),
+                "conversations": asked("<image>\nHow far is the lamp?", "2.5"),
                 "question_type": "object_abs_distance",
                 "image": "vsi/0.jpg",
             },
-            {"conversations": said("What is two plus two?", "4"), "question_type": "none"},
+            {"conversations": asked("What is two plus two?", "4"), "question_type": "none"},
         ],
         "spar": [
             {
                 "id": "spar-7",
-                "conversations": said("<image>\n<image>\n<image>\nWhich view is nearest?", "The second."),
+                "conversations": asked("<image>\n<image>\n<image>\nWhich view is nearest?", "The second."),
                 "images": [f"vsi/{number}/view.jpg" for number in range(3)],
             }
         ],
         "llava_hound": [
-            {"id": "v1_3", "conversations": said("<video>\nWhat happens?", "A walk."), "video": "hound/v1"}
+            {"id": "v1_3", "conversations": asked("<video>\nWhat happens?", "A walk."), "video": "hound/v1"}
         ],
         "vlm_3r": [
             {
-                "conversations": [*said("<image>\nHow large is the room?", "21.5"), *said("And its height?", "2.4")],
+                "conversations": [*asked("<image>\nHow large is the room?", "21.5"), *asked("And its height?", "2.4")],
                 "video": "scannet.mp4",
             }
         ],
