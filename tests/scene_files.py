@@ -96,8 +96,8 @@ def write_videos(root: Path, scenes: Sequence[RoomViews]) -> Path:
     return root
 
 
-def write_grey(folder: Path, count: int, size: tuple[int, int] = (28, 28), first: int = 0) -> Path:
-    """Pictures of (width, height), each of one grey level: first, first + 1, ..., as 0.png, 1.png, ..."""
+def write_gray(folder: Path, count: int, size: tuple[int, int] = (28, 28), first: int = 0) -> Path:
+    """Pictures of (width, height), each of one gray level: first, first + 1, ..., as 0.png, 1.png, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         Image.new("RGB", size, (first + number,) * 3).save(folder / f"{number}.png")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from media import counting_video, encoded, noise
 from PIL import Image
-from scene_files import look_around, write_folders, write_grey, write_scannet, write_scannetpp
+from scene_files import look_around, write_folders, write_gray, write_scannet, write_scannetpp
 from torch.utils.data import DataLoader
 
 from spa3r import Spa3RImageProcessor
@@ -37,20 +37,20 @@ FEW = {"views": (2, 4), "pictures_per_batch": 8}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """40 scenes of 6 pictures; frame f of scene s has the grey level 6 s + f, so a level names its picture."""
+    """40 scenes of 6 pictures; frame f of scene s has the gray level 6 s + f, so a level names its picture."""
     root = tmp_path_factory.mktemp("folders")
     for scene in range(40):
-        write_grey(root / f"s{scene}", 6, first=6 * scene)
+        write_gray(root / f"s{scene}", 6, first=6 * scene)
     return root
 
 
 @pytest.fixture
 def source(folders):
-    return FolderScenes(folders, name="grey")
+    return FolderScenes(folders, name="gray")
 
 
 def levels(batch: dict) -> list[int]:
-    """The grey level of every view."""
+    """The gray level of every view."""
     views = PROCESSOR.unpack(batch["view_pixel_values"], batch["view_grid_hw"])
     return [round(view.astype(float).mean()) for view in views]
 
@@ -100,7 +100,7 @@ def test_a_batch_is_what_the_model_takes(source):
         masks = batch["target_mask"].view(len(counts), -1)
         assert not masks[:, 0].any() and (masks.sum(1) == counts[0] - max(1, int(counts[0] * 0.5))).all()
         for scene, views in zip(batch["scenes"], np.split(np.array(levels(batch)), len(counts))):
-            assert {level // 6 for level in views} == {int(scene.removeprefix("grey/s"))}
+            assert {level // 6 for level in views} == {int(scene.removeprefix("gray/s"))}
             assert (np.diff(views) > 0).all()
         assert batch["skipped"] == []
 
@@ -112,7 +112,7 @@ def test_the_budget_is_used(source):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_scenes_of_few_pictures_repeat_them(count, tmp_path):
-    write_grey(tmp_path / "data" / "a", count)
+    write_gray(tmp_path / "data" / "a", count)
     (batch,) = SceneBatches(FolderScenes(tmp_path / "data"), PROCESSOR, views=(8, 8))
     assert batch["views_per_scene"].tolist() == [8] and levels(batch) == sorted(levels(batch))
     assert set(levels(batch)) == set(range(count)) and batch["num_pictures"] == count
@@ -123,7 +123,7 @@ def test_scenes_of_mixed_sizes(tmp_path):
     folder.mkdir(parents=True)
     for number, size in enumerate([(28, 28), (56, 28), (90, 61), (20, 40)]):
         noise(*size).save(folder / f"{number}.png")
-    write_grey(tmp_path / "data" / "b", 4, (28, 14))
+    write_gray(tmp_path / "data" / "b", 4, (28, 14))
     batches = SceneBatches(
         FolderScenes(tmp_path / "data", stride=(1, 1)), Spa3RImageProcessor(size=28, mode="pretraining"), views=(4, 4)
     )
@@ -259,11 +259,11 @@ def test_an_epoch_without_end(source):
 
 
 def test_mixtures_follow_their_weights(source, tmp_path):
-    write_grey(tmp_path / "small" / "only", 3)
+    write_gray(tmp_path / "small" / "only", 3)
     batches = SceneBatches([source, FolderScenes(tmp_path / "small")], PROCESSOR, views=(2, 2), weights=[3, 1])
     batches.set_epoch(1)
     seen = Counter(scene.partition("/")[0] for scene in scenes_of(batches))
-    assert seen.total() == 41 and 20 < seen["grey"] < 39
+    assert seen.total() == 41 and 20 < seen["gray"] < 39
     longer = SceneBatches([source, source], PROCESSOR, views=(2, 2), weights=[3, 1], scenes_per_epoch=240)
     assert Counter(scenes_of(longer)).total() == 240
     without = SceneBatches([source, FolderScenes(tmp_path / "small")], PROCESSOR, views=(2, 2))
@@ -274,7 +274,7 @@ def test_mixtures_follow_their_weights(source, tmp_path):
 
 
 def stream(scenes: int = 20, shards: int = 4, single: bool = False, **kwargs) -> StreamedScenes:
-    """Scenes of six pictures, streamed in shards; frame f of scene s has the grey level 6 s + f."""
+    """Scenes of six pictures, streamed in shards; frame f of scene s has the gray level 6 s + f."""
 
     def rows(parts):
         for number in (number for part in parts for number in part):
@@ -443,7 +443,7 @@ def damage(root: Path, share: float, seed: int = 0) -> set[str]:
 @pytest.fixture
 def damaged(tmp_path):
     for scene in range(40):
-        write_grey(tmp_path / "data" / f"s{scene}", 6, first=6 * scene)
+        write_gray(tmp_path / "data" / f"s{scene}", 6, first=6 * scene)
     return tmp_path / "data"
 
 
@@ -484,7 +484,7 @@ def test_too_many_bad_pictures_stop_the_run_soon(damaged):
 
 
 def test_where_no_other_frame_is_left_good_ones_are_repeated(tmp_path):
-    folder = write_grey(tmp_path / "data" / "a", 3, first=10)
+    folder = write_gray(tmp_path / "data" / "a", 3, first=10)
     (folder / "1.png").write_bytes(b"")
     (batch,) = SceneBatches(FolderScenes(tmp_path / "data"), PROCESSOR, views=(8, 8), max_bad_share=1)
     assert len(levels(batch)) == 8 and set(levels(batch)) == {10, 12}
@@ -492,7 +492,7 @@ def test_where_no_other_frame_is_left_good_ones_are_repeated(tmp_path):
 
 
 def test_pictures_smaller_than_a_patch_are_skipped(tmp_path):
-    folder = write_grey(tmp_path / "data" / "a", 3)
+    folder = write_gray(tmp_path / "data" / "a", 3)
     noise(5, 50).save(folder / "1.png")
     (batch,) = SceneBatches(FolderScenes(tmp_path / "data"), PROCESSOR, views=(3, 3), max_bad_share=1)
     (entry,) = batch["skipped"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from media import counting_video, encoded, read_number, write_sound
 from PIL import Image
-from scene_files import look_around, write_folders, write_grey, write_scannet, write_scannetpp, write_videos
+from scene_files import look_around, write_folders, write_gray, write_scannet, write_scannetpp, write_videos
 
 from spa3r.data import (
     DatasetScenes,
@@ -40,7 +40,7 @@ FOLDERS = {
 }
 
 
-def greys(loaded) -> list[int]:
+def grays(loaded) -> list[int]:
     return [round(np.asarray(image, np.float64).mean()) for image in loaded.images]
 
 
@@ -77,11 +77,11 @@ def test_files_are_closed(rooms, tmp_path):
 
 def test_folders_are_sorted_and_strangers_are_left_out(tmp_path):
     for name in ("room10", "room9", ".hidden", "empty"):
-        write_grey(tmp_path / "data" / name, 0 if name == "empty" else 2)
+        write_gray(tmp_path / "data" / name, 0 if name == "empty" else 2)
     for name in ("notes.txt", "._0.png", "truth.npz"):
         (tmp_path / "data" / "room9" / name).write_bytes(b"no picture")
     shutil.copy(tmp_path / "data" / "room9" / "0.png", tmp_path / "data" / "room9" / "B.PNG")
-    write_grey(tmp_path / "data" / "room9" / "deeper", 4)
+    write_gray(tmp_path / "data" / "room9" / "deeper", 4)
     source = FolderScenes(tmp_path / "data")
     assert [source.scene_name(scene) for scene in range(len(source))] == ["room9", "room10"]
     assert [source.num_frames(scene) for scene in range(2)] == [3, 2]
@@ -91,7 +91,7 @@ def test_folders_are_sorted_and_strangers_are_left_out(tmp_path):
 @pytest.mark.parametrize("given", ["names", "file"])
 def test_chosen_scenes_in_the_given_order(tmp_path, given):
     for name in "abc":
-        write_grey(tmp_path / "data" / name, 2)
+        write_gray(tmp_path / "data" / name, 2)
     (tmp_path / "list.txt").write_text("c\n\na\n")
     source = FolderScenes(tmp_path / "data", scenes=["c", "a"] if given == "names" else tmp_path / "list.txt")
     assert [source.scene_name(scene) for scene in range(len(source))] == ["c", "a"]
@@ -99,7 +99,7 @@ def test_chosen_scenes_in_the_given_order(tmp_path, given):
         FolderScenes(tmp_path / "data", scenes=["z"])
     with pytest.raises(ValueError, match=r"or a text file with one name a line, got nowhere\.txt"):
         FolderScenes(tmp_path / "data", scenes="nowhere.txt")
-    write_grey(tmp_path / "other", 2)
+    write_gray(tmp_path / "other", 2)
     for name in ("../other", str(tmp_path / "other")):
         with pytest.raises(ValueError, match=r"A name of `scenes` must be a name below .* got '.*other'"):
             FolderScenes(tmp_path / "data", scenes=[name])
@@ -119,25 +119,25 @@ def test_lists_and_cameras_may_have_a_byte_order_mark(encoding, rooms, tmp_path)
 
 
 def test_what_changed_on_disk_is_seen(tmp_path):
-    write_grey(tmp_path / "data" / "a", 3)
-    write_grey(tmp_path / "data" / "b", 3)
+    write_gray(tmp_path / "data" / "a", 3)
+    write_gray(tmp_path / "data" / "b", 3)
     assert [FolderScenes(tmp_path / "data").num_frames(scene) for scene in range(2)] == [3, 3]
     Image.new("RGB", (28, 28), (77,) * 3).save(tmp_path / "data" / "a" / "9.png")
     (tmp_path / "data" / "b" / "0.png").unlink()
-    write_grey(tmp_path / "data" / "c", 1)
+    write_gray(tmp_path / "data" / "c", 1)
     source = FolderScenes(tmp_path / "data")
     assert [source.num_frames(scene) for scene in range(3)] == [4, 2, 1]
-    assert greys(source.load(0, [3])) == [77] and greys(source.load(1, [0])) == [1]
+    assert grays(source.load(0, [3])) == [77] and grays(source.load(1, [0])) == [1]
 
 
 def test_pictures_that_cannot_be_read_are_named_and_the_others_are_there(tmp_path):
-    folder = write_grey(tmp_path / "data" / "a", 5, first=10)
+    folder = write_gray(tmp_path / "data" / "a", 5, first=10)
     (folder / "1.png").write_bytes(b"")
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:60])
     source = FolderScenes(tmp_path / "data")
     (folder / "4.png").unlink()
     loaded = source.load(0, [0, 1, 2, 3, 4])
-    assert loaded.frames == [0, 2] and greys(loaded) == [10, 12]
+    assert loaded.frames == [0, 2] and grays(loaded) == [10, 12]
     assert [picture for picture, _ in loaded.unread] == ["1.png", "3.png", "4.png"]
     assert "can't be decoded" in loaded.unread[0][1] and "doesn't exist" in loaded.unread[2][1]
     shutil.rmtree(folder)
@@ -163,7 +163,7 @@ def test_folders_without_scenes_are_refused(source, words, tmp_path):
 
 def test_the_folder_of_one_scene_is_told_from_a_folder_of_scenes(tmp_path):
     with pytest.raises(ValueError, match=r"which holds pictures itself\. Give the folder above it"):
-        FolderScenes(write_grey(tmp_path / "scene", 3))
+        FolderScenes(write_gray(tmp_path / "scene", 3))
 
 
 @pytest.mark.parametrize("stride", [(0, 4), (4, 2), 3, (1, 2, 3), (1.0, 2), "12"])
@@ -193,7 +193,7 @@ def test_scannet_reads_a_split_and_leaves_out_what_is_not_there(rooms, tmp_path)
 
 def test_scannetpp_uses_its_split_only(rooms, tmp_path):
     root = write_scannetpp(tmp_path / "data", rooms)
-    write_grey(root / "data" / "ffffffffff" / "dslr" / "undistorted_images", 2)
+    write_gray(root / "data" / "ffffffffff" / "dslr" / "undistorted_images", 2)
     assert len(ScanNetPPScenes(root)) == 3
     with (root / "splits" / "nvs_sem_train.txt").open("a") as file:
         file.write("not_there\n")
@@ -364,13 +364,13 @@ def test_videos_by_name(tmp_path):
 COUNTS = (3, 1, 5, 2)
 
 
-def grey_file(level: int) -> dict:
+def gray_file(level: int) -> dict:
     return {"bytes": encoded(Image.new("RGB", (28, 28), (level,) * 3)), "path": f"{level}.png"}
 
 
 def write_dataset(folder: Path, single: bool = False) -> datasets.Dataset:
-    """Scenes of 3, 1, 5 and 2 pictures; frame f of scene s has the grey level 10 s + f."""
-    scenes = [{"images": [grey_file(10 * s + f) for f in range(n)], "scene": f"s{s}"} for s, n in enumerate(COUNTS)]
+    """Scenes of 3, 1, 5 and 2 pictures; frame f of scene s has the gray level 10 s + f."""
+    scenes = [{"images": [gray_file(10 * s + f) for f in range(n)], "scene": f"s{s}"} for s, n in enumerate(COUNTS)]
     image = datasets.Image()
     if single:
         scenes = [{"image": image, "scene": row["scene"]} for row in scenes for image in row["images"]]
@@ -385,7 +385,7 @@ def write_dataset(folder: Path, single: bool = False) -> datasets.Dataset:
 
 def all_frames(source, scenes) -> dict[str, list[int]]:
     return {
-        source.scene_name(scene): greys(source.load(scene, list(range(source.num_frames(scene))))) for scene in scenes
+        source.scene_name(scene): grays(source.load(scene, list(range(source.num_frames(scene))))) for scene in scenes
     }
 
 
@@ -401,7 +401,7 @@ def test_data_sets_with_random_access(single, shuffled, tmp_path):
     found = all_frames(source, range(len(source)))
     assert {name: sorted(frames) for name, frames in found.items()} == EXPECTED
     assert shuffled or found == EXPECTED
-    assert greys(source.load(0, [0])) == found[source.scene_name(0)][:1]
+    assert grays(source.load(0, [0])) == found[source.scene_name(0)][:1]
 
 
 def test_rows_are_named_by_their_number_where_there_is_no_name(tmp_path):
@@ -470,17 +470,17 @@ def test_data_sets_by_name(kind, streaming, tmp_path, monkeypatch):
 
 
 def test_damaged_rows_are_named(tmp_path):
-    rows = [{"images": [grey_file(1), {"bytes": b"no picture", "path": "bad.jpg"}, None, grey_file(4)]}]
+    rows = [{"images": [gray_file(1), {"bytes": b"no picture", "path": "bad.jpg"}, None, gray_file(4)]}]
     features = datasets.Features({"images": datasets.List(datasets.Image())})
     loaded = DatasetScenes(datasets.Dataset.from_list(rows, features=features)).load(0, [0, 1, 2, 3])
-    assert loaded.frames == [0, 3] and greys(loaded) == [1, 4]
+    assert loaded.frames == [0, 3] and grays(loaded) == [1, 4]
     assert [name for name, _ in loaded.unread] == ["frame 1 (bad.jpg)", "frame 2"]
     assert loaded.unread[1][1] == "The row holds no picture."
 
 
 @pytest.mark.parametrize("empty", [[], None])
 def test_rows_without_pictures_are_broken_scenes(empty):
-    rows = [{"images": [grey_file(1)]}, {"images": empty}]
+    rows = [{"images": [gray_file(1)]}, {"images": empty}]
     features = datasets.Features({"images": datasets.List(datasets.Image())})
     loaded = datasets.Dataset.from_list(rows, features=features)
     source = DatasetScenes(loaded)

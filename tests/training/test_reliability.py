@@ -88,7 +88,7 @@ def test_damage_is_seen(file, damage, has_checksums, stopped):
     assert fault_of(checkpoint) is None
     DAMAGES[damage](checkpoint / file)
     if not has_checksums and (damage == "changed" or file == "config.json"):
-        return  # nothing tells
+        return  # nothing shows it
     if damage == "changed" and file.startswith("training_state"):
         return  # of its tensors, which are random numbers' states; its numbers have a checksum
     found, damaged = newest_whole(stopped)
@@ -107,9 +107,9 @@ def test_numbers_of_a_state_have_a_checksum(tmp_path):
 @pytest.mark.parametrize(("file", "damage"), [("model.safetensors", "changed"), ("trainer_state.json", "missing")])
 def test_goes_on_from_the_newest_whole_checkpoint_and_says_so(file, damage, config, whole, stopped):
     DAMAGES[damage](stopped / "checkpoint-6" / file)
-    told = command(config, "--training.output_dir", stopped)
-    assert told["resumed_from"] == str(stopped / "checkpoint-4") and told["finished"]
-    assert f"checkpoint-6 is damaged ({file} is " in told["stderr"]
+    result = command(config, "--training.output_dir", stopped)
+    assert result["resumed_from"] == str(stopped / "checkpoint-4") and result["finished"]
+    assert f"checkpoint-6 is damaged ({file} is " in result["stderr"]
     assert (stopped / "damaged-checkpoint-6").is_dir()
     same_files(stopped, whole)
     assert [line["step"] for line in read_log(stopped / "log.jsonl") if "loss" in line] == [*range(1, 7)]
@@ -323,7 +323,7 @@ app()
 
 
 @pytest.mark.slow
-def test_full_disk_is_told_and_leaves_nothing_half_written(config, whole, tmp_path):
+def test_full_disk_is_reported_and_leaves_nothing_half_written(config, whole, tmp_path):
     """A limit on the size of files is refused as a full disk is."""
     size = (whole / "checkpoint-6" / "optimizer.safetensors").stat().st_size
     ran = subprocess.run(

@@ -27,6 +27,9 @@ _DIGITS = re.compile(r"\d+")
 Entry = tuple[str, str]
 """The name of a scene, and the folder or file that it is listed from."""
 
+Scan = Callable[[str], tuple[list[str], int]]
+"""Maps the path of an entry to the names of its pictures and its number of frames."""
+
 
 def natural_key(name: str) -> str:
     """Sort key that orders numbers in names by value: 2.jpg before 10.jpg."""
@@ -81,7 +84,7 @@ class SceneIndex:
         """The names of all pictures of a scene."""
         return self.table["pictures"][row].as_py()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., SceneIndex], tuple[str, str]]:
         return _reopen, (self.file, self.digest)
 
     @classmethod
@@ -89,7 +92,7 @@ class SceneIndex:
         cls,
         key: Sequence[str | Path],
         entries: Sequence[Entry],
-        scan: Callable[[str], tuple[list[str], int]],
+        scan: Scan,
         cache_dir: str | Path | None = None,
         threads: int | None = None,
     ) -> SceneIndex:
@@ -99,7 +102,7 @@ class SceneIndex:
         Args:
             key: What the index depends on besides the entries; it identifies the cached file.
             entries: The scenes in order.
-            scan: Maps the path of an entry to the names of its pictures and its number of frames.
+            scan: Lists an entry.
             cache_dir: Folder of the indices; None: the user's cache.
             threads: How many entries are listed at a time; None: based on the number of cores.
         """
@@ -190,12 +193,22 @@ def _known_rows(old: SceneIndex | None, entries: Sequence[Entry], stamps: Sequen
     ]
 
 
-def _chunks(entries, stamps, rows, old, scan, pool, started) -> Iterator[dict[str, list]]:
+def _chunks(
+    entries: Sequence[Entry],
+    stamps: Sequence[int],
+    rows: Sequence[int | None],
+    old: SceneIndex | None,
+    scan: Scan,
+    pool: ThreadPoolExecutor,
+    started: int,
+) -> Iterator[dict[str, list]]:
     """Columns of the index, chunk by chunk."""
 
     def listed(place: int) -> tuple[list[str], int]:
         row = rows[place]
-        return (old.pictures(row), int(old.counts[row])) if row is not None else scan(entries[place][1])
+        if row is None or old is None:
+            return scan(entries[place][1])
+        return old.pictures(row), int(old.counts[row])
 
     with tqdm(total=len(entries), desc="Indexing", unit=" scenes", delay=2) as progress:
         for places in _in_chunks(range(len(entries))):

@@ -20,6 +20,7 @@ import numpy as np
 import PIL.Image
 from torch.utils.data import Dataset, IterableDataset
 
+from spa3r.checks import is_number
 from spa3r.data.dataset_scenes import decode_picture, open_dataset, require_datasets
 from spa3r.data.index import natural_key
 from spa3r.media.files import PICTURES, describe, exists, local_path, other_encoding, shortened, text_encoding
@@ -436,7 +437,7 @@ def _turns_of(row: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
 
 
 def _pieces(said: Any) -> list[Any]:
-    if _is_number(said):
+    if is_number(said, -math.inf):
         said = str(said)
     if isinstance(said, str):
         texts = PLACEHOLDER.split(said)
@@ -444,12 +445,12 @@ def _pieces(said: Any) -> list[Any]:
         return [piece for piece in pieces if piece != ""]
     pieces = []
     for item in said if isinstance(said, list | tuple) else [said]:
-        if isinstance(item, str) or _is_number(item):
+        if isinstance(item, str) or is_number(item, -math.inf):
             pieces.append(str(item))
             continue
         kind = item.get("type") if isinstance(item, Mapping) else type(item).__name__
         if kind == "text":
-            if not (isinstance(item.get("text"), str) or _is_number(item.get("text"))):
+            if not (isinstance(item.get("text"), str) or is_number(item.get("text"), -math.inf)):
                 raise RowError(f"a text of a content must be a text or a number, got {str(item.get('text'))[:50]!r}")
             pieces.append(str(item["text"]))
         elif kind in ("image", "video"):
@@ -463,11 +464,6 @@ def _pieces(said: Any) -> list[Any]:
         else:
             raise RowError(f"an item of a content must have type text, image or video, got {kind!r}")
     return pieces
-
-
-def _is_number(value: Any) -> bool:
-    """Whether an answer was written as a number; its text is then unambiguous."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _groups(places: int, media: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:

@@ -1,6 +1,6 @@
 """Pretraining and fine-tuning: configuration files, a Trainer for whole batches, and atomic checkpoints."""
 
-from spa3r.training.arguments import FinetuningArguments, PretrainingArguments
+from spa3r.training.arguments import FinetuningArguments, PretrainingArguments, RunArguments
 from spa3r.training.config import DataSection, EvaluationSection, ModelSection, PretrainingConfig
 from spa3r.training.finetuning.batches import InstructionBatches
 from spa3r.training.finetuning.config import (
@@ -36,6 +36,7 @@ __all__ = [
     "PretrainingConfig",
     "PretrainingResult",
     "PretrainingTrainer",
+    "RunArguments",
     "RunResult",
     "apply_policy",
     "finetune",

@@ -144,15 +144,11 @@ class RunArguments(TrainingArguments):
 
 @dataclass
 class PretrainingArguments(RunArguments):
-    """transformers' ``TrainingArguments`` with the recipe of the released Spa3R as defaults.
+    """:class:`RunArguments` with the recipe of the released Spa3R as defaults.
 
     AdamW with a learning rate of 2e-3 and cosine decay to a tenth of it, weight decay 1e-4 (not for biases and norms),
     gradients clipped to 1.0, two accumulated batches, 80 000 steps. The length of training is given in steps, not in
     epochs.
-
-    Args:
-        max_nonfinite_steps: How many steps of a run may be dropped because their gradient is not finite. One more
-            raises an error.
 
     Raises:
         ValueError: An argument doesn't fit a training that is counted in steps and reads whole batches.
@@ -183,7 +179,7 @@ class PretrainingArguments(RunArguments):
 
 @dataclass
 class FinetuningArguments(RunArguments):
-    """transformers' ``TrainingArguments`` with the instruction tuning of the paper as defaults.
+    """:class:`RunArguments` with the instruction tuning of the paper as defaults.
 
     One epoch of AdamW: warmup to a learning rate of 1e-5 over 3 % of the steps, then cosine decay to 0, weight decay
     0.01 (not for biases and norms), gradients clipped to 1.0, one row per device accumulated over 8 batches, bfloat16
@@ -200,8 +196,6 @@ class FinetuningArguments(RunArguments):
         lora_rank: Rank of the low-rank updates.
         lora_alpha: The updates are scaled by alpha / rank.
         lora_dropout: Dropout rate of the inputs of LoRA layers.
-        max_nonfinite_steps: How many steps of a run may be dropped because their gradient is not finite. One more
-            raises an error.
         bf16: Whether to compute in bfloat16; None: on CUDA devices that support it.
 
     Raises:
@@ -237,4 +231,4 @@ class FinetuningArguments(RunArguments):
         super().__post_init__()
 
 
-__all__ = ["FinetuningArguments", "POLICIES", "PretrainingArguments"]
+__all__ = ["FinetuningArguments", "POLICIES", "PretrainingArguments", "RunArguments"]

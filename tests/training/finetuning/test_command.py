@@ -38,11 +38,11 @@ finetune, finetune_json = partial(run_here, "finetune"), partial(run_json, "fine
 
 def test_trains_scores_answers_and_leaves_a_model(config, tmp_path):
     evaluation = ("--evaluation.questions", json.dumps(ROOMS), "--evaluation.examples=2", "--evaluation.every=4")
-    told = finetune_json(config, *evaluation, "--evaluation.max_new_tokens=2")
-    assert (told["step"], told["max_steps"], told["finished"], told["resumed_from"]) == (4, 4, True, None)
-    assert 0 <= told["evaluation"]["eval_overall"] <= 100
-    assert (told["rows"], told["skipped_rows"], told["skipped"]) == (8, 0, [])
-    frozen = {group["part"] for group in told["parameters"] if group["learning_rate"] is None}
+    result = finetune_json(config, *evaluation, "--evaluation.max_new_tokens=2")
+    assert (result["step"], result["max_steps"], result["finished"], result["resumed_from"]) == (4, 4, True, None)
+    assert 0 <= result["evaluation"]["eval_overall"] <= 100
+    assert (result["rows"], result["skipped_rows"], result["skipped"]) == (8, 0, [])
+    frozen = {group["part"] for group in result["parameters"] if group["learning_rate"] is None}
     assert frozen == {"vision tower and merger", "Spa3R's encoder", "rest of Spa3R"}
     out = tmp_path / "run"
     resolved = yaml.safe_load((out / "config.yaml").read_text())
@@ -52,7 +52,7 @@ def test_trains_scores_answers_and_leaves_a_model(config, tmp_path):
     (out / "model.safetensors").unlink()
     again = finetune_json(out / "config.yaml")
     assert (again["step"], again["resumed_from"]) == (4, str(out / "checkpoint-4"))
-    assert again["evaluation"] == told["evaluation"]
+    assert again["evaluation"] == result["evaluation"]
     last, whole = (load_file(folder / "model.safetensors") for folder in (out / "checkpoint-4", out))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in last.items())
     assert whole.keys() == last.keys()  # of a composed from one folder no part has another home
@@ -60,7 +60,7 @@ def test_trains_scores_answers_and_leaves_a_model(config, tmp_path):
     assert "training.learning_rate: 0.001 -> 0.0001" in words
 
 
-def test_rows_of_files_are_read_and_broken_ones_told(config, tmp_path):
+def test_rows_of_files_are_read_and_broken_ones_reported(config, tmp_path):
     """The layout of VSI-590K with real pictures; rows of like length together."""
     rng = np.random.default_rng(0)
     rows = []
@@ -73,10 +73,10 @@ def test_rows_of_files_are_read_and_broken_ones_told(config, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = {"annotations": str(tmp_path / "rows.jsonl"), "media_root": str(tmp_path), "name": "files"}
     fields = ("--training.max_steps=-1", "--data.group_by_length=true", "--data.max_bad_share=0.2")
-    told = finetune_json(config, "--data.train", json.dumps(train), *fields)
-    assert told["finished"] and told["step"] == told["max_steps"] == 12  # one epoch
-    (entry,) = told["skipped"]
-    assert (entry["source"], entry["picture"]) == ("files", "3.jpg") and told["rows"] >= 24
+    result = finetune_json(config, "--data.train", json.dumps(train), *fields)
+    assert result["finished"] and result["step"] == result["max_steps"] == 12  # one epoch
+    (entry,) = result["skipped"]
+    assert (entry["source"], entry["picture"]) == ("files", "3.jpg") and result["rows"] >= 24
 
 
 def test_text_for_people(config, tmp_path):
@@ -224,8 +224,8 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(policy, config, tmp_pat
     wait_for_step(process, tmp_path / "run" / "log.jsonl", random.Random(policy).randrange(3, 10))
     process.kill()
     process.communicate()
-    told = json.loads(run("finetune", config, *fields, "--json", cache=tmp_path).stdout)
-    assert told["resumed_from"] is not None and told["finished"]
+    result = json.loads(run("finetune", config, *fields, "--json", cache=tmp_path).stdout)
+    assert result["resumed_from"] is not None and result["finished"]
     weights = "adapter_model.safetensors" if policy == "lora" else "model.safetensors"
     same_files(tmp_path / "run", tmp_path / "whole", weights)
     same_files(tmp_path / "run" / "checkpoint-12", tmp_path / "whole" / "checkpoint-12", "optimizer.safetensors")
@@ -243,12 +243,12 @@ def test_two_processes_with_half_the_rows_each_are_one_with_all(config, tmp_path
         fields = (f"--training.output_dir={tmp_path / str(processes)}", "--training.max_steps=6")
         size = f"--training.per_device_train_batch_size={4 // processes}"
         accumulate = "--training.gradient_accumulation_steps=2"
-        told = run(
+        result = run(
             *("finetune", config, *fields, size, accumulate, *questions, "--evaluation.max_new_tokens=2", "--json"),
             cache=tmp_path,
             processes=processes,
         )
-        results.append(json.loads(told.stdout))
+        results.append(json.loads(result.stdout))
         logs.append([line for line in read_log(tmp_path / str(processes) / "log.jsonl") if "grad_norm" in line])
     one, two = logs
     assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 7))

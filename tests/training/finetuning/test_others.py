@@ -92,11 +92,11 @@ def test_a_collated_batch_is_answered(tmp_path):
         report_to=[],
     )
     trainer = Seq2SeqTrainer(model, args, data_collator=collator, eval_dataset=rows)
-    told = trainer.predict(rows, **words)
+    predicted = trainer.predict(rows, **words)
     length = batch["input_ids"].shape[1]
-    assert torch.equal(torch.from_numpy(told.predictions[:, length : length + 4]), answers)
+    assert torch.equal(torch.from_numpy(predicted.predictions[:, length : length + 4]), answers)
     with torch.no_grad():
-        assert abs(told.metrics["test_loss"] - model(**batch).loss) < 1e-4
+        assert abs(predicted.metrics["test_loss"] - model(**batch).loss) < 1e-4
 
 
 def test_what_a_prompt_can_not_be_made_of():

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Watch(TrainerCallback):
-    """Keeps the gradients of the first step, as the optimiser sees them."""
+    """Keeps the gradients of the first step, as the optimizer sees them."""
 
     def __init__(self):
         self.gradients = {}
@@ -107,8 +107,8 @@ def test_groups_and_their_sizes(tmp_path):
     encoder = [line for line in lines if line.startswith(ENCODER)]
     assert len(encoder) == 2 and all("2e-06" in line for line in encoder) and encoder[0].endswith("0.1")
     assert next(line for line in lines if line.startswith(VISION)).endswith("frozen")
-    optimiser = ours.create_optimizer()
-    assert {(group["lr"], group["weight_decay"]) for group in optimiser.param_groups} == {
+    optimizer = ours.create_optimizer()
+    assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
         *((1e-3, 0.1), (1e-3, 0.0), (2e-6, 0.1), (2e-6, 0.0)),
     }
     assert any(line.startswith(REST) for line in lines)

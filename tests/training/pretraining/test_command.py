@@ -64,10 +64,10 @@ def error_of(*arguments) -> str:
 
 
 def test_trains_evaluates_and_leaves_a_model(config, source, tmp_path):
-    told = pretrain_json(config, "--evaluation.sources", json.dumps([source]), "--evaluation.every=4")
-    assert (told["step"], told["max_steps"], told["finished"], told["resumed_from"]) == (6, 6, True, None)
-    assert told["evaluation"]["eval_loss"] > 0 and "eval_field_geometry_cosine" in told["evaluation"]
-    assert told["skipped"] == [] and told["pictures"] > 0
+    result = pretrain_json(config, "--evaluation.sources", json.dumps([source]), "--evaluation.every=4")
+    assert (result["step"], result["max_steps"], result["finished"], result["resumed_from"]) == (6, 6, True, None)
+    assert result["evaluation"]["eval_loss"] > 0 and "eval_field_geometry_cosine" in result["evaluation"]
+    assert result["skipped"] == [] and result["pictures"] > 0
     out = tmp_path / "run"
     assert Spa3RModel.from_pretrained(out).config.num_latents == 6
     resolved = yaml.safe_load((out / "config.yaml").read_text())
@@ -79,7 +79,7 @@ def test_trains_evaluates_and_leaves_a_model(config, source, tmp_path):
     (out / "model.safetensors").unlink()
     again = pretrain_json(out / "config.yaml")
     assert (again["step"], again["resumed_from"]) == (6, str(out / "checkpoint-6"))
-    assert (again["evaluation"], again["pictures"]) == (told["evaluation"], told["pictures"])
+    assert (again["evaluation"], again["pictures"]) == (result["evaluation"], result["pictures"])
     same_files(out, out / "checkpoint-6")
 
 
@@ -257,10 +257,10 @@ def test_every_kind_of_source_trains_end_to_end(kind, rooms, parts, tmp_path):
         source = {"type": "dataset", "dataset": "parquet", "data_files": str(file), "streaming": True}
         source |= {"images_column": "image", "scene_column": "scene"}
     config = write_config(tmp_path / "config.yaml", parts, source)
-    told = pretrain_json(
+    result = pretrain_json(
         config, f"--data.cameras={'given' if kind == 'given' else 'predicted'}", "--training.max_steps=3"
     )
-    assert told["finished"] and told["skipped"] == []
+    assert result["finished"] and result["skipped"] == []
     losses = [line["loss"] for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
     assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
 
@@ -274,13 +274,13 @@ def test_scenes_of_few_pictures_and_mixed_sizes(parts, tmp_path):
         shutil.copy(scenes / f"scene_0{number}" / "0.png", scenes / "scene_02" / f"{number + 3}.png")
     source = {"type": "folder", "root": str(scenes), "cache_dir": str(tmp_path / "index")}
     config = write_config(tmp_path / "config.yaml", parts, source)
-    told = pretrain_json(config, "--data.views=[8, 8]", "--training.max_steps=3")
-    assert told["finished"] and told["skipped"] == []
+    result = pretrain_json(config, "--data.views=[8, 8]", "--training.max_steps=3")
+    assert result["finished"] and result["skipped"] == []
     assert all(line["loss"] > 0 for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line)
 
 
 def test_corrupted_files_are_skipped_counted_and_named(parts, tmp_path):
-    """5 % of the pictures are broken in different ways; the training ends, and tells which."""
+    """5 % of the pictures are broken in different ways; the training ends, and names them."""
     scenes = write_scenes(tmp_path / "scenes", scenes=12, frames=10)
     files = sorted(scenes.rglob("*.png"))
     broken = random.Random(0).sample(files, len(files) // 20)
@@ -289,22 +289,22 @@ def test_corrupted_files_are_skipped_counted_and_named(parts, tmp_path):
         file.write_bytes((b"", content[: len(content) // 2], b"no picture")[number % 3])
     source = {"type": "folder", "root": str(scenes), "cache_dir": str(tmp_path / "index"), "stride": [1, 1]}
     config = write_config(tmp_path / "config.yaml", parts, source)
-    told = pretrain_json(config, "--training.max_steps=30", "--training.save_steps=30", "--training.logging_steps=10")
-    assert told["finished"] and 0 < told["skipped_pictures"] < 0.1 * told["pictures"]
-    named = {f"{entry['scene']}/{entry['picture']}" for entry in told["skipped"]}
+    result = pretrain_json(config, "--training.max_steps=30", "--training.save_steps=30", "--training.logging_steps=10")
+    assert result["finished"] and 0 < result["skipped_pictures"] < 0.1 * result["pictures"]
+    named = {f"{entry['scene']}/{entry['picture']}" for entry in result["skipped"]}
     assert named <= {f"{file.parent.name}/{file.name}" for file in broken} and len(named) >= len(broken) - 2
     logged = sum(line.get("skipped_pictures", 0) for line in read_log(tmp_path / "run" / "log.jsonl"))
-    assert logged == told["skipped_pictures"]
-    # What was found before a stop is told at the end, too.
+    assert logged == result["skipped_pictures"]
+    # What was found before a stop is reported at the end, too.
     again = pretrain_json(config, "--training.max_steps=31")
-    assert again["skipped_pictures"] >= told["skipped_pictures"] and again["pictures"] > told["pictures"]
+    assert again["skipped_pictures"] >= result["skipped_pictures"] and again["pictures"] > result["pictures"]
     for file in files[::2]:
         file.write_bytes(b"no picture")
     words = error_of(config, "--fresh", "--training.max_steps=60", "--data.num_workers=1")
     assert re.match(r"`max_bad_share` = 0\.05 of the pictures may be bad, got \d+ of \d+", words)
 
 
-def test_unreadable_held_out_pictures_are_told(config, parts, tmp_path):
+def test_unreadable_held_out_pictures_are_reported(config, parts, tmp_path):
     scenes = write_scenes(tmp_path / "held-out", scenes=3, frames=8)
     broken = scenes / "scene_01" / "3.png"
     broken.write_bytes(b"no picture")
@@ -331,8 +331,8 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(config, tmp_path, worke
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
-    told = json.loads(run("pretrain", config, *fields, "--json", cache=tmp_path).stdout)
-    assert kills == 1 + workers // 2 and told["resumed_from"] is not None and told["finished"]
+    result = json.loads(run("pretrain", config, *fields, "--json", cache=tmp_path).stdout)
+    assert kills == 1 + workers // 2 and result["resumed_from"] is not None and result["finished"]
     same_files(tmp_path / "run", tmp_path / "whole")
     same_files(tmp_path / "run" / "checkpoint-30", tmp_path / "whole" / "checkpoint-30", "optimizer.safetensors")
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("run", "whole")]
@@ -377,8 +377,8 @@ def test_kill_during_a_write_loses_at_most_the_last_interval(function, call, con
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert [folder.name for folder in checkpoints_in(tmp_path / "run")] == ["checkpoint-2"]
     assert (tmp_path / "run" / ".unfinished" / "checkpoint-4").is_dir()
-    told = pretrain_json(config)
-    assert (told["resumed_from"], told["finished"]) == (str(tmp_path / "run" / "checkpoint-2"), True)
+    result = pretrain_json(config)
+    assert (result["resumed_from"], result["finished"]) == (str(tmp_path / "run" / "checkpoint-2"), True)
     assert not (tmp_path / "run" / ".unfinished").exists()
     pretrain(config, "--training.output_dir", tmp_path / "whole")
     same_files(tmp_path / "run", tmp_path / "whole")
@@ -386,7 +386,7 @@ def test_kill_during_a_write_loses_at_most_the_last_interval(function, call, con
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
-def test_signal_saves_a_checkpoint_and_tells_how_to_go_on(number, config, tmp_path):
+def test_signal_saves_a_checkpoint_and_says_how_to_resume(number, config, tmp_path):
     """Sent to the workers as well, as terminals and schedulers do."""
     fields = ("--training.max_steps=2000", "--training.save_steps=2000", "--data.num_workers=2")
     process = subprocess.Popen(
@@ -401,10 +401,10 @@ def test_signal_saves_a_checkpoint_and_tells_how_to_go_on(number, config, tmp_pa
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 130, err
-    told = json.loads(out)
+    result = json.loads(out)
     (checkpoint,) = checkpoints_in(tmp_path / "run")
-    assert told["checkpoint"] == str(checkpoint) and checkpoint.name == f"checkpoint-{told['step']}"
-    assert (told["finished"], told["interrupted_by"]) == (False, number.name) and 3 <= told["step"] < 2000
+    assert result["checkpoint"] == str(checkpoint) and checkpoint.name == f"checkpoint-{result['step']}"
+    assert (result["finished"], result["interrupted_by"]) == (False, number.name) and 3 <= result["step"] < 2000
     assert "saving a checkpoint at the end of this step" in err
-    again = pretrain_json(config, f"--training.max_steps={told['step'] + 1}", *fields[1:])
+    again = pretrain_json(config, f"--training.max_steps={result['step'] + 1}", *fields[1:])
     assert again["resumed_from"] == str(checkpoint) and again["finished"]
