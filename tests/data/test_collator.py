@@ -404,9 +404,9 @@ def test_lengths_are_rounded_up():
 
 def test_wrong_arguments_are_named():
     processor = make()
-    with pytest.raises(ValueError, match=r"`max_length` must be at least 1, or None, got 0"):
+    with pytest.raises(ValueError, match=r"`max_length` must be a number of at least 1, got 0"):
         Spa3VLMCollator(processor, max_length=0)
-    with pytest.raises(ValueError, match=r"`pad_to_multiple_of` must be at least 1, or None, got -8"):
+    with pytest.raises(ValueError, match=r"`pad_to_multiple_of` must be a number of at least 1, got -8"):
         Spa3VLMCollator(processor, pad_to_multiple_of=-8)
     processor.image_token_id = None
     with pytest.raises(ValueError, match=r"`processor.image_token_id` must be known for `max_length`.* got None"):

@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from spa3r.checks import check_ranges
 from spa3r.data.dataset_scenes import StreamedScene, StreamedScenes
 from spa3r.data.sampling import EpochPlan, Step, sample_frames, sample_targets
 from spa3r.data.skipped import SkippedReport
@@ -131,13 +132,9 @@ class SceneBatches(ResumableBatches):
             )
         if self.cameras not in ("predicted", "given"):
             raise ValueError(f"`cameras` must be 'predicted' or 'given', got {self.cameras!r}.")
-        for key in ("mask_ratio", "max_bad_share"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"`{key}` must be in [0, 1], got {getattr(self, key)}.")
+        check_ranges(vars(self), {"mask_ratio": (0, 1), "max_bad_share": (0, 1), "scenes_per_epoch": (1, None)})
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"`rank` must be in [0, world_size), got {self.rank} of {self.world_size}.")
-        if self.scenes_per_epoch is not None and self.scenes_per_epoch < 1:
-            raise ValueError(f"`scenes_per_epoch` must be at least 1, got {self.scenes_per_epoch}.")
         if self.weights is None and len(self.sources) > 1 and None in self._lengths:
             endless = [source.name for source, length in zip(self.sources, self._lengths) if length is None]
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from spa3r.checks import check_ranges
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import IGNORED
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 
@@ -78,10 +79,7 @@ class Spa3VLMCollator:
                 f"`processor` must have one chat template, got {self.processor.chat_template!r}. Set "
                 "`processor.chat_template` to the template that the VLM was trained with."
             )
-        for name in ("max_length", "pad_to_multiple_of"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, or None, got {value}.")
+        check_ranges(vars(self), {"max_length": (1, None), "pad_to_multiple_of": (1, None)})
         if self.max_length is not None and self.processor.image_token_id is None:
             raise ValueError(
                 "`processor.image_token_id` must be known for `max_length`, so that no picture is cut, got None. Set "
