@@ -136,7 +136,7 @@ def test_logged_loss_is_the_mean_over_the_patches_of_the_steps(scenes, tmp_path)
 
 @pytest.mark.parametrize("workers", (0, 2))
 def test_resumed_run_ends_in_the_same_weights_and_log(scenes, tmp_path, workers):
-    fields = {"max_steps": 9, "save_steps": 2, "gradient_accumulation_steps": 2, "dataloader_num_workers": workers}
+    fields = {"max_steps": 7, "save_steps": 2, "gradient_accumulation_steps": 2, "dataloader_num_workers": workers}
     trainer(tmp_path / "whole", scenes, **fields).train()
     with pytest.raises(InterruptedError):
         trainer(tmp_path / "run", scenes, callbacks=[Kill(5)], **fields).train()
@@ -144,12 +144,12 @@ def test_resumed_run_ends_in_the_same_weights_and_log(scenes, tmp_path, workers)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     resumed = trainer(tmp_path / "run", scenes, model_of(), **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-    same_files(tmp_path / "run" / "checkpoint-9", tmp_path / "whole" / "checkpoint-9")
-    same_files(tmp_path / "run" / "checkpoint-9", tmp_path / "whole" / "checkpoint-9", "optimizer.safetensors")
+    same_files(tmp_path / "run" / "checkpoint-7", tmp_path / "whole" / "checkpoint-7")
+    same_files(tmp_path / "run" / "checkpoint-7", tmp_path / "whole" / "checkpoint-7", "optimizer.safetensors")
     times = {"views_per_second", "train_runtime", "train_steps_per_second"}
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("run", "whole")]
     ours, theirs = ([{k: v for k, v in line.items() if k not in times} for line in log] for log in logs)
-    assert ours == theirs and [line["step"] for line in ours] == [*range(1, 10), 9]
+    assert ours == theirs and [line["step"] for line in ours] == [*range(1, 8), 7]
 
 
 def test_nothing_seen_twice_and_nothing_decoded_again(scenes, tmp_path):
@@ -182,15 +182,15 @@ def test_checkpoints_are_small_hold_no_pickles_and_are_few(scenes, tmp_path):
     parts = write_parts(tmp_path / "parts")
     model = Spa3RForPreTraining.from_vggt_and_dinov3(*parts.values(), **SIZES)
     processor = Spa3RImageProcessor(patch_size=PATCH, size=5 * PATCH)
-    args = arguments(tmp_path / "run", max_steps=6, save_steps=1, save_total_limit=2)
+    args = arguments(tmp_path / "run", max_steps=4, save_steps=1, save_total_limit=2)
     ours = PretrainingTrainer(model, args, batches(scenes, tmp_path / "index"), processing_class=processor)
     ours.train()
     ours.save_model()
-    assert [folder.name for folder in checkpoints_in(tmp_path / "run")] == ["checkpoint-5", "checkpoint-6"]
+    assert [folder.name for folder in checkpoints_in(tmp_path / "run")] == ["checkpoint-3", "checkpoint-4"]
     names = {file.name for file in (tmp_path / "run").rglob("*") if file.is_file()}
     assert {Path(name).suffix for name in names} <= {".json", ".jsonl", ".safetensors", ".md"}
     assert not (tmp_path / "run" / ".unfinished").exists()
-    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-6"):
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4"):
         keys = load_file(folder / "model.safetensors").keys()
         assert keys == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert json.loads((folder / "config.json").read_text())["backbone_name_or_path"] == parts["backbone"]
@@ -314,7 +314,7 @@ def test_signal_saves_and_ends(scenes, tmp_path):
 def test_evaluation_does_not_change_training(scenes, tmp_path):
     fields = {"max_steps": 4, "save_steps": 4}
     trainer(tmp_path / "plain", scenes, **fields).train()
-    held_out = batches(scenes, tmp_path / "index", views=(4, 4), seed=5)
+    held_out = batches(scenes, tmp_path / "index", views=(4, 4), scenes_per_epoch=6, seed=5)
     ours = trainer(tmp_path / "run", scenes, **fields, eval_dataset=held_out, eval_strategy="steps", eval_steps=2)
     ours.train()
     same_files(tmp_path / "run" / "checkpoint-4", tmp_path / "plain" / "checkpoint-4")
@@ -336,7 +336,7 @@ def test_evaluation_does_not_change_training(scenes, tmp_path):
 
 def test_best_checkpoint_is_kept_and_loaded(scenes, tmp_path):
     """The learning rate grows until it does harm, so the best model is not the last one."""
-    held_out = batches(scenes, tmp_path / "index", views=(4, 4), seed=5)
+    held_out = batches(scenes, tmp_path / "index", views=(4, 4), scenes_per_epoch=6, seed=5)
     fields = {"max_steps": 6, "save_steps": 1, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 1}
     fields |= {"learning_rate": 1.0, "warmup_steps": 6, "max_grad_norm": 0.0, "load_best_model_at_end": True}
     ours = trainer(tmp_path / "run", scenes, eval_dataset=held_out, **fields)
