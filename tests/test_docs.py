@@ -24,7 +24,7 @@ import spa3r.evaluation
 import spa3r.rooms
 import spa3r.training
 from spa3r.cli.main import app
-from spa3r.models.spa3_vlm.modeling_spa3_vlm import UNSUPPORTED_FAMILIES
+from spa3r.models.spa3_vlm.vlm import UNSUPPORTED_FAMILIES
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "spa3r"

@@ -500,7 +500,7 @@ def test_processors_of_a_folder(composed, dice, tmp_path):
                 f"{index}: {field}={value!r}",
                 load,
                 (field, "processor_config.json", "size", "image"),
-                lambda p: p.images in ("aligned", "native") and not isinstance(p.num_frames, bool),
+                lambda p: p.image_mode in ("aligned", "native") and not isinstance(p.num_frames, bool),
             )
         )
     check(cases, 25)

@@ -282,8 +282,8 @@ def test_processors_load_by_their_names(hub):
         processor = Spa3RImageProcessor.from_pretrained(source, mode="pad", **kwargs)
         assert (processor.size, processor.patch_size, processor.mode) == (70, 14, "pad")
     for source, kwargs in (("hustvl/Spa3-VLM", where), (hub["composed"], {}), (hub["composed"] / "spa3_vlm", {})):
-        processor = Spa3VLMProcessor.from_pretrained(source, images="native", **kwargs)
-        assert processor.view_image_processor.size == 70 and processor.images == "native"
+        processor = Spa3VLMProcessor.from_pretrained(source, image_mode="native", **kwargs)
+        assert processor.view_image_processor.size == 70 and processor.image_mode == "native"
         assert (
             processor.image_token_id
             == json.loads((hub["composed"] / "spa3_vlm/config.json").read_text())["image_token_id"]

@@ -22,7 +22,7 @@ from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spa3r import Spa3RImageProcessor, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
-from spa3r.answering.engine import evaluate_answers, score_table
+from spa3r.evaluation import evaluate_answers, score_table
 from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
 from spa3r.rooms.embedded import VIEW_SIZE, embedded_spa3r
 from spa3r.rooms.instructions import RoomQuestions

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spa3r import Spa3RImageProcessor, Spa3VLMProcessor
-from spa3r.answering.engine import evaluate_answers, score_table
+from spa3r.evaluation import evaluate_answers, score_table
 from spa3r.rooms import COLORS, FURNITURE, generate_room
 from spa3r.rooms.instructions import RoomQuestions
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import PIL.Image
 
+from spa3r.answering.engine import AnsweringEngine
 from spa3r.checks import check_count
 from spa3r.console import Limits, one_line, plural, printable, read_views
 from spa3r.media.files import HEIF, PICTURES, VIDEOS, can_read_heif
@@ -142,7 +143,7 @@ class Demo:
         cache_bytes: int,
         limits: Limits | None = None,
     ):
-        self.model, self.processor, self.limits = model, processor, limits or Limits()
+        self.engine, self.processor, self.limits = AnsweringEngine(model, processor), processor, limits or Limits()
         self.scenes = SceneCache(cache_bytes)
         self._lock = threading.Lock()
 
@@ -150,7 +151,7 @@ class Demo:
         """Show a visitor's files on the page; 0 frames selects the number by each video's length."""
         with _told_to_visitor():
             num_frames = check_count("num_frames", num_frames or 0, 0) or None
-            is_native = self.processor.images == "native"  # the VLM takes the original pictures
+            is_native = self.processor.image_mode == "native"  # the VLM takes the original pictures
             keep = None if is_native else self.processor.view_image_processor.process_view
             read = partial(read_views, limits=self.limits, keep=keep)
             return self._look(GivenFiles(tuple(files or ()), num_frames, read))
@@ -170,7 +171,7 @@ class Demo:
             was_kept = place in self.scenes
             scene, told = self._scene(place)
             start = time.perf_counter()
-            answer = printable(self.model.ask(scene, question))
+            answer = printable(self.engine.ask(scene, [question])[0])
             seconds = f"Answered in {time.perf_counter() - start:.2f} s"
         if not was_kept:
             seconds += f"; the place was not in memory: {told}"
@@ -190,7 +191,7 @@ class Demo:
     def _scene(self, place: Place) -> tuple[EncodedScene, str]:
         """The scene of a place, and whether it was encoded or cached."""
         start, was_kept = time.perf_counter(), place in self.scenes
-        scene = self.scenes.get_or_encode(place, lambda: self.model.encode_scene(self.processor, place.views()))
+        scene = self.scenes.get_or_encode(place, lambda: self.engine.encode(place.views()))
         told = "encoded before" if was_kept else f"read and encoded in {time.perf_counter() - start:.2f} s"
         if place not in self.scenes:
             sizes = (f"{size / 2**20:.1f}" for size in (scene.num_bytes, self.scenes.max_bytes))

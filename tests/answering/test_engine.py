@@ -6,11 +6,15 @@ import PIL.Image
 import pytest
 import torch
 from media import noise
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_benchmark import build_composed
+from tiny_spa3_vlm import QUESTIONS
 from transformers.utils import logging
+from vlm_families import FAMILIES, build
 
-from spa3r.answering.engine import AnswerReport, answer, evaluate_answers, score_answer, score_table
+from spa3r import EncodedScene
+from spa3r.answering.engine import AnsweringEngine
+from spa3r.evaluation import AnswerReport, answer, evaluate_answers, score_answer, score_table
 
 PICTURES = [noise(56, 56, seed) for seed in range(6)]
 
@@ -220,3 +224,99 @@ def test_what_can_not_be_asked_is_left_out_and_named(composed):
     for row in rows[1:-1]:
         with pytest.raises(ValueError):
             evaluate_answers(*composed, [row])
+
+
+# Any VLM --------------------------------------------------------------------------------------------------------------
+
+
+def asked_about(engine: AnsweringEngine, monkeypatch) -> tuple[list[str], list[str], bool]:
+    """Answers about pictures as the engine likes it, in whole prompts; and whether it encoded the scene."""
+    encoded = []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "generate", lambda *_, **__: encoded.append(False) or ["no answer"])
+        words = {"suppress_tokens": sorted(engine.processor.tokenizer.get_added_vocab().values()), "max_new_tokens": 5}
+        once = engine.about(PICTURES, "Look.")(QUESTIONS, batch_size=3, **words)
+    return once, engine.whole_prompts(PICTURES, "Look.")(QUESTIONS, batch_size=1, **words), not encoded
+
+
+FEW = ("qwen2_5_vl", "internvl", "qwen3_5")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in FEW else pytest.mark.slow)
+        for name in sorted(FAMILIES.keys() - {"paligemma"})
+    ],
+)
+def test_a_plain_vlm_encodes_a_scene_once(family, monkeypatch):
+    """With its own processor, and nothing of a Spa3-VLM around it; the weights keep their `requires_grad`."""
+    for seed in range(8):
+        model, processor = build(family, seed=seed)
+        engine = AnsweringEngine(model, processor)
+        once, whole, is_encoded = asked_about(engine, monkeypatch)
+        assert once == whole and is_encoded and engine.needs_whole_prompts is None
+        if len(set(once)) > 1:
+            break
+    assert len(set(once)) > 1
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_plain_vlm_is_the_vlm_of_a_spa3_vlm(composed):
+    """The same scene with its own processor and with that of the Spa3-VLM, whose pictures it gets as they are."""
+    model, processor = composed
+    native = copy.copy(processor)
+    native.image_mode = "native"
+    own = AnsweringEngine(model.vlm, processor.vlm_processor).encode(PICTURES)
+    for engine in (AnsweringEngine(model, native, use_spa3r=False), AnsweringEngine(model.vlm, native)):
+        scene = engine.encode(PICTURES)
+        assert torch.equal(scene.image_tokens, own.image_tokens) and torch.equal(scene.input_ids, own.input_ids)
+    fused = AnsweringEngine(model, native).encode(PICTURES)
+    assert not torch.equal(fused.image_tokens, own.image_tokens)
+    assert [view.size for view in own.views] == [picture.size for picture in PICTURES]
+
+
+def test_a_scene_of_a_plain_vlm_is_saved(composed, tmp_path):
+    engine = AnsweringEngine(composed[0].vlm, composed[1].vlm_processor)
+    scene = engine.encode(PICTURES)
+    scene.save(tmp_path / "scene.safetensors")
+    loaded = EncodedScene.load(tmp_path / "scene.safetensors", engine.model, engine.processor)
+    assert engine.ask(loaded, QUESTIONS) == engine.ask(scene, QUESTIONS)
+    with pytest.raises(ValueError, match="`scene` must be a scene of this model"):
+        AnsweringEngine(*composed).ask(scene, QUESTIONS)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_what_can_not_be_encoded_once_is_asked_in_whole_prompts(composed):
+    model, processor = build("paligemma")
+    engine = AnsweringEngine(model, processor)
+    assert "'paligemma': its pictures look at the question" in engine.needs_whole_prompts
+    answers = engine.answers(PICTURES[:1], QUESTIONS, max_new_tokens=4)
+    assert answers == engine.whole_prompts(PICTURES[:1])(QUESTIONS, batch_size=1, max_new_tokens=4)
+    engine = AnsweringEngine(*composed)  # an argument that encoded scenes don't take
+    whole = engine.whole_prompts(PICTURES)(QUESTIONS, max_new_tokens=4)
+    assert engine.answers(PICTURES, QUESTIONS, max_new_tokens=4, use_cache=True) == whole
+    scene = engine.encode(PICTURES)
+    for name in ("use_cache", "max_length", "min_length"):
+        with pytest.raises(ValueError, match=f"`ask` must decide itself about '{name}'"):
+            engine.ask(scene, QUESTIONS, **{name: 1})
+
+
+def test_prompt_tuning_is_asked_in_whole_prompts(composed):
+    """Its tokens precede the whole prompt; a scene's prefix would lack them."""
+    model, processor = build("qwen2_5_vl")
+    tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    engine = AnsweringEngine(tuned, processor)
+    assert "prompt tuning" in engine.needs_whole_prompts
+    low_rank = get_peft_model(copy.deepcopy(composed[0].vlm), LoraConfig(target_modules=["q_proj"]))
+    engine = AnsweringEngine(low_rank, composed[1].vlm_processor)
+    assert engine.needs_whole_prompts is None
+    assert engine.answers(PICTURES, QUESTIONS[:2]) == engine.whole_prompts(PICTURES)(QUESTIONS[:2])
+
+
+def test_special_tokens_are_kept_out_of_the_questions_to_a_plain_vlm(composed):
+    engine = AnsweringEngine(composed[0].vlm, composed[1].vlm_processor)
+    words = r"must not contain '<\|image_pad\|>', which the VLM would read as a token"
+    for questions in (["What is <|image_pad|>?"], ["What?", "What is <|image_pad|>?"]):
+        with pytest.raises(ValueError, match=words):
+            engine.answers(PICTURES, questions)

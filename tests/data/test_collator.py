@@ -276,7 +276,7 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_row_is_left_out_and_named(kind, others):
     processor, (messages, words) = make(), BAD[kind]
-    processor.images = "native" if "narrow" in kind else "aligned"  # what Qwen's own processor refuses
+    processor.image_mode = "native" if "narrow" in kind else "aligned"  # what Qwen's own processor refuses
     bad = {"messages": messages, "source": "vsi", "row": "vsi:9"}
     batch = Spa3VLMCollator(processor)([*ROWS[:others], bad])
     (entry,) = batch["skipped"]

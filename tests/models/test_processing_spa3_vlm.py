@@ -143,7 +143,7 @@ def test_native_the_vlm_sees_the_pictures_as_they_are():
     pictures = [noise(84, 56, 0), noise(56, 112, 1)]
     inputs, plain = (
         inputs_of(p, user(*pictures, "What is this?"), return_tensors="pt")
-        for p in (make(images="native"), build_processor("qwen2_5_vl"))
+        for p in (make(image_mode="native"), build_processor("qwen2_5_vl"))
     )
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 6], [1, 8, 4]]
     for key, value in plain.items():
@@ -154,7 +154,7 @@ def test_native_the_vlm_sees_the_pictures_as_they_are():
 def test_native_shows_the_vlm_upright_pictures_without_transparency():
     rgba = noise(84, 56, channels=4)
     white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    ours, reference = (inputs_of(make(images="native"), user(picture, "?")) for picture in (rgba, white))
+    ours, reference = (inputs_of(make(image_mode="native"), user(picture, "?")) for picture in (rgba, white))
     assert_same(ours, reference)
 
 
@@ -433,7 +433,7 @@ def same_settings(ours: Spa3VLMProcessor, reference: Spa3VLMProcessor) -> bool:
 
 
 def test_save_and_load(tmp_path, monkeypatch):
-    processor = make(images="native", num_frames=6)
+    processor = make(image_mode="native", num_frames=6)
     processor.view_image_processor.mode = "pad"
     processor.save_pretrained(tmp_path)
     conversation = user(PICTURE, OTHER, "Which is closer?")
@@ -442,11 +442,11 @@ def test_save_and_load(tmp_path, monkeypatch):
         assert same_settings(loaded, processor) and loaded.view_image_processor.mode == "pad"
         assert_same(inputs_of(loaded, conversation), reference)
         assert loaded.chat_template == processor.chat_template
-    other = Spa3VLMProcessor.from_pretrained(tmp_path, images="aligned", num_frames=2)
-    assert (other.images, other.num_frames, other.image_token_id) == ("aligned", 2, processor.image_token_id)
+    other = Spa3VLMProcessor.from_pretrained(tmp_path, image_mode="aligned", num_frames=2)
+    assert (other.image_mode, other.num_frames, other.image_token_id) == ("aligned", 2, processor.image_token_id)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("Hello <|im_end|>").input_ids == processor.tokenizer("Hello <|im_end|>").input_ids
-    assert repr(processor).startswith("Spa3VLMProcessor(images='native', num_frames=6,")
+    assert repr(processor).startswith("Spa3VLMProcessor(image_mode='native', num_frames=6,")
 
 
 @pytest.fixture(scope="module")
@@ -521,8 +521,8 @@ def test_placeholders_make_text_and_pictures_follow(processor, reference):
 
 def test_keywords_of_the_vlms_processor_reach_it(tmp_path):
     make().save_pretrained(tmp_path)
-    again = AutoProcessor.from_pretrained(tmp_path, max_pixels=28 * 28 * 4, images="native")
-    assert again.images == "native"
+    again = AutoProcessor.from_pretrained(tmp_path, max_pixels=28 * 28 * 4, image_mode="native")
+    assert again.image_mode == "native"
     assert again.image_processor.size["longest_edge"] == 28 * 28 * 4
 
 

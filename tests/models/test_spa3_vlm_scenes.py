@@ -20,14 +20,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from vlm_families import FAMILIES
 
 from spa3r import Spa3RImageProcessor
-from spa3r.models.spa3_vlm.scenes import (
-    UNSHARED_PREFIXES,
-    EncodedScene,
-    PrefixLayer,
-    SceneCache,
-    model_fingerprint,
-    processor_fingerprint,
-)
+from spa3r.models.spa3_vlm.fingerprints import model_fingerprint, processor_fingerprint
+from spa3r.models.spa3_vlm.prefix_cache import UNSHARED_PREFIXES, PrefixLayer
+from spa3r.models.spa3_vlm.scenes import EncodedScene, SceneCache
 
 # Two processors of transformers still use an old protocol of NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -308,7 +303,7 @@ def test_a_scene_of_another_model_or_processor_is_refused(composed, scene, tmp_p
     with pytest.raises(ValueError, match=words):
         make("qwen3_vl").ask(scene)
     other = copy.copy(composed.processor)
-    other.images = "native"
+    other.image_mode = "native"
     with pytest.raises(ValueError, match=r"must be a scene of this processor .* got one of another processor"):
         EncodedScene.load(file, composed.model, other)
 
@@ -324,7 +319,7 @@ def test_fingerprints_tell_what_matters(composed):
     turned.config.vlm_config.text_config.rope_parameters["rope_theta"] = 1e5
     assert model_fingerprint(turned) != before
     before = processor_fingerprint(processor)
-    for change in ({"chat_template": "{{ messages }}"}, {"images": "native"}, {"view_image_processor": None}):
+    for change in ({"chat_template": "{{ messages }}"}, {"image_mode": "native"}, {"view_image_processor": None}):
         other = copy.deepcopy(processor)
         for key, value in change.items():
             setattr(other, key, value or Spa3RImageProcessor(size=28))

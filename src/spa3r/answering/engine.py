@@ -1,96 +1,264 @@
-"""Answers of a VLM, with or without Spa3R, and their scores.
+"""The engine that turns pictures and questions into answers, for every command and evaluation.
 
-report = evaluate_answers(model, processor, examples)
-print(score_table({"with Spa3R": report}))
+engine = AnsweringEngine(model, processor)
+answers = engine.answers(photos, ["How many chairs are there?", "Which is closer, the lamp or the sofa?"])
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from transformers import PreTrainedModel
+import PIL.Image
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from spa3r.media.images import Image
 from spa3r.models.base import finite_logits
-from spa3r.models.spa3_vlm.modeling_spa3_vlm import VIEW_KEYS
-from spa3r.tables import Table
-from spa3r.vsi_bench.format import CHOICE_TYPES, NUMBER_TYPES
-from spa3r.vsi_bench.scoring import aggregate, score_prediction, task_of, task_title
+from spa3r.models.placement import execution_device
+from spa3r.models.spa3_vlm.asking import MAX_BATCH_SIZE, MAX_NEW_TOKENS, ask, conversation, encode_scene
+from spa3r.models.spa3_vlm.processing_spa3_vlm import VIEW_KEYS, Spa3VLMProcessor, prompt_inputs
+from spa3r.models.spa3_vlm.scenes import EncodedScene
+from spa3r.models.spa3_vlm.state import in_eval_mode, turn
+
+logger = logging.get_logger(__name__)
+
+Message = Mapping[str, Any]
+"""A message in the chat format of Hugging Face."""
 
 Example = Mapping[str, Any]
 """``messages`` in the chat format of Hugging Face, ending with the assistant's true answer. Optional keys:
 ``question_type`` and ``row`` (the example's name)."""
 
-EXACT_MATCH = "exact_match"
-"""Name of the share of exactly matching answers to questions that are not of a VSI-Bench type."""
 
+class AnsweringEngine:
+    """Asks a model questions, in whole prompts or about scenes that are encoded once. Answers are greedy by default.
 
-@dataclass(frozen=True)
-class ScoredAnswer:
-    """The scored answer to one question.
-
-    Attributes:
-        row: The example's name; empty if it has none.
-        question_type: The example's question type; None if it has none.
-        question: The text of the last question, without its pictures.
-        answer: The model's answer.
-        truth: The example's answer.
-        score: Between 0 and 1: :func:`~spa3r.vsi_bench.scoring.score_prediction` for the types of VSI-Bench; for
-            others 1 if answer and truth are equal except for case and surrounding white space.
+    Args:
+        model: A Spa3-VLM, or a VLM of transformers; either may have adapters of PEFT. Every call restores the training
+            mode of its modules.
+        processor: The model's processor: a :class:`~spa3r.Spa3VLMProcessor`, or a processor of transformers for a VLM.
+            With a Spa3VLMProcessor and ``image_mode="aligned"``, the VLM alone gets the same pictures as with Spa3R.
+        use_spa3r: False runs only the VLM of a Spa3-VLM, without fusing its image tokens. No effect on a plain VLM.
     """
 
-    row: str
-    question_type: str | None
-    question: str
-    answer: str
-    truth: str
-    score: float
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, use_spa3r: bool = True):
+        self._fuses = use_spa3r and hasattr(model, "vlm")  # also inside a PEFT model
+        self.model: Any = model if use_spa3r else getattr(model, "vlm", model)
+        if not self._fuses and isinstance(processor, Spa3VLMProcessor) and processor.spatial_tokens is not None:
+            processor = copy(processor)
+            processor.spatial_tokens = None  # no places for tokens that are not appended
+        self.processor = processor
 
+    # Whole prompts
 
-@dataclass(frozen=True)
-class AnswerReport:
-    """Result of :func:`evaluate_answers`.
+    @torch.no_grad()
+    def generate(
+        self, conversations: Sequence[Sequence[Message]], num_frames: int | None = None, **arguments: Any
+    ) -> list[str]:
+        """The model's next message in each conversation, from whole prompts in one batch.
 
-    Attributes:
-        answers: One per example, in order.
-        skipped: ``row`` (the name) and ``reason`` of each example that was left out because it could not be asked.
-    """
+        Args:
+            conversations: Each ends with a question.
+            num_frames: Number of frames of each video; None: the processor's. Only for a Spa3VLMProcessor.
+            **arguments: Arguments of ``generate``, such as ``max_new_tokens`` (128).
 
-    answers: list[ScoredAnswer]
-    skipped: list[dict[str, str]] = field(default_factory=list)
+        Raises:
+            ValueError: A message is invalid, or a picture can't be read.
+        """
+        # Some VLMs' processors require a batch's pictures in its first rows.
+        order = sorted(range(len(conversations)), key=lambda row: not _has_media(conversations[row]))
+        options = {} if num_frames is None else {"num_frames": num_frames}
+        inputs = prompt_inputs(self.processor, [conversations[row] for row in order], **options)
+        answers = dict(zip(order, self._generate(inputs, **arguments)))
+        return [answers[row] for row in range(len(conversations))]
+
+    def _generate(self, inputs: Any, **arguments: Any) -> list[str]:
+        inputs = inputs.to(execution_device(self.model))
+        length = {} if "max_length" in arguments else {"max_new_tokens": MAX_NEW_TOKENS}
+        arguments = {"do_sample": False, "num_beams": 1} | length | arguments
+        if not self._fuses:
+            inputs = {key: value for key, value in inputs.items() if key not in VIEW_KEYS}
+            arguments["logits_processor"] = finite_logits(self.model, arguments.get("logits_processor"))
+        with turn(self.model), in_eval_mode(self.model):
+            output = self.model.generate(**inputs, **arguments)
+        return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    # Scenes
+
+    def encode(self, images: Image | Sequence[Image], system: str | None = None) -> EncodedScene:
+        """Encode a scene for :meth:`ask`; see :meth:`~spa3r.Spa3VLMForConditionalGeneration.encode_scene`.
+
+        Args:
+            images: Pictures of the scene, at least one.
+            system: The system prompt; None: the chat template's default, if any.
+
+        Raises:
+            ValueError: There is no picture, or whole prompts are needed: the message gives the reason.
+        """
+        config = getattr(self.model, "active_peft_config", None)
+        if config is not None and config.is_prompt_learning:
+            raise ValueError("A scene can't be encoded once with prompt tuning, whose tokens precede the whole prompt.")
+        return encode_scene(self._base_model, self.processor, images, system)
+
+    def ask(self, scene: EncodedScene, questions: Sequence[str], **arguments: Any) -> list[str]:
+        """Answers about an encoded scene; see :meth:`~spa3r.Spa3VLMForConditionalGeneration.ask`.
+
+        Args:
+            scene: The result of :meth:`encode`.
+            questions: Any number of questions.
+            **arguments: ``max_new_tokens``, ``batch_size``, and arguments of ``generate``.
+
+        Raises:
+            TypeError: ``generate`` doesn't take a keyword.
+            ValueError: The scene belongs to another model, or a question or an argument is invalid.
+        """
+        return ask(self._base_model, scene, questions, **arguments)
 
     @property
-    def scores(self) -> dict[str, float]:
-        """Scores in percent: ``"overall"`` and the VSI-Bench tasks that occur, under their official names; and
-        ``"exact_match"`` of all other questions, which is not part of the overall score."""
-        ours = [answer for answer in self.answers if answer.question_type in (*CHOICE_TYPES, *NUMBER_TYPES)]
-        others = [answer.score for answer in self.answers if answer.question_type not in (*CHOICE_TYPES, *NUMBER_TYPES)]
-        scores = aggregate(vars(answer) for answer in ours) if ours else {}
-        return scores | ({EXACT_MATCH: 100 * sum(others) / len(others)} if others else {})
+    def _base_model(self) -> PreTrainedModel:
+        """The model whose layers hold PEFT's adapters, if it has any."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of questions of every entry of :attr:`scores`."""
-        types = [answer.question_type for answer in self.answers]
-        known = [question_type for question_type in types if question_type in (*CHOICE_TYPES, *NUMBER_TYPES)]
-        counts = {"overall": len(known), EXACT_MATCH: len(types) - len(known)}
-        tasks = Counter(task_title(task_of(question_type)) for question_type in known)
-        return {name: counts.get(name, tasks[task_title(name)]) for name in self.scores}
+    @cached_property
+    def needs_whole_prompts(self) -> str | None:
+        """Why scenes can't be encoded once with this model; None if they can."""
+        try:
+            self.encode(PIL.Image.new("RGB", (56, 56)))
+        except ValueError as error:
+            return str(error)
+        return None
 
-    def to_dict(self) -> dict[str, Any]:
-        """All scores and answers, ready for JSON."""
-        answers = [vars(answer) for answer in self.answers]
-        return {"scores": self.scores, "counts": self.counts, "answers": answers, "skipped": self.skipped}
+    # Questions about pictures
+
+    def answers(
+        self, images: Sequence[Image], questions: Sequence[str], system: str | None = None, **arguments: Any
+    ) -> list[str]:
+        """Answers to questions about the same pictures, without surrounding white space.
+
+        A single question is asked in a whole prompt; several as by :meth:`about`.
+
+        Args:
+            images: Pictures of the scene.
+            questions: Any number of questions.
+            system: The system prompt; None: the chat template's default, if any.
+            **arguments: ``max_new_tokens``, ``batch_size``, and arguments of ``generate``.
+
+        Raises:
+            TypeError: ``generate`` doesn't take a keyword.
+            ValueError: A picture can't be read, or a question or an argument is invalid.
+        """
+        asked = self.whole_prompts(images, system) if len(questions) == 1 else self.about(images, system)
+        return asked(questions, **arguments)
+
+    def about(self, images: Sequence[Image], system: str | None = None) -> Callable[..., list[str]]:
+        """A function that answers lists of questions about pictures: ``ask(questions, **arguments)``.
+
+        The scene is encoded once. If that is impossible with this VLM, these pictures or these arguments, the questions
+        are asked in whole prompts, which give the same answers.
+
+        Args:
+            images: Pictures of the scene. They are in memory as long as the function.
+            system: The system prompt; None: the chat template's default, if any.
+        """
+        whole = self.whole_prompts(images, system)
+        try:
+            scene = self.encode(images, system)
+        except ValueError as error:
+            _warn_of_whole_prompts(error)
+            return whole
+
+        def ask_scene(questions: Sequence[str], **arguments: Any) -> list[str]:
+            try:
+                return self.ask(scene, questions, **arguments)
+            except ValueError as error:  # whole prompts are the reference and raise their own errors
+                _warn_of_whole_prompts(error)
+                return whole(questions, **arguments)
+
+        return ask_scene
+
+    def whole_prompts(self, images: Sequence[Image], system: str | None = None) -> Callable[..., list[str]]:
+        """As :meth:`about`, in whole prompts only.
+
+        Args:
+            images: Pictures of the scene.
+            system: The system prompt; None: the chat template's default, if any.
+        """
+
+        def ask_alone(questions: Sequence[str], batch_size: int | None = None, **arguments: Any) -> list[str]:
+            answers, batch_size = [], batch_size or MAX_BATCH_SIZE
+            for start in range(0, len(questions), batch_size):
+                batch = [conversation(images, question, system) for question in questions[start : start + batch_size]]
+                answers += self.generate(batch, **arguments)
+            return [answer.strip() for answer in answers]
+
+        return ask_alone
+
+    # Examples
+
+    def answer_examples(
+        self,
+        examples: Iterable[Example],
+        batch_size: int = 8,
+        max_new_tokens: int = 16,
+        skipped: list[dict[str, str]] | None = None,
+        show_progress: bool = True,
+    ) -> Iterator[tuple[Example, str]]:
+        """Examples with the answers to their last questions, from whole prompts, batch by batch.
+
+        Args:
+            examples: Examples with ``messages``. A final assistant message is removed, since it is the answer. A
+                map-style dataset, a list, or any other iterable; it is read batch by batch.
+            batch_size: Number of examples per batch.
+            max_new_tokens: Maximum length of an answer.
+            skipped: A list to which ``row`` and ``reason`` of examples that can't be asked are added; None: raise an
+                error.
+            show_progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: `batch_size` is below 1, or an example can't be asked and `skipped` is None.
+        """
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        total = len(examples) if hasattr(examples, "__len__") else None
+        with logging.tqdm(total=total, desc="Answering", leave=False, disable=not show_progress) as bar:
+            for batch in _batches(examples, batch_size):
+                bar.update(len(batch))
+                try:
+                    inputs = self._example_inputs(batch)
+                except Exception:
+                    if skipped is None:
+                        raise
+                    batch = self._usable(batch, skipped)
+                    if not batch:
+                        continue
+                    inputs = self._example_inputs(batch)
+                answers = self._generate(inputs, max_new_tokens=max_new_tokens)
+                yield from zip(batch, (answer.strip() for answer in answers))
+
+    def _example_inputs(self, batch: Sequence[Example]) -> Any:
+        return prompt_inputs(self.processor, [_prompt(example) for example in batch])
+
+    def _usable(self, batch: Sequence[Example], skipped: list[dict[str, str]]) -> list[Example]:
+        """The examples of a batch that can be asked; the others are added to the list of skipped ones."""
+        usable = []
+        for example in batch:
+            try:
+                self._example_inputs([example])
+            except Exception as error:
+                skipped.append({"row": example.get("row") or "", "reason": f"{type(error).__name__}: {error}"})
+            else:
+                usable.append(example)
+        return usable
 
 
 def answer(
     model: PreTrainedModel,
-    processor: Any,
+    processor: ProcessorMixin,
     examples: Iterable[Example],
     batch_size: int = 8,
     max_new_tokens: int = 16,
@@ -100,15 +268,12 @@ def answer(
     """Greedy answers to the last question of every example.
 
     Args:
-        model: A Spa3-VLM, or a VLM of transformers. The training mode of its modules is restored.
-        processor: The model's processor: a :class:`~spa3r.Spa3VLMProcessor`, or a processor of transformers for a VLM.
-            With the processor of a Spa3-VLM and ``images="aligned"``, the VLM alone gets the same pictures as with
-            Spa3R.
-        examples: Examples with ``messages``. A final assistant message is removed, since it is the answer. A map-style
-            dataset, a list, or any other iterable; it is read batch by batch.
+        model: A Spa3-VLM, or a VLM of transformers; see :class:`AnsweringEngine`.
+        processor: The model's processor.
+        examples: See :meth:`AnsweringEngine.answer_examples`.
         batch_size: Number of examples per batch, padded on the left.
         max_new_tokens: Maximum length of an answer. VSI-Bench allows 16.
-        use_spa3r: False runs only the VLM of a Spa3-VLM, without fusing its image tokens. No effect on a plain VLM.
+        use_spa3r: False runs only the VLM of a Spa3-VLM.
         show_progress: Whether to show a progress bar.
 
     Returns:
@@ -117,177 +282,32 @@ def answer(
     Raises:
         ValueError: `batch_size` is below 1, or an example contains no question.
     """
-    asked = (examples, batch_size, max_new_tokens, use_spa3r, show_progress)
-    return [text for _, text in _answers(model, processor, *asked)]
+    engine = AnsweringEngine(model, processor, use_spa3r)
+    asked = engine.answer_examples(examples, batch_size, max_new_tokens, show_progress=show_progress)
+    return [text for _, text in asked]
 
 
-def evaluate_answers(
-    model: PreTrainedModel,
-    processor: Any,
-    examples: Iterable[Example],
-    batch_size: int = 8,
-    max_new_tokens: int = 16,
-    use_spa3r: bool = True,
-    skip: bool = False,
-) -> AnswerReport:
-    """Ask a model all questions and score its answers with VSI-Bench's rules.
-
-    Args:
-        model: As in :func:`answer`.
-        processor: The model's processor.
-        examples: Examples whose last message is the assistant's true answer.
-        batch_size: Number of examples per batch.
-        max_new_tokens: Maximum length of an answer.
-        use_spa3r: False runs only the VLM of a Spa3-VLM.
-        skip: Whether to skip and report examples that can't be asked, instead of raising an error.
-
-    Raises:
-        ValueError: There is no example, or without `skip` an example can't be asked: it contains no question or no
-            truth, its picture can't be read, or one of its texts contains a special token.
-    """
-    report = AnswerReport([])
-    asked = (batch_size, max_new_tokens, use_spa3r)
-    for example, text in _answers(model, processor, examples, *asked, skipped=report.skipped if skip else None):
-        try:
-            report.answers.append(score_answer(example, text))
-        except ValueError as error:
-            if not skip:
-                raise
-            report.skipped.append({"row": example.get("row") or "", "reason": str(error)})
-    if not report.answers and not report.skipped:
-        raise ValueError("`examples` must hold at least one example, got none.")
-    return report
+def _warn_of_whole_prompts(error: ValueError) -> None:
+    logger.warning_once(f"Questions about the same scene are asked in whole prompts: {error}")
 
 
-def score_answer(example: Example, answer: str) -> ScoredAnswer:
-    """Score one answer by the rules of its question type.
-
-    Args:
-        example: An example whose last message is the assistant's true answer.
-        answer: The model's answer.
-
-    Raises:
-        ValueError: The example contains no question or no truth.
-    """
-    name, question_type = example.get("row") or "", example.get("question_type")
-    *questions, last = example["messages"]
-    if not questions or last["role"] != "assistant":
-        raise ValueError(
-            f"`messages` of example {name!r} must end with a question and the assistant's answer, the truth; got "
-            f"the roles {[message['role'] for message in example['messages']]}."
-        )
-    truth = _text(last)
-    if question_type in (*CHOICE_TYPES, *NUMBER_TYPES):
-        score = score_prediction({"question_type": question_type, "ground_truth": truth}, answer)
-    else:
-        score = float(answer.strip().lower() == truth.strip().lower())
-    return ScoredAnswer(name, question_type, _text(questions[-1]), answer, truth, score)
-
-
-def score_table(reports: Mapping[str, AnswerReport]) -> Table:
-    """Scores of several reports by task, as a Markdown table that is readable as plain text.
-
-    Args:
-        reports: Results of :func:`evaluate_answers` about the same questions, by column heading.
-    """
-    scores = [report.scores for report in reports.values()]
-    counts = next(iter(reports.values())).counts
-    names = sorted(counts, key=lambda name: name in ("overall", EXACT_MATCH))  # tasks first
-    rows = [[task_title(name), str(counts[name]), *(f"{s[name]:.1f}" for s in scores)] for name in names]
-    return Table(["percent", "questions", *reports], rows)
-
-
-def _answers(
-    model: PreTrainedModel,
-    processor: Any,
-    examples: Iterable[Example],
-    batch_size: int,
-    max_new_tokens: int,
-    use_spa3r: bool,
-    show_progress: bool = True,
-    skipped: list[dict[str, str]] | None = None,
-) -> Iterator[tuple[Example, str]]:
-    """Every example with its answer; examples that can't be asked are added to the list of skipped ones, if given."""
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    is_spa3_vlm = hasattr(model, "vlm")  # also inside a PEFT model
-    asked = model if use_spa3r or not is_spa3_vlm else model.vlm
-    left_out = () if is_spa3_vlm and use_spa3r else VIEW_KEYS
-    if left_out and getattr(processor, "spatial_tokens", None) is not None:
-        processor = copy(processor)
-        processor.spatial_tokens = None  # no places for tokens that are not appended
-    tokenizer = getattr(processor, "tokenizer", processor)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with logging.tqdm(total=_length(examples), desc="Answering", leave=False, disable=not show_progress) as bar:
-            for batch in _batches(examples, batch_size):
-                size = len(batch)
-                try:
-                    inputs = _inputs(processor, batch)
-                except Exception:
-                    if skipped is None:
-                        raise
-                    batch = _usable(processor, batch, skipped)
-                    inputs = _inputs(processor, batch) if batch else None
-                bar.update(size)
-                if inputs is None:
-                    continue
-                inputs = inputs.to(model.device)
-                inputs = {key: value for key, value in inputs.items() if key not in left_out}
-                output = asked.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    logits_processor=finite_logits(asked),
-                )
-                words = output[:, inputs["input_ids"].shape[1] :]
-                for example, text in zip(batch, tokenizer.batch_decode(words, skip_special_tokens=True)):
-                    yield example, text.strip()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _inputs(processor: Any, batch: Sequence[Example]) -> Any:
-    return processor.apply_chat_template(
-        [_prompt(example) for example in batch],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
-
-
-def _usable(processor: Any, batch: Sequence[Example], skipped: list[dict[str, str]]) -> list[Example]:
-    """The examples of a batch that can be asked; the others are added to the list of skipped ones."""
-    usable = []
-    for example in batch:
-        try:
-            _inputs(processor, [example])
-        except Exception as error:
-            skipped.append({"row": example.get("row") or "", "reason": f"{type(error).__name__}: {error}"})
-        else:
-            usable.append(example)
-    return usable
-
-
-def _length(examples: Iterable[Example]) -> int | None:
-    return len(examples) if hasattr(examples, "__len__") else None
+def _has_media(messages: Sequence[Message]) -> bool:
+    contents = (message.get("content") for message in messages if isinstance(message, Mapping))
+    items = (item for content in contents if isinstance(content, list | tuple) for item in content)
+    return any(isinstance(item, Mapping) and item.get("type") != "text" for item in items)
 
 
 def _batches(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
-    if hasattr(examples, "__len__") and hasattr(examples, "__getitem__"):  # a dataset may not raise IndexError
-        rows = (examples[index] for index in range(len(examples)))
+    dataset: Any = examples
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):  # it may not raise IndexError
+        rows = (dataset[index] for index in range(len(dataset)))
     else:
-        rows = iter(examples)
+        rows = iter(dataset)
     while batch := list(islice(rows, batch_size)):
         yield batch
 
 
-def _prompt(example: Example) -> Sequence[Mapping[str, Any]]:
+def _prompt(example: Example) -> list[Message]:
     """The messages without the final answer."""
     messages = list(example["messages"])
     if messages and messages[-1]["role"] == "assistant":
@@ -295,10 +315,3 @@ def _prompt(example: Example) -> Sequence[Mapping[str, Any]]:
     if not messages:
         raise ValueError(f"`messages` of example {example.get('row')!r} must hold a question, got none.")
     return messages
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(item["text"] for item in content if item["type"] == "text")

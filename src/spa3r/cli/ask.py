@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -26,12 +26,6 @@ from spa3r.console import (
     read_views,
     reporting,
 )
-
-if TYPE_CHECKING:
-    import PIL.Image
-
-    from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
-    from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 
 
 def ask(
@@ -68,21 +62,20 @@ def ask(
         )
     questions = [question, *(more or [])]
     with reporting(as_json, verbose) as report:
+        from spa3r.answering.engine import AnsweringEngine
+
         with report.status("Reading the photos"):
             names, views = read_views(photos, num_frames)
         with report.status(f"Loading {model}"):
             vlm, processor = load_vlm(model, device, dtype, attention)
         if model == EMBEDDED:
             report.note(embedded_note())
-        processor.images = images.value
+        processor.image_mode = images.value
         with report.status(f"Looking at {plural(len(views), 'view')}"):
-            if more:
-                answers = vlm.ask(vlm.encode_scene(processor, views), questions, max_new_tokens=max_new_tokens)
-            else:
-                answers = [_answer(vlm, processor, views, question, max_new_tokens)]
-        told = [f"{asked}\n    {printable(answer)}" for asked, answer in zip(questions, answers)]
+            answers = AnsweringEngine(vlm, processor).answers(views, questions, max_new_tokens=max_new_tokens)
+        lines = [f"{asked}\n    {printable(answer)}" for asked, answer in zip(questions, answers)]
         report.finish(
-            "\n".join(told) if more else printable(answers[0]),
+            "\n".join(lines) if more else printable(answers[0]),
             model=model,
             question=question,
             answer=answers[0],
@@ -90,18 +83,3 @@ def ask(
             views=names,
             num_views=len(names),
         )
-
-
-def _answer(
-    model: Spa3VLMForConditionalGeneration,
-    processor: Spa3VLMProcessor,
-    views: list[PIL.Image.Image],
-    question: str,
-    max_new_tokens: int,
-) -> str:
-    content = [*({"type": "image", "image": view} for view in views), {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
-    ).to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -1,13 +1,7 @@
 """Evaluation: scores of models and of baselines that do without them."""
 
-from spa3r.answering.engine import (
-    AnswerReport,
-    ScoredAnswer,
-    answer,
-    evaluate_answers,
-    score_answer,
-    score_table,
-)
+from spa3r.answering.engine import answer
+from spa3r.evaluation.answers import AnswerReport, ScoredAnswer, evaluate_answers, score_answer, score_table
 from spa3r.evaluation.benchmarks import Benchmark, RoomsBenchmark, VsiBench, open_benchmark
 from spa3r.evaluation.blind import blind_answers, blind_scores
 from spa3r.evaluation.compare import Flip, RunComparison, compare_runs

@@ -24,11 +24,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import ProcessorMixin
 from transformers.utils import logging
 
-from spa3r.answering.engine import AnswerReport, ScoredAnswer
 from spa3r.checks import check_types, is_number, is_of_type, shorten, type_words
 from spa3r.disk import read_json_object, write_whole, writing
+from spa3r.evaluation.answers import AnswerReport, ScoredAnswer
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.secret import hidden
 from spa3r.tables import Table
@@ -451,7 +452,7 @@ def changes(before: Any, now: Any, path: str = "") -> list[str]:
 # What a run depends on
 
 
-def about_model(model: nn.Module, processor: Spa3VLMProcessor, name: str | None = None) -> dict[str, Any]:
+def about_model(model: nn.Module, processor: ProcessorMixin, name: str | None = None) -> dict[str, Any]:
     """Describe the weights that answer and their format, ready for JSON.
 
     Args:
@@ -473,9 +474,9 @@ def about_model(model: nn.Module, processor: Spa3VLMProcessor, name: str | None 
         "attention": {part: _attention(module) for part, module in parts.items() if hasattr(module, "config")},
         "generation_config": {key: value for key, value in settings.items() if key not in of_the_moment},
         "image_processor": json.loads(processor.image_processor.to_json_string()),
-        "images": processor.images,
+        "images": processor.image_mode if isinstance(processor, Spa3VLMProcessor) else "native",
         "views": processor.view_image_processor.to_dict()
-        if "spa3r" in parts or processor.images == "aligned"
+        if isinstance(processor, Spa3VLMProcessor) and ("spa3r" in parts or processor.image_mode == "aligned")
         else None,
     }
 

@@ -20,25 +20,24 @@ from typing import Any, Literal, TypeVar
 import PIL.Image
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.utils import logging
 
-from spa3r.answering.engine import answer
+from spa3r.answering.engine import AnsweringEngine
 from spa3r.checks import check_count, check_types, shorten, signature_types
 from spa3r.disk import alone_in
 from spa3r.evaluation.benchmarks import Benchmark, Frames, Row
 from spa3r.evaluation.run_folder import EvaluationRun, LineWriter, RunFolder, about_environment, about_model
-from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
-from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
-from spa3r.models.spa3_vlm.scenes import EncodedScene
-from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
+from spa3r.models.spa3_vlm.asking import conversation
+from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor, check_messages
 from spa3r.secret import hide
-from spa3r.vsi_bench.format import make_messages, make_prompt
+from spa3r.vsi_bench.format import make_prompt
 from spa3r.vsi_bench.scoring import parse_prediction, score_prediction
 
 logger = logging.get_logger(__name__)
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 LARGEST_SEED = 2**32 - 1
 """The largest seed that NumPy's generator accepts."""
@@ -118,7 +117,7 @@ ARGUMENTS = {"output": str | Path, "settings": EvaluationSettings, "name": str |
 
 def run_benchmark(
     model: PreTrainedModel,
-    processor: Any,
+    processor: ProcessorMixin,
     benchmark: Benchmark,
     output: str | Path,
     settings: EvaluationSettings = PRESETS["official"],
@@ -153,23 +152,29 @@ def run_benchmark(
     start = time.perf_counter()
     check_types({"output": output, "settings": settings, "name": name, "fresh": fresh}, ARGUMENTS)
     check_missing(benchmark, settings)
-    state, asker = processes(), _Asker(model, _as_set(model, processor, settings), settings)
+    processor = _with_settings(model, processor, settings)
+    state, engine = processes(), AnsweringEngine(model, processor, settings.use_spa3r)
     for row in benchmark.rows:
         try:
-            asker.processor.check_messages([{"role": "user", "content": make_prompt(row)}])
+            check_messages(processor, [{"role": "user", "content": make_prompt(row)}])
         except ValueError as error:
             raise ValueError(f"Question {row['id']} can't be asked. {error}") from error
     folder = RunFolder(output, benchmark.rows)
     with own_folder(output):
         if state.is_main_process:
-            asked = {"questions": len(benchmark.rows), "scenes": len(benchmark.scenes)}
+            sizes = {"questions": len(benchmark.rows), "scenes": len(benchmark.scenes)}
+            reason = engine.needs_whole_prompts
+            asking = f"whole prompts: {reason}" if reason else "a scene is encoded once"
+            *before, question = conversation([], "PROMPT", settings.system)
+            question["content"].insert(0, {"type": "image"})
+            chat = processor.apply_chat_template([*before, question], add_generation_prompt=True)
             about = {
-                "benchmark": benchmark.about | asked | {"rows_sha256": benchmark.fingerprint},
-                "model": about_model(model, asker.processor, name) | {"asking": asker.way, "chat": asker.chat},
+                "benchmark": benchmark.about | sizes | {"rows_sha256": benchmark.fingerprint},
+                "model": about_model(model, processor, name) | {"asking": asking, "chat": chat},
                 "settings": asdict(settings),
             }
-            for told in folder.begin(about, about_environment(model.device, state.num_processes), fresh):
-                (logger.warning if note is None else note)(told)
+            for message in folder.begin(about, about_environment(model.device, state.num_processes), fresh):
+                (logger.warning if note is None else note)(message)
         state.wait_for_everyone()
         done = folder.answered()
         mine = _deal(_waiting(benchmark, done, settings.batch_size), state.num_processes)[state.process_index]
@@ -179,7 +184,7 @@ def run_benchmark(
         count, total = 0, sum(len(batch) for _, batches in mine for batch in batches)
         hidden = progress is not None or not state.is_local_main_process
         with closing(writer), logging.tqdm(total=total, desc="Answering", unit="question", disable=hidden) as bar:
-            for lines in _answers(asker, benchmark, mine, settings):
+            for lines in _answers(engine, benchmark, mine, settings):
                 writer.write(lines)
                 bar.update(len(lines))
                 count += len(lines)
@@ -228,16 +233,13 @@ def check_missing(benchmark: Benchmark, settings: EvaluationSettings) -> None:
     )
 
 
-def _as_set(model: PreTrainedModel, processor: Any, settings: EvaluationSettings) -> Spa3VLMProcessor:
-    """A copy of the processor with these settings; that of a plain VLM becomes a Spa3-VLM's."""
+def _with_settings(model: PreTrainedModel, processor: ProcessorMixin, settings: EvaluationSettings) -> ProcessorMixin:
+    """A copy of the processor with these settings."""
     processor = copy.deepcopy(processor)
-    if not isinstance(processor, Spa3VLMProcessor):
-        # Views are needed only if the VLM sees them; otherwise they should cost nothing.
-        views = Spa3RImageProcessor() if settings.images == "aligned" else Spa3RImageProcessor(size=14, patch_size=14)
-        token_id = getattr(model.config, "image_token_id", None)
-        processor = Spa3VLMProcessor(processor, views, images="native", image_token_id=token_id)
-    if settings.images is not None:
-        processor.images = settings.images
+    if settings.images == "aligned" and not isinstance(processor, Spa3VLMProcessor):
+        processor = Spa3VLMProcessor(processor, image_token_id=getattr(model.config, "image_token_id", None))
+    if settings.images is not None and isinstance(processor, Spa3VLMProcessor):
+        processor.image_mode = settings.images
     pixels = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     if pixels := {key: value for key, value in pixels.items() if value is not None}:
         images = processor.image_processor
@@ -297,7 +299,10 @@ def _ahead(function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterat
 
 
 def _answers(
-    asker: _Asker, benchmark: Benchmark, scenes: Sequence[tuple[str, list[list[Row]]]], settings: EvaluationSettings
+    engine: AnsweringEngine,
+    benchmark: Benchmark,
+    scenes: Sequence[tuple[str, list[list[Row]]]],
+    settings: EvaluationSettings,
 ) -> Iterator[list[dict[str, Any]]]:
     """The lines of every batch of questions."""
 
@@ -316,16 +321,23 @@ def _answers(
             for batch in batches:
                 yield [_line(row, [], None, hide(str(error))) for row in batch]
             continue
-        yield from _answers_about(asker, batches, numbers, frames)
+        yield from _answers_about(engine, batches, numbers, frames, settings)
 
 
 def _answers_about(
-    asker: _Asker, batches: list[list[Row]], numbers: list[int], frames: list[PIL.Image.Image]
+    engine: AnsweringEngine,
+    batches: list[list[Row]],
+    numbers: list[int],
+    frames: list[PIL.Image.Image],
+    settings: EvaluationSettings,
 ) -> Iterator[list[dict[str, Any]]]:
     """The lines of every batch about one scene, whose memory is freed afterwards."""
-    ask = asker.look(frames)
+    about = engine.whole_prompts if engine.needs_whole_prompts else engine.about
+    ask = about(frames, settings.system)
     for batch in batches:
-        yield [_line(row, numbers, text) for row, text in zip(batch, ask(batch))]
+        prompts = [make_prompt(row) for row in batch]
+        answers = ask(prompts, max_new_tokens=settings.max_new_tokens, batch_size=len(batch))
+        yield [_line(row, numbers, answer) for row, answer in zip(batch, answers)]
 
 
 def _line(row: Row, numbers: list[int], prediction: str | None, missing: str | None = None) -> dict[str, Any]:
@@ -333,63 +345,3 @@ def _line(row: Row, numbers: list[int], prediction: str | None, missing: str | N
     if prediction is not None:
         answered = {"parsed": parse_prediction(prediction), "score": score_prediction(row, prediction)}
     return row | {"prompt": make_prompt(row), "frames": numbers, "prediction": prediction} | answered
-
-
-class _Asker:
-    """Asks about a scene that is encoded once, or in whole prompts if a VLM doesn't allow that.
-
-    Attributes:
-        way: Which of the two, and why.
-        chat: The rendered text of one picture and a prompt.
-    """
-
-    def __init__(self, model: PreTrainedModel, processor: Any, settings: EvaluationSettings):
-        self.model, self.processor, self.settings = model, processor, settings
-        self.spa3_vlm = self.spa3_vlm_processor = None
-        asked = [*self._before, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "PROMPT"}]}]
-        self.chat = processor.apply_chat_template(asked, add_generation_prompt=True)
-        try:
-            self.spa3_vlm, self.spa3_vlm_processor = _as_spa3_vlm(model, processor, settings.use_spa3r)
-            self._encode([PIL.Image.new("RGB", (56, 56))])
-            self.way = "a scene is encoded once"
-        except ValueError as error:
-            self.spa3_vlm, self.way = None, f"whole prompts: {error}"
-
-    def look(self, frames: list[PIL.Image.Image]) -> Callable[[list[Row]], list[str]]:
-        """A function that answers questions about these frames."""
-        if self.spa3_vlm is None:
-            return lambda rows: self._ask_alone(frames, rows)
-        scene, settings = self._encode(frames), self.settings
-        return lambda rows: self.spa3_vlm.ask(
-            scene, [make_prompt(row) for row in rows], max_new_tokens=settings.max_new_tokens, batch_size=len(rows)
-        )
-
-    @property
-    def _before(self) -> list[dict[str, Any]]:
-        system = self.settings.system
-        return [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
-
-    def _encode(self, frames: list[PIL.Image.Image]) -> EncodedScene:
-        return self.spa3_vlm.encode_scene(self.spa3_vlm_processor, frames, system=self.settings.system)
-
-    def _ask_alone(self, frames: list[PIL.Image.Image], rows: list[Row]) -> list[str]:
-        examples = [{"messages": [*self._before, *make_messages(row, frames)[:1]]} for row in rows]
-        asked = {"max_new_tokens": self.settings.max_new_tokens, "use_spa3r": self.settings.use_spa3r}
-        return answer(self.model, self.processor, examples, len(rows), **asked, show_progress=False)
-
-
-def _as_spa3_vlm(
-    model: PreTrainedModel, processor: Spa3VLMProcessor, use_spa3r: bool
-) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    """The model as one that encodes scenes: a plain VLM becomes a Spa3-VLM without a Spa3R, which fuses nothing."""
-    if hasattr(model, "encode_scene"):
-        if use_spa3r:
-            return model, processor
-        model, processor = model.vlm, copy.copy(processor)
-        processor.spatial_tokens = None
-    model.eval()
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    spa3_vlm = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(model, spatial_source="none")  # freezes parts
-    for parameter, is_trained in trained.items():
-        parameter.requires_grad_(is_trained)
-    return spa3_vlm, processor

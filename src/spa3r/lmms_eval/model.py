@@ -7,21 +7,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from spa3r.answering.engine import AnsweringEngine
 from spa3r.checkpoints import EMBEDDED
 from spa3r.console import Dtype, embedded_note, load_vlm
 from spa3r.media.videos import sample_frames
 
 logger = logging.get_logger(__name__)
-
-MAX_NEW_TOKENS = 128
-"""Maximum answer length for tasks that set none; the same as for lmms-eval's own models."""
 
 DEFAULT_UNTIL = ["\n\n"]
 """lmms-eval's default stop string for tasks that set none: the separator of the examples in a few-shot prompt."""
@@ -80,11 +77,10 @@ class Spa3VLMForLmmsEval(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         place = str(self.accelerator.device) if self._world_size > 1 else device or "auto"
         self.model, self.processor = load_vlm(str(pretrained), place, Dtype(dtype), attn_implementation)
-        self.device = self.model.device
+        self.device, self.engine = self.model.device, AnsweringEngine(self.model, self.processor)
         if pretrained == EMBEDDED and self._rank == 0:
             logger.warning(embedded_note())
 
-    @torch.no_grad()
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answer lmms-eval's requests, in their order.
 
@@ -122,18 +118,15 @@ class Spa3VLMForLmmsEval(lmms):
         """Answers batch by batch; with `shares`, first those about scenes that several questions share."""
         waiting = dict.fromkeys(indices)
         for files, asked in self._scenes(requests, indices).items() if shares else ():
-            try:
-                texts = self._ask(files, [question for _, question in asked], arguments)
-            except ValueError as error:  # whole prompts are the reference and raise their own errors
-                logger.warning_once(f"Questions about the same scene are asked in whole prompts, one by one: {error}")
-                continue
+            texts = self._ask(files, [question for _, question in asked], arguments)
             for index, _ in asked:
                 del waiting[index]
             yield [index for index, _ in asked], texts
         waiting = list(waiting)
         for start in range(0, len(waiting), self.batch_size):
             batch = waiting[start : start + self.batch_size]
-            yield batch, self._ask_whole_prompts([requests[index] for index in batch], arguments)
+            conversations = [self._messages(requests[index]) for index in batch]
+            yield batch, self.engine.generate(conversations, self.num_frames, **arguments)
 
     def _scenes(self, requests: Sequence[Instance], indices: Sequence[int]) -> dict[Files, list[tuple[int, str]]]:
         """Indices and texts of the questions that share the same files.
@@ -156,24 +149,7 @@ class Spa3VLMForLmmsEval(lmms):
             for kind, file in files
             for view in (sample_frames(file, self.num_frames) if kind == "video" else [file])
         ]
-        scene = self.model.encode_scene(self.processor, views)
-        return self.model.ask(scene, questions, batch_size=self.batch_size, **arguments)
-
-    def _ask_whole_prompts(self, requests: Sequence[Instance], arguments: Mapping[str, Any]) -> list[str]:
-        conversations = [self._messages(request) for request in requests]
-        # Some VLMs' processors require a batch's pictures in its first rows.
-        order = sorted(range(len(requests)), key=lambda row: not _has_media(conversations[row]))
-        inputs = self.processor.apply_chat_template(
-            [conversations[row] for row in order],
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            num_frames=self.num_frames,
-        ).to(self.device)
-        output = self.model.generate(**inputs, **arguments)
-        words = output[:, inputs["input_ids"].shape[1] :]
-        answers = dict(zip(order, self.processor.batch_decode(words, skip_special_tokens=True)))
-        return [answers[row] for row in range(len(requests))]
+        return self.engine.about(views)(questions, batch_size=self.batch_size, **arguments)
 
     def _messages(self, request: Instance) -> list[dict[str, Any]]:
         """The question's messages, with media under ``url`` as our processor takes them."""
@@ -223,10 +199,6 @@ def _items(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _has_media(messages: Sequence[Mapping[str, Any]]) -> bool:
-    return any(item["type"] != "text" for message in messages for item in _items(message))
-
-
 def _files_and_question(messages: Sequence[Mapping[str, Any]]) -> tuple[Files, str] | None:
     """Split one message of files and then a text: kinds and names of the files, and the text."""
     *media, last = _items(messages[-1])
@@ -251,8 +223,6 @@ def _generation_arguments(generation_kwargs: Mapping[str, Any]) -> tuple[dict[st
         )
     left_out = unknown if samples else unknown | set(GREEDY)
     arguments = {key: value for key, value in arguments.items() if key not in left_out}
-    if "max_length" not in arguments:
-        arguments.setdefault("max_new_tokens", MAX_NEW_TOKENS)
     return arguments | {"do_sample": bool(samples)}, [] if until == DEFAULT_UNTIL else [stop for stop in until if stop]
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
 
 from spa3r.models.placement import full_state_dict
-from spa3r.models.spa3_vlm.processing_spa3_vlm import TOKENIZING, Spa3VLMProcessor
-
-if TYPE_CHECKING:
-    from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
+from spa3r.models.spa3_vlm.processing_spa3_vlm import TOKENIZING
 
 SAMPLES = 16
 """Number of values sampled from each tensor."""
@@ -32,7 +30,7 @@ WRAPPED = ("base_layer", "original_module", "token_adapter")
 PROBE = "Where is it?"
 
 
-def model_fingerprint(model: Spa3VLMForConditionalGeneration) -> str:
+def model_fingerprint(model: PreTrainedModel) -> str:
     """A fingerprint of a model's weights, configuration and active adapters.
 
     It includes names, shapes, types and some values of all weights, so a single training step changes it. It doesn't
@@ -120,11 +118,11 @@ def _bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
-def processor_fingerprint(processor: Spa3VLMProcessor) -> str:
+def processor_fingerprint(processor: ProcessorMixin) -> str:
     """A fingerprint of a processor's settings, chat template and tokenizer.
 
     Args:
-        processor: The processor of the Spa3-VLM.
+        processor: The processor of the model.
     """
     tokenizer = processor.tokenizer
     with TOKENIZING:

@@ -7,8 +7,39 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from transformers import ProcessorMixin
+
+Conversations = Sequence[Any]
+"""A conversation, which is a list of messages, or a list of conversations."""
+
 FORMS = '`{"role": "user", "content": ...}`, with a text or a list of items as content'
 _CONTEXT = 20  # characters of context around a token in a message
+
+
+def is_batch_of_conversations(conversations: Any) -> bool:
+    """Whether it is a list of conversations, and not one conversation."""
+    return (
+        isinstance(conversations, list | tuple) and bool(conversations) and isinstance(conversations[0], list | tuple)
+    )
+
+
+def special_texts(processor: ProcessorMixin) -> frozenset[str]:
+    """Texts that a VLM reads as tokens: its tokenizer's special tokens, placeholders of pictures, videos and audio.
+
+    Args:
+        processor: The VLM's own processor.
+    """
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    tokens = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+    tokens |= {getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")}
+    return frozenset(token for token in tokens if isinstance(token, str) and token.strip())
+
+
+def check_conversations(conversations: Conversations, tokens: Collection[str]) -> None:
+    """:func:`check_messages` of a conversation or a list of them."""
+    for messages in conversations if is_batch_of_conversations(conversations) else [conversations]:
+        check_messages(messages, tokens)
 
 
 def check_messages(messages: Any, tokens: Collection[str]) -> None:

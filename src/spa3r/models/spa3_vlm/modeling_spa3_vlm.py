@@ -15,10 +15,8 @@ from padding.
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +35,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput
 
 from spa3r.checks import shorten
 from spa3r.disk import read_json_object
@@ -53,10 +51,12 @@ from spa3r.models.base import (
 from spa3r.models.configuration_base import check_foreign_sizes
 from spa3r.models.layers import Mlp
 from spa3r.models.packing import ViewLayout, as_list, check_tensor, whole_numbers
-from spa3r.models.placement import execution_device, is_offloaded, weights_at_hand
+from spa3r.models.placement import execution_device, is_offloaded
+from spa3r.models.spa3_vlm.asking import ask, encode_scene
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
+from spa3r.models.spa3_vlm.processing_spa3_vlm import VIEW_KEYS, Spa3VLMProcessor
 from spa3r.models.spa3_vlm.released_spa3_vlm import translate_spa3_vlm
-from spa3r.models.spa3_vlm.scenes import SceneMixin
+from spa3r.models.spa3_vlm.scenes import EncodedScene
 from spa3r.models.spa3_vlm.state import (
     OFFSETS,
     cache_name,
@@ -67,32 +67,24 @@ from spa3r.models.spa3_vlm.state import (
     remember_offset,
     turn,
 )
-from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
-
-VIEW_KEYS = (
-    "view_pixel_values",
-    "view_grid_hw",
-    "views_per_scene",
-    "image_tokens_per_scene",
-    "spatial_tokens_per_scene",
+from spa3r.models.spa3_vlm.vlm import (
+    check_generate_keywords,
+    check_keywords,
+    check_vlm,
+    encode_images,
+    forward_keywords,
+    image_tokens,
 )
-"""Keys that :class:`~spa3r.Spa3VLMProcessor` adds to the VLM's own inputs."""
+from spa3r.models.spa3r.image_processing_spa3r import Image
+from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
 
 REPORT_KEYS = ("skipped", "num_rows")
 """Keys that :class:`~spa3r.data.Spa3VLMCollator` adds for logging; the model ignores them."""
 
+OWN_KEYS = (*VIEW_KEYS, *REPORT_KEYS)
+
 IGNORED = -100
 """Label of a token that is excluded from the loss."""
-
-UNSUPPORTED_FAMILIES = {
-    "blip-2": "its generate takes pixels only",
-    "fuyu": "its forward reads raw patch embeddings",
-    "granite4_vision": "its image tokens enter between layers",
-    "instructblip": "its generate takes pixels only",
-    "instructblipvideo": "it takes videos only",
-    "llama4": "it projects image features inside its forward",
-}
-"""Families that accept ``mm_encoder_outputs`` but would ignore fused image tokens, in forward or in generate."""
 
 
 class Spa3VLMCrossAttention(nn.Module):
@@ -233,7 +225,7 @@ class Spa3VLMBackbone(nn.Module):
         return model._run(model.vlm.base_model, input_ids, attention_mask, kwargs)
 
 
-class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, GenerationMixin):
+class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
     """Any vision-language model of transformers whose image tokens are fused with the latents of a Spa3R.
 
     ``model.vlm`` is the VLM, ``model.spa3r`` the Spa3R, and ``model.adapter`` connects them. The adapter and the
@@ -556,7 +548,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         is_training: bool = True,
     ) -> ModelOutput | tuple:
         """Run the VLM, or its part without the head, on fused image tokens."""
-        self._check_keywords(kwargs, _forward_keywords(self.vlm))
+        check_keywords(self, kwargs, {*OWN_KEYS, *forward_keywords(self.vlm)})
         with turn(self):
             inputs, appended = self._fuse(input_ids, attention_mask, kwargs)
             positions, offsets = self._positions(input_ids, attention_mask, inputs, keep=not is_training)
@@ -596,7 +588,7 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             TypeError: Neither this method nor the VLM knows a keyword.
             ValueError: A row has a picture after its last answer.
         """
-        self._check_generate_keywords(kwargs, generation_config)
+        check_generate_keywords(self, kwargs, generation_config, OWN_KEYS)
         input_ids = kwargs.pop("input_ids", inputs)
         if kwargs.get("labels") is not None:
             kwargs = self._prompts(kwargs | {"input_ids": input_ids})
@@ -616,6 +608,63 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
         if cache is not None and input_ids is not None and not hasattr(cache, OFFSETS):
             remember_offset(cache, position_offsets(self.vlm, input_ids, mask, kwargs))
         return output
+
+    # Scenes
+
+    def encode_scene(
+        self, processor: Spa3VLMProcessor, images: Sequence[Image], *, system: str | None = None
+    ) -> EncodedScene:
+        """Compute everything about a scene that doesn't depend on the question, for :meth:`ask`.
+
+        Args:
+            processor: The model's processor.
+            images: Pictures of the scene, at least one, in any form that the processor takes. For a video, pass its
+                sampled frames (:func:`spa3r.media.videos.sample_frames`).
+            system: The system prompt; None: the chat template's default, if any.
+
+        Returns:
+            The scene, on the model's device. The training mode of the modules is restored.
+
+        Raises:
+            ValueError: There is no picture, the family's prompts have no prefix that questions share, or the processor
+                doesn't belong to the model.
+        """
+        return encode_scene(self, processor, images, system)
+
+    def ask(
+        self,
+        scene: EncodedScene,
+        questions: str | Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        batch_size: int | None = None,
+        **generate_kwargs,
+    ) -> list[str] | str:
+        """Answer questions about a scene, greedily by default.
+
+        Each answer equals that of ``generate`` on a prompt with the pictures and this question alone.
+
+        Args:
+            scene: The result of :meth:`encode_scene`; it can be used any number of times.
+            questions: One question, or a list.
+            max_new_tokens: Maximum length of an answer.
+            batch_size: Questions per batch; each needs ``scene.cache_num_bytes`` of memory. None: all, up to 32. In
+                families whose caches don't support padding (sliding windows, linear attention, convolutions), only
+                questions with the same number of tokens share a batch.
+            **generate_kwargs: Any other argument of the VLM's ``generate``, except those about caches and the number
+                of answers.
+
+        Returns:
+            A list of answers in the questions' order; for a single question, its answer.
+
+        Raises:
+            TypeError: ``generate`` doesn't take a keyword.
+            ValueError: The scene belongs to another model, a question is empty or contains a special token, or an
+                argument is out of range.
+        """
+        many = [questions] if isinstance(questions, str) else questions
+        answers = ask(self, scene, many, max_new_tokens=max_new_tokens, batch_size=batch_size, **generate_kwargs)
+        return answers[0] if isinstance(questions, str) else answers
 
     @torch.compiler.disable
     def _positions(
@@ -725,11 +774,9 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
                 "`pixel_values` came without `view_pixel_values`, `view_grid_hw` and `views_per_scene`. Make the "
                 "inputs with Spa3VLMProcessor, or call `model.vlm` to run the VLM alone."
             )
-        encode = self.vlm.base_model.get_image_features
-        arguments = {key: kwargs[key] for key in inspect.signature(encode).parameters if key in kwargs}
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_parameters())):
-            with weights_at_hand(self.vlm.base_model):
-                features = encode(**arguments, return_dict=True)
+            features = encode_images(self.vlm, kwargs)
+        pixels = {name: value for name, value in kwargs.items() if name.startswith("pixel")}
         kwargs.pop("pixel_values")
         tokens_per_row = self._tokens_per_row(input_ids, views["image_tokens_per_scene"])
         spatial = None if self.spa3r is None else self._encode_views(views, tokens_per_row)
@@ -739,33 +786,11 @@ class Spa3VLMForConditionalGeneration(SceneMixin, PackedPreTrainedModel, Generat
             appended, spatial = self._append(*spatial, input_ids, attention_mask, given), None
         fused = copy.copy(features)
         fused.pooler_output = self._fuse_tokens(features.pooler_output, tokens_per_row, spatial)
-        for tokens in [fused.pooler_output] if isinstance(fused.pooler_output, Tensor) else fused.pooler_output:
-            pixels = {name: value for name, value in arguments.items() if name.startswith("pixel")}
+        for tokens in image_tokens(fused):
             check_finite(self, tokens, "image tokens", **pixels, **views)
         if (deepstack := getattr(features, "deepstack_features", None)) is not None:
             fused.deepstack_features = [_regroup(layer, tokens_per_row) for layer in deepstack]
         return kwargs | {"mm_encoder_outputs": {"image": fused}}, appended
-
-    def _check_keywords(self, given: Mapping[str, Any], known: Collection[str]) -> None:
-        """Raise for keywords that neither this class nor the VLM knows. VLMs pass them on without using them.
-
-        As in transformers, None counts as not given.
-        """
-        known = {*VIEW_KEYS, *REPORT_KEYS, *known}
-        unknown = sorted(str(name) for name, value in given.items() if name not in known and value is not None)
-        if unknown:
-            near = [word for name in unknown for word in difflib.get_close_matches(name, known, 2)]
-            meant = f" Did you mean {' or '.join(f'`{word}`' for word in dict.fromkeys(near))}?" if near else ""
-            names = ", ".join(f"`{shorten(name)[1:-1]}`" for name in unknown[:5])
-            raise TypeError(
-                f"Neither {type(self).__name__} nor its VLM, {type(self.vlm).__name__}, takes {names}.{meant} Correct "
-                "the name, or leave it out: it would have no effect."
-            )
-
-    def _check_generate_keywords(self, given: Mapping[str, Any], generation_config: GenerationConfig | None) -> None:
-        """The same check for ``generate``; transformers itself checks only some keywords, after encoding pictures."""
-        if given.get("custom_generate") is None:  # a custom function has its own arguments
-            self._check_keywords(given, _generate_keywords(self.vlm, generation_config))
 
     def _check_inputs(self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         """Raise for invalid inputs before any work. Tensor values are not checked."""
@@ -931,37 +956,6 @@ def _check_part(name: str, part: Any, loading: dict[str, Any]) -> None:
         )
 
 
-def _parameters(call: Callable) -> set[str]:
-    """Names of a function's parameters, without ``*args`` and ``**kwargs``."""
-    return {
-        name
-        for name, parameter in inspect.signature(call).parameters.items()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    }
-
-
-def _forward_keywords(vlm: PreTrainedModel) -> set[str]:
-    """Keywords that a VLM's forward takes, including those that its decoder or its loss uses."""
-    decoder = vlm.get_decoder()
-    way = [module for module in vlm.modules() if any(part is decoder for part in module.modules())]
-    calls = [vlm.base_model.get_image_features, *(module.forward for module in way)]
-    recorded = {f"output_{name}" for module in way for name in getattr(module, "_can_record_outputs", None) or ()}
-    of_loss = _parameters(vlm.loss_function) - {"logits", "vocab_size"}
-    return set().union(*map(_parameters, calls), of_loss, recorded, TransformersKwargs.__optional_keys__, UNSIGNED)
-
-
-UNSIGNED = {"past_key_values", "return_dict", "use_cache"}
-"""Keywords that decorators of transformers remove before a forward, so no signature contains them."""
-
-
-def _generate_keywords(vlm: PreTrainedModel, generation_config: GenerationConfig | None) -> set[str]:
-    """Keywords that a VLM's ``generate`` takes."""
-    calls = (vlm.generate, GenerationMixin.generate, vlm.prepare_inputs_for_generation)
-    settings = vars(GenerationConfig()) | (vars(generation_config) if generation_config is not None else {})
-    others = {"tokenizer", "assistant_tokenizer", "trust_remote_code"}
-    return set().union(*map(_parameters, calls), settings, others, _forward_keywords(vlm))
-
-
 def _cache_in(inputs: dict[str, Any]) -> Cache | None:
     """The cache among a model's inputs, under its current name or that of earlier transformers versions."""
     return next((inputs[name] for name in ("cache", "past_key_values") if inputs.get(name) is not None), None)
@@ -970,29 +964,6 @@ def _cache_in(inputs: dict[str, Any]) -> Cache | None:
 def _regroup(features: Sequence[Tensor], tokens_per_row: Sequence[int]) -> list[Tensor]:
     """The deepstack features of one layer, one item per row like the fused tokens."""
     return list(torch.cat(list(features)).split(list(tokens_per_row)))
-
-
-def check_vlm(family: str, vlm_class: type | None) -> None:
-    """Raise for a VLM whose image tokens can't be fused.
-
-    Args:
-        family: The VLM's ``model_type``.
-        vlm_class: The VLM's class; None if transformers has no image-text-to-text model of the family.
-
-    Raises:
-        ValueError: The family is unsupported; the message gives the reason.
-    """
-    reason = UNSUPPORTED_FAMILIES.get(family)
-    if vlm_class is None:
-        reason = "transformers has no image-text-to-text model of it"
-    elif "mm_encoder_outputs" not in inspect.signature(vlm_class.forward).parameters:
-        reason = "its forward takes no `mm_encoder_outputs`"
-    if reason:
-        raise ValueError(
-            f"The VLM family {family!r} can't be combined with a Spa3R: {reason}. Use a family whose fused image "
-            "tokens are taken back, such as qwen2_5_vl, qwen3_vl, internvl, llava or gemma3 (the documentation lists "
-            "them)."
-        )
 
 
 Spa3VLM = Spa3VLMForConditionalGeneration

@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -22,7 +23,7 @@ from spa3r.checkpoints import resolve
 from spa3r.checks import check_count, is_count, shorten
 from spa3r.media.images import Image, flattened, is_batch, to_rgb
 from spa3r.models.released import HUB_KWARGS, WHERE, ReleasedCheckpoint, find_adapter, find_released
-from spa3r.models.spa3_vlm.messages import check_messages
+from spa3r.models.spa3_vlm.messages import Conversations, check_conversations, is_batch_of_conversations, special_texts
 from spa3r.models.spa3_vlm.videos import (
     CALL_OPTIONS,
     VIDEO_KEYS,
@@ -46,6 +47,8 @@ CONFIG_FILE = "processor_config.json"
 
 TOKEN_COUNTS = "image_tokens_per_scene"
 SPATIAL_COUNTS = "spatial_tokens_per_scene"
+VIEW_KEYS = ("view_pixel_values", "view_grid_hw", "views_per_scene", TOKEN_COUNTS, SPATIAL_COUNTS)
+"""Keys that the processor adds to the VLM's own inputs."""
 
 PICTURE_KEYS = ("image", "url", "path", "base64")
 SIZE_KEYS = ("resized_height", "resized_width", "min_pixels", "max_pixels")
@@ -64,7 +67,7 @@ class Spa3VLMProcessor(ProcessorMixin):
     Args:
         vlm_processor: The VLM's processor.
         view_image_processor: The image processor of the views.
-        images: The pictures passed to the VLM. ``"aligned"``: the processed views, cropped to whole VLM patches, as
+        image_mode: The pictures passed to the VLM. ``"aligned"``: the processed views, cropped to whole VLM patches, as
             the released model was trained; the VLM's own processor doesn't rescale them if their size is within its
             limits. ``"native"``: the original pictures.
         num_frames: Number of frames of a video; None: clamp(round(seconds / 2), 4, 8).
@@ -76,21 +79,21 @@ class Spa3VLMProcessor(ProcessorMixin):
         spatial_token: The token that marks these places; None: the tokenizer's padding token.
 
     Raises:
-        ValueError: `images` or `spatial_tokens` is unknown, or no token can mark the places.
+        ValueError: `image_mode` or `spatial_tokens` is unknown, or no token can mark the places.
     """
 
     def __init__(
         self,
         vlm_processor: ProcessorMixin,
         view_image_processor: Spa3RImageProcessor | None = None,
-        images: Literal["aligned", "native"] = "aligned",
+        image_mode: Literal["aligned", "native"] = "aligned",
         num_frames: int | None = None,
         image_token_id: int | None = None,
         spatial_tokens: int | Literal["patches"] | None = None,
         spatial_token: str | None = None,
     ):
-        if images not in ("aligned", "native"):
-            raise ValueError(f"`images` must be 'aligned' or 'native', got {shorten(images)}.")
+        if image_mode not in ("aligned", "native"):
+            raise ValueError(f"`image_mode` must be 'aligned' or 'native', got {shorten(image_mode)}.")
         if num_frames is not None:
             check_count("num_frames", num_frames)
         if image_token_id is not None:
@@ -99,7 +102,7 @@ class Spa3VLMProcessor(ProcessorMixin):
             raise ValueError(f"`spatial_token` must be a token's text or None, got {shorten(spatial_token)}.")
         self.vlm_processor = vlm_processor
         self.view_image_processor = view_image_processor or Spa3RImageProcessor()
-        self.images = images
+        self.image_mode = image_mode
         self.num_frames = num_frames
         self.image_token_id = image_token_id
         self._spatial_token = spatial_token
@@ -145,7 +148,7 @@ class Spa3VLMProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         return {
             "processor_class": type(self).__name__,
-            "images": self.images,
+            "images": self.image_mode,
             "num_frames": self.num_frames,
             "image_token_id": self.image_token_id,
             "spatial_tokens": self.spatial_tokens,
@@ -194,6 +197,8 @@ class Spa3VLMProcessor(ProcessorMixin):
                 f"{pretrained_model_name_or_path} holds no {cls.__name__} ({CONFIG_FILE} is missing or another "
                 "class's). Make one with Spa3VLMProcessor.from_vlm_and_spa3r and save it there."
             )
+        if "images" in fields:  # its name in files
+            fields["image_mode"] = fields.pop("images")
         if unknown := sorted(fields.keys() - inspect.signature(cls.__init__).parameters.keys()):
             raise ValueError(
                 f"{file} holds the unknown setting {shorten(unknown[0])}. It is damaged, or a newer version wrote it: "
@@ -255,7 +260,7 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(images={self.images!r}, num_frames={self.num_frames}, "
+            f"{type(self).__name__}(image_mode={self.image_mode!r}, num_frames={self.num_frames}, "
             f"view_image_processor={self.view_image_processor!r}, vlm_processor={self.vlm_processor!r})"
         )
 
@@ -344,7 +349,7 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     def vlm_picture(self, view: PIL.Image.Image, original: PIL.Image.Image) -> PIL.Image.Image:
         """The VLM's picture of a view: with ``"aligned"``, the view cropped right and below to whole merged patches."""
-        if self.images == "native":
+        if self.image_mode == "native":
             return original
         unit = self._vlm_unit()
         width, height = (max(side // unit, 1) * unit for side in view.size)
@@ -376,15 +381,12 @@ class Spa3VLMProcessor(ProcessorMixin):
     def reserved_tokens(self) -> frozenset[str]:
         """Strings that texts of a conversation must not contain: the tokenizer's special tokens, the placeholders of
         pictures, videos and audio, and :attr:`spatial_token`."""
-        tokenizer, vlm = self.tokenizer, self.vlm_processor
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        tokens = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
-        tokens |= {getattr(vlm, f"{kind}_token", None) for kind in ("image", "video", "audio")}
+        tokens = set(special_texts(self.vlm_processor))
         if self.image_token_id is not None:
-            tokens.add(tokenizer.convert_ids_to_tokens(self.image_token_id))
-        if self.spatial_tokens is not None:
+            tokens.add(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+        if self.spatial_tokens is not None and self.spatial_token is not None:
             tokens.add(self.spatial_token)
-        return frozenset(token for token in tokens if isinstance(token, str) and token.strip())
+        return frozenset(token for token in tokens if token.strip())
 
     def check_messages(self, conversation: list[dict[str, Any]] | list[list[dict[str, Any]]]) -> None:
         """Raise for messages that :meth:`apply_chat_template` can't process: not in chat format, or with texts that
@@ -396,9 +398,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         Raises:
             ValueError: A message is invalid; the error gives its number and role.
         """
-        tokens = self.reserved_tokens
-        for messages in conversation if _is_batch(conversation) else [conversation]:
-            check_messages(messages, tokens)
+        check_conversations(conversation, self.reserved_tokens)
 
     def apply_chat_template(
         self,
@@ -457,7 +457,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         **kwargs,
     ) -> str | list[str] | ViewBatch | Any:
         """`apply_chat_template` for checked conversations; their texts may contain tokens."""
-        is_batch = _is_batch(conversation)
+        is_batch = is_batch_of_conversations(conversation)
         if not isinstance(processor_kwargs, Mapping | None):
             raise ValueError(f"`processor_kwargs` must be a dictionary of keywords, got {shorten(processor_kwargs)}.")
         processor_kwargs = dict(processor_kwargs or {})
@@ -805,8 +805,44 @@ def _read_fields(file: Path) -> dict[str, Any]:
     return fields
 
 
-def _is_batch(conversation: Any) -> bool:
-    return isinstance(conversation, list | tuple) and bool(conversation) and isinstance(conversation[0], list | tuple)
+def check_messages(processor: ProcessorMixin, conversations: Conversations) -> None:
+    """:meth:`Spa3VLMProcessor.check_messages`, also for the processor of a VLM.
+
+    Args:
+        processor: A :class:`Spa3VLMProcessor`, or a processor of transformers.
+        conversations: A conversation or a list of them.
+
+    Raises:
+        ValueError: A message is invalid; the error gives its number and role.
+    """
+    own = isinstance(processor, Spa3VLMProcessor)
+    check_conversations(conversations, processor.reserved_tokens if own else special_texts(processor))
+
+
+def prompt_inputs(
+    processor: ProcessorMixin, conversations: Sequence[Sequence[Mapping[str, Any]]], **kwargs: Any
+) -> BatchFeature:
+    """A batch of prompts, padded on the left: the inputs of ``generate`` for answers to the last messages.
+
+    Args:
+        processor: A :class:`Spa3VLMProcessor`, or a processor of transformers.
+        conversations: A list of conversations; see :meth:`Spa3VLMProcessor.apply_chat_template`.
+        **kwargs: Other arguments of ``apply_chat_template``.
+
+    Raises:
+        ValueError: A message is invalid, or a picture can't be read.
+    """
+    check_messages(processor, list(conversations))
+    with nullcontext() if isinstance(processor, Spa3VLMProcessor) else TOKENIZING:
+        return processor.apply_chat_template(
+            list(conversations),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True, "padding_side": "left"},
+            **kwargs,
+        )
 
 
 __all__ = ["Spa3VLMProcessor"]

@@ -192,7 +192,7 @@ def make_model(
         processor = Spa3VLMProcessor.from_vlm_and_spa3r(name, home)
         processor.spatial_tokens = model.config.spatial_tokens
     if section.images is not None:
-        processor.images = section.images
+        processor.image_mode = section.images
     if section.view_size is not None:
         processor.view_image_processor.size = section.view_size
     return model, processor, psfm

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from spa3r.answering.engine import AnswerReport, evaluate_answers
 from spa3r.data.collator import Spa3VLMCollator
+from spa3r.evaluation.answers import AnswerReport, evaluate_answers
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import REPORT_KEYS, Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
