@@ -494,8 +494,8 @@ def test_a_folder_without_our_processor_is_refused(what, tmp_path):
 
 
 def test_what_the_vlm_sees_is_checked():
-    with pytest.raises(ValueError, match="`images` must be 'aligned' or 'native', got 'both'"):
-        make(images="both")
+    with pytest.raises(ValueError, match="`image_mode` must be 'aligned' or 'native', got 'both'"):
+        make(image_mode="both")
 
 
 def test_a_view_is_cut_to_whole_tokens_where_the_processor_holds_their_size():
@@ -527,7 +527,8 @@ def test_keywords_of_the_vlms_processor_reach_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("num_frame", "num_frames"), ("image", "images"), ("image_token_ids", "image_token_id")]
+    ("name", "meant"),
+    [("num_frame", "num_frames"), ("image_modes", "image_mode"), ("image_token_ids", "image_token_id")],
 )
 def test_keywords_that_were_meant_for_us_do_not_go_to_the_vlms_processor(name, meant, tmp_path):
     make().save_pretrained(tmp_path)

@@ -20,7 +20,14 @@ from transformers.utils import logging
 from spa3r.media.images import Image
 from spa3r.models.base import finite_logits
 from spa3r.models.placement import execution_device
-from spa3r.models.spa3_vlm.asking import MAX_BATCH_SIZE, MAX_NEW_TOKENS, ask, conversation, encode_scene
+from spa3r.models.spa3_vlm.asking import (
+    MAX_BATCH_SIZE,
+    MAX_NEW_TOKENS,
+    ask,
+    check_questions,
+    conversation,
+    encode_scene,
+)
 from spa3r.models.spa3_vlm.processing_spa3_vlm import VIEW_KEYS, Spa3VLMProcessor, prompt_inputs
 from spa3r.models.spa3_vlm.scenes import EncodedScene
 from spa3r.models.spa3_vlm.state import in_eval_mode, turn
@@ -152,6 +159,7 @@ class AnsweringEngine:
             TypeError: ``generate`` doesn't take a keyword.
             ValueError: A picture can't be read, or a question or an argument is invalid.
         """
+        check_questions(self.processor, questions)
         asked = self.whole_prompts(images, system) if len(questions) == 1 else self.about(images, system)
         return asked(questions, **arguments)
 

@@ -158,11 +158,7 @@ def ask(
         raise ValueError(f"`questions` must be a text or a list of texts, got {shorten(questions)}.")
     max_new_tokens = check_count("max_new_tokens", max_new_tokens)
     vlm, processor = vlm_of(model), scene.processor
-    for question in questions:
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"`questions` must be texts that are not empty, got {question!r}.")
-    if questions:
-        check_messages(processor, [{"role": "user", "content": question} for question in questions])
+    check_questions(processor, questions)
     if batch_size is None:
         batch_size = MAX_BATCH_SIZE
     elif not is_count(batch_size):
@@ -186,6 +182,19 @@ def ask(
             texts = processor.batch_decode(words, skip_special_tokens=True)
             answers |= {i: text.strip() for i, text in zip(batch, texts)}
     return [answers[i] for i in range(len(questions))]
+
+
+def check_questions(processor: ProcessorMixin, questions: Sequence[str]) -> None:
+    """Raise for questions that are no texts, empty, or contain a special token.
+
+    Raises:
+        ValueError: A question can't be asked.
+    """
+    for question in questions:
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"`questions` must be texts that are not empty, got {question!r}.")
+    if questions:
+        check_messages(processor, [{"role": "user", "content": question} for question in questions])
 
 
 def _continue(
