@@ -4,6 +4,7 @@
 :mod:`spa3r.registration` registers the types of this package with transformers' Auto classes.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -55,3 +56,5 @@ def __dir__() -> list[str]:
 
 
 register()
+# PEFT imports bitsandbytes, which warns on some CPUs that it could not download a kernel for 4-bit weights.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import re
+import shlex
+import signal
 import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -26,6 +29,7 @@ from spa3r.checkpoints import EMBEDDED
 from spa3r.checks import check_count
 from spa3r.media.files import PICTURES, VIDEOS, describe, exists, is_url, local_path
 from spa3r.secret import hidden, hide
+from spa3r.signals import ending_on_signals
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -121,21 +125,40 @@ def printable(text: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
+    """``1 view``, ``2 views``."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+def resuming_command() -> str:
+    """The command that goes on with what this process does: its own, without ``--fresh``."""
+    program = "python -m spa3r" if Path(sys.argv[0]).name == "__main__.py" else "spa3r"
+    words = shlex.join(word for word in sys.argv[1:] if word != "--fresh")
+    return f"{program} {words}" + ", launched as before" * ("RANK" in os.environ)
+
+
 @contextmanager
-def reporting(as_json: bool, verbose: bool) -> Iterator[Report]:
-    """Run a command: only its result goes to standard output; expected errors become one line and exit code 1."""
+def reporting(as_json: bool, verbose: bool, resumable: bool = False) -> Generator[Report]:
+    """Run a command: only its result goes to standard output; expected errors become one line and exit code 1.
+
+    Args:
+        as_json: Whether the result is one JSON object.
+        verbose: Whether to show logs and warnings of libraries.
+        resumable: Whether the same command goes on after a signal; then the line about the signal gives it.
+    """
     report = Report()
+    received: list[signal.Signals] = []
     try:
-        with redirect_stdout(sys.stderr), quiet(not verbose):
+        with ending_on_signals() as received, redirect_stdout(sys.stderr), quiet(not verbose):
             yield report
-    except KeyboardInterrupt as stopped:
-        if str(stopped):
-            report.note(str(stopped))
-        raise typer.Exit(130) from None
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
+    except BaseException as error:
+        if received or isinstance(error, KeyboardInterrupt):  # a signal may reach the user as any error of a library
+            name = received[-1].name if received else "SIGINT"
+            more = f"; what is finished stays, and this goes on: {resuming_command()}" if resumable else ""
+            if os.environ.get("RANK", "0") == "0":
+                report.note(f"stopped by {name}{more}")
+            raise typer.Exit(130) from None
+        if not isinstance(error, ValueError | OSError | ImportError | SafetensorError):
+            raise
         if as_json:
             _print(json.dumps(hidden({"error": one_line(error)})))
         else:
@@ -154,7 +177,7 @@ def _print(text: str) -> None:
 
 
 @contextmanager
-def quiet(wanted: bool) -> Iterator[None]:
+def quiet(wanted: bool) -> Generator[None]:
     """Hide logs, warnings and progress bars of libraries (except downloads), and restore the settings afterwards."""
     if not wanted:
         yield
@@ -164,7 +187,7 @@ def quiet(wanted: bool) -> Iterator[None]:
 
     loggers = [
         logging.getLogger(name)
-        for name in ("transformers", "huggingface_hub", "bitsandbytes", "spa3r.models.attention")
+        for name in ("transformers", "huggingface_hub", "bitsandbytes", "xformers", "spa3r.models.attention")
     ]
     levels, bars = [logger.level for logger in loggers], is_progress_bar_enabled()
     for logger in loggers:
@@ -239,23 +262,26 @@ def load_vlm(
     name: str, device: str, dtype: Dtype, attention: str | None
 ) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
     from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
+    from spa3r.hub import naming_missing
 
     arguments, place = loading_arguments(dtype, attention), torch_device(device)
     if name != EMBEDDED:
         check_model(name)
-    if is_adapter(name):
-        import torch
+    with naming_missing(name):
+        if is_adapter(name):
+            import torch
 
-        from spa3r.training.finetuning.run import merge_lora
+            from spa3r.training.finetuning.run import merge_lora
 
-        model, processor = merge_lora(name)
-        if dtype != Dtype.auto:
-            model = model.to(dtype=getattr(torch, dtype.value))
-        if attention is not None:
-            model.set_attn_implementation(attention)
-        return model.to(place).eval(), processor
-    processor = Spa3VLMProcessor.from_pretrained(name)
-    return Spa3VLMForConditionalGeneration.from_pretrained(name, **arguments).to(place).eval(), processor
+            model, processor = merge_lora(name)
+            if dtype != Dtype.auto:
+                model = model.to(dtype=getattr(torch, dtype.value))
+            if attention is not None:
+                model.set_attn_implementation(attention)
+        else:
+            processor = Spa3VLMProcessor.from_pretrained(name)
+            model = Spa3VLMForConditionalGeneration.from_pretrained(name, **arguments)
+    return model.to(place).eval(), processor
 
 
 def embedded_note() -> str:

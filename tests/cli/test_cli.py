@@ -576,6 +576,51 @@ def test_the_installed_command_prints_json_alone(scene):
     assert answer["answer"] == run_json("ask", scene, QUESTION, "--max-new-tokens", 6)["answer"]
 
 
+WITHOUT_COMMAND_LINE = """
+import logging, sys, PIL.Image
+from spa3r import Spa3VLM, Spa3VLMProcessor
+
+model, processor = Spa3VLM.from_pretrained("embedded"), Spa3VLMProcessor.from_pretrained("embedded")
+print(model.ask(model.encode_scene(processor, [PIL.Image.new("RGB", (112, 112))]), ["How many chairs?"]))
+kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
+kernels.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", ImportError("kernels"))
+kernels.warning("Something else.")
+"""
+
+
+def test_cpus_need_no_hints_about_kernels():
+    """Of xformers, and of bitsandbytes, which PEFT imports; other warnings are shown."""
+    if torch.cuda.is_available():
+        pytest.skip("of a machine without CUDA")
+    command = [sys.executable, "-c", WITHOUT_COMMAND_LINE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout and "Something else." in done.stderr
+    assert not re.search("xformers|gemm", done.stderr, re.IGNORECASE)
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    """Of a file and of names on the hub, which can't be reached."""
+    monkeypatch.chdir(tmp_path)
+    noise(30, 30).save("a.png")
+    name = "nobody/nothing-here"
+    (tmp_path / "pretrain.yaml").write_text(
+        f"model: {{backbone: {name}}}\ndata: {{sources: [{{type: rooms, num_rooms: 2}}]}}\n"
+        "training: {output_dir: run, max_steps: 1, use_cpu: true}"
+    )
+    for words in (("ask", "a.png", "What?"), ("encode", "a.png"), ("eval", "rooms", "--rooms", 1)):
+        error = run_json(*words, "--model", name, code=1)["error"]
+        assert error == (
+            f"{name} can't be loaded: there is no such folder, no such model in the cache, and HF_HUB_OFFLINE is set. "
+            "Check the name, or download the model first."
+        )
+    error = run_json("eval", "vsi-bench", "--model", "embedded", "--data", name, code=1)["error"]
+    assert error.startswith(f"{name} can't be loaded: there is no such folder, no such dataset in the cache, and ")
+    assert run_json("pretrain", "pretrain.yaml", code=1)["error"].startswith(f"{name} can't be loaded: ")
+    for command in ("pretrain", "finetune"):
+        error = run_json(command, "nofile.yaml", code=1)["error"]
+        assert error == "There is no configuration file nofile.yaml. Check the path."
+
+
 def test_a_spa3_vlm_is_what_ask_loads(checkpoint):
     model, _ = console.load_vlm(str(checkpoint), "cpu", console.Dtype.auto, "sdpa")
     assert isinstance(model, Spa3VLMForConditionalGeneration) and not model.training

@@ -184,7 +184,7 @@ def test_signal_ends_encoding_and_what_is_done_stays(number, scenes, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(encode, "_encode_and_save", written)
         stopped = run(*command, code=130)
-    assert f"{number.name}: what is finished stays; the same command goes on" in stopped.stderr
+    assert f"stopped by {number.name}; what is finished stays, and this goes on: " in stopped.stderr
     assert [file.name for file in out.iterdir()] == ["scene0.safetensors"] and signal.getsignal(number) == before
     told = run_json(*command)
     assert (told["encoded"], told["skipped"]) == (2, 1)

@@ -35,7 +35,6 @@ from spa3r.console import (
 from spa3r.disk import write_whole
 from spa3r.media.files import is_url
 from spa3r.secret import hidden, hide
-from spa3r.signals import ending_on_signals
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -49,13 +48,15 @@ def _load_spa3r(name: str, device: str, dtype: Dtype, attention: str | None) -> 
     from transformers import AutoConfig
 
     from spa3r import Spa3RImageProcessor, Spa3RModel
+    from spa3r.hub import naming_missing
     from spa3r.models.released import find_released
 
     arguments, place = loading_arguments(dtype, attention), torch_device(device)
     if name != EMBEDDED:
         check_model(name)
-        released = find_released(name, ("spa3r", "spa3-vlm"), "`--model`")
-        kind = "spa3r" if released is not None else AutoConfig.from_pretrained(name).model_type
+        with naming_missing(name):
+            released = find_released(name, ("spa3r", "spa3-vlm"), "`--model`")
+            kind = "spa3r" if released is not None else AutoConfig.from_pretrained(name).model_type
         if kind == "spa3r":
             model = Spa3RModel.from_pretrained(name, **arguments).to(place).eval()
             return model, Spa3RImageProcessor.from_pretrained(name)
@@ -96,7 +97,7 @@ def encode(
     verbose: Verbose = False,
 ) -> None:
     """Encode photos of a scene, or of many, into latents: a safetensors file of (1, L, D) for each scene."""
-    with reporting(as_json, verbose) as report, ending_on_signals():
+    with reporting(as_json, verbose, resumable=scene_per_folder) as report:
         if model == EMBEDDED:
             report.note(embedded_note())
 

@@ -34,7 +34,6 @@ from spa3r.console import (
     torch_device,
 )
 from spa3r.disk import write_whole
-from spa3r.signals import ending_on_signals
 
 if TYPE_CHECKING:
     from spa3r.evaluation import Benchmark, EvaluationRun, EvaluationSettings, Flip
@@ -114,7 +113,7 @@ def vsi_bench(
 
     Launched by `accelerate launch` or `torchrun`, scenes are dealt to the processes.
     """
-    with reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose, resumable=True) as report:
         from spa3r.evaluation import PRESETS, VsiBench
 
         chosen = {"num_frames": num_frames, "max_new_tokens": max_new_tokens, "system": system, "images": images}
@@ -149,7 +148,7 @@ def rooms(
     verbose: Verbose = False,
 ) -> None:
     """Score a VLM on questions about rooms, without a download, by VSI-Bench's rules."""
-    with reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose, resumable=True) as report:
         from spa3r.evaluation import PRESETS, RoomsBenchmark
 
         chosen = {"num_frames": num_frames, "max_new_tokens": max_new_tokens, "system": system, "images": images}
@@ -190,7 +189,7 @@ def _evaluate(
         output = Path("runs") / f"{'-'.join(str(about[key]) for key in ('name', 'subset') if key in about)}-{label}"
     if model != EMBEDDED:
         check_model(model)
-    with own_folder(output), ending_on_signals():  # refused before gigabytes are loaded
+    with own_folder(output):  # refused before gigabytes are loaded
         with report.status(f"Loading {model}"):
             vlm, processor = _load_any_vlm(model, device, dtype, attention)
         if model == EMBEDDED:
@@ -220,16 +219,18 @@ def _load_any_vlm(name: str, device: str, dtype: Dtype, attention: str | None) -
     """A Spa3-VLM, or a VLM of transformers as it is."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+    from spa3r.hub import naming_missing
     from spa3r.models.released import find_released
 
     if name != EMBEDDED:
         if is_adapter(name):
             return load_vlm(name, device, dtype, attention)
-        released = find_released(name, ("spa3-vlm",), "`--model`")
-        if released is None and AutoConfig.from_pretrained(name).model_type != "spa3_vlm":
-            place, arguments = torch_device(device), loading_arguments(dtype, attention)
-            model = AutoModelForImageTextToText.from_pretrained(name, **arguments)
-            return model.to(place).eval(), AutoProcessor.from_pretrained(name)
+        with naming_missing(name):
+            released = find_released(name, ("spa3-vlm",), "`--model`")
+            if released is None and AutoConfig.from_pretrained(name).model_type != "spa3_vlm":
+                place, arguments = torch_device(device), loading_arguments(dtype, attention)
+                model = AutoModelForImageTextToText.from_pretrained(name, **arguments)
+                return model.to(place).eval(), AutoProcessor.from_pretrained(name)
     return load_vlm(name, device, dtype, attention)
 
 

@@ -9,7 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from spa3r.console import AsJson, Report, Verbose, end_processes, plural, reporting
+from spa3r.console import AsJson, Report, Verbose, end_processes, plural, reporting, resuming_command
+
+PARTS = ("vlm", "spa3r", "backbone", "semantic_teacher", "init_from")
+"""Keys of the section `model` that name a folder or something on the hub."""
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Sections model, data, evaluation, training.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete the checkpoints, model and logs of the run.")]
@@ -23,7 +26,7 @@ def pretrain(
     verbose: Verbose = False,
 ) -> None:
     """Pretrain a Spa3R as a configuration file says, or go on with a run that was stopped."""
-    with reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose, resumable=True) as report:
         from spa3r.training import PretrainingConfig
         from spa3r.training import pretrain as run_pretraining
 
@@ -48,7 +51,7 @@ def finetune(
     verbose: Verbose = False,
 ) -> None:
     """Fine-tune a VLM with Spa3R on instructions as a configuration file says, or go on with a run that was stopped."""
-    with reporting(as_json, verbose) as report:
+    with reporting(as_json, verbose, resumable=True) as report:
         from spa3r.training import FinetuningConfig
         from spa3r.training import finetune as run_finetuning
 
@@ -64,10 +67,13 @@ def finetune(
 
 def _train(report: Report, settings: Any, run: Callable[..., Any], fresh: bool) -> Any:
     """Run a training; only the first process comes back, and speaks for all."""
+    from spa3r.hub import naming_missing
+
     is_main_process = os.environ.get("RANK", "0") == "0"
     if is_main_process:
         report.line(settings.to_yaml())
-    result = run(settings, fresh=fresh, note=report.note, progress=report.line)
+    with naming_missing(*(getattr(settings.model, key, None) for key in PARTS)):
+        result = run(settings, fresh=fresh, note=report.note, progress=report.line)
     end_processes()
     if not is_main_process:
         raise typer.Exit
@@ -83,7 +89,7 @@ def _tell_training(report: Report, result: Any, text: str = "", **more: Any) -> 
     if result.nonfinite_steps:
         lines.append(f"{plural(result.nonfinite_steps, 'step')} dropped, their gradient was not finite")
     if not result.is_finished:
-        lines.append(f"stopped by {result.interrupted_by}; the same command goes on from {result.checkpoint}")
+        lines.append(f"stopped by {result.interrupted_by}; {resuming_command()} goes on from {result.checkpoint}")
     report.finish(
         "\n".join(lines),
         exit_code=0 if result.is_finished else 130,

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 import PIL.Image
 
 from spa3r.checks import check_count, check_types, is_count, is_of_type, shorten
+from spa3r.hub import naming_missing
 from spa3r.media.files import exists, inside, read_text, shortened
 from spa3r.media.videos import sample_numbered_frames, uniform_indices
 from spa3r.rooms.instructions import FIRST_TEST_SEED, STRIDE_OF_WALK, WALK_VIEWS, RoomQuestions
@@ -234,8 +235,9 @@ def _fetched(data: str | Path, revision: str | None) -> tuple[Path, str | None]:
         return path, None
     from huggingface_hub import snapshot_download
 
+    with naming_missing(data, kind="dataset"):
+        folder = Path(snapshot_download(data, repo_type="dataset", revision=revision))
     # A snapshot's folder is named after its commit.
-    folder = Path(snapshot_download(data, repo_type="dataset", revision=revision))
     return folder, folder.name
 
 

@@ -249,7 +249,7 @@ def xformers_attention_forward(
     used in the packed attention of this library (:func:`packed_attention`), which has no mask tensor.
     """
     if not query.is_cuda and not torch.compiler.is_compiling():  # logging would break the graph
-        logger.warning_once(
+        logger.info_once(
             f"attn_implementation='xformers': xformers' kernels run on CUDA only; on {query.device.type} tensors "
             "PyTorch's scaled-dot-product attention computes the same."
         )

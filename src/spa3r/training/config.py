@@ -429,8 +429,10 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: The file is not YAML, too large, or has no sections.
-        OSError: The file can't be opened.
+        OSError: The file doesn't exist or can't be opened.
     """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"There is no configuration file {file}. Check the path.")
     try:
         with open(file, encoding=text_encoding(file)) as content:
             text = content.read(MAX_CHARACTERS + 1)
