@@ -61,14 +61,11 @@ class DatasetScenes(SceneSource):
                 f"`dataset` must be a datasets.Dataset, got {type(loaded).__name__}. Use StreamedScenes (in a "
                 "configuration: `streaming: true`) for data that is streamed."
             )
-        columns = _checked_columns(loaded.column_names, images_column, scene_column)
+        columns, is_list = _checked_columns(loaded.features, images_column, scene_column)
         if not len(loaded):
-            raise ValueError(f"`dataset` must hold at least one row, got none in {name!r}. Check the split.")
+            raise _no_rows(name)
         self._rows = loaded.select_columns(columns).with_format("arrow")
-        self._groups: _Groups | None = None
-        if not _is_list(loaded.features[images_column]):
-            _check_single(images_column, scene_column)
-            self._groups = self._group_rows()
+        self._groups = None if is_list else self._group_rows()
 
     def _group_rows(self) -> _Groups:
         keys = self._rows.select_columns([self.scene_column])[:][self.scene_column].combine_chunks()
@@ -102,10 +99,9 @@ class DatasetScenes(SceneSource):
     def load(self, scene: int, frames: Sequence[int]) -> LoadedScene:
         if self._groups is None:
             cells = self._cells(scene)
-            _check_some(cells)
-            return _decode(frames, (cells[int(frame)].as_py() for frame in frames))
+            return _decode(frames, (cells[int(frame)].as_py() for frame in frames), len(cells))
         rows = self._groups.rows(scene)[np.asarray(frames, int)]
-        return _decode(frames, (self._rows[int(row)][self.images_column][0].as_py() for row in rows))
+        return _decode(frames, (self._rows[int(row)][self.images_column][0].as_py() for row in rows), len(rows))
 
 
 class _Groups(NamedTuple):
@@ -175,17 +171,14 @@ class StreamedScenes(SceneSource):
                 f"`dataset` must be a datasets.IterableDataset, got {type(loaded).__name__}. Use DatasetScenes, or "
                 "`dataset.to_iterable_dataset()`."
             )
-        first = None
-        if loaded.features is None:  # only the rows show the columns
-            first = next(iter(loaded), None)
-            if first is None:
-                raise ValueError(f"`dataset` must hold at least one row, got none in {name!r}. Check the split.")
-        columns = _checked_columns(first or loaded.features, images_column, scene_column)
+        features, is_decoded = loaded.features, loaded.features is None
+        if is_decoded:  # only the rows show the columns
+            features = next(iter(loaded), None)
+            if features is None:
+                raise _no_rows(name)
+        columns, self._is_list = _checked_columns(features, images_column, scene_column)
         loaded = loaded.select_columns(columns)
-        self.dataset = loaded if first is not None else loaded.decode(False)
-        self._is_list = isinstance(first[images_column], list) if first else _is_list(loaded.features[images_column])
-        if not self._is_list:
-            _check_single(images_column, scene_column)
+        self.dataset = loaded if is_decoded else loaded.decode(False)
 
     def __len__(self) -> int:
         raise TypeError("The number of scenes of a stream is not known. Give `scenes_per_epoch`.")
@@ -228,8 +221,7 @@ class StreamedScenes(SceneSource):
         return len(scene.cells)
 
     def load(self, scene: StreamedScene, frames: Sequence[int]) -> LoadedScene:
-        _check_some(scene.cells)
-        return _decode(frames, (scene.cells[int(frame)] for frame in frames))
+        return _decode(frames, (scene.cells[int(frame)] for frame in frames), len(scene.cells))
 
 
 def require_datasets() -> Any:
@@ -263,37 +255,40 @@ def open_dataset(
     )
 
 
-def _checked_columns(columns: Iterable[str], images_column: str, scene_column: str | None) -> list[str]:
+def _no_rows(name: str) -> ValueError:
+    return ValueError(f"`dataset` must hold at least one row, got none in {name!r}. Check the split.")
+
+
+def _checked_columns(
+    columns: Mapping[str, Any], images_column: str, scene_column: str | None
+) -> tuple[list[str], bool]:
+    """The columns that are read, and whether a row holds a list of pictures.
+
+    Args:
+        columns: By name the feature of each column, or its value in the first row.
+        images_column: Column of the pictures.
+        scene_column: Column of the scene names, or None.
+    """
+    features = require_datasets().features
     wanted = [column for column in (images_column, scene_column) if column is not None]
-    columns = list(columns)
     if missing := [column for column in wanted if column not in columns]:
         raise ValueError(
             f"`dataset` has no column {missing[0]!r}; it has {', '.join(columns)}. Give `images_column` and, for "
             "single pictures, `scene_column`."
         )
-    return wanted
-
-
-def _check_single(images_column: str, scene_column: str | None) -> None:
-    if scene_column is None:
+    is_list = isinstance(columns[images_column], features.List | features.LargeList | list)
+    if not is_list and scene_column is None:
         raise ValueError(
-            f"`images_column` {images_column!r} holds single pictures, and `scene_column` must name their "
-            "scenes, got None. Give it, or a column of lists of pictures."
+            f"`images_column` {images_column!r} holds single pictures, and `scene_column` must name their scenes, got "
+            "None. Give it, or a column of lists of pictures."
         )
+    return wanted, is_list
 
 
-def _check_some(cells: Sequence[Any]) -> None:
-    if not len(cells):
+def _decode(frames: Sequence[int], cells: Iterable[Any], num_frames: int) -> LoadedScene:
+    """Decode the cells of some frames to pictures: bytes, paths, both, or already decoded pictures."""
+    if not num_frames:
         raise SceneError("Its row holds no pictures.")
-
-
-def _is_list(feature: Any) -> bool:
-    features = require_datasets().features
-    return isinstance(feature, features.List | features.LargeList | list)
-
-
-def _decode(frames: Sequence[int], cells: Iterable[Any]) -> LoadedScene:
-    """Decode cells to pictures: bytes, paths, both, or already decoded pictures."""
     loaded = LoadedScene([], [])
     for frame, cell in zip(frames, cells):
         name = f"frame {frame}"

@@ -161,7 +161,14 @@ class FolderScenes(PictureFolders):
     def _entries(self, scenes: list[str] | None) -> list[Entry]:
         if scenes is None:
             return [(name, str(self.root / name)) for name in sorted(folders_in(self.root), key=natural_key)]
-        return [(name, str(existing_scene(inside(self.root, name, "A name of `scenes`")))) for name in scenes]
+        folders = [inside(self.root, name, "A name of `scenes`") for name in scenes]
+        for folder in folders:
+            if not folder.is_dir():
+                raise ValueError(
+                    f"`scenes` names {folder.name!r}, and there is no folder {folder}. Take it out of the list, or "
+                    "add it."
+                )
+        return [(name, str(folder)) for name, folder in zip(scenes, folders)]
 
     def _why_empty(self) -> str:
         if self._scan(str(self.root))[1]:
@@ -197,15 +204,6 @@ def existing_folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"`root` must be a folder, got {folder}, which is none. Check the path.")
-    return folder
-
-
-def existing_scene(folder: Path) -> Path:
-    """The folder of a requested scene, after checking that it exists."""
-    if not folder.is_dir():
-        raise ValueError(
-            f"`scenes` names {folder.name!r}, and there is no folder {folder}. Take it out of the list, or add it."
-        )
     return folder
 
 

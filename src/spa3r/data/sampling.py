@@ -7,6 +7,7 @@ plan of a step covers all ranks, and each takes its share.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -68,6 +69,7 @@ class Step(NamedTuple):
         return range(self.first + self.scenes * rank // world_size, self.first + self.scenes * (rank + 1) // world_size)
 
 
+@dataclass
 class EpochPlan:
     """The scene at every position of an epoch, and its number of views.
 
@@ -82,23 +84,20 @@ class EpochPlan:
         epoch: Number of the epoch.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int | None],
-        weights: Sequence[float] | None,
-        num_scenes: int | None,
-        views: Sequence[int],
-        pictures: int,
-        world_size: int,
-        seed: int,
-        epoch: int,
-    ):
-        self.lengths, self.num_scenes, self.views = list(lengths), num_scenes, views
-        self.pictures, self.world_size, self.seed, self.epoch = pictures, world_size, seed, epoch
-        self.shares = None if weights is None else np.asarray(weights, float) / np.sum(weights)
-        known = [length for length in lengths if length is not None]
-        self.ends = np.cumsum(known) if weights is None and len(known) == len(lengths) else None
-        self._steps: np.ndarray | None = None if num_scenes is None else self._finite_steps(num_scenes)
+    lengths: Sequence[int | None]
+    weights: Sequence[float] | None
+    num_scenes: int | None
+    views: Sequence[int]
+    pictures: int
+    world_size: int
+    seed: int
+    epoch: int
+
+    def __post_init__(self) -> None:
+        known = [length for length in self.lengths if length is not None]
+        self.shares = None if self.weights is None else np.asarray(self.weights, float) / np.sum(self.weights)
+        self.ends = np.cumsum(known) if self.weights is None and len(known) == len(self.lengths) else None
+        self._steps: np.ndarray | None = None if self.num_scenes is None else self._finite_steps(self.num_scenes)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._counts = [np.zeros(len(self.lengths), np.int64)]  # draws of every source before each block
         self._block: tuple[int, np.ndarray, np.ndarray] | None = None

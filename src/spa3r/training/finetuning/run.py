@@ -50,23 +50,18 @@ def finetune(
     note: Callable[[str], object] = lambda text: None,
     progress: Callable[[str], object] = lambda text: None,
 ) -> FinetuningResult:
-    """Train, or resume training: a run with the same configuration in ``training.output_dir`` is resumed from its
-    last intact checkpoint.
-
-    SIGTERM, SIGHUP (the terminal is closed) and Ctrl-C finish the step, save a checkpoint and return; a second Ctrl-C
-    interrupts immediately.
+    """Train, or resume training, as :func:`pretrain` does.
 
     Args:
         config: The configuration.
-        fresh: Start over: delete the checkpoints, model and logs in ``training.output_dir``.
+        fresh: As in :func:`pretrain`.
         callbacks: More callbacks for the trainer.
         note: Called in the main process with messages for the user; before the first step, with all parameter
             groups and their sizes.
         progress: Called in the main process with one line per log entry.
 
     Raises:
-        ValueError: The configuration is wrong, the folder belongs to a different run or is in use, none of
-            its checkpoints is intact, or the run learned nothing because no step was finite.
+        ValueError: As in :func:`pretrain`.
         ImportError: A package of ``spa3r[train]`` is missing, or bitsandbytes for ``"qlora"``.
     """
     args, section, data, evaluation = make_arguments(config), config.model, config.data, config.evaluation
@@ -171,7 +166,7 @@ def make_model(
             )
         model = Spa3VLMForConditionalGeneration.from_pretrained(section.init_from, **loading)
         processor = Spa3VLMProcessor.from_pretrained(section.init_from)
-        if needs_teacher:
+        if needs_teacher and model.spa3r is not None:
             psfm, _ = embedded_spa3r()
             psfm.spa3r = model.spa3r
     else:

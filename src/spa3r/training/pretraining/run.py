@@ -90,8 +90,9 @@ def make_model(config: PretrainingConfig) -> tuple[Spa3RForPreTraining, Spa3RIma
     section, data = config.model, config.data
     fields: dict[str, Any] = {"dtype": section.dtype} | section.fields
     own: dict[str, Any] = {"mode": "pretraining"}
-    if section.init_from is None and section.backbone is not None:
-        model = Spa3RForPreTraining.from_vggt_and_dinov3(section.backbone, section.semantic_teacher, **fields)
+    if section.init_from is None:
+        backbone = section.backbone or ""  # there is one, as the configuration has checked
+        model = Spa3RForPreTraining.from_vggt_and_dinov3(backbone, section.semantic_teacher, **fields)
     else:
         homes = {"backbone": section.backbone, "semantic_teacher": section.semantic_teacher}
         fields |= {f"{part}_name_or_path": home for part, home in homes.items() if home is not None}
