@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -148,4 +149,44 @@ def read_json_object(file: str | os.PathLike, what: str, cure: str) -> dict[str,
     return content
 
 
-__all__ = ["WriteError", "alone_in", "read_json_object", "write_whole", "writing", "writing_folder"]
+def sha256_of(file: str | os.PathLike) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def read_json_lines(
+    file: str | os.PathLike, check: Callable[[dict[str, Any]], object], may_be_cut: bool = False
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The readable lines of a file of JSON objects, and the others, such as ``line 3 of 11 (no JSON)``.
+
+    Args:
+        file: A file with one JSON object per line; empty lines are ignored.
+        check: Raises ValueError for an object that is not one of this file.
+        may_be_cut: Whether an unreadable last line is left out silently: a kill cuts what is being appended.
+    """
+    lines, faults = [], []
+    texts = [text for text in Path(file).read_bytes().split(b"\n") if text.strip()]
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text.decode("utf-8"))
+            if not isinstance(line, dict):
+                raise ValueError(f"it must be a JSON object, got {type(line).__name__}")
+            check(line)
+            lines.append(line)
+        except (ValueError, RecursionError) as error:
+            if not (may_be_cut and number == len(texts)):
+                faults.append(f"line {number} of {len(texts)} ({error})")
+    return lines, faults
+
+
+__all__ = [
+    "WriteError",
+    "alone_in",
+    "read_json_lines",
+    "read_json_object",
+    "sha256_of",
+    "write_whole",
+    "writing",
+    "writing_folder",
+]

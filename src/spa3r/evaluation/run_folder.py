@@ -15,7 +15,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
@@ -28,7 +28,7 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from spa3r.checks import check_types, is_number, is_of_type, shorten, type_words
-from spa3r.disk import read_json_object, write_whole, writing
+from spa3r.disk import read_json_lines, read_json_object, sha256_of, write_whole, writing
 from spa3r.evaluation.answers import AnswerReport, ScoredAnswer
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.secret import hidden
@@ -174,27 +174,6 @@ def missing_note(missing: Mapping[str, Any]) -> str:
 # Lines of answers
 
 
-def read_lines(file: Path, check: Callable[[Line], object]) -> tuple[list[Line], list[str]]:
-    """The lines of a file, and a description of each unreadable line, such as ``line 3 of 11 is cut``.
-
-    Args:
-        file: A file with one JSON object per line.
-        check: Raises ValueError for a line that differs from what was written.
-    """
-    lines, faults = [], []
-    texts = [text for text in file.read_bytes().split(b"\n") if text.strip()]
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text.decode("utf-8"))
-            if not isinstance(line, dict):
-                raise ValueError(f"it must be a JSON object, got {type(line).__name__}")
-            check(line)
-            lines.append(line)
-        except (ValueError, RecursionError) as error:
-            faults.append(f"line {number} of {len(texts)} ({error})")
-    return lines, faults
-
-
 def _check_answer(line: Line) -> None:
     """Check that a line has the keys that are read, with the right types."""
     if absent := [key for key in ANSWER if key not in line]:
@@ -217,7 +196,7 @@ def _few(faults: list[str]) -> str:
 def _finished_answers(folder: Path, about: Mapping[str, Any]) -> list[Line]:
     """The answers of a finished run: all of them, or an error."""
     file = folder / ANSWERS_FILE
-    answers, faults = read_lines(file, _check_answer)
+    answers, faults = read_json_lines(file, _check_answer)
     if faults:
         raise ValueError(f"{file} is damaged: {_few(faults)}. {ASK_AGAIN}")
     ids, wanted = [line["id"] for line in answers], about["benchmark"]["questions"]
@@ -236,13 +215,9 @@ def _finished_answers(folder: Path, about: Mapping[str, Any]) -> list[Line]:
 def _changed_since(folder: Path, about: Mapping[str, Any]) -> str | None:
     """A message if the answers are not those of the finished run."""
     file, wanted = folder / ANSWERS_FILE, about.get("answers_sha256")
-    if wanted is None or not file.exists() or _sha256(file) == wanted:
+    if wanted is None or not file.exists() or sha256_of(file) == wanted:
         return None
     return f"{file} was changed after the run: the scores are those of the answers that it holds now"
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 class LineWriter:
@@ -366,7 +341,7 @@ class RunFolder:
             "questions": len(unread),
             "scenes": {f"{line['dataset']}/{line['scene_name']}": line["missing"] for line in unread},
         }
-        about["answers_sha256"] = _sha256(self.folder / ANSWERS_FILE)
+        about["answers_sha256"] = sha256_of(self.folder / ANSWERS_FILE)
         self._write_about(about)
         for part in self._parts():
             part.unlink()
@@ -382,7 +357,7 @@ class RunFolder:
         return lines
 
     def _read(self) -> dict[Path, tuple[list[Line], list[str]]]:
-        return {file: read_lines(file, self._check) for file in self._files()}
+        return {file: read_json_lines(file, self._check) for file in self._files()}
 
     def _check(self, line: Line) -> None:
         """Check that a line matches the question as it is asked."""

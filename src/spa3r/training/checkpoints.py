@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spa3r.disk import read_json_object, write_whole, writing
+from spa3r.disk import read_json_object, sha256_of, write_whole, writing
 
 UNFINISHED = ".unfinished"
 """Subfolder of a run in which files are written before they are moved to their final place. The next run removes it
@@ -179,13 +178,8 @@ def _folders_in(output_dir: str | Path) -> list[Path]:
 def write_checksums(checkpoint: Path) -> None:
     """Write the checksums of the files of a checkpoint, for :func:`fault_of`."""
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != STATE_FILE)
-    sums = {file.relative_to(checkpoint).as_posix(): _sha256(file) for file in files}
+    sums = {file.relative_to(checkpoint).as_posix(): sha256_of(file) for file in files}
     write_whole(checkpoint / CHECKSUMS_FILE, json.dumps(sums, indent=1))
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def fault_of(checkpoint: Path) -> str | None:
@@ -208,7 +202,7 @@ def fault_of(checkpoint: Path) -> str | None:
         if not is_sharded and not any(name.endswith("model.safetensors") or "model-" in name for name in files):
             return "the weights are missing"
         for name in sorted(files):
-            if name in wanted and wanted[name] != _sha256(checkpoint / name):
+            if name in wanted and wanted[name] != sha256_of(checkpoint / name):
                 return f"{name} is cut or changed"
             if name not in wanted and name.endswith(".safetensors"):
                 with safe_open(checkpoint / name, framework="pt") as content:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spa3r.disk import write_whole, writing
+from spa3r.disk import read_json_lines, write_whole, writing
 from spa3r.secret import hide
 
 
@@ -59,22 +59,18 @@ def read_log(file: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: Another line is damaged.
     """
-    texts = [text for text in Path(file).read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
-    lines = []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-                raise ValueError("it is no entry of a log")
-        except (ValueError, RecursionError) as error:
-            if number == len(texts):
-                break
-            raise ValueError(
-                f"{file} is damaged: its line {number} of {len(texts)} can't be read ({error}). Delete that line, or "
-                "move the file away: the run goes on without it."
-            ) from error
-        lines.append(line)
+    lines, faults = read_json_lines(file, _check_entry, may_be_cut=True)
+    if faults:
+        raise ValueError(
+            f"{file} is damaged: {faults[0]} can't be read. Delete that line, or move the file away: the run goes on "
+            "without it."
+        )
     return lines
+
+
+def _check_entry(line: dict[str, Any]) -> None:
+    if not isinstance(line.get("step"), int):
+        raise ValueError("it is no entry of a log")
 
 
 __all__ = ["JsonLinesCallback", "read_log"]

@@ -233,11 +233,10 @@ class FinetuningTrainer(ResumableTrainer):
         with self._window.pause():
             own = AnswerReport([])
             if indices:
+                processor: Any = self.processing_class
                 examples = (dataset[index] for index in indices)
                 with self.accelerator.autocast():
-                    own = evaluate_answers(
-                        self._unwrapped, self.processing_class, examples, **self.evaluation, skip=True
-                    )
+                    own = evaluate_answers(self._unwrapped, processor, examples, **self.evaluation, skip=True)
             parts = self._gather_from_hosts((own.answers, own.skipped))
             answers, skipped = (list(chain.from_iterable(part)) for part in zip(*parts))
             report = AnswerReport(answers, skipped)
