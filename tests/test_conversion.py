@@ -233,7 +233,8 @@ def test_a_pickle_of_anything_but_tensors_is_refused_and_not_run(tmp_path):
     victim = tmp_path / "victim"
     victim.mkdir()
     torch.save({"state_dict": vggt_weights(), "callback": Surprise(victim)}, tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="only pickles of tensors and plain values are loaded, and whole ones"):
+    words = "only pickles of tensors and plain values are loaded, and they must be complete"
+    with pytest.raises(ValueError, match=words):
         convert_checkpoint(tmp_path / "model.ckpt", tmp_path / "ours", "vggt", GOLDEN_VGGT_FIELDS)
     assert victim.is_dir()
 

@@ -343,12 +343,12 @@ def test_another_kind_is_named(hub):
         (
             VggtModel,
             composed / "spa3r.ckpt",
-            r"ckpt holds a Spa3R in its released layout, and VggtModel wants a VGGT",
+            r"ckpt holds a Spa3R in its released layout, and VggtModel expects a VGGT",
         ),
         (
             Spa3RModel,
             hub["vggt"],
-            r"holds a VGGT .*wants a Spa3R or a Spa3-VLM\. Load it with VggtModel",
+            r"holds a VGGT .*expects a Spa3R or a Spa3-VLM\. Load it with VggtModel",
         ),
         (Spa3VLMForConditionalGeneration, hub["vggt"], r"holds a VGGT in its released layout, and Spa3VLMFor"),
         (Spa3VLMForConditionalGeneration, composed / "spa3r.ckpt", r"holds a Spa3R .*Load it with Spa3RModel"),
@@ -366,7 +366,7 @@ def test_what_is_no_released_checkpoint_is_left_to_transformers(hub, converted, 
     with pytest.raises(ValueError, match="holds a model of type 'qwen2_5_vl', and Spa3VLMForConditional"):
         Spa3VLMForConditionalGeneration.from_pretrained(tmp_path / "plain")
     save_file({"something.weight": torch.ones(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"x\.safetensors is a file in none of the released layouts"):
+    with pytest.raises(ValueError, match=r"x\.safetensors is a file in an unknown layout, not a released one"):
         VggtModel.from_pretrained(tmp_path / "x.safetensors")
 
 
@@ -411,7 +411,7 @@ def test_commands_take_released_names(hub, tmp_path, monkeypatch):
     for name in ("hustvl/Spa3-VLM", str(hub["composed"] / "spa3r.ckpt"), str(hub["composed"] / "spa3_vlm")):
         model, processor = _load_spa3r(name, "cpu", Dtype.auto, None)
         assert type(model) is Spa3RModel and processor.size == 70
-    with pytest.raises(ValueError, match=r"holds a VGGT in its released layout, and `--model` wants a Spa3R"):
+    with pytest.raises(ValueError, match=r"holds a VGGT in its released layout, and `--model` expects a Spa3R"):
         _load_spa3r(str(hub["vggt"]), "cpu", Dtype.auto, None)
 
 
@@ -464,13 +464,13 @@ def test_adapter_folders_load_and_merge(tmp_path):
     told = CliRunner().invoke(app, ["merge", str(folder), str(tmp_path / "other")])
     assert told.exit_code == 1 and "lacks keys of Spa3VLM" in " ".join(told.output.split())
     save_file(tensors | {key.replace("q_proj", "z_proj"): tensors[key].clone()}, folder / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"The adapter .* has foreign keys of Spa3VLM.*z_proj"):
+    with pytest.raises(ValueError, match=r"The adapter .* has unexpected keys of Spa3VLM.*z_proj"):
         Spa3VLMForConditionalGeneration.from_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors")
 
     config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="holds an adapter of peft, which names no base model"):
+    with pytest.raises(ValueError, match="holds a PEFT adapter that doesn't name its base model"):
         Spa3VLMForConditionalGeneration.from_pretrained(folder)
 
 

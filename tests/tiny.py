@@ -377,7 +377,7 @@ class ModelTests:
 
     def test_loading_refuses_foreign_keys(self, tmp_path):
         self._checkpoint(tmp_path, lambda weights: weights.update({"stranger.weight": torch.ones(2)}))
-        with pytest.raises(ValueError, match=rf"has foreign keys of {self.model_class.__name__}: stranger.weight"):
+        with pytest.raises(ValueError, match=rf"has unexpected keys of {self.model_class.__name__}: stranger.weight"):
             self.model_class.from_pretrained(tmp_path)
 
     def test_loading_refuses_other_shapes(self, tmp_path):

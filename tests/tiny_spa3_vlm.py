@@ -86,8 +86,8 @@ def compose(name="qwen2_5_vl", seed=0, size=SIZE, integration="cross_attention",
     return model, processor
 
 
-def make(name="qwen2_5_vl", **kwargs) -> Composed:
-    return Composed(*compose(name, **kwargs))
+def make(name="qwen2_5_vl", integration="cross_attention", spatial_source="spa3r", **kwargs) -> Composed:
+    return Composed(*compose(name, integration=integration, spatial_source=spatial_source, **kwargs))
 
 
 def prompt(composed: Composed, pictures=PICTURES, question=QUESTIONS[0], **kwargs) -> dict:

@@ -110,7 +110,7 @@ def _convert_spa3_vlm(source: Path, tensors: dict[str, Tensor], fields: dict[str
         raise FileNotFoundError(
             f"`source` must be the released spa3_vlm folder with its config.json, and {config_file} doesn't exist."
         )
-    vlm_fields = read_json_object(config_file, "the VLM's configuration", "Fetch it again.")
+    vlm_fields = read_json_object(config_file, "the VLM's configuration", "Download it again.")
     weights, config = translate_spa3_vlm(tensors, vlm_fields, fields)
     with torch.device("meta"):
         model = Spa3VLMForConditionalGeneration(config)

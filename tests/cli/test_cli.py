@@ -117,7 +117,7 @@ def test_control_characters_stay_out_of_the_terminal():
         (("{tmp}/broken.png", QUESTION), "{tmp}/broken.png"),
         (("{tmp}/broken.mp4", QUESTION), "error: The video {tmp}/broken.mp4 can't be decoded"),
         (("{tmp}/empty", QUESTION), "error: The folder {tmp}/empty holds no pictures and no videos"),
-        (("http://127.0.0.1:9/a.png", QUESTION), "error: The picture http://127.0.0.1:9/a.png can't be fetched"),
+        (("http://127.0.0.1:9/a.png", QUESTION), "error: The picture http://127.0.0.1:9/a.png can't be downloaded"),
         (("{tmp}/ok.png", "What is <|image_pad|>?"), "must not contain '<|image_pad|>', which the VLM would read as"),
         (("{tmp}/ok.png", QUESTION, "--attn", "magic"), "error: `attn_implementation` must be one of"),
         (("{tmp}/ok.png", QUESTION, "--attn", "flash_attention_2"), "can't be used here"),

@@ -142,7 +142,7 @@ def test_conversion_of_a_damaged_configuration(text, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(text)
     error = run_json("convert", tmp_path, tmp_path / "out", "--kind", "spa3-vlm", code=1)["error"]
-    assert "config.json is damaged: the VLM's configuration must be " in error and "Fetch it again" in error
+    assert "config.json is damaged: the VLM's configuration must be " in error and "Download it again" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -210,7 +210,7 @@ def test_what_is_missing_or_broken_is_named(released):
     video = released / "scannet" / "scene0.mp4"
     counting_video(video, 20, options={"movflags": "faststart"})
     video.write_bytes(video.read_bytes()[: int(video.stat().st_size * 0.7)])
-    with pytest.raises(ValueError, match=r"scene0.mp4 breaks off: it must hold 20 frames, as its header says, and"):
+    with pytest.raises(ValueError, match=r"scene0.mp4 is truncated: it must hold 20 frames, as its header says, and"):
         benchmark.frames("scannet/scene0", 2)
     video.write_text("no video")
     assert benchmark.missing() == {}

@@ -82,7 +82,7 @@ def test_urls_with_spaces_and_letters_beyond_ascii():
 
 
 def test_a_fetched_picture_has_a_largest_size(monkeypatch):
-    monkeypatch.setattr(images, "MAX_FETCHED_BYTES", 100)
+    monkeypatch.setattr(images, "MAX_DOWNLOADED_BYTES", 100)
     with served({"/a.png": CONTENT}) as address, pytest.raises(ValueError, match=r"a.png has more than 100 bytes"):
         to_rgb(f"{address}/a.png")
 
@@ -157,7 +157,7 @@ KINDS = ("AVIF", "HEIF", "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JP
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_pictures_end_in_one_error_that_names_the_file(kind, tmp_path):
-    images._know_heif()
+    images._register_heif()
     content, rng, file = encoded(noise(80, 60), kind), np.random.default_rng(0), tmp_path / "photo.jpg"
     failed = 0
     for cut in range(0, len(content), max(1, len(content) // 20)):
@@ -188,14 +188,14 @@ def damaged_avif() -> bytes:
     reason="older Pillow refuses the file when it opens it",
 )
 def test_a_damaged_avif_fails_deep_inside():
-    with pytest.raises(ValueError, match=r"can't be decoded: \d+ bytes \(.*It is damaged or no picture") as caught:
+    with pytest.raises(ValueError, match=r"can't be decoded: \d+ bytes \(.*It is damaged or not a picture") as caught:
         to_rgb(damaged_avif())
     assert isinstance(caught.value.__cause__, RuntimeError)  # what the other readers are tried with
 
 
 @pytest.mark.parametrize("name", ["photo.heic", "photo.HEIF", "photo.jpg", "photo"])
 def test_heic_is_read_whatever_its_name(name, tmp_path):
-    images._know_heif()
+    images._register_heif()
     (tmp_path / name).write_bytes(encoded(smooth(64, 48), "HEIF", quality=95))
     ours = np.asarray(to_rgb(tmp_path / name), int)
     assert np.abs(ours - np.asarray(smooth(64, 48))).mean() < 4
@@ -203,7 +203,7 @@ def test_heic_is_read_whatever_its_name(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["photo.heic", "photo.jpg"])
 def test_without_its_package_heic_is_told_apart_from_damage(name, tmp_path, monkeypatch):
-    images._know_heif()
+    images._register_heif()
     (tmp_path / name).write_bytes(encoded(smooth(64, 48), "HEIF"))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.delitem(Image.OPEN, "HEIF")
@@ -238,7 +238,7 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["AVIF", "HEIF", "JPEG", "PNG", "BMP", "PPM", "JPEG2000"])
 def test_beyond_pils_own_limit_is_not_beyond_ours(kind, monkeypatch, tmp_path):
     """As a phone's pictures of 200 megapixels are, here with smaller numbers."""
-    images._know_heif()
+    images._register_heif()
     content = encoded(noise(80, 60), kind)
     reference = np.asarray(to_rgb(content))
     (tmp_path / "photo").write_bytes(content)
@@ -290,7 +290,7 @@ LONG = base64.b64encode(os.urandom(3 * 2**20)).decode()
         (LONG, "doesn't exist. Check the path"),
         (TEXT[:200] + LONG, r"can't be decoded: iVBORw0KGgo"),
         (f"file://{LONG}", "doesn't exist. Check the path"),
-        (f"http://127.0.0.1:9/{LONG}", "can't be fetched"),
+        (f"http://127.0.0.1:9/{LONG}", "can't be downloaded"),
         (LONG.encode(), r"can't be decoded: 4194304 bytes"),
         (" " * 10**6 + "!", "doesn't exist"),
         ("a\0b", "doesn't exist"),

@@ -129,7 +129,10 @@ def unreadable(kind: str, folder: Path) -> Path:
     ("kind", "words"),
     [
         ("missing", r"The video \S+missing.mp4 doesn't exist. Check the path."),
-        ("text", r"The video \S+text.mp4 can't be decoded \(.*It is damaged or no video: leave it out or convert it."),
+        (
+            "text",
+            r"The video \S+text.mp4 can't be decoded \(.*It is damaged or not a video: leave it out or convert it.",
+        ),
         ("empty", r"The video \S+empty.mp4 can't be decoded \("),
         ("truncated", r"The video \S+truncated.mp4 can't be decoded \("),
         ("folder", r"The video \S+folder.mp4 can't be decoded \("),

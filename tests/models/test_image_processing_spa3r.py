@@ -356,12 +356,12 @@ def test_pictures_from_the_web():
     picture = noise(40, 30, channels=4)
     with served({"/a.png": encoded(picture), "/b.png": b"<html>moved</html>"}) as address:
         assert_same_pictures(f"{address}/a.png", to_rgb(picture))
-        with pytest.raises(ValueError, match=r"can't be decoded: http://\S+/b.png \(.* It is damaged or no picture"):
+        with pytest.raises(ValueError, match=r"can't be decoded: http://\S+/b.png \(.* It is damaged or not a picture"):
             to_rgb(f"{address}/b.png")
-        words = r"http://\S+/c.png can't be fetched \(.*404.* Check the address and the network"
+        words = r"http://\S+/c.png can't be downloaded \(.*404.* Check the address and the network"
         with pytest.raises(ValueError, match=words):
             to_rgb(f"{address}/c.png")
-    with pytest.raises(ValueError, match="can't be fetched"):
+    with pytest.raises(ValueError, match="can't be downloaded"):
         to_rgb(f"{address}/a.png")
 
 
@@ -369,7 +369,7 @@ def test_pictures_from_the_web():
 
 GOOD = noise(30, 30)
 CUT = encoded(noise(90, 60), "JPEG")[:3000]
-ONE_VIEW = "`images` must hold at least one view for every scene, got none for scene {}. Give at least one picture"
+ONE_VIEW = "`images` must hold at least one picture for every scene, got none for scene {}. Give at least one picture"
 BOTH = "`images` must hold either pictures or lists of pictures, got both. Put every scene's pictures in a list"
 SHAPE = r"must have shape \(H, W\), \(H, W, 1\|3\|4\) or \(1\|3\|4, H, W\), got "
 FINITE = r"A picture must hold finite values, got .* with NaN or infinite pixels"
@@ -433,7 +433,7 @@ def test_what_makes_no_views_is_refused(processor, images, words):
 def test_truncated_files_are_named(processor, tmp_path, source):
     file = tmp_path / "cut.jpg"
     file.write_bytes(CUT)
-    words = r"The picture can't be decoded: \S+cut\.jpg \(.*truncated.*\)\. It is damaged or no picture: leave it out"
+    words = r"The picture can't be decoded: \S+cut\.jpg \(.*truncated.*\)\. It is damaged or not a picture: leave"
     with pytest.raises(ValueError, match=words):
         processor([GOOD, source(file)])
 
@@ -450,7 +450,7 @@ def test_files_that_are_no_pictures_are_named(processor, tmp_path):
     with pytest.raises(ValueError, match=r"The picture \S+ can't be opened: Is a directory\. Give a file"):
         processor(tmp_path)
     (tmp_path / "photo.heic").write_text("No decoder knows this.")
-    with pytest.raises(ValueError, match=r"photo\.heic \(.*It is damaged or no picture"):
+    with pytest.raises(ValueError, match=r"photo\.heic \(.*It is damaged or not a picture"):
         processor(tmp_path / "photo.heic")
     with pytest.raises(ValueError, match=r"The picture \S+missing\.jpg doesn't exist\. Check the path\."):
         processor([[GOOD], [str(tmp_path / "missing.jpg")]])

@@ -54,7 +54,7 @@ def test_layouts_are_whole_numbers(models, way):
     for value in (None, [1.0], "pixels", np.zeros((12, 48)), 3):
         with pytest.raises(ValueError, match="`view_pixel_values` must be a tensor, got "):
             call(**inputs | {"view_pixel_values": value})
-    with pytest.raises(ValueError, match="`view_pixel_values` must lie on the model's device, cpu, got meta"):
+    with pytest.raises(ValueError, match="`view_pixel_values` must be on the model's device, cpu, got meta"):
         call(**inputs | {"view_pixel_values": inputs["view_pixel_values"].to("meta")})
     with pytest.raises(ValueError, match="`view_pixel_values` must be floating point"):
         call(**inputs | {"view_pixel_values": inputs["view_pixel_values"].bool()})

@@ -561,7 +561,9 @@ def test_a_home_that_moved_is_named_with_its_cure(tmp_path):
     model.config.semantic_teacher_name_or_path = str(tmp_path / "dinov3")
     model.save_pretrained(tmp_path / "spa3r", include_backbone=False)
     (tmp_path / "vggt").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"home of its backbone, which can't be loaded.*backbone_name_or_path=\.\.\."):
+    with pytest.raises(
+        ValueError, match=r"source of its backbone, which can't be loaded.*backbone_name_or_path=\.\.\."
+    ):
         Spa3RForPreTraining.from_pretrained(tmp_path / "spa3r")
     found = Spa3RForPreTraining.from_pretrained(tmp_path / "spa3r", backbone_name_or_path=str(tmp_path / "moved"))
     assert torch.equal(found.spa3r.backbone.camera_token, model.spa3r.backbone.camera_token)
@@ -586,6 +588,6 @@ def test_a_checkpoint_that_names_itself_as_a_home_is_refused(tmp_path):
     file = tmp_path / "spa3r" / "config.json"
     file.write_text(file.read_text().replace(str(tmp_path / "elsewhere"), str(tmp_path / "spa3r")))
     with pytest.raises(
-        ValueError, match=r"names itself as the home of its backbone, which it doesn't hold\. Say where"
+        ValueError, match=r"names itself as the source of its backbone, which it doesn't hold\. Set its location"
     ):
         Spa3RForPreTraining.from_pretrained(tmp_path / "spa3r")

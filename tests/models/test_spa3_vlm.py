@@ -501,12 +501,30 @@ def model():
             {"image_tokens_per_scene": [4, 4, 4]},
             r"`image_tokens_per_scene` must say how many image placeholders each row of `input_ids` has, .* got \[4, 4",
         ),
+        ({"image_grid_thw": None}, "`pixel_values` must come with `image_grid_thw`, got None: without, the VLM can't"),
     ],
-    ids="no_views no_pictures few many sum_of_views row_without_views grids token_counts".split(),
+    ids="no_views no_pictures few many sum_of_views row_without_views grids token_counts no_grids".split(),
 )
 def test_inputs_that_contradict_one_another(model, batch, call, change, words):
     with pytest.raises(ValueError, match=words):
         getattr(model, call)(**(batch | change))
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_ids_are_those_of_the_tokenizer(model, batch, monkeypatch, call):
+    monkeypatch.setattr(model.spa3r, "_encode", None)  # to call it would be an error of another kind
+    for dtype in (torch.int32, torch.uint8, torch.bool, torch.float32):
+        with pytest.raises(
+            ValueError, match=rf"`input_ids` must be .* type torch.int64, got .* and type {dtype}\. Pass"
+        ):
+            getattr(model, call)(**batch | {"input_ids": batch["input_ids"].to(dtype)})
+    last = len(model.get_input_embeddings().weight) - 1
+    for wrong in (-100, -1, last + 1, 2**40):
+        ids = batch["input_ids"].clone()
+        ids[1, -2] = wrong
+        words = f"from 0 to {last}, the VLM's tokens, got {wrong} at place {ids.shape[1] - 2} of row 1. Pass what"
+        with pytest.raises(ValueError, match=words):
+            getattr(model, call)(**batch | {"input_ids": ids})
 
 
 @pytest.mark.parametrize(
@@ -728,7 +746,7 @@ def test_a_configuration_of_a_far_larger_model_is_refused_before_the_model_has_m
         ),
         (lambda w: w.pop("spa3r.encoder.query_tokens"), "lacks keys of .*: spa3r.encoder.query_tokens"),
         (lambda w: w.pop("vlm.lm_head.weight"), "lacks keys of .*: vlm.lm_head.weight"),
-        (lambda w: w.update({"stranger": torch.ones(1)}), "has foreign keys of .*: stranger"),
+        (lambda w: w.update({"stranger": torch.ones(1)}), "has unexpected keys of .*: stranger"),
     ],
     ids="key adapter spa3r vlm foreign".split(),
 )

@@ -475,6 +475,14 @@ def test_questions_that_are_refused(composed, scene):
 def test_arguments_that_are_refused(composed, scene):
     with pytest.raises(ValueError, match="`images` must hold at least one picture"):
         composed.encode([])
+    for images in (None, 5, 2.5, object()):
+        with pytest.raises(ValueError, match=f"`images` must be pictures, .*got {type(images).__name__}"):
+            composed.encode(images)
+    for picture, words in ((None, "must hold its image under one of"), (5, "must be a PIL image, .* got int")):
+        with pytest.raises(ValueError, match=words):
+            composed.encode([picture])
+    with pytest.raises(ValueError, match="`images` must be the pictures of one scene, got 2 scenes"):
+        composed.encode([PICTURES, PICTURES])
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         composed.ask(scene, batch_size=0)
     for name, value in {"num_return_sequences": 2, "use_cache": False, "past_key_values": None}.items():

@@ -127,7 +127,7 @@ class TestSpa3RModel(ModelTests):
     @pytest.mark.parametrize("given", ("extrinsics", "intrinsics"))
     def test_forward_refuses_half_a_camera(self, given):
         inputs = self.inputs()
-        with pytest.raises(ValueError, match=rf"`extrinsics` and `intrinsics` go together: got only `{given}`"):
+        with pytest.raises(ValueError, match=rf"`intrinsics` must be given together, got only `{given}`"):
             self.make()(**inputs, **{given: some_cameras(inputs)[given]})
 
     def test_forward_refuses_wrong_cameras(self):

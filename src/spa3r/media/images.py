@@ -35,7 +35,7 @@ floating point in [0, 1], or 16-bit in [0, 65535]."""
 MAX_PIXELS = int(os.environ.get("SPA3R_MAX_IMAGE_PIXELS", 2**28))
 """Maximum pixels of a decoded picture; the environment variable ``SPA3R_MAX_IMAGE_PIXELS`` changes the limit."""
 
-MAX_FETCHED_BYTES = 2**29
+MAX_DOWNLOADED_BYTES = 2**29
 """Maximum size in bytes of a downloaded picture."""
 
 _PILS_OWN_LIMIT = 1024 * 1024 * 1024 // 4 // 3  # the default of PIL.Image.MAX_IMAGE_PIXELS
@@ -93,7 +93,7 @@ def as_scenes(images: Any) -> list[list[Image]]:
     for index, scene in enumerate(scenes):
         if not scene:
             raise ValueError(
-                f"`images` must hold at least one view for every scene, got none for scene {index}. "
+                f"`images` must hold at least one picture for every scene, got none for scene {index}. "
                 "Give at least one picture, or leave the scene out."
             )
     return scenes
@@ -118,7 +118,7 @@ class _PictureError(ValueError):
 
 def _decoded(source: Any, name: str, max_pixels: int) -> PIL.Image.Image:
     """The decoded and upright picture; the caller's image is not changed."""
-    _know_heif()
+    _register_heif()
     if isinstance(source, PIL.Image.Image):
         if isinstance(source, PIL.ImageFile.ImageFile):  # it may not be loaded from its file yet
             _check_pixels(source, name, max_pixels)
@@ -144,7 +144,7 @@ def _file(source: Any) -> Path | IO[bytes]:
         if source[:5].lower() == "data:":
             return BytesIO(_of_data_url(source))
         if source[:4].lower() == "http":
-            return _fetched(source)
+            return _downloaded(source)
         return BytesIO(_of_base64(source))
     try:
         return regular_file(source)
@@ -158,7 +158,7 @@ def is_path(source: str | Path) -> bool:
         return True
     if source[:8].lower().startswith(("http://", "https://", "data:")):
         return False
-    return not _BASE64.fullmatch(source) or exists(source) or not _is_known(_of_base64(source[:64]))
+    return not _BASE64.fullmatch(source) or exists(source) or not _is_picture(_of_base64(source[:64]))
 
 
 def _of_data_url(url: str) -> bytes:
@@ -180,7 +180,7 @@ def _of_base64(text: str) -> bytes:
         return base64.b64decode(text[: len(text) // 4 * 4])
 
 
-def _is_known(content: bytes) -> bool:
+def _is_picture(content: bytes) -> bool:
     """Whether bytes start with the signature of a picture format."""
     if _is_heif(content):
         return True
@@ -201,7 +201,7 @@ def _is_heif(content: bytes) -> bool:
 
 
 @cache
-def _know_heif() -> None:
+def _register_heif() -> None:
     """Register HEIC with PIL if pillow-heif is installed."""
     try:
         from pillow_heif import register_heif_opener
@@ -257,16 +257,16 @@ def _check_pixels(image: PIL.Image.Image, name: str, max_pixels: int) -> None:
         )
 
 
-def _fetched(url: str) -> BytesIO:
+def _downloaded(url: str) -> BytesIO:
     try:
         with urlopen(Request(_quoted(url), headers={"User-Agent": "spa3r"}), timeout=60) as response:
-            content = response.read(MAX_FETCHED_BYTES + 1)
+            content = response.read(MAX_DOWNLOADED_BYTES + 1)
     except (OSError, ValueError, HTTPException) as error:
         raise _PictureError(
-            f"The picture {describe(url)} can't be fetched ({_words(error)}). Check the address and the network."
+            f"The picture {describe(url)} can't be downloaded ({_words(error)}). Check the address and the network."
         ) from error
-    if len(content) > MAX_FETCHED_BYTES:
-        raise _PictureError(f"The picture {describe(url)} has more than {MAX_FETCHED_BYTES} bytes. Make it smaller.")
+    if len(content) > MAX_DOWNLOADED_BYTES:
+        raise _PictureError(f"The picture {describe(url)} has more than {MAX_DOWNLOADED_BYTES} bytes. Make it smaller.")
     return BytesIO(content)
 
 
@@ -295,7 +295,7 @@ def _cure(source: Any, error: Exception) -> str:
         return "Raise PIL.Image.MAX_IMAGE_PIXELS if the picture can be trusted."
     if not can_read_heif() and _seems_heif(source):
         return 'It seems to be a HEIC picture: pip install "spa3r[heic]", or export the photo as JPEG.'
-    return "It is damaged or no picture: leave it out or replace it."
+    return "It is damaged or not a picture: leave it out or replace it."
 
 
 def _seems_heif(source: Any) -> bool:

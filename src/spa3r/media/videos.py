@@ -244,10 +244,10 @@ def read_frames(video: str | Path | bytes, indices: Iterable[int]) -> dict[int, 
 def _sample(video: Any, sampling: FrameSampling, whole: bool = False) -> tuple[list[int], list[PIL.Image.Image]]:
     with _opened(video) as source:
         scan = source.scan()
-        if whole and scan.packets < scan.promised:
+        if whole and scan.packets < scan.announced:
             raise _VideoError(
-                f"The video {source.name} breaks off: it must hold {scan.promised} frames, as its header says, and "
-                f"holds {scan.packets}. Fetch it again."
+                f"The video {source.name} is truncated: it must hold {scan.announced} frames, as its header says, and "
+                f"holds {scan.packets}. Download it again."
             )
         indices = source.choose(sampling, scan)
         frames, exact = source.decode_near(sorted(set(indices)), scan)
@@ -263,8 +263,8 @@ def _sample(video: Any, sampling: FrameSampling, whole: bool = False) -> tuple[l
         if damaged := sorted({index for index in indices if frames.get(index) is None}):
             raise _VideoError(
                 f"The video {source.name} is damaged: its frames {', '.join(map(str, damaged[:5]))}"
-                f"{' and others' if len(damaged) > 5 else ''} of {decoded} can't be decoded. Fetch it again, or take "
-                "another part of it."
+                f"{' and others' if len(damaged) > 5 else ''} of {decoded} can't be decoded. Download it again, or "
+                "take another part of it."
             )
     return indices, [frame for index in indices if (frame := frames[index]) is not None]
 
@@ -280,7 +280,7 @@ class _Scan(NamedTuple):
     """(frames,), seconds from the first frame."""
     packets: int
     """Number of packets read, including those of hidden frames."""
-    promised: int
+    announced: int
     """Number of frames in the header; 0 if missing."""
     seconds: float
     """Length of the video."""
@@ -347,19 +347,19 @@ class _Source:
                 if is_key
             }
             starts = (np.array(times) - times[0]) * float(self.time_base)
-        promised_seconds = self._promised_seconds()
-        seconds = promised_seconds if stream.duration is not None else len(shown) / rate
+        announced_seconds = self._announced_seconds()
+        seconds = announced_seconds if stream.duration is not None else len(shown) / rate
         gap = max([last_duration * float(self.time_base), 1 / rate, *np.diff(starts)])
-        breaks_off = packets < stream.frames or starts[-1] + gap < 0.75 * promised_seconds
-        if breaks_off:
-            what = f"{stream.frames} frames" if packets < stream.frames else f"{promised_seconds:.1f} seconds"
+        is_truncated = packets < stream.frames or starts[-1] + gap < 0.75 * announced_seconds
+        if is_truncated:
+            what = f"{stream.frames} frames" if packets < stream.frames else f"{announced_seconds:.1f} seconds"
             logger.warning(
-                f"The video {self.name} breaks off: its header promises {what}, and {len(shown)} frames of "
-                f"{starts[-1] + gap:.1f} seconds can be read. Fetch it again."
+                f"The video {self.name} is truncated: its header announces {what}, and {len(shown)} frames of "
+                f"{starts[-1] + gap:.1f} seconds can be read. Download it again."
             )
-        return _Scan(times, keys, starts, packets, stream.frames, seconds, breaks_off or is_damaged)
+        return _Scan(times, keys, starts, packets, stream.frames, seconds, is_truncated or is_damaged)
 
-    def _promised_seconds(self) -> float:
+    def _announced_seconds(self) -> float:
         """The length in the header; 0 if missing."""
         stream = self.stream
         if stream.duration is not None:
@@ -380,8 +380,9 @@ class _Source:
         distinct = len(set(indices))
         if distinct < len(indices) and scan.missing:
             raise _VideoError(
-                f"The video {self.name} is damaged: {len(indices)} frames must be taken of it, and of what its header "
-                f"promises only {scan.num_frames} can be read. Fetch it again, or take at most so many."
+                f"The video {self.name} is damaged: {len(indices)} frames must be taken of it, and only "
+                f"{scan.num_frames} of those that its header announces can be read. Download it again, or take "
+                "at most so many."
             )
         self._check_pixels(self.stream.codec_context.width, self.stream.codec_context.height, distinct)
         return indices
@@ -500,8 +501,8 @@ def _opened(video: str | Path | bytes) -> Generator[_Source]:
         raise
     except Exception as error:
         raise _VideoError(
-            f"The video {name} can't be decoded ({getattr(error, 'strerror', None) or error}). It is damaged or no "
-            "video: leave it out or convert it."
+            f"The video {name} can't be decoded ({getattr(error, 'strerror', None) or error}). It is damaged or not "
+            "a video: leave it out or convert it."
         ) from error
 
 

@@ -273,7 +273,7 @@ def _xformers_fault() -> str | None:
     if torch.version.hip is None and not _cpp_lib._built_with_cuda:  # such a build rejects PyTorch's kernels, too
         return "its compiled part was built for other versions of PyTorch or CUDA and can't be loaded"
     has_kernel = any(kernel.is_available() for kernel in (fmha.cutlass.FwOp, fmha.flash.FwOp))
-    return None if has_kernel else "the installed build brings no attention kernel"
+    return None if has_kernel else "the installed build has no attention kernel"
 
 
 def why_unusable(name: str) -> str | None:

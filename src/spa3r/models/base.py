@@ -31,7 +31,7 @@ from spa3r.models.placement import execution_device
 from spa3r.models.released import (
     HUB_KWARGS,
     WHERE,
-    AdapterHome,
+    AdapterBase,
     Kind,
     ReleasedCheckpoint,
     find_adapter,
@@ -79,7 +79,7 @@ def packed_forward(forward: Callable[Concatenate[Model, P], T]) -> Callable[Conc
 
 
 UNSUPPORTED_OUTPUTS = {
-    "output_attentions": "packed attention never holds its weights",
+    "output_attentions": "packed attention doesn't compute attention weights",
     "output_hidden_states": (
         "layers of several widths run on packed tokens. `VggtModel(..., output_layers=range(n))` returns every layer's "
         "tokens; forward hooks see the rest"
@@ -275,7 +275,7 @@ class PackedPreTrainedModel(PreTrainedModel):
                 "It is truncated or damaged: download or convert it again."
             ) from error
         model, info = loaded
-        for kind, keys in (("lacks", info["missing_keys"]), ("has foreign", info["unexpected_keys"])):
+        for kind, keys in (("lacks", info["missing_keys"]), ("has unexpected", info["unexpected_keys"])):
             if keys:
                 raise ValueError(
                     f"The checkpoint {pretrained_model_name_or_path} {kind} keys of {cls.__name__}: "
@@ -323,17 +323,17 @@ class PackedPreTrainedModel(PreTrainedModel):
             return
         if tensor.is_meta or not any(hasattr(module, "_hf_hook") for module in self.modules()):
             raise ValueError(
-                f"`{name}` must lie on the model's device, {here}, got {there}. Move it with "
+                f"`{name}` must be on the model's device, {here}, got {there}. Move it with "
                 "`inputs = inputs.to(model.device)`."
             )
 
     @classmethod
-    def _from_adapter(cls, source: str | Path, adapter: AdapterHome, where: dict[str, Any], **kwargs: Any) -> Self:
+    def _from_adapter(cls, source: str | Path, adapter: AdapterBase, where: dict[str, Any], **kwargs: Any) -> Self:
         """The base model that a PEFT checkpoint names, with the adapter loaded."""
         if adapter.base is None:
             raise ValueError(
-                f"{source} holds an adapter of peft, which names no base model: its run combined a VLM with a Spa3R. "
-                "`spa3r merge` makes a whole checkpoint of the folder of such a run."
+                f"{source} holds a PEFT adapter that doesn't name its base model: its run combined a VLM with a Spa3R. "
+                "Merge the folder of that run with `spa3r merge`."
             )
         kept = {key: kwargs[key] for key in kwargs if key not in ("revision", "subfolder")}
         loaded: Any = cls.from_pretrained(adapter.base, **kept, **adapter.where)
@@ -427,7 +427,7 @@ def check_adapter_keys(
     Raises:
         ValueError: Keys are missing or unexpected.
     """
-    for kind, keys in (("lacks", sorted(missing)), ("has foreign", sorted(unexpected))):
+    for kind, keys in (("lacks", sorted(missing)), ("has unexpected", sorted(unexpected))):
         if keys:
             raise ValueError(
                 f"The adapter {source} {kind} keys of {model_class.__name__}: {quote_keys(keys)}. It was made for "
@@ -454,7 +454,7 @@ def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]],
     described = sum(value.numel() for key, value in model.named_parameters() if key not in model.all_tied_weights_keys)
     if described > 2 * held:  # keys are missing; which ones is known only after transformers has renamed them
         raise ValueError(
-            f"The checkpoint{_told(name)} must hold the {described:,} parameters of the {model_class.__name__} that "
+            f"The checkpoint{_named(name)} must hold the {described:,} parameters of the {model_class.__name__} that "
             f"its configuration describes, got {held:,} in {len(shapes)} tensors. The configuration belongs to other "
             "weights, or files are missing: take both from the same place."
         )
@@ -462,12 +462,12 @@ def _check_shapes(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]],
 
 def _other_shapes(model_class: type, name: str | Path | None, wrong: Sequence[str]) -> ValueError:
     return ValueError(
-        f"The checkpoint{_told(name)} has tensors of other shapes than {model_class.__name__}: {quote_keys(wrong)}. "
+        f"The checkpoint{_named(name)} has tensors of other shapes than {model_class.__name__}: {quote_keys(wrong)}. "
         "Its configuration belongs to other weights. Take both from the same place."
     )
 
 
-def _told(name: str | Path | None) -> str:
+def _named(name: str | Path | None) -> str:
     return "" if name is None else f" {name}"
 
 

@@ -208,5 +208,5 @@ def pluecker_rays(
     with maybe_autocast(extrinsics.device.type, enabled=False):
         world_from_camera = invert_extrinsics(extrinsics.float())
         directions = camera_rays(intrinsics, grid_hw, patch_size) @ world_from_camera[:, :3, :3].transpose(-2, -1)
-        centres = world_from_camera[:, None, :3, 3].expand_as(directions)
-        return torch.cat([directions, torch.linalg.cross(centres, directions)], dim=-1)
+        centers = world_from_camera[:, None, :3, 3].expand_as(directions)
+        return torch.cat([directions, torch.linalg.cross(centers, directions)], dim=-1)

@@ -92,7 +92,7 @@ def checked(cls: type[Config]) -> type[Config]:
         known = list(cls.__dataclass_fields__)
         for name in kwargs.keys() - known:
             if near := difflib.get_close_matches(name, known, 1, cutoff=0.9):
-                raise ValueError(f"`{name}` is no field of {cls.__name__}: did you mean `{near[0]}`?")
+                raise ValueError(f"`{name}` is not a field of {cls.__name__}: did you mean `{near[0]}`?")
         try:
             construct(self, *args, **kwargs)
         except StrictDataclassError as error:
@@ -177,7 +177,9 @@ def make_foreign(name: str, fields: dict[str, Any], default_type: str | None = N
     try:
         return AutoConfig.for_model(family, **fields)
     except (StrictDataclassError, AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"`{name}` has a field that the family {family!r} can't take: {_one_line(error)}") from error
+        raise ValueError(
+            f"`{name}` has a field that the family {family!r} doesn't accept: {_one_line(error)}"
+        ) from error
 
 
 def check_foreign_sizes(name: str, config: PreTrainedConfig) -> None:

@@ -97,11 +97,11 @@ def model_card(model: Any, name: str = "path/or/hub-id", training_data: Iterable
     model_class = type(model).__name__
     is_vlm = model_class == "Spa3VLMForConditionalGeneration"
     parts, training_data = parts_of(model.config), list(dict.fromkeys(training_data))
-    home = str(model.config.name_or_path)
-    if adapters and _HUB_ID.fullmatch(home) and not Path(home).exists():
-        parts.insert(0, home)
-    license_id = license_of([*parts, home])
-    strict = next((part for part in [*parts, home] if LICENSES.get(part) == license_id), None)
+    source = str(model.config.name_or_path)
+    if adapters and _HUB_ID.fullmatch(source) and not Path(source).exists():
+        parts.insert(0, source)
+    license_id = license_of([*parts, source])
+    strict = next((part for part in [*parts, source] if LICENSES.get(part) == license_id), None)
     data = ModelCardData(
         library_name="spa3r",
         pipeline_tag="image-text-to-text" if is_vlm else "image-feature-extraction",

@@ -108,7 +108,7 @@ class ViewLayout:
             )
         if not view_pixel_values.is_floating_point():
             raise ValueError(
-                "`view_pixel_values` must be floating point, normalised as the processor does it, got "
+                "`view_pixel_values` must be floating point, normalized as the processor does it, got "
                 f"{view_pixel_values.dtype}."
             )
         return layout

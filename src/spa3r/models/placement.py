@@ -42,7 +42,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 @contextmanager
-def weights_at_hand(module: nn.Module) -> Generator[None]:
+def loaded_weights(module: nn.Module) -> Generator[None]:
     """Context manager: the module's own parameters (not those of submodules) hold their data.
 
     For calls of methods other than ``forward``.

@@ -191,7 +191,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except UNREADABLE as error:
         raise ValueError(
-            f"{file} can't be read: only pickles of tensors and plain values are loaded, and whole ones "
+            f"{file} can't be read: only pickles of tensors and plain values are loaded, and they must be complete "
             f"({type(error).__name__}). If you trust it, save its state dict as safetensors and convert that."
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
@@ -204,7 +204,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Home:
+class Location:
     """A local folder, or a hub repository from which single files are downloaded."""
 
     name: str
@@ -241,7 +241,7 @@ class Home:
         patterns = [f"{self.subfolder}/{pattern}" if self.subfolder else pattern for pattern in patterns]
         return Path(snapshot_download(self.name, allow_patterns=patterns, **hub)) / self.subfolder
 
-    def below(self, subfolder: str) -> Home:
+    def below(self, subfolder: str) -> Location:
         return replace(self, subfolder=f"{self.subfolder}/{subfolder}" if self.subfolder else subfolder)
 
     def model_type(self) -> str | None:
@@ -262,13 +262,13 @@ class ReleasedCheckpoint:
         name: Folder, file or hub id, as requested.
         kind: The kind of model.
         weights: The weight files, or their index.
-        home: The folder of the weights, local or on the hub.
+        location: The folder of the weights, local or on the hub.
     """
 
     name: str
     kind: Kind
     weights: tuple[Path, ...]
-    home: Home
+    location: Location
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors with their released names, as memory maps.
@@ -278,11 +278,11 @@ class ReleasedCheckpoint:
             ValueError: A file is truncated or damaged.
         """
         (first, *_) = self.weights
-        return read_files(self.home.shards(first) if first.name == INDEX else self.weights)
+        return read_files(self.location.shards(first) if first.name == INDEX else self.weights)
 
     def file(self, name: str) -> Path | None:
         """A file in the same folder as the weights, or None."""
-        return self.home.file(name)
+        return self.location.file(name)
 
 
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -290,7 +290,7 @@ _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class AdapterHome:
+class AdapterBase:
     """The location of the base model of a PEFT adapter checkpoint.
 
     Attributes:
@@ -307,7 +307,7 @@ class AdapterHome:
         return {} if self.revision is None or Path(str(self.base)).exists() else {"revision": self.revision}
 
 
-def find_adapter(name_or_path: str | Path | None, subfolder: str | None = None, **hub: Any) -> AdapterHome | None:
+def find_adapter(name_or_path: str | Path | None, subfolder: str | None = None, **hub: Any) -> AdapterBase | None:
     """Find the base model of a PEFT adapter checkpoint in a folder or on the hub.
 
     Args:
@@ -324,12 +324,12 @@ def find_adapter(name_or_path: str | Path | None, subfolder: str | None = None, 
     name = str(name_or_path)
     if name_or_path is None or not (Path(name).is_dir() or (_REPOSITORY.fullmatch(name) and not Path(name).exists())):
         return None
-    home = Home(name, subfolder or "", hub)
-    if home.file("config.json") is not None or (file := home.file("adapter_config.json")) is None:
+    location = Location(name, subfolder or "", hub)
+    if location.file("config.json") is not None or (file := location.file("adapter_config.json")) is None:
         return None
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        return AdapterHome(fields.get("base_model_name_or_path") or None, fields.get("revision"))
+        return AdapterBase(fields.get("base_model_name_or_path") or None, fields.get("revision"))
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{name} holds an adapter_config.json that can't be read ({error}). It is damaged: save it again."
@@ -367,10 +367,10 @@ def find_released(
         kind = kind_of(_keys([path]))
         if kind is None:
             raise ValueError(
-                f"{path} is a file in none of the released layouts (VGGT-1B, spa3r.ckpt, spa3_vlm): its keys are of "
-                "something else. A checkpoint of this library is loaded by its folder."
+                f"{path} is a file in an unknown layout, not a released one (VGGT-1B, spa3r.ckpt, spa3_vlm): its "
+                "keys are unknown. A checkpoint of this library is loaded by its folder."
             )
-        found = iter([ReleasedCheckpoint(name, kind, (path,), Home(str(path.parent)))])
+        found = iter([ReleasedCheckpoint(name, kind, (path,), Location(str(path.parent)))])
     else:
         if not path.is_dir():
             if not _REPOSITORY.fullmatch(name):  # a folder that doesn't exist
@@ -378,13 +378,13 @@ def find_released(
             where = {key: hub[key] for key in ("token", "cache_dir") if key in hub}
             offline = bool(hub.get("local_files_only"))
             hub["revision"] = resolve_revision(name, revision, local_files_only=offline, **where)
-        home = Home(name, subfolder or "", hub)
-        model_type = home.model_type()
+        location = Location(name, subfolder or "", hub)
+        model_type = location.model_type()
         if model_type in OUR_TYPES:
             return None
         # Other kinds are searched only if that downloads nothing.
         others = [kind for kind in CANDIDATES if kind not in wanted and path.is_dir()]
-        found = _search(name, home, model_type, [*wanted, *others])
+        found = _search(name, location, model_type, [*wanted, *others])
     other = None
     for checkpoint in found:
         if checkpoint.kind in wanted:
@@ -392,35 +392,39 @@ def find_released(
         other = other or checkpoint
     if other is not None:
         raise ValueError(
-            f"{name} holds {DESCRIPTIONS[other.kind]} in its released layout, and {wanted_by} wants "
+            f"{name} holds {DESCRIPTIONS[other.kind]} in its released layout, and {wanted_by} expects "
             f"{' or '.join(DESCRIPTIONS[kind] for kind in wanted)}. Load it with {LOADERS[other.kind]}."
         )
     return None
 
 
-def _search(name: str, home: Home, model_type: str | None, kinds: Sequence[Kind]) -> Iterator[ReleasedCheckpoint]:
+def _search(
+    name: str, location: Location, model_type: str | None, kinds: Sequence[Kind]
+) -> Iterator[ReleasedCheckpoint]:
     """Search a folder for the weight files of these kinds, in order."""
     for kind in kinds:
         if kind != "spa3-vlm":
             if model_type is None:
-                yield from _look(name, kind, home)
+                yield from _look(name, kind, location)
             continue
-        for place in (home, home.below(VLM_SUBFOLDER)):
+        for place in (location, location.below(VLM_SUBFOLDER)):
             if place.model_type() == VLM_TYPE:
                 yield from _look(name, kind, place)
 
 
-def _look(name: str, kind: Kind, home: Home) -> Iterator[ReleasedCheckpoint]:
+def _look(name: str, kind: Kind, location: Location) -> Iterator[ReleasedCheckpoint]:
     """The checkpoint of any kind under the file names of one kind; in a local folder under any name."""
-    files: list[list[Path]] = [[file] for candidate in CANDIDATES[kind] if (file := home.file(candidate)) is not None]
-    folder = Path(home.name) / home.subfolder
+    files: list[list[Path]] = [
+        [file] for candidate in CANDIDATES[kind] if (file := location.file(candidate)) is not None
+    ]
+    folder = Path(location.name) / location.subfolder
     if not files and folder.is_dir():
         shards = sorted(folder.glob("*.safetensors"))
         pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
         files = [shards] * bool(shards) + [[file] for file in pickles]
     for group in files:
         if (actual := kind_of(_keys(group))) is not None:
-            yield ReleasedCheckpoint(name, actual, tuple(group), home)
+            yield ReleasedCheckpoint(name, actual, tuple(group), location)
             return
 
 

@@ -209,7 +209,7 @@ def test_checkpoint_of_another_model_is_refused(scenes, tmp_path):
     trainer(tmp_path / "run", scenes, max_steps=1).train()
     other = trainer(tmp_path / "run", scenes, model_of(targets=["geometry"]), max_steps=2)
     with pytest.raises(
-        ValueError, match=r"doesn't fit the model: it lacks nothing and has the foreign keys .*semantic"
+        ValueError, match=r"doesn't fit the model: it lacks nothing and has the unexpected keys .*semantic"
     ):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 

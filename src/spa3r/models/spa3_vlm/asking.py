@@ -15,7 +15,6 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from spa3r.checks import check_count, is_count, shorten
-from spa3r.media.images import Image, to_rgb
+from spa3r.media.images import Image, as_scenes, to_rgb
 from spa3r.models.base import check_finite, finite_logits
 from spa3r.models.placement import execution_device
 from spa3r.models.spa3_vlm.fingerprints import PROBE, model_fingerprint, processor_fingerprint
@@ -69,11 +68,13 @@ def encode_scene(
         system: The system prompt.
 
     Raises:
-        ValueError: There is no picture, or the prompts have no prefix that questions share.
+        ValueError: There is no picture or more than one scene, or the prompts have no prefix that questions share.
     """
-    pictures = [images] if isinstance(images, str | Path | PIL.Image.Image) else list(images)
-    if not pictures:
-        raise ValueError("`images` must hold at least one picture of the scene, got none.")
+    pictures, *others = as_scenes(images)
+    if others:
+        raise ValueError(
+            f"`images` must be the pictures of one scene, got {1 + len(others)} scenes. Encode each on its own."
+        )
     vlm = vlm_of(model)
     check_shares_prefix(vlm)
     if not isinstance(processor, Spa3VLMProcessor):

@@ -612,7 +612,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
     # Scenes
 
     def encode_scene(
-        self, processor: Spa3VLMProcessor, images: Sequence[Image], *, system: str | None = None
+        self, processor: Spa3VLMProcessor, images: Image | Sequence[Image], *, system: str | None = None
     ) -> EncodedScene:
         """Compute everything about a scene that doesn't depend on the question, for :meth:`ask`.
 
@@ -797,13 +797,14 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         cure = "Pass what Spa3VLMProcessor returned."
         if input_ids is not None:
             check_tensor("input_ids", input_ids, cure)
-            if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
                 raise ValueError(
-                    f"`input_ids` must be whole numbers of shape (batch, sequence), got {shorten(input_ids)} and type "
-                    f"{input_ids.dtype}. {cure}"
+                    "`input_ids` must be whole numbers of shape (batch, sequence) and type torch.int64, got "
+                    f"{shorten(input_ids)} and type {input_ids.dtype}. {cure}"
                 )
             if input_ids.is_meta and not self.device.type == "meta":
-                raise ValueError(f"`input_ids` must lie on the model's device, {self.device}, got meta. {cure}")
+                raise ValueError(f"`input_ids` must be on the model's device, {self.device}, got meta. {cure}")
+            self._check_ids(input_ids, cure)
         for name, value in (
             ("attention_mask", attention_mask),
             ("labels", kwargs.get("labels")),
@@ -837,6 +838,20 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 if min(counts, default=0) < 0:
                     raise ValueError(f"`{name}` must hold whole numbers of at least 0, got {shorten(counts)}. {cure}")
                 kwargs[name] = counts
+
+    def _check_ids(self, input_ids: Tensor, cure: str) -> None:
+        """Raise for ids that the VLM has no embedding for. Checked on the CPU only; elsewhere it would synchronize."""
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        count = len(self.vlm.get_input_embeddings().weight)
+        # Families replace the placeholder of a picture before they look up embeddings: its id may be beyond the last.
+        known = (input_ids >= 0) & (input_ids < count) | (input_ids == self.vlm.config.image_token_id)
+        if not known.all():
+            row, place = (~known).nonzero()[0].tolist()
+            raise ValueError(
+                f"`input_ids` must hold whole numbers from 0 to {count - 1}, the VLM's tokens, got "
+                f"{input_ids[row, place].item()} at place {place} of row {row}. {cure}"
+            )
 
     def _tokens_per_row(self, input_ids: Tensor | None, given: Tensor | Sequence[int] | None) -> list[int]:
         if input_ids is None and given is None:

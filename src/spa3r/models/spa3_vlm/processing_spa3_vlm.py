@@ -176,7 +176,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         source = resolve(pretrained_model_name_or_path, "spa3_vlm")
         where = {key: kwargs[key] for key in WHERE if key in kwargs}
         if (released := find_released(source, ("spa3-vlm",), cls.__name__, **where)) is not None:
-            folder = released.home.folder(["*.json", "*.txt", "*.jinja", "*.model"])
+            folder = released.location.folder(["*.json", "*.txt", "*.jinja", "*.model"])
             return cls._from_released(released, folder, kwargs)
         folder = Path(source)
         if not folder.is_dir():

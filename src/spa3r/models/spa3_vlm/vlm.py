@@ -7,12 +7,13 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, TransformersKwargs
 
 from spa3r.checks import shorten
-from spa3r.models.placement import weights_at_hand
+from spa3r.models.placement import loaded_weights
 
 UNSUPPORTED_FAMILIES = {
     "blip-2": "its generate takes pixels only",
@@ -71,11 +72,24 @@ def encode_images(vlm: PreTrainedModel, inputs: Mapping[str, Any]) -> ModelOutpu
 
     Returns:
         The output of ``get_image_features``, which ``mm_encoder_outputs`` takes back; see :func:`image_tokens`.
+
+    Raises:
+        ValueError: A tensor that the VLM needs with ``pixel_values`` is missing.
     """
     base: Any = vlm.base_model
     known = inspect.signature(base.get_image_features).parameters
-    with weights_at_hand(base):
-        return base.get_image_features(**{key: inputs[key] for key in known if key in inputs}, return_dict=True)
+    with loaded_weights(base):
+        try:
+            return base.get_image_features(**{key: inputs[key] for key in known if key in inputs}, return_dict=True)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            tensors = [name for name, parameter in known.items() if "Tensor" in str(parameter.annotation)]
+            missing = [name for name in tensors if inputs.get(name) is None]
+            if not missing or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"`pixel_values` must come with `{'` and `'.join(missing)}`, got None: without, the VLM can't encode "
+                f"the pictures ({type(error).__name__}: {shorten(str(error))}). Pass all that the processor returned."
+            ) from error
 
 
 def image_tokens(features: ModelOutput) -> list[Tensor]:

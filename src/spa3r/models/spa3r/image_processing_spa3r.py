@@ -196,7 +196,7 @@ class Spa3RImageProcessor(BaseImageProcessor):
             if len(sides) > 1 or set(size) != {"height", "width"}:
                 raise ValueError(
                     f"`size` must be a number, or {{'height': n, 'width': n}} of one number, got {dict(size)}. What "
-                    "becomes of other shapes, `mode` says."
+                    "`mode` determines the result for other shapes."
                 )
             settings["size"] = sides.pop()
         own = ("size", "patch_size", "mode", "image_mean", "image_std", *DEFAULTS)
@@ -205,24 +205,24 @@ class Spa3RImageProcessor(BaseImageProcessor):
     def process_view(self, image: Image, mode: Mode | None = None) -> PIL.Image.Image:
         """Resize and crop or pad one picture: RGB, sides multiples of the patch. Also used for the VLM's pictures."""
         picture = to_rgb(image)
-        told = f"{describe(picture)} of {picture.width} x {picture.height} (width x height)"
+        described = f"{describe(picture)} of {picture.width} x {picture.height} (width x height)"
         if min(picture.size) < self.patch_size:
             raise ValueError(
-                f"Every picture must be at least one patch, {self.patch_size} x {self.patch_size} pixels, got {told}. "
-                "Leave it out or enlarge it."
+                f"Every picture must be at least one patch, {self.patch_size} x {self.patch_size} pixels, got "
+                f"{described}. Leave it out or enlarge it."
             )
         if not self.do_resize:
             if picture.width % self.patch_size or picture.height % self.patch_size:
                 raise ValueError(
                     f"With `do_resize=False` every picture's sides must be multiples of the patch, {self.patch_size} "
-                    f"pixels, got {told}. Crop it, or leave `do_resize` out."
+                    f"pixels, got {described}. Crop it, or leave `do_resize` out."
                 )
             return picture
         (width, height), (left, top), view_size = self._placement(*picture.size, mode)
         most = max(MAX_VIEW_PIXELS, self.size**2)
         if view_size[0] * view_size[1] > most:
             raise ValueError(
-                f"A view must have at most {most} pixels, got {view_size[0]} x {view_size[1]} of {told}. "
+                f"A view must have at most {most} pixels, got {view_size[0]} x {view_size[1]} of {described}. "
                 "Cut the picture, or use `mode` 'crop', which takes its middle."
             )
         first, rows = max(-top, 0), min(height, view_size[1])  # cropped rows are not computed

@@ -263,21 +263,21 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
             save_directory: Target folder of the checkpoint.
         """
         parts = self.frozen_modules()
-        homes = {
-            path: None if include_backbone and module is not None else self._home_of(path, module, save_directory)
+        sources = {
+            path: None if include_backbone and module is not None else self._source_of(path, module, save_directory)
             for path, module in parts.items()
         }
         fields = {path: f"{path.rpartition('.')[2]}_name_or_path" for path in parts}
         before = {field: getattr(self.config, field) for field in fields.values()}
         try:
-            for path, home in homes.items():
-                setattr(self.config, fields[path], home)
-            yield [path for path, home in homes.items() if home is not None]
+            for path, source in sources.items():
+                setattr(self.config, fields[path], source)
+            yield [path for path, source in sources.items() if source is not None]
         finally:  # restore the configuration in memory
             for field, name in before.items():
                 setattr(self.config, field, name)
 
-    def _home_of(self, path: str, module: PreTrainedModel | None, save_directory: str | os.PathLike) -> str:
+    def _source_of(self, path: str, module: PreTrainedModel | None, save_directory: str | os.PathLike) -> str:
         """Source of a frozen part: as configured, or where the part or the model was loaded from."""
         field = f"{path.rpartition('.')[2]}_name_or_path"
         name = getattr(self.config, field) or (module.config.name_or_path if module is not None else "")
@@ -320,14 +320,14 @@ def _load_frozen_part(part: str, name: str, **kwargs: Any) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(name, **hub)
     except OSError as error:
         raise ValueError(
-            f"The checkpoint names {name} as the home of its {part}, which can't be loaded ({error}). Say where it is "
-            f"with from_pretrained(..., {part}_name_or_path=...)."
+            f"The checkpoint names {name} as the source of its {part}, which can't be loaded ({error}). Set its "
+            f"location with from_pretrained(..., {part}_name_or_path=...)."
         ) from error
     if config.model_type != "spa3r":
         return (VggtModel if part == "backbone" else AutoModel).from_pretrained(name, **kwargs)
     if getattr(config, f"{part}_name_or_path") == name:
         raise ValueError(
-            f"The checkpoint {name} names itself as the home of its {part}, which it doesn't hold. Say where it is "
+            f"The checkpoint {name} names itself as the source of its {part}, which it doesn't hold. Set its location "
             f"with from_pretrained(..., {part}_name_or_path=...)."
         )
     return _part_of_spa3r(part, name, **kwargs)
@@ -500,7 +500,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
             return None
         if extrinsics is None or intrinsics is None:
             raise ValueError(
-                "`extrinsics` and `intrinsics` go together: got only "
+                "`extrinsics` and `intrinsics` must be given together, got only "
                 f"{'`intrinsics`' if extrinsics is None else '`extrinsics`'}. Pass both, or neither to have the "
                 "backbone predict them."
             )

@@ -130,12 +130,12 @@ def translate_dinov3(
     Raises:
         ValueError: Keys are missing or unknown, or transformers doesn't support the rotary encoding.
     """
-    told: dict[str, Any] = {}
+    derived: dict[str, Any] = {}
     if any(key.startswith(("blocks.", "patch_embed.")) for key in tensors):
         masked = any(key.endswith(".bias_mask") for key in tensors)
         weights = translate(tensors, MASKED_BIAS_RULES + DINOV3_RULES if masked else DINOV3_RULES)
         if PERIODS in tensors:
-            told = _rotary_fields(tensors[PERIODS], tensors.get("cls_token"))
+            derived = _rotary_fields(tensors[PERIODS], tensors.get("cls_token"))
     else:
         weights = {re.sub(r"^layer\.", "model.layer.", key): tensor for key, tensor in tensors.items()}
     require(weights, "embeddings.patch_embeddings.weight", "embeddings.register_tokens")
@@ -151,7 +151,7 @@ def translate_dinov3(
         "use_gated_mlp": "model.layer.0.mlp.gate_proj.weight" in weights,
     }
     inferred |= {f"{part}_bias": f"model.layer.0.attention.{part[0]}_proj.bias" in weights for part in _BIASES}
-    return weights, DINOv3ViTConfig(**(inferred | told | own_fields(fields)))
+    return weights, DINOv3ViTConfig(**(inferred | derived | own_fields(fields)))
 
 
 _BIASES = ("query", "key", "value")
@@ -160,11 +160,11 @@ _BIASES = ("query", "key", "value")
 def _rotary_fields(periods: Tensor, cls_token: Tensor | None) -> dict[str, Any]:
     """Fields derived from the stored periods: a head is four times as wide as their number; the last gives the base."""
     count = len(periods)
-    told: dict[str, Any] = {}
+    derived: dict[str, Any] = {}
     if cls_token is not None and cls_token.shape[-1] % (4 * count) == 0:
-        told["num_attention_heads"] = cls_token.shape[-1] // (4 * count)
+        derived["num_attention_heads"] = cls_token.shape[-1] // (4 * count)
     if periods.is_meta or count < 2:
-        return told
+        return derived
     periods = periods.double()
     base = periods[-1].item() ** (count / (count - 1))
     tolerance = 0.03  # bfloat16 may be 0.4 % off, which the power at most doubles
@@ -175,4 +175,4 @@ def _rotary_fields(periods: Tensor, cls_token: Tensor | None) -> dict[str, Any]:
             f"The teacher's `{PERIODS}` must be powers of one base, as transformers' DINOv3 has them, got "
             f"{[round(period, 4) for period in periods.tolist()][:8]}. Such a teacher can't be loaded."
         )
-    return told | {"rope_theta": theta}
+    return derived | {"rope_theta": theta}

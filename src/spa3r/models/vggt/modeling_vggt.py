@@ -22,7 +22,7 @@ from spa3r.models.cameras import pose_encoding_to_cameras
 from spa3r.models.encodings import RotaryEncoding
 from spa3r.models.layers import Mlp, make_layers
 from spa3r.models.packing import ViewLayout, prepend_tokens, split_prefix, to_device
-from spa3r.models.placement import weights_at_hand
+from spa3r.models.placement import loaded_weights
 from spa3r.models.released import ReleasedCheckpoint
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 from spa3r.models.vggt.released_vggt import translate_vggt
@@ -395,11 +395,11 @@ class VggtModel(PackedPreTrainedModel):
             if wanted and getattr(self, f"{head}_head") is None:
                 raise ValueError(
                     f"This VggtModel has no {head} head (`config.heads` = {list(self.config.heads)}). "
-                    f"Load a checkpoint with one, or don't ask for its output."
+                    f"Load a checkpoint with one, or don't request its output."
                 )
         dense_layers = self.config.dpt_layers if output_depth or output_points else ()
         wanted = {*output_layers, *dense_layers, *([count - 1] if output_cameras else [])}
-        with weights_at_hand(self):  # `forward` is not called here
+        with loaded_weights(self):  # `forward` is not called here
             kept = self._aggregate(view_pixel_values, layout, wanted, context_views)
         output = VggtModelOutput(tokens=tuple(kept[index] for index in output_layers))
         if output_cameras and self.camera_head is not None:

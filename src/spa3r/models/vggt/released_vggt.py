@@ -77,7 +77,7 @@ def view_size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     keys = {pattern: [key for key in tensors if re.search(rf"(^|\.){pattern}$", key)] for pattern in of_view}
     if not all(keys.values()):
         raise ValueError(
-            "The checkpoint lacks the patch embedding of a VGGT (aggregator.patch_embed), which tells the size of its "
+            "The checkpoint lacks the patch embedding of a VGGT (aggregator.patch_embed), which gives the size of its "
             "views. It is incomplete: download it again."
         )
     kernel, positions = (tensors[found[0]] for found in keys.values())

@@ -267,8 +267,8 @@ class FinetuningTrainer(ResumableTrainer):
         result = set_peft_model_state_dict(model, weights)
         if result.unexpected_keys:
             raise ValueError(
-                f"The checkpoint {checkpoint} doesn't fit the model: it has the foreign keys {result.unexpected_keys}. "
-                "Resume with the configuration that it was saved with."
+                f"The checkpoint {checkpoint} doesn't fit the model: it has the unexpected keys "
+                f"{result.unexpected_keys}. Resume with the configuration that it was saved with."
             )
 
 
