@@ -95,6 +95,7 @@ def an_output(targets: int = 2, **changes) -> Spa3RForPreTrainingOutput:
     mask = torch.arange(2 * targets) % 2 == 1
     count = 48 * len(mask)
     fields = {
+        "last_hidden_state": torch.zeros(1, 4, 8),
         "target_mask": mask,
         "geometry_targets": features(0, count),
         "geometry_features": features(1, count),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
 from safetensors import SafetensorError
 
 from spa3r.checkpoints import EMBEDDED
@@ -76,7 +78,7 @@ class _Console(Console):
 class Report:
     """The result of a command, printed once at its end."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.start = time.perf_counter()
         self.result: dict[str, Any] = {}
         self.text = ""
@@ -104,19 +106,21 @@ class Report:
         with suppress(OSError):  # a closed terminal must not stop the command
             self.console.print(hide(text), style=style, markup=False, soft_wrap=True)
 
-    def status(self, text: str):
+    def status(self, text: str) -> Status:
         """A spinner during a long step; nothing without an interactive terminal."""
         return self.console.status(hide(text))
 
     def progress(self) -> Progress:
+        """A progress bar that counts; nothing without an interactive terminal."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         return Progress(
             *columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal, transient=True
         )
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(text: object) -> str:
+    """A text or an error without line breaks."""
+    return " ".join(str(text).split())
 
 
 def printable(text: str) -> str:
@@ -171,7 +175,7 @@ def reporting(as_json: bool, verbose: bool, resumable: bool = False) -> Generato
 
 def _print(text: str) -> None:
     """Write to standard output; characters missing in its encoding are escaped, so that no answer is lost."""
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     print(text)
 
@@ -207,6 +211,7 @@ def quiet(wanted: bool) -> Generator[None]:
 
 
 def torch_device(name: str) -> torch.device:
+    """The device of the option ``--device``, such as ``auto`` or ``cuda:1``; an error if it is not here."""
     import torch
 
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
@@ -232,6 +237,7 @@ def check_model(name: str) -> None:
 
 
 def loading_arguments(dtype: Dtype, attention: str | None) -> dict[str, Any]:
+    """Keywords of ``from_pretrained`` for the options of all commands."""
     from spa3r.models.attention import check_attention_implementation
 
     if attention is not None:

@@ -66,7 +66,8 @@ class _RegisterAfterImport(MetaPathFinder):
     """Import hook that calls the function registered for a module right after the module has run."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname not in _WAITING or (spec := PathFinder.find_spec(fullname, path, target)) is None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in _WAITING else None
+        if spec is None or spec.loader is None:
             return None
         run_module = spec.loader.exec_module
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -130,14 +132,14 @@ def field_figure(
     Raises:
         ValueError: The views don't match the output, or none of them is a target.
     """
-    mask = output.target_mask.tolist()
+    mask = [] if output.target_mask is None else output.target_mask.tolist()
+    if not any(mask):
+        raise ValueError("`output` must have at least one target view, got none. Set `target_mask`.")
     if len(views) != len(mask):
         raise ValueError(
             f"`views` must hold the {len(mask)} views that the output is about, got {len(views)}. Give all views of "
             "one scene, context and targets, in the order of the model's inputs."
         )
-    if not any(mask):
-        raise ValueError("`output` must have at least one target view, got none. Set `target_mask`.")
     views = [np.asarray(view) for view in views]
     context = [view for view, target in enumerate(mask) if not target]
     targets = [view for view, target in enumerate(mask) if target]
@@ -222,7 +224,7 @@ def _field_panels(
         "Semantic": (output.semantic_features, output.semantic_targets),
     }
     for name, (predicted, true) in targets.items():
-        if true is None:
+        if predicted is None or true is None:
             continue
         predicted, true = by_view(predicted), by_view(true)
         colors = FeatureColors.fit(torch.cat([values.flatten(0, 1) for values in true.values()]))
@@ -241,13 +243,13 @@ def _field_panels(
         ]
         groups.append((f"{name} features, shared colors", panels))
 
-    depths = {"probe": by_view(output.depth)}
+    sources = {"probe": output.depth, "backbone": output.depth_targets}
+    depths = {name: by_view(values) for name, values in sources.items() if values is not None}
     captions = {}
-    if output.depth_targets is not None:
-        depths["backbone"] = by_view(output.depth_targets)
+    if len(depths) == len(sources):
         errors = {view: (depths["probe"][view] / depths["backbone"][view] - 1).abs().mean() for view in rows}
         captions = {view: f"off by {100 * error:.0f} %" for view, error in errors.items()}
-    limits = _range(depths.get("backbone", depths["probe"]).values())  # one unit, one range
+    limits = _range(list(depths.values())[-1].values())  # one unit, one range
     panels = [
         _Panel(
             name,
@@ -289,7 +291,7 @@ class _Page:
         corner = (left / self.width, 1 - (top + height) / self.height)
         return self.figure.add_axes((*corner, width / self.width, height / self.height), label=label)
 
-    def text(self, x: float, y: float, words: str, **style) -> None:
+    def text(self, x: float, y: float, words: str, **style: Any) -> None:
         if words:
             self.figure.text(x / self.width, 1 - y / self.height, words, ha="center", va="center", **style)
 
@@ -297,9 +299,9 @@ class _Page:
 def _figure(width: float, height: float, title: str, note: str) -> Figure:
     """An empty page with its title; `height` is that of the pictures alone."""
     top = 0.4 * bool(title) + 0.25 * bool(note)
-    figure = Figure(figsize=(width, height + top), dpi=DPI, layout="constrained")
     margin = 0.1 / width
-    figure.get_layout_engine().set(rect=(margin, 0.02, 1 - 2 * margin, height / (height + top) - 0.02))
+    layout = ConstrainedLayoutEngine(rect=(margin, 0.02, 1 - 2 * margin, height / (height + top) - 0.02))
+    figure = Figure(figsize=(width, height + top), dpi=DPI, layout=layout)
     y = 1 - 0.22 / (height + top)
     if title:
         figure.text(0.5, y, title, ha="center", va="center", fontsize=12, weight="bold")

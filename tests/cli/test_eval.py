@@ -27,7 +27,9 @@ def finished(data, tmp_path_factory):
 def test_vsi_bench_prints_its_table(data, finished):
     folder, told = finished
     loaded = EvaluationRun.load(folder)
-    assert told["scores"] == loaded.scores and told["output"] == str(folder)
+    assert told["official_scores"] == loaded.scores and list(loaded.scores)[1:] == ["object_rel_direction_accuracy"]
+    assert told["scores"].keys() == told["intervals"].keys() == {"overall", "object rel direction"}
+    assert list(told["scores"].values()) == list(loaded.scores.values()) and told["output"] == str(folder)
     assert told["benchmark"]["questions"] == len(loaded.answers) == 3
     again = run("eval", "vsi-bench", "--model", "embedded", "--data", data, *QUICK, "-o", folder)
     assert loaded.table() in again.stdout and f"{folder}: 3 questions about 2 scenes" in again.stdout

@@ -1,4 +1,4 @@
-"""``spa3r convert`` and ``spa3r merge``: write checkpoints in the layout of this package."""
+"""``spa3r convert``: write a released checkpoint in the layout of this package."""
 
 from __future__ import annotations
 
@@ -43,30 +43,6 @@ def convert(
         report.finish(
             f"{output}: {', '.join(files)}", source=str(source), output=str(output), kind=kind.value, files=files
         )
-
-
-def merge(
-    run: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN", help="Folder of a run with low-rank updates, or a checkpoint; or an adapter's hub id."
-        ),
-    ],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    as_json: AsJson = False,
-    verbose: Verbose = False,
-) -> None:
-    """Merge low-rank updates (LoRA) into the language model: a whole Spa3-VLM with its processor."""
-    with reporting(as_json, verbose) as report:
-        from spa3r.conversion import save_together
-        from spa3r.training import merge_lora
-
-        if output.is_dir() and any(output.iterdir()):
-            raise ValueError(f"`OUT` must be a new or an empty folder, and {output} holds files. Give another.")
-        with report.status(f"Merging {run}"):
-            model, processor = merge_lora(run)
-            save_together(output, model, processor)
-        report.finish(f"{output}: the Spa3-VLM of {run}, merged", run=run, output=str(output))
 
 
 def _read_config(text: str) -> dict[str, Any]:

@@ -53,15 +53,13 @@ def _room_of_questions(first: int, level: int, views: int, size: int) -> tuple[R
     from spa3r.rooms import generate_room
     from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
 
-    best, most = None, []
+    found = []
     for seed in range(first, first + ROOMS_PER_SEED):
         room = generate_room(seed, level)
-        rows = room_questions(RoomWalk.from_cameras(room, _walk(room, views, size)))
-        if best is None or len(rows) > len(most):
-            best, most = room, rows
-        if len(rows) == len(QUESTION_TYPES):
+        found.append((room, room_questions(RoomWalk.from_cameras(room, _walk(room, views, size)))))
+        if len(found[-1][1]) == len(QUESTION_TYPES):
             break
-    return best, most
+    return max(found, key=lambda room_and_rows: len(room_and_rows[1]))
 
 
 def _embedded_vlms() -> tuple[Loaded, Loaded, str]:
@@ -174,7 +172,7 @@ def demo(
         images = list(rooms[0].images)
         with report.status("Encoding, decoding and measuring"):
             inputs, predicted, metrics = _predict_held_out(model, processor, rooms)
-        held_out = [view for view, target in enumerate(predicted.target_mask.tolist()) if target]
+        held_out, latents_shape = list(range(1, views, 2)), list(predicted["latents"].shape)
         context = [view for view in range(views) if view not in held_out]
         with report.status("Answering, with Spa3R and without"):
             questions, scores = _ask_with_and_without(rows, images, spa3_vlm, alone)
@@ -183,7 +181,7 @@ def demo(
             "room": f"seed {room.seed}, level {level}; {views} views",
             "models": embedded_note(),
             "without": alone_note,
-            "latents": f"{' x '.join(map(str, predicted.latents.shape))}, of {plural(len(context), 'context view')}",
+            "latents": f"{' x '.join(map(str, latents_shape))}, of {plural(len(context), 'context view')}",
             "field": f"cameras: given; {plural(len(held_out), 'view')} held out, of this room and of room "
             f"{room.seed + 1}",
         }
@@ -242,7 +240,7 @@ def demo(
             cameras="given",
             questions=[vars(asked) for asked in questions],
             scores=scores,
-            latents_shape=list(predicted.latents.shape),
+            latents_shape=latents_shape,
             field=metrics.to_dict(),
             report=str(page),
             pictures=[str(file) for file in files],

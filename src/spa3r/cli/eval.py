@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
@@ -28,12 +29,14 @@ from spa3r.console import (
     is_adapter,
     load_vlm,
     loading_arguments,
+    one_line,
     plural,
     printable,
     reporting,
     torch_device,
 )
 from spa3r.disk import write_whole
+from spa3r.vsi_bench.format import task_title
 
 if TYPE_CHECKING:
     from spa3r.evaluation import Benchmark, EvaluationRun, EvaluationSettings, Flip
@@ -207,8 +210,9 @@ def _evaluate(
     report.finish(
         _told(run),
         output=str(output),
-        scores=run.scores,
-        intervals=run.about["intervals"],
+        scores=_by_title(run.scores),
+        intervals=_by_title(run.about["intervals"]),
+        official_scores=run.scores,
         missing=run.about["missing"],
         settings=asdict(settings),
         benchmark=run.about["benchmark"],
@@ -262,22 +266,27 @@ def compare(
             parts.append("\n".join(map(_flip, compared.flips[:SHOWN])))
         if len(compared.flips) > SHOWN:
             parts.append(f"and {len(compared.flips) - SHOWN} more; --json lists all")
-        report.finish("\n\n".join(parts), a=str(first), b=str(second), **compared.to_dict())
+        result = compared.to_dict()
+        result["scores"] = _by_title(result["scores"])
+        report.finish("\n\n".join(parts), a=str(first), b=str(second), **result)
+
+
+def _by_title(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores with readable names, those of the table, in place of VSI-Bench's."""
+    return {task_title(name): score for name, score in scores.items()}
 
 
 def _flip(flip: Flip) -> str:
     from spa3r.evaluation.benchmarks import scene_of
 
     line, sign = flip.first, "+" if flip.is_won else "-"
-    first, second = (f"{_plain(x['prediction'] or '')!r} (score {x['score']:.2f})" for x in (flip.first, flip.second))
+    first, second = (
+        f"{one_line(printable(x['prediction'] or ''))!r} (score {x['score']:.2f})" for x in (flip.first, flip.second)
+    )
     return (
-        f"{sign} {line['id']} {scene_of(line)} {line['question_type']}: {_plain(line['question'])}\n"
+        f"{sign} {line['id']} {scene_of(line)} {line['question_type']}: {one_line(printable(line['question']))}\n"
         f"    truth {line['ground_truth']!r}, A {first}, B {second}"
     )
-
-
-def _plain(text: str) -> str:
-    return " ".join(printable(text).split())
 
 
 @eval_app.command("report", no_args_is_help=True)

@@ -81,20 +81,24 @@ def _try_dtypes(device: torch.device) -> dict[str, tuple[bool, str]]:
 
 def _try_attention(device: torch.device) -> dict[str, tuple[bool, str]]:
     """Of every back end whether it works, on segments of unequal lengths and against the definition; and why not."""
-    from types import SimpleNamespace
-
     import torch
+    from transformers import PreTrainedConfig
 
     from spa3r.models.attention import Segments, check_attention_implementation, packed_attention, why_unusable
 
     segments = Segments.within([3, 5, 1])
     tokens = torch.randn(9, 2, 32, generator=torch.Generator().manual_seed(0)).to(device)
 
+    class Layer(torch.nn.Module):
+        config: PreTrainedConfig
+        is_causal = False
+
     def attend(name: str, dtype: torch.dtype) -> Tensor:
-        layer = torch.nn.Module()
-        layer.config = SimpleNamespace(_attn_implementation=name)
-        layer.is_causal = False
-        return packed_attention(layer, *[tokens.to(dtype)] * 3, segments).float()
+        layer = Layer()
+        layer.config = PreTrainedConfig()
+        layer.config._attn_implementation = name
+        query = tokens.to(dtype)
+        return packed_attention(layer, query, query, query, segments).float()
 
     found = {}
     for name in ("xformers", "sdpa", "eager", "flash_attention_2"):

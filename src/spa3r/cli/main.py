@@ -13,12 +13,14 @@ import typer
 from spa3r import __version__
 from spa3r.cli.app import web_demo
 from spa3r.cli.ask import ask
-from spa3r.cli.convert import convert, merge
+from spa3r.cli.convert import convert
 from spa3r.cli.demo import demo
 from spa3r.cli.encode import encode
 from spa3r.cli.eval import eval_app
+from spa3r.cli.finetune import finetune
 from spa3r.cli.info import info
-from spa3r.cli.train import finetune, pretrain
+from spa3r.cli.merge import merge
+from spa3r.cli.pretrain import pretrain
 
 ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": True}
 """Settings of commands that take `--section.key value`."""

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from spa3r.answering.engine import AnsweringEngine, Example
 from spa3r.tables import Table
-from spa3r.vsi_bench.format import CHOICE_TYPES, NUMBER_TYPES
-from spa3r.vsi_bench.scoring import aggregate, score_prediction, task_of, task_title
+from spa3r.vsi_bench.format import CHOICE_TYPES, NUMBER_TYPES, task_title
+from spa3r.vsi_bench.scoring import aggregate, score_prediction, task_of
 
 EXACT_MATCH = "exact_match"
 """Name of the share of exactly matching answers to questions that are not of a VSI-Bench type."""

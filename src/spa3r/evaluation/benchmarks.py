@@ -15,7 +15,7 @@ import threading
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -129,7 +129,7 @@ class VsiBench(Benchmark):
             return sample_numbered_frames(video, num_frames, whole=True)
 
     @contextmanager
-    def _video(self, scene: str, unpack: bool = True) -> Iterator[Path]:
+    def _video(self, scene: str, unpack: bool = True) -> Generator[Path]:
         """The file of a video; a file from an archive exists only inside the context."""
         video = inside(self.root, f"{scene}.mp4", "A scene")
         archive = self.root / f"{scene.partition('/')[0]}.zip"

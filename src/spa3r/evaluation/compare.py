@@ -8,8 +8,9 @@ from typing import Any
 
 from spa3r.evaluation.run_folder import EvaluationRun, Line, changes
 from spa3r.tables import Table
+from spa3r.vsi_bench.format import task_title
 from spa3r.vsi_bench.intervals import difference_intervals
-from spa3r.vsi_bench.scoring import aggregate, task_of, task_title
+from spa3r.vsi_bench.scoring import aggregate, task_of
 
 HALF = 0.5
 """An answer that scores more counts as right for the number of flips; for choices that is the true letter."""

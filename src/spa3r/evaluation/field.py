@@ -31,6 +31,11 @@ BASELINES: tuple[Predictor, ...] = ("context_mean", "nearest_view")
 
 SHUFFLES: tuple[Predictor, ...] = ("shuffled_latents", "shuffled_cameras")
 """The model without the scene, or without the cameras: what it has learned about all scenes in general."""
+
+FEATURE_METRICS: dict[str, tuple[Metric, Metric]] = {
+    "geometry": ("geometry_cosine", "geometry_error"),
+    "semantic": ("semantic_cosine", "semantic_error"),
+}
 Fields = dict[str, Tensor]
 """Tensors by target: ``"geometry"`` and ``"semantic"`` features (patches, C), ``"depth"`` (patches,)."""
 
@@ -320,8 +325,9 @@ def field_metrics(predicted: Fields, true: Fields) -> dict[Metric, float]:
         if name == "depth":
             numbers["depth_error"] = ((ours - wanted).abs() / wanted).mean()
         else:
-            numbers[f"{name}_cosine"] = cosine_similarity(ours, wanted, dim=-1).mean()
-            numbers[f"{name}_error"] = (ours - wanted).norm() / wanted.norm()
+            cosine, error = FEATURE_METRICS[name]
+            numbers[cosine] = cosine_similarity(ours, wanted, dim=-1).mean()
+            numbers[error] = (ours - wanted).norm() / wanted.norm()
     return dict(zip(numbers, torch.stack(list(numbers.values())).tolist()))  # a single device synchronization
 
 

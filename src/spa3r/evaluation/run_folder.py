@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from spa3r.checks import check_types, is_number, is_of_type, shorten, type_words
@@ -33,9 +33,9 @@ from spa3r.evaluation.answers import AnswerReport, ScoredAnswer
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.secret import hidden
 from spa3r.tables import Table
-from spa3r.vsi_bench.format import is_choice
+from spa3r.vsi_bench.format import is_choice, task_title
 from spa3r.vsi_bench.intervals import SAMPLES, SEED, score_intervals
-from spa3r.vsi_bench.scoring import aggregate, score_prediction, task_title
+from spa3r.vsi_bench.scoring import aggregate, score_prediction
 
 logger = logging.get_logger(__name__)
 
@@ -427,7 +427,7 @@ def changes(before: Any, now: Any, path: str = "") -> list[str]:
 # What a run depends on
 
 
-def about_model(model: nn.Module, processor: ProcessorMixin, name: str | None = None) -> dict[str, Any]:
+def about_model(model: PreTrainedModel, processor: ProcessorMixin, name: str | None = None) -> dict[str, Any]:
     """Describe the weights that answer and their format, ready for JSON.
 
     Args:
@@ -465,7 +465,7 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _attention(module: nn.Module) -> dict[str, str | None]:
+def _attention(module: PreTrainedModel) -> dict[str, str | None]:
     configs = {"": module.config} | {key: getattr(module.config, key, None) for key in module.config.sub_configs}
     found = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items() if config}
     return {key.removesuffix("_config") or "own": value for key, value in found.items()}

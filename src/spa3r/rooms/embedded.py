@@ -7,6 +7,8 @@ loads them as well.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from spa3r.checkpoints import EMBEDDED, VLM
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
@@ -46,5 +48,5 @@ def embedded_spa3r() -> tuple[Spa3RForPreTraining, Spa3RImageProcessor]:
     return Spa3RForPreTraining.from_pretrained(EMBEDDED), Spa3RImageProcessor.from_pretrained(EMBEDDED)
 
 
-def _load(checkpoint) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
+def _load(checkpoint: str | Path) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
     return Spa3VLMForConditionalGeneration.from_pretrained(checkpoint), Spa3VLMProcessor.from_pretrained(checkpoint)

@@ -51,7 +51,7 @@ class RoomLevel:
     roll: Range
     field_of_view: Range
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, tuple) and (len(value) != 2 or value[0] > value[1]):

@@ -13,7 +13,7 @@ drawn so that they are spread out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, islice, pairwise, permutations, product
@@ -56,7 +56,7 @@ class RoomWalk:
     room: Room
     shares: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if np.ndim(self.shares) != 2 or np.shape(self.shares)[1] != len(self.room.objects):
             raise ValueError(
                 f"shares: wanted an array (views, {len(self.room.objects)} objects), got {np.shape(self.shares)}; "
@@ -445,7 +445,7 @@ def _appearance_order(walk: RoomWalk, rng: np.random.Generator) -> Iterator[Aske
         )
 
 
-def _balanced(rng: np.random.Generator, found: dict[Any, Sequence[Any]]) -> Iterator[tuple[Any, Any]]:
+def _balanced(rng: np.random.Generator, found: Mapping[Any, Sequence[Any] | np.ndarray]) -> Iterator[tuple[Any, Any]]:
     """Pairs of an answer and an item with this answer: every answer once, in random order, then again.
 
     It stops when an answer has no items left, even at the start: otherwise the others would be more frequent.

@@ -123,8 +123,8 @@ class _Scene:
 
     def __init__(self, room: Room):
         try:
-            from embreex.mesh_construction import TriangleMesh
-            from embreex.rtcore_scene import EmbreeScene
+            from embreex.mesh_construction import TriangleMesh  # ty: ignore[import-not-found]  # compiled, no stubs
+            from embreex.rtcore_scene import EmbreeScene  # ty: ignore[import-not-found]
         except ImportError as error:
             raise ImportError(
                 "embreex: wanted for rendering rooms, got no such package; install it with `pip install embreex`."

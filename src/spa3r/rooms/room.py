@@ -68,7 +68,7 @@ class RoomObject:
     period: float = 1.0
     contrast: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for argument, value, known in (("name", self.name, FURNITURE), ("color", self.color, COLORS)):
             if value not in known:
                 raise ValueError(
@@ -148,7 +148,7 @@ class Room:
     objects: tuple[RoomObject, ...]
     floor: Finish
     ceiling: Finish
-    walls: tuple[Finish, Finish, Finish, Finish]
+    walls: tuple[Finish, ...]
     fixtures: tuple[Fixture, ...]
     light: Light
 
@@ -324,7 +324,7 @@ def _draw_texture(
     return (pattern, float(period), float(strength)) if contrast else ("plain", 1.0, 0.0)
 
 
-def _draw_walls(rng: np.random.Generator, level: RoomLevel) -> tuple[Finish, Finish, Finish, Finish]:
+def _draw_walls(rng: np.random.Generator, level: RoomLevel) -> tuple[Finish, ...]:
     colors = rng.permutation(len(_WALL_COLORS))[:4]  # four different ones: the color identifies the wall
     if not level.varied_walls:
         colors = range(4)
@@ -342,9 +342,11 @@ def _draw_fixtures(rng: np.random.Generator, level: RoomLevel, size: Size) -> li
     )
     for _ in range(rng.integers(level.num_pictures[0], level.num_pictures[1] + 1)):
         picture = (_draw(rng, (0.4, 0.8)), _draw(rng, (0.35, 0.6)))
-        rgb = tuple(float(channel) for channel in rng.uniform(0.25, 0.95, 3))
+        red, green, blue = (float(channel) for channel in rng.uniform(0.25, 0.95, 3))
         pattern = str(rng.choice(("stripes", "checker", "mottle", "bricks")))
-        kinds.append((int(rng.integers(4)), _draw(rng, (1.35, 1.6)), picture, Finish(rgb, pattern, 0.15, 0.7)))
+        kinds.append(
+            (int(rng.integers(4)), _draw(rng, (1.35, 1.6)), picture, Finish((red, green, blue), pattern, 0.15, 0.7))
+        )
     fixtures: list[Fixture] = []
     for wall, bottom, extent, finish in kinds:
         reach = (size[1 - wall % 2] - extent[0]) / 2 - 0.3

@@ -40,7 +40,7 @@ class Cameras:
     intrinsics: np.ndarray
     size: tuple[int, int]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_size(self.size)
         for name, value, n in (("extrinsics", self.extrinsics, 4), ("intrinsics", self.intrinsics, 3)):
             if np.ndim(value) != 3 or np.shape(value)[1:] != (n, n):
@@ -154,8 +154,8 @@ def _loop(rng: np.random.Generator, room: Room) -> np.ndarray:
             f"in {length:.1f} x {width:.1f} m; take away objects or enlarge the room."
         )
     cost = np.where(free, 1 + 0.3 / np.maximum(clearance, 0.05), np.inf)  # prefers the middle of a passage
-    home = np.unravel_index(np.argmax(clearance), clearance.shape)
-    reachable = np.argwhere(np.isfinite(_travel(cost, home)))
+    x, y = np.unravel_index(np.argmax(clearance), clearance.shape)
+    reachable = np.argwhere(np.isfinite(_travel(cost, (int(x), int(y)))))
     # Farthest-point sampling spreads the stops; sorting them around the center forms a loop.
     points = cells[tuple(reachable.T)]
     stops = [int(rng.integers(len(points)))]

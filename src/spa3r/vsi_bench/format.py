@@ -57,6 +57,11 @@ def is_choice(question_type: str) -> bool:
     raise ValueError(f"`question_type` must be a type of VSI-Bench ({types}), got {question_type!r}.")
 
 
+def task_title(name: str) -> str:
+    """The readable name of a score: ``object counting`` of ``object_counting_MRA:.5:.95:.05``."""
+    return name.partition("_MRA")[0].removesuffix("_accuracy").replace("_", " ")
+
+
 def make_prompt(row: Mapping[str, Any]) -> str:
     """The text prompt after the frames, identical to the official evaluation.
 

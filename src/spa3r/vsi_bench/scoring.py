@@ -108,11 +108,6 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def task_title(name: str) -> str:
-    """A readable name of an entry of :func:`aggregate`: ``object counting`` of ``object_counting_MRA:.5:.95:.05``."""
-    return name.partition("_MRA")[0].removesuffix("_accuracy").replace("_", " ")
-
-
 def task_of(question_type: str) -> str:
     """The task of a type: relative direction is one task for its three levels."""
     is_choice(question_type)  # raises for an unknown type
