@@ -450,19 +450,15 @@ def composed():
     return model, Spa3VLMProcessor(vlm_processor, views, image_token_id=vlm.config.image_token_id)
 
 
-def inputs_of(batch: dict) -> dict:
-    return {key: value for key, value in batch.items() if key not in ("skipped", "num_rows")}
-
-
 @torch.no_grad()
 def test_the_loss_of_a_batch_is_that_of_its_rows(composed):
     """Weighted by their labels, so padding and neighbours change nothing."""
     model, processor = composed
     collator = Spa3VLMCollator(processor)
-    together = model(**inputs_of(collator(ROWS))).loss
+    together = model(**collator(ROWS)).loss
     alone = [collator([row]) for row in ROWS]
     weights = torch.tensor([float((batch["labels"] != IGNORED).sum()) for batch in alone])
-    losses = torch.stack([model(**inputs_of(batch)).loss for batch in alone])
+    losses = torch.stack([model(**batch).loss for batch in alone])
     assert abs(together - (losses * weights).sum() / weights.sum()) < 1e-5
 
 

@@ -55,7 +55,7 @@ def test_trains_scores_answers_and_leaves_a_model(config, tmp_path):
     assert again["evaluation"] == result["evaluation"]
     last, whole = (load_file(folder / "model.safetensors") for folder in (out / "checkpoint-4", out))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in last.items())
-    assert whole.keys() == last.keys()  # of a composed from one folder no part has another home
+    assert whole.keys() == last.keys()  # no part of a Spa3-VLM from one folder is stored elsewhere
     words = finetune_json(config, "--training.learning_rate=1e-4", code=1)["error"]
     assert "training.learning_rate: 0.001 -> 0.0001" in words
 
@@ -72,9 +72,9 @@ def test_rows_of_files_are_read_and_broken_ones_reported(config, tmp_path):
     (tmp_path / "3.jpg").write_bytes(b"no picture")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = {"annotations": str(tmp_path / "rows.jsonl"), "media_root": str(tmp_path), "name": "files"}
-    fields = ("--training.max_steps=-1", "--data.group_by_length=true", "--data.max_bad_share=0.2")
-    result = finetune_json(config, "--data.train", json.dumps(train), *fields)
-    assert result["finished"] and result["step"] == result["max_steps"] == 12  # one epoch
+    fields = ("--training.max_steps=-1", "--training.per_device_train_batch_size=4", "--data.group_by_length=true")
+    result = finetune_json(config, "--data.train", json.dumps(train), *fields, "--data.max_bad_share=0.2")
+    assert result["finished"] and result["step"] == result["max_steps"] == 6  # one epoch
     (entry,) = result["skipped"]
     assert (entry["source"], entry["picture"]) == ("files", "3.jpg") and result["rows"] >= 24
 
@@ -98,7 +98,7 @@ def test_lora_run_is_merged(config, tmp_path):
         merge_lora(tmp_path)
 
 
-def test_a_composed_is_combined_from_its_parts(tmp_path):
+def test_a_spa3_vlm_is_combined_from_its_parts(tmp_path):
     model, processor = embedded_model()
     model.vlm.save_pretrained(tmp_path / "vlm")
     processor.vlm_processor.save_pretrained(tmp_path / "vlm")

@@ -162,7 +162,7 @@ def test_loss_is_the_mean_over_tokens_and_not_over_batches(tmp_path):
     collate = Spa3VLMCollator(processor)
     sums = tokens = 0.0
     for row in examples():
-        batch = {k: v for k, v in collate([row]).items() if k not in ("skipped", "num_rows")}
+        batch = collate([row])
         count = int((batch["labels"][:, 1:] != -100).sum())
         sums, tokens = sums + model(**batch).loss.item() * count, tokens + count
     fields = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 1}
@@ -413,7 +413,7 @@ def test_lora_checkpoint_is_small_loads_and_merges(tmp_path):
     fresh, processor = composed()
     loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
     batch = Spa3VLMCollator(processor)([example(0), example(1), example(3)])
-    batch = {key: value for key, value in batch.items() if key not in ("skipped", "num_rows", "labels")}
+    del batch["labels"]
     with torch.no_grad():
         trained = ours.model.eval()(**batch).logits
         before = loaded(**batch).logits
@@ -461,7 +461,6 @@ def test_saved_model_is_whole_and_answers_like_the_trained_one(tmp_path):
     ours.save_model()
     model, processor = (kind.from_pretrained(tmp_path) for kind in (Spa3VLMForConditionalGeneration, Spa3VLMProcessor))
     batch = Spa3VLMCollator(processor)([example(0), example(1)])
-    batch = {key: value for key, value in batch.items() if key not in ("skipped", "num_rows")}
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).loss, ours.model.eval()(**batch).loss)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "spa3_vlm"
