@@ -37,8 +37,9 @@ from spa3r.training.checkpoints import (
     LAST_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
-    checkpoints_in,
+    UNFINISHED,
     fault_of,
+    last_checkpoint,
     load_state,
     newest_whole,
     publish,
@@ -47,7 +48,6 @@ from spa3r.training.checkpoints import (
     remove_unfinished,
     save_state,
     set_random_state,
-    unfinished_folder,
     write_checksums,
     writing_into,
 )
@@ -247,20 +247,17 @@ class ResumableTrainer(Trainer):
         args = self.args
         options: dict[str, Any] = {"pin_memory": args.dataloader_pin_memory and args.device.type == "cuda"}
         if args.dataloader_num_workers:
+            # With several processes a plain fork is not safe: threads wait for messages of the other processes, and a
+            # worker that is forked while one of them holds a lock waits for it forever.
+            several = self._host_group is not None and "forkserver" in multiprocessing.get_all_start_methods()
+            start = "forkserver" if several else None
             options |= {
                 "num_workers": args.dataloader_num_workers,
                 "prefetch_factor": args.dataloader_prefetch_factor,
-                "multiprocessing_context": args.dataloader_multiprocessing_context or self._start_method(),
+                "multiprocessing_context": args.dataloader_multiprocessing_context or start,
                 "worker_init_fn": _leave_signals_to_the_main_process,
             }
         return options
-
-    @staticmethod
-    def _start_method() -> str | None:
-        """How workers start. With several processes a plain fork is not safe: threads wait for messages of the other
-        processes, and a worker that is forked while one of them holds a lock waits for it forever."""
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        return "forkserver" if several and "forkserver" in multiprocessing.get_all_start_methods() else None
 
     def _sum_over_hosts(self, numbers: Sequence[float]) -> list[float]:
         if self._host_group is None:
@@ -345,7 +342,7 @@ class ResumableTrainer(Trainer):
         (count,) = self._sum_over_hosts([len(names)])
         if not count:
             return
-        last = next(iter(reversed(checkpoints_in(self.args.folder))), None)
+        last = last_checkpoint(self.args.folder)
         earlier = "there is no earlier checkpoint" if last is None else f"the last finite ones are in {last}"
         raise ValueError(
             f"After step {self.state.global_step} weights of the model are not finite ({quote_keys(names, 3)}): a step "
@@ -427,14 +424,14 @@ class ResumableTrainer(Trainer):
         with self._window.pause(), writing(output_dir / name, cure):
             with writing_into(output_dir) if self.args.should_save else contextlib.nullcontext():
                 self._wait_for_everyone()
-                self._writing_dir = unfinished_folder(output_dir)
+                self._writing_dir = output_dir / UNFINISHED
                 try:
                     super()._save_checkpoint(model, trial)
                 finally:
                     self._writing_dir = None
                 self._wait_for_everyone()
                 if self.args.should_save:
-                    written = unfinished_folder(output_dir) / name
+                    written = output_dir / UNFINISHED / name
                     if self.state.best_global_step:  # its path is the one where it was written
                         best = output_dir / f"checkpoint-{self.state.best_global_step}"
                         self.state.best_model_checkpoint = str(best)

@@ -128,11 +128,6 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.get_device_module(accelerator).set_rng_state(state[accelerator.type])
 
 
-def unfinished_folder(output_dir: str | Path) -> Path:
-    """The folder for incomplete files, on the same file system as the output."""
-    return Path(output_dir) / UNFINISHED
-
-
 def publish(written: Path, place: Path) -> None:
     """Move a file or folder to its place atomically, after all of it has been flushed to disk.
 
@@ -168,6 +163,11 @@ def _sync(path: Path) -> None:
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first; :func:`newest_whole` checks whether they are damaged."""
     return [path for path in _folders_in(output_dir) if (path / LAST_FILE).is_file()]
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The last finished checkpoint of a run, or None."""
+    return next(reversed(checkpoints_in(output_dir)), None)
 
 
 def _folders_in(output_dir: str | Path) -> list[Path]:
@@ -249,7 +249,7 @@ def put_aside(checkpoint: Path, fault: str) -> str:
 
 def remove_unfinished(output_dir: str | Path) -> bool:
     """Delete the incomplete files of a killed run; False if there are none."""
-    folder = unfinished_folder(output_dir)
+    folder = Path(output_dir) / UNFINISHED
     if not folder.exists():
         return False
     shutil.rmtree(folder)
@@ -259,7 +259,7 @@ def remove_unfinished(output_dir: str | Path) -> bool:
 @contextmanager
 def writing_into(output_dir: str | Path) -> Generator[Path]:
     """An empty folder for files that will be published into `output_dir`; it is removed afterwards."""
-    folder = unfinished_folder(output_dir)
+    folder = Path(output_dir) / UNFINISHED
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

@@ -22,7 +22,7 @@ from spa3r.training.base import ResumableTrainer
 from spa3r.training.checkpoints import (
     DAMAGED,
     LAST_FILE,
-    checkpoints_in,
+    last_checkpoint,
     newest_whole,
     put_aside,
     remove_unfinished,
@@ -107,7 +107,7 @@ def run(
         with args.main_process_first(desc="looking for an earlier run"):
             if is_main:
                 _prepare_folder(config, folder, fresh, note, parts)
-        checkpoint = _last_checkpoint(folder)  # the newest, now that damaged ones are gone
+        checkpoint = last_checkpoint(folder)  # the newest, now that damaged ones are gone
         step = 0
         if checkpoint is not None:
             note(f"going on from {checkpoint}")
@@ -127,7 +127,7 @@ def run(
             trainer.check_learned()
         if step >= args.max_steps:
             trainer.save_model()
-        skipped, last = trainer.skipped_by_all(), _last_checkpoint(folder)
+        skipped, last = trainer.skipped_by_all(), last_checkpoint(folder)
         return trainer, {
             "output_dir": str(folder),
             "step": step,
@@ -139,10 +139,6 @@ def run(
             "nonfinite_steps": trainer.nonfinite_steps,
             "skipped": skipped,
         }
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    return next(iter(reversed(checkpoints_in(folder))), None)
 
 
 def _prepare_folder(
