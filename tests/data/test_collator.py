@@ -191,14 +191,14 @@ def test_a_template_that_writes_an_answer_in_two_ways_is_refused():
     collator = Spa3VLMCollator(make(template=OPEN + thought + WORDS + CLOSE))
     assert learned(collator.processor, collator([{"messages": TEXT}])["labels"][0]) == ["<think></think>Four<|im_end|>"]
     words = (
-        r"writes message 1, the assistant's, in two ways.* the text up to it goes on with '<think></think>Four<\|im_end"
-        r"\|>\\n', what stands there when messages follow with 'Four<\|im_end\|>.*Mark the words in the template, "
-        r"\{% generation %\}"
+        r"writes message 1, the assistant's, in two ways.* the text up to it continues with '<think></think>Four"
+        r"<\|im_end\|>\\n', what stands there when messages follow with 'Four<\|im_end\|>.*Mark the words in the "
+        r"template, \{% generation %\}"
     )
     with pytest.raises(ValueError, match=words):
         collator([{"messages": [*TEXT, *TEXT]}])
     collator = Spa3VLMCollator(make(template=OPEN + WORDS + CLOSE.replace("assistant\n", "assistant\n<think>")))
-    words = r"the prompt for it goes on with '<think>', what stands there with the answer with 'Four"
+    words = r"the prompt for it continues with '<think>', what stands there with the answer with 'Four"
     with pytest.raises(ValueError, match=words):
         collator([{"messages": TEXT}])
 

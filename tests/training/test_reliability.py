@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from spa3r.disk import alone_in, write_whole
 from spa3r.training import PretrainingConfig, pretrain, read_log
 from spa3r.training.base import nonfinite_tensors
-from spa3r.training.checkpoints import checkpoints_in, fault_of, load_state, newest_whole, save_state
+from spa3r.training.checkpoints import checkpoints_in, fault_of, load_state, newest_intact, save_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
 
@@ -41,7 +41,7 @@ def whole(config) -> Path:
 
 @pytest.fixture
 def stopped(whole, tmp_path) -> Path:
-    """The same run, ready to go on."""
+    """The same run, ready to resume."""
     shutil.copytree(whole, tmp_path / "run")
     return tmp_path / "run"
 
@@ -91,7 +91,7 @@ def test_damage_is_seen(file, damage, has_checksums, stopped):
         return  # nothing shows it
     if damage == "changed" and file.startswith("training_state"):
         return  # of its tensors, which are random numbers' states; its numbers have a checksum
-    found, damaged = newest_whole(stopped)
+    found, damaged = newest_intact(stopped)
     assert found == stopped / "checkpoint-4" and list(damaged) == [checkpoint]
     assert file in damaged[checkpoint] or "weights are missing" in damaged[checkpoint] or "Safetensor" in str(damaged)
 
@@ -105,7 +105,7 @@ def test_numbers_of_a_state_have_a_checksum(tmp_path):
 
 
 @pytest.mark.parametrize(("file", "damage"), [("model.safetensors", "changed"), ("trainer_state.json", "missing")])
-def test_goes_on_from_the_newest_whole_checkpoint_and_says_so(file, damage, config, whole, stopped):
+def test_goes_on_from_the_newest_intact_checkpoint_and_says_so(file, damage, config, whole, stopped):
     DAMAGES[damage](stopped / "checkpoint-6" / file)
     result = command(config, "--training.output_dir", stopped)
     assert result["resumed_from"] == str(stopped / "checkpoint-4") and result["finished"]
@@ -121,7 +121,7 @@ def test_no_whole_checkpoint_is_an_error_and_nothing_is_deleted(config, stopped)
     for checkpoint in checkpoints_in(stopped):
         cut(checkpoint / "optimizer.safetensors")
     words = go_on(config, stopped, code=1)["error"]
-    assert "is whole (checkpoint-6: optimizer.safetensors is cut or changed; checkpoint-4: opt" in words
+    assert "is intact (checkpoint-6: optimizer.safetensors is cut or changed; checkpoint-4: opt" in words
     assert "--fresh" in words and len(checkpoints_in(stopped)) == 2
 
 

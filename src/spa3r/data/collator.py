@@ -335,7 +335,7 @@ def _check_prefix(prefix: str, text: str, index: int, what: str, where: str) -> 
         same = next((place for place, pair in enumerate(zip(prefix, text)) if pair[0] != pair[1]), len(text))
         raise ValueError(
             f"The chat template writes message {index}, the assistant's, in two ways, so its words can't be found by "
-            f"difference: {what} goes on with {prefix[same:][:40]!r}, {where} with {text[same:][:40]!r}. Mark the "
+            f"difference: {what} continues with {prefix[same:][:40]!r}, {where} with {text[same:][:40]!r}. Mark the "
             "words in the template, {% generation %}...{% endgeneration %}, and set `processor.chat_template` to it."
         )
 

@@ -60,9 +60,9 @@ class RowReader:
     """Converts rows of any known format to examples.
 
     Args:
-        media_root: Root of the rows' relative paths, which must stay inside it; None: `home`.
+        media_root: Root of the rows' relative paths, which must stay inside it; None: `folder`.
         name: Name of the source in reports.
-        home: The annotations' folder, the root of relative paths without `media_root`.
+        folder: The annotations' folder, the root of relative paths without `media_root`.
         frames: Lowest and highest number of frames of a video, if its length decides.
         seconds_per_frame: Seconds of a video between two frames, if its length decides.
         num_frames: Frames of every video; None: ``clamp(round(seconds / seconds_per_frame), *frames)``. For a folder
@@ -73,7 +73,7 @@ class RowReader:
         self,
         media_root: str | Path | None,
         name: str,
-        home: Path | None = None,
+        folder: Path | None = None,
         frames: Sequence[int] = (4, 8),
         seconds_per_frame: float = 2.0,
         num_frames: int | None = None,
@@ -86,7 +86,7 @@ class RowReader:
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"`num_frames` must be at least 1, got {num_frames}. Leave it out for a drawn number.")
         self.media_root = None if media_root is None else Path(media_root)
-        self.home = home
+        self.folder = folder
         self.name, self.frames, self.num_frames = name, (lowest, highest), num_frames
         self.seconds_per_frame = seconds_per_frame
 
@@ -186,7 +186,7 @@ class RowReader:
     def _path(self, item: Any) -> Path:
         if not isinstance(item, str | Path):
             raise ValueError(f"A picture or video of a row must be a path, got {type(item).__name__}.")
-        path, root = local_path(item), self.home if self.media_root is None else self.media_root
+        path, root = local_path(item), self.folder if self.media_root is None else self.media_root
         path = path if root is None else root / path
         if self.media_root is not None and not _is_below(path, self.media_root):
             raise ValueError(
@@ -235,8 +235,8 @@ class InstructionDataset(Dataset):
         seconds_per_frame: float = 2.0,
         num_frames: int | None = None,
     ):
-        self.rows, home, own_name = _load(annotations, split)
-        self.reader = RowReader(media_root, name or own_name, home, frames, seconds_per_frame, num_frames)
+        self.rows, folder, own_name = _load(annotations, split)
+        self.reader = RowReader(media_root, name or own_name, folder, frames, seconds_per_frame, num_frames)
         self._lengths: np.ndarray | None = None
         if not len(self.rows):
             raise _no_rows(own_name)
@@ -363,10 +363,10 @@ class StreamedInstructions(IterableDataset):
         num_frames: int | None = None,
     ):
         super().__init__()
-        self.rows, home, own_name = _load(annotations, split, streaming=True)
+        self.rows, folder, own_name = _load(annotations, split, streaming=True)
         if shuffle_buffer:
             self.rows = self.rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        self.reader = RowReader(media_root, name or own_name, home, frames, seconds_per_frame, num_frames)
+        self.reader = RowReader(media_root, name or own_name, folder, frames, seconds_per_frame, num_frames)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which changes the order if rows are shuffled."""

@@ -41,12 +41,12 @@ from spa3r.training.checkpoints import (
     fault_of,
     last_checkpoint,
     load_state,
-    newest_whole,
+    newest_intact,
     publish,
-    put_aside,
     random_state,
     remove_unfinished,
     save_state,
+    set_aside,
     set_random_state,
     write_checksums,
     writing_into,
@@ -420,7 +420,7 @@ class ResumableTrainer(Trainer):
         self._check_finite()
         output_dir = self.args.folder
         name = f"checkpoint-{self.state.global_step}"
-        cure = "Free space; the same command goes on from the last checkpoint."
+        cure = "Free space; the same command resumes from the last checkpoint."
         with self._window.pause(), writing(output_dir / name, cure):
             with writing_into(output_dir) if self.args.should_save else contextlib.nullcontext():
                 self._wait_for_everyone()
@@ -516,7 +516,7 @@ class ResumableTrainer(Trainer):
         if state["processes"] != self.accelerator.num_processes:
             raise ValueError(
                 f"The checkpoint {checkpoint} was saved by {state['processes']} processes, and this run has "
-                f"{self.accelerator.num_processes}: it could not go on with the same data. Start as many, or begin a "
+                f"{self.accelerator.num_processes}: it could not continue with its data. Start as many, or begin a "
                 "new run from its weights (`model.init_from` in a configuration file)."
             )
         if self.is_sharded:
@@ -587,16 +587,16 @@ class ResumableTrainer(Trainer):
         """Return the checkpoint after checking that it is intact."""
         folder = self.args.folder
         if checkpoint is True:
-            whole, damaged = newest_whole(folder)
-            if whole is None:
+            intact, damaged = newest_intact(folder)
+            if intact is None:
                 raise ValueError(f"`resume_from_checkpoint` needs a checkpoint in {folder}, got none. Leave it out.")
             for place, fault in damaged.items():
-                logger.warning(put_aside(place, fault) if self.args.should_save else f"{place} is damaged ({fault})")
-            return str(whole)
+                logger.warning(set_aside(place, fault) if self.args.should_save else f"{place} is damaged ({fault})")
+            return str(intact)
         if (fault := fault_of(Path(checkpoint))) is not None:
             raise ValueError(
                 f"The checkpoint {checkpoint} is damaged ({fault}). Resume from an older one; "
-                "resume_from_checkpoint=True takes the newest that is whole."
+                "resume_from_checkpoint=True takes the newest intact one."
             )
         return checkpoint
 
@@ -709,7 +709,7 @@ def load_strictly(model: nn.Module, checkpoint: Path, may_lack: Sequence[str] = 
         )
 
 
-def frozen_parts_have_homes(model: Any, folder: Path) -> bool:
+def can_omit_frozen_parts(model: Any, folder: Path) -> bool:
     """Whether a checkpoint in `folder` may omit the frozen parts of a Spa3R because they can be loaded again."""
     try:
         with model.naming_frozen_parts(False, folder):

@@ -79,7 +79,7 @@ def load_state(file: str | Path) -> Any:
     try:
         return _load_state(file)
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}). Go on from another checkpoint.") from error
+        raise ValueError(f"{file} is damaged ({error}). Resume from another checkpoint.") from error
 
 
 def _load_state(file: str | Path) -> Any:
@@ -161,7 +161,7 @@ def _sync(path: Path) -> None:
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first; :func:`newest_whole` checks whether they are damaged."""
+    """The finished checkpoints of a run, oldest first; :func:`newest_intact` checks whether they are damaged."""
     return [path for path in _folders_in(output_dir) if (path / LAST_FILE).is_file()]
 
 
@@ -216,7 +216,7 @@ def fault_of(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_whole(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
+def newest_intact(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest intact checkpoint, and the faults of the newer ones.
 
     Raises:
@@ -230,20 +230,20 @@ def newest_whole(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
     if damaged:
         faults = "; ".join(f"{folder.name}: {fault}" for folder, fault in damaged.items())
         raise ValueError(
-            f"No checkpoint in {output_dir} is whole ({faults}). Put an undamaged copy back, or start over in another "
+            f"No checkpoint in {output_dir} is intact ({faults}). Put an undamaged copy back, or start over in another "
             "folder or with --fresh, which deletes the run."
         )
     return None, {}
 
 
-def put_aside(checkpoint: Path, fault: str) -> str:
+def set_aside(checkpoint: Path, fault: str) -> str:
     """Rename a damaged checkpoint so that new ones can take its place; returns a message for the user."""
     place = checkpoint.with_name(DAMAGED + checkpoint.name)
     shutil.rmtree(place, ignore_errors=True)
     os.replace(checkpoint, place)
     return (
-        f"{checkpoint.name} is damaged ({fault}) and is now called {place.name}; the run goes on from the newest whole "
-        "checkpoint before it"
+        f"{checkpoint.name} is damaged ({fault}) and was renamed to {place.name}; the run resumes from the newest "
+        "intact checkpoint before it"
     )
 
 

@@ -28,7 +28,7 @@ ELSEWHERE = {
     "dataloader_num_workers": "data.num_workers",
     "eval_steps": "evaluation.every",
     "eval_strategy": "evaluation.every",
-    "resume_from_checkpoint": "training.output_dir: a run in it is gone on with",
+    "resume_from_checkpoint": "training.output_dir: a run in it is resumed",
 }
 """Arguments of transformers that are set in another place."""
 
@@ -172,7 +172,7 @@ class RunConfig:
         training = parts.pop("training")
         for key in training:
             if key in cls.ELSEWHERE:
-                raise ValueError(f"`training.{key}` is said in another place: {cls.ELSEWHERE[key]}.")
+                raise ValueError(f"`training.{key}` is set in another place: {cls.ELSEWHERE[key]}.")
         if training.get("report_to", "none") is None:  # null in YAML
             training["report_to"] = "none"
         own = [name for name in _names(types["model"]) if name != "fields"]
@@ -301,7 +301,7 @@ class PretrainingConfig(RunConfig):
         if self.model.init_from is None and self.model.backbone is None:
             raise ValueError(
                 "`model.backbone` must say where the frozen VGGT is (a folder or hub id), or `model.init_from` where a "
-                "Spa3RForPreTraining is to go on from; got neither."
+                "Spa3RForPreTraining is to start from; got neither."
             )
 
 

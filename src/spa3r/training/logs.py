@@ -47,7 +47,7 @@ class JsonLinesCallback(TrainerCallback):
             for key, value in (logs or {}).items()
         }
         place = Path(str(args.output_dir)) / self.FILE
-        with writing(place, "Free space; the same command goes on from the last checkpoint."):
+        with writing(place, "Free space; the same command resumes from the last checkpoint."):
             place.parent.mkdir(parents=True, exist_ok=True)
             with open(place, "a", encoding="utf-8") as file:
                 file.write(hide(json.dumps(line)) + "\n")
@@ -62,7 +62,7 @@ def read_log(file: str | Path) -> list[dict[str, Any]]:
     lines, faults = read_json_lines(file, _check_entry, may_be_cut=True)
     if faults:
         raise ValueError(
-            f"{file} is damaged: {faults[0]} can't be read. Delete that line, or move the file away: the run goes on "
+            f"{file} is damaged: {faults[0]} can't be read. Delete that line, or move the file away: the run continues "
             "without it."
         )
     return lines

@@ -23,9 +23,9 @@ from spa3r.training.checkpoints import (
     DAMAGED,
     LAST_FILE,
     last_checkpoint,
-    newest_whole,
-    put_aside,
+    newest_intact,
     remove_unfinished,
+    set_aside,
 )
 from spa3r.training.config import RunConfig, changes, read_yaml
 from spa3r.training.logs import JsonLinesCallback, read_log
@@ -110,7 +110,7 @@ def run(
         checkpoint = last_checkpoint(folder)  # the newest, now that damaged ones are gone
         step = 0
         if checkpoint is not None:
-            note(f"going on from {checkpoint}")
+            note(f"resuming from {checkpoint}")
             step = TrainerState.load_from_json(str(checkpoint / LAST_FILE)).global_step
         set_seed(args.seed)
         trainer = make_trainer(note)
@@ -163,16 +163,16 @@ def _prepare_folder(
         note("an unfinished checkpoint of a killed run was removed")
     if (output_dir / JsonLinesCallback.FILE).exists():
         read_log(output_dir / JsonLinesCallback.FILE)  # fail now, not after the model is loaded
-    checkpoint, damaged = newest_whole(output_dir)
+    checkpoint, damaged = newest_intact(output_dir)
     if checkpoint is not None:
         if changed := changes(_earlier_configuration(file, config), config.to_dict(), config.FREE_TO_CHANGE):
             raise ValueError(
                 f"`training.output_dir` {output_dir} holds a run of another configuration ({'; '.join(changed)}). "
-                "Change it back to go on with that run, name another folder, or start over with --fresh, which deletes "
+                "Change it back to resume that run, name another folder, or start over with --fresh, which deletes "
                 "its checkpoints and logs."
             )
     for folder, fault in damaged.items():
-        note(put_aside(folder, fault))
+        note(set_aside(folder, fault))
     write_whole(file, config.to_yaml())
 
 

@@ -140,7 +140,7 @@ def test_a_backbone_that_has_a_home_stays_out_of_checkpoints(tmp_path):
         ({"data": {"train": {}}}, r"`data\.train` must say which instructions"),
         ({"data": {"max_length": "long"}}, r"`data`: .*'max_length'"),
         ({"training": {"policy": "all"}}, r"`policy` must be one of paper, adapter_only"),
-        ({"training": {"train_sampling_strategy": "x"}}, r"is said in another place: data\.group_by_length"),
+        ({"training": {"train_sampling_strategy": "x"}}, r"is set in another place: data\.group_by_length"),
         ({"training": {"output_dir": None}}, r"`training\.output_dir` must name the folder"),
         (
             {"training": {"policy": "qlora"}},

@@ -149,7 +149,7 @@ def test_goes_on_from_a_pretrained_model(config, tmp_path):
         ({"training": {"lr": 1}}, r"`training\.lr` is unknown.* Known keys: .*learning_rate"),
         (
             {"training": {"num_train_epochs": 3}},
-            r"`training\.num_train_epochs` is said in another place: training",
+            r"`training\.num_train_epochs` is set in another place: training",
         ),
         ({"training": {"output_dir": None}}, r"`training\.output_dir` must name the folder"),
         ({"model": {"backbone": None}}, r"`model\.backbone` must say where the frozen VGGT is"),

@@ -123,7 +123,7 @@ class FinetuningConfig(RunConfig):
         if (model.init_from is None) == (model.vlm is None):
             raise ValueError(
                 "`model.vlm` (and `model.spa3r`) must name what is to be combined, or `model.init_from` the Spa3-VLM "
-                f"to go on from; got {'neither' if model.vlm is None else 'both'}."
+                f"to start from; got {'neither' if model.vlm is None else 'both'}."
             )
         if model.vlm is not None and model.spa3r is None and model.fields.get("spatial_source") != "none":
             raise ValueError(

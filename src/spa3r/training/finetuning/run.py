@@ -111,18 +111,18 @@ def merge_lora(run_folder: str | Path) -> tuple[Spa3VLMForConditionalGeneration,
         ValueError: The folder has no peft checkpoint, or one with missing or unexpected keys.
     """
     folder = Path(run_folder)
-    homes = [home for home in (folder, folder.parent) if (home / CONFIG_FILE).is_file()]
+    runs = [place for place in (folder, folder.parent) if (place / CONFIG_FILE).is_file()]
     adapter = find_adapter(run_folder)
-    if not homes and adapter is not None and adapter.base is not None:
+    if not runs and adapter is not None and adapter.base is not None:
         base = Spa3VLMForConditionalGeneration.from_pretrained(adapter.base, **adapter.where)
         return _merge(base, run_folder), Spa3VLMProcessor.from_pretrained(run_folder)
-    if not homes or adapter is None:
+    if not runs or adapter is None:
         raise ValueError(
             f"`run_folder` must hold the peft checkpoint of a run of `spa3r finetune`, got {run_folder}. Give the "
             "run's output folder or one of its checkpoints, of the policy 'lora' or 'qlora'; or an adapter of PEFT "
             "that names its base model."
         )
-    config = FinetuningConfig.from_yaml(homes[0] / CONFIG_FILE)
+    config = FinetuningConfig.from_yaml(runs[0] / CONFIG_FILE)
     model, processor, _ = make_model(config)
     return _merge(model, folder), processor
 
@@ -178,13 +178,13 @@ def make_model(
                 if hasattr(module, "support_avx512bf16_for_cpu"):
                     # Otherwise the first evaluation repacks the weights on such CPUs, which then blocks gradients.
                     module.support_avx512bf16_for_cpu = False  # ty: ignore[invalid-assignment]  # bitsandbytes' flag
-        home = None if section.spa3r is None else resolve(section.spa3r)
-        spa3r: Any = home
+        place = None if section.spa3r is None else resolve(section.spa3r)
+        spa3r: Any = place
         if needs_teacher:
-            psfm = Spa3RForPreTraining.from_pretrained(home, **loading)
+            psfm = Spa3RForPreTraining.from_pretrained(place, **loading)
             spa3r = psfm.spa3r
         model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(vlm, spa3r, **loading, **section.fields)
-        processor = Spa3VLMProcessor.from_vlm_and_spa3r(name, home)
+        processor = Spa3VLMProcessor.from_vlm_and_spa3r(name, place)
         processor.spatial_tokens = model.config.spatial_tokens
     if section.images is not None:
         processor.image_mode = section.images

@@ -24,7 +24,7 @@ from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
 from spa3r.training.arguments import FinetuningArguments
 from spa3r.training.base import (
     ResumableTrainer,
-    frozen_parts_have_homes,
+    can_omit_frozen_parts,
     load_strictly,
 )
 from spa3r.training.finetuning.batches import InstructionBatches
@@ -256,8 +256,8 @@ class FinetuningTrainer(ResumableTrainer):
         if isinstance(model, PeftModel):
             model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
             return
-        has_home = model.spa3r is not None and frozen_parts_have_homes(model.spa3r, folder)
-        model.save_pretrained(folder, include_backbone=self._writing_dir is None or not has_home, state_dict=state_dict)
+        can_omit = model.spa3r is not None and can_omit_frozen_parts(model.spa3r, folder)
+        model.save_pretrained(folder, include_backbone=self._writing_dir is None or not can_omit, state_dict=state_dict)
 
     def _load_weights(self, model: Any, checkpoint: Path) -> None:
         if not isinstance(model, PeftModel):

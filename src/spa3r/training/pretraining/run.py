@@ -94,8 +94,8 @@ def make_model(config: PretrainingConfig) -> tuple[Spa3RForPreTraining, Spa3RIma
         backbone = section.backbone or ""  # there is one, as the configuration has checked
         model = Spa3RForPreTraining.from_vggt_and_dinov3(backbone, section.semantic_teacher, **fields)
     else:
-        homes = {"backbone": section.backbone, "semantic_teacher": section.semantic_teacher}
-        fields |= {f"{part}_name_or_path": home for part, home in homes.items() if home is not None}
+        places = {"backbone": section.backbone, "semantic_teacher": section.semantic_teacher}
+        fields |= {f"{part}_name_or_path": place for part, place in places.items() if place is not None}
         model = Spa3RForPreTraining.from_pretrained(section.init_from, **fields)
         for parameter in model.parameters():
             if parameter.requires_grad:

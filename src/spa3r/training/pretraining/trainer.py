@@ -21,8 +21,8 @@ from spa3r.training.arguments import PretrainingArguments
 from spa3r.training.base import (
     ResumableTrainer,
     Window,
+    can_omit_frozen_parts,
     end_workers,
-    frozen_parts_have_homes,
     load_strictly,
 )
 
@@ -214,7 +214,7 @@ class PretrainingTrainer(ResumableTrainer):
         """Save without the frozen parts if they can be loaded again."""
         model.save_pretrained(
             folder,
-            include_backbone=not frozen_parts_have_homes(model, folder),
+            include_backbone=not can_omit_frozen_parts(model, folder),
             state_dict=state_dict,
             save_original_format=False,  # the model's own names, which resuming expects
         )
