@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -92,7 +92,7 @@ class GivenFiles:
                 text = text.replace(file, Path(file).name)
             raise ValueError(text) from error
         for name, view in zip(names, views):
-            view.filename = Path(name).name  # for later messages
+            view.filename = Path(name).name  # ty: ignore[missing-attribute]  # as PIL's pictures of files have it; for errors
         return views
 
 
@@ -150,11 +150,11 @@ class Demo:
     def look_at_files(self, files: list[str] | None, num_frames: int) -> tuple[Any, ...]:
         """Show a visitor's files on the page; 0 frames selects the number by each video's length."""
         with _told_to_visitor():
-            num_frames = check_count("num_frames", num_frames or 0, 0) or None
+            frames = check_count("num_frames", num_frames or 0, 0) or None
             is_native = self.processor.image_mode == "native"  # the VLM takes the original pictures
             keep = None if is_native else self.processor.view_image_processor.process_view
             read = partial(read_views, limits=self.limits, keep=keep)
-            return self._look(GivenFiles(tuple(files or ()), num_frames, read))
+            return self._look(GivenFiles(tuple(files or ()), frames, read))
 
     def look_at_room(self, seed: int) -> tuple[Any, ...]:
         """Show the room of a seed, counted from the first that is in no training data, on the page."""
@@ -274,7 +274,7 @@ def build_app(
 class _Page(gr.Blocks):
     """Blocks that use system fonts, no external links and no history in the browser."""
 
-    def launch(self, **kwargs) -> Any:
+    def launch(self, **kwargs: Any) -> Any:
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
         looks = {"theme": gr.themes.Default(**fonts), "css": CSS, "footer_links": [], "run_history": False}
         for_server = dict(kwargs.pop("app_kwargs", None) or {})
@@ -338,7 +338,7 @@ class _LimitedBodies:
 
 
 @contextmanager
-def _told_to_visitor() -> Iterator[None]:
+def _told_to_visitor() -> Generator[None]:
     """Show errors about a visitor's input on the page, with the library's message."""
     try:
         yield

@@ -6,7 +6,7 @@ answers = engine.answers(photos, ["How many chairs are there?", "Which is closer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from copy import copy
 from functools import cached_property
 from itertools import islice
@@ -87,12 +87,12 @@ class AnsweringEngine:
     def _generate(self, inputs: Any, **arguments: Any) -> list[str]:
         inputs = inputs.to(execution_device(self.model))
         length = {} if "max_length" in arguments else {"max_new_tokens": MAX_NEW_TOKENS}
-        arguments = {"do_sample": False, "num_beams": 1} | length | arguments
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1} | length | arguments
         if not self._fuses:
             inputs = {key: value for key, value in inputs.items() if key not in VIEW_KEYS}
-            arguments["logits_processor"] = finite_logits(self.model, arguments.get("logits_processor"))
+            options["logits_processor"] = finite_logits(self.model, options.get("logits_processor"))
         with turn(self.model), in_eval_mode(self.model):
-            output = self.model.generate(**inputs, **arguments)
+            output = self.model.generate(**inputs, **options)
         return self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     # Scenes
@@ -232,7 +232,7 @@ class AnsweringEngine:
         """
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        total = len(examples) if hasattr(examples, "__len__") else None
+        total = len(examples) if isinstance(examples, Sized) else None
         with logging.tqdm(total=total, desc="Answering", leave=False, disable=not show_progress) as bar:
             for batch in _batches(examples, batch_size):
                 bar.update(len(batch))

@@ -96,7 +96,7 @@ class EvaluationSettings:
             # Convert NumPy integers to plain ints: settings are saved as JSON.
             highest = LARGEST_SEED if name == "seed" else None
             object.__setattr__(self, name, check_count(name, value, int(name != "seed"), highest))
-        if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"`min_pixels` must be at most `max_pixels`, got {self.min_pixels} and {self.max_pixels}. Change one."
             )

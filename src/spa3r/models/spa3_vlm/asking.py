@@ -70,6 +70,7 @@ def encode_scene(
     Raises:
         ValueError: There is no picture or more than one scene, or the prompts have no prefix that questions share.
     """
+    pictures: list[Any]
     pictures, *others = as_scenes(images)
     if others:
         raise ValueError(

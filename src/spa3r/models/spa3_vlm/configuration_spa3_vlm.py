@@ -5,7 +5,15 @@ from typing import Any, Literal
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from spa3r.models.configuration_base import check_foreign_sizes, checked, count, make_foreign, make_part, number
+from spa3r.models.configuration_base import (
+    check_foreign_sizes,
+    checked,
+    count,
+    make_foreign,
+    make_part,
+    number,
+    submodel,
+)
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 
 
@@ -37,15 +45,15 @@ class Spa3VLMConfig(PreTrainedConfig):
     model_type = "spa3_vlm"
     sub_configs = {"vlm_config": AutoConfig, "spa3r_config": Spa3RConfig}
 
-    vlm_config: dict[str, Any] | PreTrainedConfig | None = None
-    spa3r_config: dict[str, Any] | PreTrainedConfig | None = None
+    vlm_config: PreTrainedConfig | Any = submodel()
+    spa3r_config: Spa3RConfig | Any = submodel()
     integration: Literal["cross_attention", "append"] = "cross_attention"
     spatial_source: Literal["spa3r", "vggt", "none"] = "spa3r"
     adapter_num_attention_heads: int | None = count(None)
     spatial_token_id: int | None = count(None, lowest=0, highest=2**31 - 1)
     initializer_range: float | int = number(0.02, 0, 1)
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.vlm_config is None:
             self.vlm_config = {"model_type": "qwen2_5_vl"}
         if isinstance(self.vlm_config, dict):
@@ -77,7 +85,7 @@ class Spa3VLMConfig(PreTrainedConfig):
             kwargs.setdefault(choice, {})  # None would undo the sub-configurations' choice that a loaded model uses
         super().__post_init__(**kwargs)
 
-    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The language model's configuration."""
         return self.vlm_config.get_text_config(*args, **kwargs)
 

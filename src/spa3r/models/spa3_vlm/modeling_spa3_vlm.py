@@ -15,12 +15,13 @@ from padding.
 from __future__ import annotations
 
 import copy
+import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -52,6 +54,7 @@ from spa3r.models.configuration_base import check_foreign_sizes
 from spa3r.models.layers import Mlp
 from spa3r.models.packing import ViewLayout, as_list, check_tensor, whole_numbers
 from spa3r.models.placement import execution_device, is_offloaded
+from spa3r.models.released import ReleasedCheckpoint
 from spa3r.models.spa3_vlm.asking import ask, encode_scene
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
 from spa3r.models.spa3_vlm.processing_spa3_vlm import VIEW_KEYS, Spa3VLMProcessor
@@ -91,6 +94,7 @@ class Spa3VLMCrossAttention(nn.Module):
     """Cross-attention from a scene's image tokens (queries) to its projected spatial tokens (keys and values)."""
 
     is_causal = False
+    config: PreTrainedConfig
 
     def __init__(self, config: Spa3VLMConfig):
         super().__init__()
@@ -173,7 +177,7 @@ class AppendedTokens:
     vectors: Tensor  # (batch, sequence, h), values elsewhere are unused
 
     @contextmanager
-    def entering(self, embeddings: nn.Module) -> Iterator[None]:
+    def entering(self, embeddings: nn.Module) -> Generator[None]:
         """Context manager: inside it, looking up the prompt's embeddings returns these vectors in their places."""
         thread, length, entered = threading.get_ident(), self.places.shape[1], False
 
@@ -218,7 +222,7 @@ class Spa3VLMBackbone(nn.Module):
         self._model = (model,)  # a tuple, so that the model is not registered as a submodule and counted twice
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> ModelOutput | tuple:
         """Like the model's ``forward``, with ``last_hidden_state`` (batch, sequence, h) for ``logits``, and no loss."""
         (model,) = self._model
@@ -238,6 +242,11 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
     only a projector and changes the logits from the first step; the processor must be told (``spatial_tokens``). With
     ``"vggt"`` only the backbone of the Spa3R is used. With ``"none"`` both ``spa3r`` and ``adapter`` are None.
     """
+
+    config: Spa3VLMConfig
+    vlm: PreTrainedModel
+    spa3r: Spa3RModel | None
+    adapter: Spa3VLMAdapter | Spa3VLMAppendAdapter | Any  # None with `spatial_source="none"`
 
     config_class = Spa3VLMConfig
     base_model_prefix = ""
@@ -286,7 +295,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         revision: str | dict[str, str] | None = None,
         quantization_config: Any = None,
         trust_remote_code: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Spa3VLMForConditionalGeneration:
         """Combine a VLM with a Spa3R; the adapter is newly initialized.
 
@@ -330,7 +339,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 vlm_hub["revision"] = revisions["vlm_config"]
             vlm_config = AutoConfig.from_pretrained(vlm, **vlm_hub)
             check_foreign_sizes("vlm.config", vlm_config)
-            vlm_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(vlm_config), None)
+            vlm_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(vlm_config), None)
             if vlm_class is not None or AutoModelForImageTextToText.__name__ not in (
                 getattr(vlm_config, "auto_map", None) or {}
             ):
@@ -343,10 +352,9 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 quantization_config=quantization_config,
                 **vlm_hub,
             )
-        if alone:
-            spa3r = None
-        elif not isinstance(spa3r, PreTrainedModel):
-            spa3r = Spa3RModel.from_pretrained(
+        model_3d: Any = None if alone else spa3r
+        if not alone and not isinstance(spa3r, PreTrainedModel):
+            model_3d = Spa3RModel.from_pretrained(
                 spa3r,
                 dtype=vlm.dtype if dtype == "auto" else dtype,
                 attn_implementation=by_part.get("spa3r_config") if by_part else attn_implementation,
@@ -355,40 +363,45 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             )
         # The dictionary form sets the adapter's implementation and leaves that of the loaded parts unchanged.
         own = by_part.get("") if by_part else attn_implementation
-        config = cls.config_class(
-            vlm_config=vlm.config,
-            spa3r_config=None if spa3r is None else spa3r.config,
-            attn_implementation={"": own},
-            **fields,
-        )
+        parts = {"vlm_config": vlm.config, "spa3r_config": None if model_3d is None else model_3d.config}
+        settings: dict[str, Any] = fields | parts | {"attn_implementation": {"": own}}
+        config = Spa3VLMConfig(**settings)
         device = execution_device(vlm)  # tensors of an offloaded VLM have no real device
-        if spa3r is not None and not is_offloaded(spa3r):
-            spa3r = spa3r.to(device)
-        model = cls(config, vlm=vlm, spa3r=spa3r)
+        if model_3d is not None and not is_offloaded(model_3d):
+            model_3d = model_3d.to(device)
+        model = cls(config, vlm=vlm, spa3r=model_3d)
         if model.adapter is not None:
             model.adapter.to(device=device, dtype=vlm.dtype)
         if placed := getattr(vlm, "hf_device_map", None):  # for save_pretrained and trainers, as after from_pretrained
-            model.hf_device_map = {f"vlm.{path}" if path else "vlm": place for path, place in placed.items()}
-            model.hf_device_map |= {part: device for part in ("spa3r", "adapter") if getattr(model, part) is not None}
+            places = {f"vlm.{path}" if path else "vlm": place for path, place in placed.items()}
+            places |= {part: device for part in ("spa3r", "adapter") if getattr(model, part) is not None}
+            model.hf_device_map = places  # ty: ignore[invalid-assignment]  # no parameter or module
         return model.eval()
 
     @classmethod
-    def _translate_released(cls, released, kwargs):
+    def _translate_released(cls, released: ReleasedCheckpoint, kwargs: dict[str, Any]) -> dict[str, Any]:
         arguments = super()._translate_released(released, kwargs)
         if kwargs.get("generation_config") is None and (file := released.file("generation_config.json")) is not None:
             arguments["generation_config"] = GenerationConfig.from_pretrained(file.parent)
         return arguments
 
     @classmethod
-    def _from_released(cls, released, fields):
-        vlm_fields = read_json_object(released.file("config.json"), "the VLM's configuration", "Fetch it again.")
+    def _from_released(
+        cls, released: ReleasedCheckpoint, fields: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], Spa3VLMConfig]:
+        if (file := released.file("config.json")) is None:
+            raise ValueError(f"{released.name} holds no config.json, the VLM's configuration. Fetch it again.")
+        vlm_fields = read_json_object(file, "the VLM's configuration", "Fetch it again.")
         return translate_spa3_vlm(released.tensors(), vlm_fields, fields)
 
-    def save_pretrained(self, save_directory, include_backbone: bool = True, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, include_backbone: bool = True, **kwargs: Any
+    ) -> None:
         """Like transformers' ``save_pretrained``; optionally without Spa3R's frozen backbone.
 
         Args:
             save_directory: Target folder.
+            *args: As in transformers.
             include_backbone: False leaves out the backbone; the configuration then records its source, and
                 ``from_pretrained`` loads it from there.
             **kwargs: As in transformers.
@@ -396,13 +409,13 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         # Keep the names in memory: trainers load what they saved by name, and the layout is ours.
         kwargs.setdefault("save_original_format", False)
         if self.spa3r is None:
-            super().save_pretrained(save_directory, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
             return
         with self.spa3r.naming_frozen_parts(include_backbone, save_directory) as left_out:
             paths = [f"spa3r.{path}" for path in left_out]
-            save_without(super().save_pretrained, self, paths, save_directory, **kwargs)
+            save_without(super().save_pretrained, self, paths, save_directory, *args, **kwargs)
 
-    def _finish_loading(self, hub_kwargs: dict) -> None:
+    def _finish_loading(self, hub_kwargs: dict[str, Any]) -> None:
         if self.spa3r is not None:
             self.spa3r._finish_loading(hub_kwargs)
         self._freeze()
@@ -421,8 +434,8 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         return Spa3VLMBackbone(self)
 
     @property
-    def generation_config(self) -> GenerationConfig | None:
-        """The VLM's generation configuration."""
+    def generation_config(self) -> GenerationConfig | Any:
+        """The VLM's generation configuration; None before the VLM exists."""
         return self.vlm.generation_config if "vlm" in self._modules else None
 
     @generation_config.setter
@@ -430,7 +443,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         if "vlm" in self._modules:  # PreTrainedModel's constructor sets a default before the VLM exists
             self.vlm.generation_config = value
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Module:  # ty: ignore[incompatible-method-override]  # the base class has none
         return self.vlm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -440,8 +453,8 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         """The VLM's language model head."""
         return self.vlm.get_output_embeddings()
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.vlm.set_output_embeddings(value)
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.vlm.set_output_embeddings(new_embeddings)
 
     def get_decoder(self) -> nn.Module:
         return self.vlm.get_decoder()
@@ -482,7 +495,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             parameter.requires_grad_(False)
         self.train(self.training)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         """Like ``nn.Module.train``; frozen parts stay in eval mode."""
         super().train(mode)
         for module in (self.spa3r, *self.vision_modules()):
@@ -502,7 +515,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         image_tokens_per_scene: Tensor | Sequence[int] | None = None,
         spatial_tokens_per_scene: Tensor | Sequence[int] | None = None,
         labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ModelOutput:
         """Run the VLM's forward on fused image tokens.
 
@@ -571,7 +584,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(
-        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Tensor | ModelOutput:
         """Run the VLM's ``generate`` on fused image tokens; all its features are supported.
 
@@ -597,8 +610,9 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         with turn(self):
             kwargs, appended = self._fuse(input_ids, mask, kwargs)
             kwargs |= self._positions_of_whole_prompt(input_ids, mask, kwargs)
+            vlm: Any = self.vlm
             with self._entering(appended):
-                output = self.vlm.generate(
+                output = vlm.generate(
                     input_ids=input_ids,
                     generation_config=generation_config,
                     logits_processor=finite_logits(self, kwargs.pop("logits_processor", None)),
@@ -638,7 +652,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         *,
         max_new_tokens: int = 128,
         batch_size: int | None = None,
-        **generate_kwargs,
+        **generate_kwargs: Any,
     ) -> list[str] | str:
         """Answer questions about a scene, greedily by default.
 
@@ -674,7 +688,8 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         offsets of this prompt, if it starts here and `keep` says that its cache may be used again."""
         if not keeps_offset(self.vlm) or inputs.get("position_ids") is not None:
             return {}, None
-        given, cache = inputs.get("inputs_embeds") if input_ids is None else input_ids, _cache_in(inputs)
+        given: Any = inputs.get("inputs_embeds") if input_ids is None else input_ids
+        cache = _cache_in(inputs)
         rows, new = given.shape[:2]
         seen = 0 if cache is None else cache.get_seq_length()
         if seen:
@@ -706,7 +721,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             if types[:, seen:].any():
                 return {}  # the family computes all positions from the prompt
             offsets = position_offsets(self.vlm, input_ids, attention_mask, inputs)
-        positions = positions_behind(self.vlm, cache, offsets, attention_mask, tuple(input_ids.shape))
+        positions = positions_behind(self.vlm, cache, offsets, attention_mask, (len(input_ids), input_ids.shape[1]))
         return {"position_ids": positions.to(input_ids.device)}
 
     @torch.compiler.disable  # code compiled in an earlier call doesn't check for new hooks
@@ -775,13 +790,13 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 "inputs with Spa3VLMProcessor, or call `model.vlm` to run the VLM alone."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_parameters())):
-            features = encode_images(self.vlm, kwargs)
+            features: Any = encode_images(self.vlm, kwargs)
         pixels = {name: value for name, value in kwargs.items() if name.startswith("pixel")}
         kwargs.pop("pixel_values")
         tokens_per_row = self._tokens_per_row(input_ids, views["image_tokens_per_scene"])
-        spatial = None if self.spa3r is None else self._encode_views(views, tokens_per_row)
+        spatial = None if self.spa3r is None else self._encode_views(self.spa3r, views, tokens_per_row)
         appended = None
-        if self.config.integration == "append":
+        if self.config.integration == "append" and spatial is not None:
             given = views["spatial_tokens_per_scene"]
             appended, spatial = self._append(*spatial, input_ids, attention_mask, given), None
         fused = copy.copy(features)
@@ -854,12 +869,15 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             )
 
     def _tokens_per_row(self, input_ids: Tensor | None, given: Tensor | Sequence[int] | None) -> list[int]:
-        if input_ids is None and given is None:
-            raise ValueError("`image_tokens_per_scene` must be given where `input_ids` is not (with `inputs_embeds`).")
         given = None if given is None else as_list(given)
-        if given is not None and (input_ids is None or input_ids.device.type != "cpu"):
-            return given  # counting would synchronize host and device
-        counted = (input_ids == self.vlm.config.image_token_id).sum(dim=1).tolist()
+        if input_ids is None or input_ids.device.type != "cpu":
+            if given is not None:
+                return given  # counting would synchronize host and device
+            if input_ids is None:
+                raise ValueError(
+                    "`image_tokens_per_scene` must be given where `input_ids` is not (with `inputs_embeds`)."
+                )
+        counted = input_ids.eq(self.vlm.config.image_token_id).sum(dim=1).tolist()
         if given is not None and given != counted:
             raise ValueError(
                 "`image_tokens_per_scene` must say how many image placeholders each row of `input_ids` has, "
@@ -867,7 +885,9 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             )
         return counted
 
-    def _encode_views(self, views: dict[str, Any], tokens_per_row: Sequence[int]) -> tuple[Tensor, list[int]]:
+    def _encode_views(
+        self, spa3r: Spa3RModel, views: dict[str, Any], tokens_per_row: Sequence[int]
+    ) -> tuple[Tensor, list[int]]:
         """Packed spatial tokens of the rows that have views, and the number of tokens of each row."""
         counts = as_list(views["views_per_scene"])
         if len(counts) != len(tokens_per_row):
@@ -881,16 +901,16 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                     f"Row {row} has {count} views and {tokens} image tokens; a row has both or neither. Don't truncate "
                     "image placeholders, and pass what Spa3VLMProcessor returned."
                 )
-        pixels, grids = views["view_pixel_values"].to(self.spa3r.device), views["view_grid_hw"]
+        pixels, grids = views["view_pixel_values"].to(spa3r.device), views["view_grid_hw"]
         views_per_scene = [count for count in counts if count]
         if self.config.spatial_source == "vggt":
-            tokens = self.spa3r._backbone_features(pixels, grids, views_per_scene)
+            tokens = spa3r._backbone_features(pixels, grids, views_per_scene)
             layout = ViewLayout.from_inputs(grids, views_per_scene)
             per_scene = iter(layout.per_scene(layout.patches_per_view))
             return tokens, [next(per_scene) if count else 0 for count in counts]
-        trainable = any(parameter.requires_grad for parameter in self.spa3r.parameters())
+        trainable = any(parameter.requires_grad for parameter in spa3r.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
-            latents = self.spa3r._encode(pixels, grids, views_per_scene)
+            latents = spa3r._encode(pixels, grids, views_per_scene)
         return latents.flatten(0, 1), [latents.shape[1] if count else 0 for count in counts]
 
     def _append(
@@ -902,7 +922,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         given: Tensor | Sequence[int] | None,
     ) -> AppendedTokens:
         """Put the projected spatial tokens into the places that the processor reserved: `wanted` in each row."""
-        token_id = self.config.spatial_token_id
+        token_id: Any = self.config.spatial_token_id
         if attention_mask is not None and attention_mask.dim() == 4:  # padding doesn't attend to itself
             attention_mask = attention_mask.diagonal(dim1=-2, dim2=-1)[:, 0] == 0
         if input_ids is None or (attention_mask is not None and attention_mask.shape != input_ids.shape):
@@ -912,7 +932,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 f"{None if attention_mask is None else tuple(attention_mask.shape)}. Pass what Spa3VLMProcessor "
                 "returned."
             )
-        places = input_ids == token_id
+        places: Tensor = input_ids.eq(token_id)
         if attention_mask is not None:  # padding uses the same token
             places &= attention_mask.bool().to(places.device)
         # Counting would synchronize host and device.
@@ -939,8 +959,10 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
 
         `spatial` holds packed spatial tokens and the number of each row; None returns the image tokens unchanged.
         """
-        shape = features.shape if isinstance(features, Tensor) else None
-        tokens = features.flatten(0, -2) if shape is not None else torch.cat([f.flatten(0, -2) for f in features])
+        if isinstance(features, Tensor):
+            tokens = features.flatten(0, -2)
+        else:
+            tokens = torch.cat([part.flatten(0, -2) for part in features])
         if len(tokens) != sum(tokens_per_row):
             raise ValueError(
                 f"The pictures give {len(tokens)} image tokens and `input_ids` has {sum(tokens_per_row)} image "
@@ -952,7 +974,9 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             per_scene = ([count for count in counts if count] for counts in (tokens_per_row, spatial_per_row))
             fused = self.adapter(tokens, spatial_tokens.to(tokens.device), *per_scene)
         # One item per row: some families expand lists for beams item by item; one item per picture would mix rows up.
-        return fused.reshape(shape) if shape is not None else list(fused.split(list(tokens_per_row)))
+        return (
+            fused.reshape(features.shape) if isinstance(features, Tensor) else list(fused.split(list(tokens_per_row)))
+        )
 
 
 def _check_part(name: str, part: Any, loading: dict[str, Any]) -> None:

@@ -40,14 +40,18 @@ class PrefixLayer(DynamicLayer):
         prefix: A layer with one row; it is not changed.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self, prefix: DynamicLayer):
         super().__init__()
-        self.keys, self.values = prefix.keys, prefix.values
-        self.dtype, self.device = prefix.keys.dtype, prefix.keys.device
+        keys: Any = prefix.keys
+        self.keys, self.values, self.dtype, self.device = keys, prefix.values, keys.dtype, keys.device
         self.is_initialized = True
-        self._key_store = self._value_store = None
+        self._key_store: Tensor | None = None
+        self._value_store: Tensor | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """(rows, heads, new tokens, d) each -> (rows, heads, all tokens, d)."""
         self._key_store, self.keys = _append(self._key_store, self.keys, key_states)
         self._value_store, self.values = _append(self._value_store, self.values, value_states)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import os
 import re
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import PIL.Image
 from huggingface_hub import create_repo, snapshot_download
@@ -111,7 +112,7 @@ class Spa3VLMProcessor(ProcessorMixin):
     # Loading and saving
 
     @classmethod
-    def from_vlm_and_spa3r(cls, vlm: str | Path, spa3r: str | Path | None = None, **kwargs) -> Spa3VLMProcessor:
+    def from_vlm_and_spa3r(cls, vlm: str | Path, spa3r: str | Path | None = None, **kwargs: Any) -> Self:
         """The processor for ``Spa3VLMForConditionalGeneration.from_vlm_and_spa3r``.
 
         Args:
@@ -128,7 +129,7 @@ class Spa3VLMProcessor(ProcessorMixin):
             **kwargs,
         )
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write ``processor_config.json``, the VLM's processor to the subfolder ``vlm_processor``, and a copy of its
         tokenizer to the top folder, where ``AutoTokenizer`` expects it."""
         folder = Path(save_directory)
@@ -160,7 +161,9 @@ class Spa3VLMProcessor(ProcessorMixin):
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Spa3VLMProcessor:
+    def from_pretrained(  # ty: ignore[incompatible-method-override]  # options are given by name
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Self:
         """Load from a folder or the hub.
 
         Args:
@@ -205,13 +208,13 @@ class Spa3VLMProcessor(ProcessorMixin):
                 "save the processor again."
             )
         fields["view_image_processor"] = Spa3RImageProcessor.from_dict(fields.get("view_image_processor", {}))
-        fields = {"spatial_tokens": None, "spatial_token": None} | fields  # older folders have neither
+        fields: dict[str, Any] = {"spatial_tokens": None, "spatial_token": None} | fields  # older folders have neither
         for_vlm = _for_vlm(kwargs, fields)
         fields |= {key: kwargs[key] for key in fields if key in kwargs}
         return cls(AutoProcessor.from_pretrained(folder / VLM_FOLDER, **for_vlm), **fields)
 
     @classmethod
-    def _from_released(cls, released: ReleasedCheckpoint, folder: Path, kwargs: dict[str, Any]) -> Spa3VLMProcessor:
+    def _from_released(cls, released: ReleasedCheckpoint, folder: Path, kwargs: dict[str, Any]) -> Self:
         """The VLM's processor from the folder of the weights, with a view size derived from the tensors."""
         if not (folder / "tokenizer_config.json").is_file():
             raise ValueError(
@@ -221,7 +224,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         own = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "vlm_processor")]
         for_vlm = _for_vlm(kwargs, own)
         size, patch_size = view_size(released.tensors())
-        fields = {
+        fields: dict[str, Any] = {
             "view_image_processor": Spa3RImageProcessor(size=size, patch_size=patch_size),
             "image_token_id": AutoConfig.from_pretrained(folder).image_token_id,
         }
@@ -234,22 +237,22 @@ class Spa3VLMProcessor(ProcessorMixin):
         return []
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:  # ty: ignore[incompatible-property-override]  # it belongs to the VLM's processor
         """The VLM's tokenizer."""
         return self.vlm_processor.tokenizer
 
     @property
-    def image_processor(self):
+    def image_processor(self) -> Any:  # ty: ignore[incompatible-property-override]  # likewise
         """The VLM's image processor."""
         return self.vlm_processor.image_processor
 
     @property
-    def chat_template(self) -> str | None:
+    def chat_template(self) -> str | dict[str, str] | None:
         """The VLM's chat template."""
         return self.vlm_processor.chat_template
 
     @chat_template.setter
-    def chat_template(self, value: str | None) -> None:
+    def chat_template(self, value: str | dict[str, str] | None) -> None:
         self.vlm_processor.chat_template = value
 
     @property
@@ -309,14 +312,17 @@ class Spa3VLMProcessor(ProcessorMixin):
             )
 
     def _num_spatial_tokens(self, views: Sequence[PIL.Image.Image]) -> int:
-        if not views or self.spatial_tokens != "patches":
-            return self.spatial_tokens if views else 0
+        count = self.spatial_tokens
+        if not views or count is None:
+            return 0
+        if count != "patches":
+            return count
         side = self.view_image_processor.patch_size
         return sum((view.width // side) * (view.height // side) for view in views)
 
     def _with_spatial_tokens(self, messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """The messages with `count` places: where a text already has some, else after the last picture."""
-        messages, last = [dict(message) for message in messages], None
+        messages, last, token = [dict(message) for message in messages], None, self.spatial_token or ""
         for message in messages:
             if not isinstance(message.get("content"), list):
                 continue
@@ -324,26 +330,27 @@ class Spa3VLMProcessor(ProcessorMixin):
             for index, item in enumerate(items):
                 if item["type"] == "image":
                     last = (items, index + 1)
-                elif self.spatial_token in item.get("text", ""):  # the caller wrote them
+                elif token in item.get("text", ""):  # the caller wrote them
                     items[index] = {**item, "text": self._widen_spatial_tokens(item["text"], count)}
                     return messages
         if last is not None:
             items, index = last
-            items.insert(index, {"type": "text", "text": self.spatial_token * count})
+            items.insert(index, {"type": "text", "text": token * count})
         return messages
 
     def _widen_spatial_tokens(self, text: str, count: int) -> str:
         """The text with its run of places extended to `count`."""
         if not count:
             return text
-        runs = f"(?:{re.escape(self.spatial_token)})+"
+        token = self.spatial_token or ""
+        runs = f"(?:{re.escape(token)})+"
         if len(re.findall(runs, text)) != 1:
             raise ValueError(
-                f"A text with pictures must have places for appended tokens, {self.spatial_token!r}, once (any number "
+                f"A text with pictures must have places for appended tokens, {token!r}, once (any number "
                 f"in a row), got {len(re.findall(runs, text))} times. Make it with this processor's "
                 "apply_chat_template(tokenize=False), or put one right after the last picture."
             )
-        return re.sub(runs, lambda _: self.spatial_token * count, text)
+        return re.sub(runs, lambda _: token * count, text)
 
     # Pictures
 
@@ -388,7 +395,7 @@ class Spa3VLMProcessor(ProcessorMixin):
             tokens.add(self.spatial_token)
         return frozenset(token for token in tokens if token.strip())
 
-    def check_messages(self, conversation: list[dict[str, Any]] | list[list[dict[str, Any]]]) -> None:
+    def check_messages(self, conversation: Conversations) -> None:
         """Raise for messages that :meth:`apply_chat_template` can't process: not in chat format, or with texts that
         contain :attr:`reserved_tokens`, which would act as tokens. Pictures and videos are not checked.
 
@@ -400,16 +407,16 @@ class Spa3VLMProcessor(ProcessorMixin):
         """
         check_conversations(conversation, self.reserved_tokens)
 
-    def apply_chat_template(
+    def apply_chat_template(  # ty: ignore[incompatible-method-override]  # with arguments for videos
         self,
-        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        conversation: Conversations,
         chat_template: str | None = None,
         tokenize: bool = False,
         return_dict: bool = False,
         return_tensors: str | TensorType | None = TensorType.PYTORCH,
         num_frames: int | None = None,
         processor_kwargs: dict[str, Any] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> str | list[str] | ViewBatch | Any:
         """Like the VLM processor's ``apply_chat_template``, with views.
 
@@ -447,14 +454,14 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     def _write(
         self,
-        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        conversation: Conversations,
         chat_template: str | None = None,
         tokenize: bool = False,
         return_dict: bool = False,
         return_tensors: str | TensorType | None = TensorType.PYTORCH,
         num_frames: int | None = None,
         processor_kwargs: dict[str, Any] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> str | list[str] | ViewBatch | Any:
         """`apply_chat_template` for checked conversations; their texts may contain tokens."""
         is_batch = is_batch_of_conversations(conversation)
@@ -470,8 +477,10 @@ class Spa3VLMProcessor(ProcessorMixin):
             key: processor_kwargs.pop(key) for key in (*CALL_OPTIONS, "videos_kwargs") if key in processor_kwargs
         }
         options = call_options(for_videos, self.num_frames)
-        scenes, rewritten = [], []
-        for messages in conversation if is_batch else [conversation]:
+        scenes: list[list[PIL.Image.Image]] = []
+        rewritten: list[Any] = []
+        conversations: Sequence[Any] = conversation if is_batch else [conversation]
+        for messages in conversations:
             pictures, messages = self._pictures_of(messages, options, placeholders=not tokenize)
             if tokenize:
                 views, seen = self._load_views(pictures)
@@ -485,7 +494,7 @@ class Spa3VLMProcessor(ProcessorMixin):
             if is_batch:
                 processor_kwargs = {"padding": True, "padding_side": "left"} | processor_kwargs
         with TOKENIZING:
-            output = self.vlm_processor.apply_chat_template(
+            output: Any = self.vlm_processor.apply_chat_template(
                 rewritten if is_batch else rewritten[0],
                 chat_template=chat_template,
                 tokenize=tokenize,
@@ -533,9 +542,10 @@ class Spa3VLMProcessor(ProcessorMixin):
         """
         if audio is not None:
             raise ValueError("`audio` must be None: a Spa3-VLM sees pictures and videos. Leave it out.")
-        self._check_keywords(kwargs)
+        keywords: dict[str, Any] = {**kwargs}
+        self._check_keywords(keywords)
         texts = [text] if isinstance(text, str) else list(text or [])
-        options = call_options(kwargs, self.num_frames)
+        options = call_options(keywords, self.num_frames)
         clips = [frames_of(video, options) for video in listed_videos(videos)]
         texts, pictures = self._with_frames(texts, self._pictures_by_text(images, texts), clips)
         loaded = [self._load_views(of_text) for of_text in pictures]
@@ -547,7 +557,7 @@ class Spa3VLMProcessor(ProcessorMixin):
                 text=texts[0] if isinstance(text, str) else texts if text is not None else None,
                 images=seen if any(seen) else None,
                 return_tensors=return_tensors,
-                **kwargs,
+                **keywords,
             )
         return self._add_views(output, [views for views, _ in loaded], return_tensors)
 
@@ -581,12 +591,12 @@ class Spa3VLMProcessor(ProcessorMixin):
         if not picture or not video or picture == video:
             return None, None
         place, words = picture, {"type": "text", "text": "Spa3R"}
+        asked: list[Any] = [
+            [{"role": "user", "content": [*([{"type": "image"}] * count), words]}] for count in range(3)
+        ]
         try:
             with TOKENIZING:
-                without, with_one, with_two = (
-                    self.vlm_processor.apply_chat_template([{"role": "user", "content": [*items, words]}])
-                    for items in ([], [{"type": "image"}], [{"type": "image"}] * 2)
-                )
+                without, with_one, with_two = map(self.vlm_processor.apply_chat_template, asked)
         except Exception:  # no template, or one of another form: use the bare token
             return place, video
         head, tail = without.split("Spa3R", 1)
@@ -603,9 +613,10 @@ class Spa3VLMProcessor(ProcessorMixin):
         video_token = getattr(self.vlm_processor, "video_token", None)
         if not clips and not any(places_of(texts, video_token)):
             return texts, pictures
-        picture_place, video_place = self._places()
+        places: Any = self._places()
+        picture_place, video_place = places
         counts, bare = places_of(texts, video_place), places_of(texts, video_token)
-        token = getattr(self.vlm_processor, "image_token", None)
+        token: Any = getattr(self.vlm_processor, "image_token", None)
         if clips and not any(bare) and len(texts) == 1 and not pictures[0]:
             frames = [frame for clip in clips for frame in clip]
             if token and texts[0].count(token) == len(frames):  # a text made from the messages
@@ -672,7 +683,9 @@ class Spa3VLMProcessor(ProcessorMixin):
         remaining = iter(flat)
         return [list(islice(remaining, count)) for count in counts]
 
-    def _add_views(self, output: BatchFeature, scenes: list[list[PIL.Image.Image]], return_tensors) -> ViewBatch:
+    def _add_views(
+        self, output: BatchFeature, scenes: list[list[PIL.Image.Image]], return_tensors: str | TensorType | None
+    ) -> ViewBatch:
         views = self.view_image_processor.pack(scenes, return_tensors)
         counts = {}
         if self.image_token_id is not None:
@@ -724,14 +737,14 @@ class Spa3VLMProcessor(ProcessorMixin):
 
     # Text
 
-    def batch_decode(self, *args, **kwargs) -> list[str]:
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         return self.vlm_processor.batch_decode(*args, **kwargs)
 
-    def decode(self, *args, **kwargs) -> str:
+    def decode(self, *args: Any, **kwargs: Any) -> str:
         return self.vlm_processor.decode(*args, **kwargs)
 
-    def post_process_image_text_to_text(self, generated_outputs, **kwargs) -> list[str]:
-        return self.vlm_processor.post_process_image_text_to_text(generated_outputs, **kwargs)
+    def post_process_image_text_to_text(self, *args: Any, **kwargs: Any) -> list[str]:
+        return self.vlm_processor.post_process_image_text_to_text(*args, **kwargs)
 
 
 def _pictures_of_item(item: dict[str, Any], options: Mapping[str, Any]) -> list[Image]:
@@ -833,9 +846,10 @@ def prompt_inputs(
         ValueError: A message is invalid, or a picture can't be read.
     """
     check_messages(processor, list(conversations))
+    batch: list[Any] = list(conversations)
     with nullcontext() if isinstance(processor, Spa3VLMProcessor) else TOKENIZING:
-        return processor.apply_chat_template(
-            list(conversations),
+        inputs: Any = processor.apply_chat_template(
+            batch,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -843,6 +857,7 @@ def prompt_inputs(
             processor_kwargs={"padding": True, "padding_side": "left"},
             **kwargs,
         )
+    return inputs
 
 
 __all__ = ["Spa3VLMProcessor"]

@@ -252,12 +252,13 @@ def _layer_fault(layer: Any, numbers: dict[str, int | bool], tensors: dict[str, 
         known = attribute in vars(layer) and attribute not in ("dtype", "device")
         if not known or isinstance(vars(layer)[attribute], dict) != bool(index) or not f"0{index}".isdecimal():
             return f"has {shorten(name)}, which none has"
-    kept = {name: tensors.get(name) for name in ("keys", "values")} if isinstance(layer, DynamicLayer) else {}
-    shapes = {None if t is None or t.ndim != 4 else (t.shape[0], *t.shape[1:3]) for t in kept.values()}
-    if kept and (len(shapes) != 1 or None in shapes or next(iter(shapes))[0] != 1):
-        return "must have keys and values (1, heads, tokens, width) of equal shape"
-    if kept and type(layer) is DynamicLayer and next(iter(shapes))[2] != length:
-        return f"must hold the {length} tokens of the prompt, got {next(iter(shapes))[2]}"
+    if isinstance(layer, DynamicLayer):
+        keys, values = tensors.get("keys"), tensors.get("values")
+        shapes = [None if t is None or t.ndim != 4 else t.shape[:3] for t in (keys, values)]
+        if keys is None or shapes[0] is None or shapes[0] != shapes[1] or keys.shape[0] != 1:
+            return "must have keys and values (1, heads, tokens, width) of equal shape"
+        if type(layer) is DynamicLayer and keys.shape[2] != length:
+            return f"must hold the {length} tokens of the prompt, got {keys.shape[2]}"
     if numbers.get("cumulative_length", length) != length:
         return f"must have seen the {length} tokens of the prompt, got {numbers['cumulative_length']}"
     return None

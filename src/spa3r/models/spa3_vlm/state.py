@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,7 +58,8 @@ def position_offsets(
     types = inputs.get("mm_token_type_ids")
     if types is None or not bool(types.any()):
         return torch.zeros(len(input_ids), 1, dtype=torch.long, device=input_ids.device)
-    compute = vlm.base_model.get_rope_index
+    base: Any = vlm.base_model
+    compute = base.get_rope_index
     known = inspect.signature(compute).parameters
     arguments = {name: value for name, value in inputs.items() if name in known and value is not None}
     return compute(input_ids=input_ids, **arguments | {"attention_mask": attention_mask})[1]
@@ -138,7 +139,7 @@ def _reset_frequencies(module: nn.Module) -> None:
 def longest_shared_length(vlm: PreTrainedModel) -> int | None:
     """Maximum length of a prompt whose beginning doesn't depend on its length; None: unlimited."""
     modules = [module for module in changing_frequencies(vlm) if hasattr(module, "original_max_seq_len")]
-    lengths = [module.original_max_seq_len for module in modules]
+    lengths: list[Any] = [module.original_max_seq_len for module in modules]
     lengths += [
         rope["original_max_position_embeddings"]
         for rope in (getattr(module.config, "rope_parameters", None) or {} for module in modules)
@@ -151,7 +152,7 @@ _TURN = threading.RLock()
 
 
 @contextmanager
-def turn(model: nn.Module) -> Iterator[None]:
+def turn(model: nn.Module) -> Generator[None]:
     """Run calls of models with such state one at a time, each as if it were the first; other models are not locked."""
     if torch.compiler.is_compiling():  # graphs support neither locks nor hooks
         yield
@@ -174,7 +175,7 @@ _EVALUATED: dict[nn.Module, tuple[int, dict[nn.Module, bool]]] = {}
 
 
 @contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Generator[None]:
     """Context manager without dropout; the last of several callers restores the mode that every module had before."""
     with _EVAL_LOCK:
         calls, modes = _EVALUATED.get(model) or (0, {module: module.training for module in model.modules()})

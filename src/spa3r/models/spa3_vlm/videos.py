@@ -43,7 +43,7 @@ def frames_of(video: Any, options: Mapping[str, Any]) -> list[Image]:
                 f"`do_sample_frames=False` must come with lists of frames, which are taken whole, got the video "
                 f"{describe(video)}. Leave it out, and say `num_frames` or `fps`."
             )
-        return sample_frames(video, **options)
+        return [*sample_frames(video, **options)]
     if not isinstance(video, list | tuple) and not is_batch(video):
         raise ValueError(
             f"A video must be a file, a URL, bytes, a list of frames or an array of four dimensions, got "
@@ -60,6 +60,8 @@ def frames_of(video: Any, options: Mapping[str, Any]) -> list[Image]:
         )
     if sampling.num_frames is None:
         return frames
+    if callable(sampling.num_frames):
+        raise ValueError("`num_frames` must be a number for a list of frames, whose length in seconds is unknown.")
     return [frames[index] for index in uniform_indices(len(frames), sampling.num_frames)]
 
 

@@ -92,7 +92,7 @@ def encode_images(vlm: PreTrainedModel, inputs: Mapping[str, Any]) -> ModelOutpu
             ) from error
 
 
-def image_tokens(features: ModelOutput) -> list[Tensor]:
+def image_tokens(features: Any) -> list[Tensor]:
     """The image tokens in an output of :func:`encode_images`: (..., h) each, for all pictures or for some of them."""
     tokens = features.pooler_output
     return [tokens] if isinstance(tokens, Tensor) else list(tokens)
@@ -142,7 +142,7 @@ def check_generate_keywords(
     if given.get("custom_generate") is not None:  # a custom function has its own arguments
         return
     vlm = vlm_of(model)
-    calls = (vlm.generate, GenerationMixin.generate, vlm.prepare_inputs_for_generation)
+    calls: list[Any] = [vlm.generate, GenerationMixin.generate, vlm.prepare_inputs_for_generation]
     settings = vars(GenerationConfig()) | (vars(generation_config) if generation_config is not None else {})
     others = {"tokenizer", "assistant_tokenizer", "trust_remote_code", *own}
     check_keywords(model, given, set().union(*map(_parameters, calls), settings, others, forward_keywords(vlm)))
