@@ -30,10 +30,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 NAMES = ("qwen2_5_vl", "qwen3_vl", "internvl")
 
 
-def make_talkative(*args) -> tuple[Composed, list[str]]:
+def make_talkative(name, **kwargs) -> tuple[Composed, list[str]]:
     """A composed that answers questions differently, and its answers: that some say the same to all proves nothing."""
     for seed in range(8):
-        composed = make(*args, seed=seed)
+        composed = make(name, seed=seed, **kwargs)
         alone = composed.alone()
         if len(set(alone)) > 1:
             return composed, alone
@@ -58,7 +58,7 @@ def scene(composed) -> EncodedScene:
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_those_of_asking_alone(name, integration, source):
-    composed, alone = make_talkative(name, integration, source)
+    composed, alone = make_talkative(name, integration=integration, spatial_source=source)
     scene = composed.encode()
     assert composed.ask(scene) == alone
     assert scene.rope_delta is None if name == "internvl" else scene.rope_delta < -3
@@ -68,7 +68,7 @@ def test_answers_are_those_of_asking_alone(name, integration, source):
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - UNSHARED_PREFIXES.keys()))
 def test_answers_are_those_of_asking_alone_in_every_family(name):
     """Sliding windows, linear attention and convolutions among them; with tokens appended."""
-    composed, alone = make_talkative(name, "append", "spa3r")
+    composed, alone = make_talkative(name, integration="append")
     assert composed.ask(composed.encode()) == alone
     assert composed.ask(composed.encode(PICTURES[::-1])) == composed.alone(pictures=PICTURES[::-1])
 
@@ -505,7 +505,7 @@ def test_arguments_that_are_refused(composed, scene):
             SceneCache(max_bytes=most)
     with pytest.raises(TypeError, match=r"takes `temprature`\. Did you mean `temperature`"):
         composed.ask(scene, temprature=2.0)
-    wrong = make("qwen2_5_vl", "append")
+    wrong = make(integration="append")
     wrong.processor.spatial_tokens = None
     with pytest.raises(ValueError, match="must hold a place for each token that is appended"):
         wrong.encode()
