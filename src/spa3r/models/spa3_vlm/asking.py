@@ -70,7 +70,7 @@ def encode_scene(
     Raises:
         ValueError: There is no picture or more than one scene, or the prompts have no prefix that questions share.
     """
-    pictures: list[Any]
+    views: list[PIL.Image.Image] = []
     pictures, *others = as_scenes(images)
     if others:
         raise ValueError(
@@ -79,15 +79,15 @@ def encode_scene(
     vlm = vlm_of(model)
     check_shares_prefix(vlm)
     if not isinstance(processor, Spa3VLMProcessor):
-        pictures = [to_rgb(picture) for picture in pictures]
+        pictures = views = [to_rgb(picture) for picture in pictures]
     inputs = prompt_inputs(processor, [conversation(pictures, PROBE, system)])
     ids = inputs["input_ids"]
     length = _prefix_length(ids[0], _picture_ids(model, processor), processor)
     _check_probe(model, processor, ids[0], length, system)
     check_length(vlm, length)
     if isinstance(processor, Spa3VLMProcessor):
-        views = processor.view_image_processor.unpack(inputs["view_pixel_values"], inputs["view_grid_hw"])
-        pictures = [PIL.Image.fromarray(view) for view in views]
+        arrays = processor.view_image_processor.unpack(inputs["view_pixel_values"], inputs["view_grid_hw"])
+        views = [PIL.Image.fromarray(array) for array in arrays]
     inputs = {
         key: value[:, :length] if isinstance(value, Tensor) and value.shape == ids.shape else value
         for key, value in inputs.to(execution_device(model)).items()
@@ -103,7 +103,7 @@ def encode_scene(
     delta = position_offsets(vlm, ids, mask, inputs)
     return EncodedScene(
         processor=processor,
-        views=pictures,
+        views=views,
         input_ids=ids[0].cpu(),
         image_tokens=torch.cat([t.flatten(0, -2) for t in image_tokens(inputs["mm_encoder_outputs"]["image"])]),
         cache=cache,
