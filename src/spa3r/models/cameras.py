@@ -30,12 +30,11 @@ def quaternion_to_rotation(quaternion: Tensor) -> Tensor:  # (..., 4) -> (..., 3
     """Rotation matrix of a quaternion (x, y, z, w), scalar last, of any nonzero norm."""
     x, y, z, w = quaternion.unbind(-1)
     s = 2.0 / quaternion.square().sum(-1)
-    rows = (
+    return _matrix(
         (1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w)),
         (s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w)),
         (s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)),
     )
-    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
 def homogeneous(matrix: Tensor) -> Tensor:  # (..., 3, 3) or (..., 3, 4) -> (..., 4, 4)
@@ -65,9 +64,17 @@ def pose_encoding_to_cameras(
     extrinsics = homogeneous(torch.cat([quaternion_to_rotation(quaternion), translation[..., None]], dim=-1))
     half = to_device(image_hw, torch.float32, pose_encoding.device) / 2  # (V, 2), (height, width)
     focal = half / torch.tan(fov.clamp(min=MIN_FIELD_OF_VIEW) / 2)  # (V, 2), (fy, fx)
-    zero, one = torch.zeros_like(focal[:, 0]), torch.ones_like(focal[:, 0])
-    rows = ((focal[:, 1], zero, half[:, 1]), (zero, focal[:, 0], half[:, 0]), (zero, zero, one))
-    return extrinsics, torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+    return extrinsics, calibration(focal[:, 1], focal[:, 0], half[:, 1], half[:, 0])
+
+
+def calibration(fx: Tensor, fy: Tensor, cx: Tensor, cy: Tensor) -> Tensor:  # each (V,) -> (V, 3, 3)
+    """The upper triangular matrix of focal lengths and a principal point."""
+    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+    return _matrix((fx, zero, cx), (zero, fy, cy), (zero, zero, one))
+
+
+def _matrix(*rows: Sequence[Tensor]) -> Tensor:  # 3 rows of 3 x (...,) -> (..., 3, 3)
+    return torch.stack([torch.stack(tuple(row), dim=-1) for row in rows], dim=-2)
 
 
 def invert_extrinsics(extrinsics: Tensor) -> Tensor:  # (..., 4, 4) -> (..., 4, 4)

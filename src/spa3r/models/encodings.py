@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
-from spa3r.models.cameras import homogeneous, invert_extrinsics
+from spa3r.models.cameras import calibration, homogeneous, invert_extrinsics
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,6 @@ def projection_matrices(
         height, width = image_hw.float().unbind(-1)
         fx, fy = intrinsics[:, 0, 0] / width, intrinsics[:, 1, 1] / height
         cx, cy = intrinsics[:, 0, 2] / width - 0.5, intrinsics[:, 1, 2] / height - 0.5
-        calibration = _upper_triangular(fx, fy, cx, cy)
-        inverse = _upper_triangular(1 / fx, 1 / fy, -cx / fx, -cy / fy)
-        return homogeneous(calibration) @ extrinsics, invert_extrinsics(extrinsics) @ homogeneous(inverse)
-
-
-def _upper_triangular(fx: Tensor, fy: Tensor, cx: Tensor, cy: Tensor) -> Tensor:  # each (V,) -> (V, 3, 3)
-    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
-    rows = ((fx, zero, cx), (zero, fy, cy), (zero, zero, one))
-    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+        projection = homogeneous(calibration(fx, fy, cx, cy)) @ extrinsics
+        inverse = homogeneous(calibration(1 / fx, 1 / fy, -cx / fx, -cy / fy))
+        return projection, invert_extrinsics(extrinsics) @ inverse

@@ -8,7 +8,7 @@ the output of :meth:`Spa3RImageProcessor <spa3r.Spa3RImageProcessor>` does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -138,6 +138,13 @@ class ViewLayout:
         for view, grid in enumerate(self.grid_hw):
             groups.setdefault(grid, []).append(view)
         return groups
+
+    def map_grids(self, function: Callable[[tuple[int, int], list[int]], Iterable[Tensor]]) -> list[Tensor]:
+        """Results of every view, of a function that takes a patch grid and its views and returns their results."""
+        results: dict[int, Tensor] = {}
+        for grid, views in self.same_grid().items():
+            results |= zip(views, function(grid, views))
+        return [results[view] for view in range(self.num_views)]
 
     def select(self, views: Sequence[int], views_per_scene: Sequence[int]) -> ViewLayout:
         """The layout of some views in a given order."""

@@ -148,18 +148,16 @@ class Spa3RDecoder(nn.Module):
     ) -> Tensor:  # (scenes, L, D), (views, 4, 4), (views, 3, 3) -> (sum of N, D)
         config = self.config
         lengths = layout.patches_per_view
-        rays: list[Tensor] = [latents] * layout.num_views
         prope = config.camera_embedding == "prope"
-        for grid, views in layout.same_grid().items():
+
+        def rays(grid: tuple[int, int], views: list[int]) -> Tensor:
             own_intrinsics = torch.stack([intrinsics[view] for view in views])
             if prope:
-                grid_rays = camera_rays(own_intrinsics, grid, config.patch_size)
-            else:
-                own_extrinsics = torch.stack([extrinsics[view] for view in views])
-                grid_rays = pluecker_rays(own_extrinsics, own_intrinsics, grid, config.patch_size)
-            for view, view_rays in zip(views, grid_rays):
-                rays[view] = view_rays
-        ray_tokens = self.ray_projection(torch.cat(rays).to(self.norm.weight.dtype))
+                return camera_rays(own_intrinsics, grid, config.patch_size)
+            own_extrinsics = torch.stack([extrinsics[view] for view in views])
+            return pluecker_rays(own_extrinsics, own_intrinsics, grid, config.patch_size)
+
+        ray_tokens = self.ray_projection(torch.cat(layout.map_grids(rays)).to(self.norm.weight.dtype))
         scenes = zip(latents.split(1), layout.views_per_scene)
         prefix = torch.cat(
             [
@@ -717,32 +715,25 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             )
         teacher_grid = SEMANTIC_IMAGE_SIZE // config.semantic_teacher_config.patch_size
         parts = view_pixel_values.split(list(layout.patches_per_view))
-        targets: list[Tensor] = list(parts)
-        for (height, width), views in layout.same_grid().items():
-            images = rearrange(
-                torch.stack([parts[view] for view in views]).float(),
-                "v (h w) (c p q) -> v c (h p) (w q)",
-                h=height,
-                w=width,
-                p=patch,
-                q=patch,
-            )
+
+        def semantic_features(grid: tuple[int, int], views: list[int]) -> Tensor:
+            pixels = torch.stack([parts[view] for view in views]).float()
+            images = rearrange(pixels, "v (h w) (c p q) -> v c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch)
             images = nn.functional.interpolate(images, size=(SEMANTIC_IMAGE_SIZE,) * 2, mode="bilinear")
             tokens = teacher(pixel_values=images.to(teacher.dtype)).last_hidden_state
             tokens = tokens[:, -(teacher_grid**2) :].float().transpose(1, 2).unflatten(-1, (teacher_grid,) * 2)
-            tokens = nn.functional.interpolate(tokens, size=(height, width), mode="bilinear")
-            for view, grid in zip(views, tokens.flatten(2).transpose(1, 2).contiguous()):
-                targets[view] = grid
-        return torch.cat(targets)
+            tokens = nn.functional.interpolate(tokens, size=grid, mode="bilinear")
+            return tokens.flatten(2).transpose(1, 2).contiguous()
+
+        return torch.cat(layout.map_grids(semantic_features))
 
 
 def _depth_at_patches(depth: Sequence[Tensor], layout: ViewLayout) -> Tensor:  # of every view (H, W) -> (sum of N,)
-    resized = list(depth)
-    for grid, views in layout.same_grid().items():
+    def resized(grid: tuple[int, int], views: list[int]) -> Tensor:
         maps = torch.stack([depth[view] for view in views])[:, None]
-        for view, patches in zip(views, nn.functional.interpolate(maps, size=grid, mode="nearest").flatten(1)):
-            resized[view] = patches
-    return torch.cat(resized)
+        return nn.functional.interpolate(maps, size=grid, mode="nearest").flatten(1)
+
+    return torch.cat(layout.map_grids(resized))
 
 
 def field_errors(

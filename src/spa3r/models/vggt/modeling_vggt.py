@@ -5,7 +5,7 @@ Two memory savings over the original: only requested layers are kept, and the de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -223,15 +223,15 @@ class VggtDenseHead(nn.Module):
         self, layer_patches: Sequence[Tensor], layout: ViewLayout
     ) -> list[Tensor]:  # four (sum of N, 2C) -> of every view (out_channels, H, W), float32
         parts = [patches.split(list(layout.patches_per_view)) for patches in layer_patches]
-        outputs: list[Tensor] = [parts[0][0]] * layout.num_views
-        for grid_hw, views in layout.same_grid().items():
+
+        def maps(grid_hw: tuple[int, int], views: list[int]) -> Iterator[Tensor]:
             at_once = max(1, DPT_PATCHES_AT_ONCE // (grid_hw[0] * grid_hw[1]))
             for start in range(0, len(views), at_once):
                 chunk = views[start : start + at_once]
-                maps = self._forward_grid([torch.stack([part[view] for view in chunk]) for part in parts], grid_hw)
-                for view, view_map in zip(chunk, maps.float()):
-                    outputs[view] = view_map
-        return outputs
+                layers = [torch.stack([part[view] for view in chunk]) for part in parts]
+                yield from self._forward_grid(layers, grid_hw).float()
+
+        return layout.map_grids(maps)
 
     def _forward_grid(self, layers: Sequence[Tensor], grid_hw: tuple[int, int]) -> Tensor:  # four (B, N, 2C)
         image_hw = (grid_hw[0] * self.patch_size, grid_hw[1] * self.patch_size)
@@ -370,15 +370,10 @@ class VggtModel(PackedPreTrainedModel):
         output_points: bool = False,
         context_views: Sequence[int] | None = None,
     ) -> VggtModelOutput:
-        """Like :meth:`forward`, for a layout that is already validated.
+        """Like :meth:`forward`, whose other arguments it takes, for a layout that is already validated.
 
         Args:
-            view_pixel_values: As in :meth:`forward`.
             layout: Patch grids and scenes.
-            output_layers: As in :meth:`forward`.
-            output_cameras: As in :meth:`forward`.
-            output_depth: As in :meth:`forward`.
-            output_points: As in :meth:`forward`.
             context_views: Number of context views of every scene, its first views. In the global layers they attend
                 only to each other, while the scene's other views attend to all. None: all views attend to all.
         """
