@@ -13,6 +13,7 @@ import torch
 import yaml
 from command_line import run as run_here
 from command_line import run_json
+from media import asked
 from safetensors.torch import load_file
 from tiny_finetuning import ROOMS, write_config
 from tiny_training import run, same_files
@@ -21,7 +22,7 @@ from training_processes import started, wait_for_step
 from spa3r import Spa3VLMForConditionalGeneration
 from spa3r.rooms.embedded import embedded_model
 from spa3r.training import FinetuningArguments, FinetuningConfig, merge_lora, read_log
-from spa3r.training.finetuning.run import make_arguments, make_model
+from spa3r.training.finetuning.run import make_arguments, make_model, make_questions
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
 
@@ -163,6 +164,18 @@ def test_the_papers_recipe_is_the_default():
     assert config.model.fields == {} and "Qwen2.5-VL-3B" in config.model.vlm
     args = FinetuningArguments(output_dir="runs", use_cpu=True)
     assert config.to_dict()["training"]["learning_rate"] == args.learning_rate == 1e-5
+
+
+def test_held_out_questions_need_random_access(tmp_path):
+    row = {"conversations": asked("How many chairs are there?")}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    questions = {"annotations": str(tmp_path / "rows.jsonl")}
+    sections = {"model": {"init_from": "embedded"}, "data": {"train": ROOMS}, "training": {"output_dir": "run"}}
+    config = FinetuningConfig.from_dict(sections | {"evaluation": {"questions": questions | {"streaming": True}}})
+    with pytest.raises(ValueError, match=r"`evaluation\.questions` must have random access, got `streaming: true`"):
+        make_questions(config)
+    config = FinetuningConfig.from_dict(sections | {"evaluation": {"questions": questions}})
+    assert len(make_questions(config)) == 1
 
 
 def test_qlora_trains_around_a_language_model_of_4_bits(tmp_path):
