@@ -95,7 +95,7 @@ def test_world_becomes_each_scenes_first_camera():
     assert relative_error(between, extrinsics[5] @ torch.linalg.inv(extrinsics[4])) <= 1e-5
 
 
-def test_rays_go_through_patch_centres_row_by_row():
+def test_rays_go_through_patch_centers_row_by_row():
     intrinsics = torch.tensor([[[50.0, 0, 21], [0, 40, 14], [0, 0, 1]], [[30.0, 0, 20], [0, 35, 12], [0, 0, 1]]])
     rays = camera_rays(intrinsics, (2, 3), 14)
     for view in range(2):

@@ -94,7 +94,7 @@ def test_the_vlm_sees_views_cut_to_whole_tokens(case):
 # Layout ---------------------------------------------------------------------------------------------------------------
 
 
-def test_patches_are_channel_row_column_and_normalised(processor):
+def test_patches_are_channel_row_column_and_normalized(processor):
     (view,) = [processor.process_view(smooth(80, 61))]
     batch = processor(smooth(80, 61))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -581,6 +581,17 @@ def test_cameras_may_be_arrays():
         assert torch.equal(ours.depth, model.decode(out.latents, *cameras.values(), *layout).depth)
 
 
+@pytest.mark.parametrize("part", ("backbone", "semantic_teacher"))
+def test_a_frozen_part_that_was_not_loaded_is_named(part):
+    config = pretraining_config()
+    setattr(config, f"{part}_name_or_path", "elsewhere")
+    words = (
+        rf"This Spa3R\w+ has no {part.replace('_', ' ')}: its configuration names 'elsewhere'\. Load it with from_pre"
+    )
+    with pytest.raises(ValueError, match=words):
+        Spa3RForPreTraining(config)(**view_inputs())
+
+
 def test_a_checkpoint_that_names_itself_as_a_home_is_refused(tmp_path):
     model = Spa3RForPreTraining(pretraining_config())
     model.config.backbone_name_or_path = model.config.semantic_teacher_name_or_path = str(tmp_path / "elsewhere")

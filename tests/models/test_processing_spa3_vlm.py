@@ -42,7 +42,7 @@ def assert_same(ours, reference) -> None:
 
 
 def pictures_seen_by_qwen(inputs, patch: int = 14, merge: int = 2) -> list[np.ndarray]:
-    """Qwen's normalised patches put together again: of every picture (H, W, 3)."""
+    """Qwen's normalized patches put together again: of every picture (H, W, 3)."""
     pictures, rows = [], iter(inputs["pixel_values"].split(inputs["image_grid_thw"].prod(-1).tolist()))
     for _, height, width in inputs["image_grid_thw"].tolist():
         patches = next(rows).view(height // merge, width // merge, merge, merge, 3, -1, patch, patch)[..., 0, :, :]

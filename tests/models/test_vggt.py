@@ -97,6 +97,8 @@ class TestVggtModel(ModelTests):
             else:
                 with pytest.raises(ValueError, match=f"This VggtModel has no {head} head"):
                     model(**inputs, **{wanted: True})
+        with pytest.raises(ValueError, match="must have cameras, got none"):
+            _ = model(**inputs).cameras
 
     @pytest.mark.parametrize("layer", (-3, 2))
     def test_layers_out_of_range_are_refused(self, layer):
@@ -178,7 +180,7 @@ def test_asymmetric_masking_without_a_mask_equals_a_dense_mask(back_end, monkeyp
         ),
         (
             lambda x: x | {"view_pixel_values": x["view_pixel_values"].to(torch.uint8)},
-            r"`view_pixel_values` must be floating point, normalised .* got torch.uint8",
+            r"`view_pixel_values` must be floating point, normalized .* got torch.uint8",
         ),
         (
             lambda x: x | {"view_grid_hw": [[0, 4], *x["view_grid_hw"].tolist()[1:]]},
