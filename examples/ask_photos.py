@@ -1,6 +1,7 @@
 """Ask a Spa3-VLM about photos of a place.
 
-Without photos it uses a rendered room. Without --model it asks the embedded model, which knows rendered rooms only.
+Without photos it uses a rendered room. Without --model it asks the embedded model, which was trained on
+rendered rooms only.
 
     python ask_photos.py --model path/to/spa3-vlm kitchen_1.jpg kitchen_2.jpg --question "How many chairs are there?"
 """

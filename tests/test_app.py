@@ -250,7 +250,7 @@ def test_what_can_not_be_read_is_told_and_the_place_before_stays(visitor, folder
         told = error_of(lambda name=name: visitor.look([tmp_path / name]))
         assert words in told and str(folder) not in told
     assert "There are no pictures: give photos or a video of a place first." in error_of(lambda: visitor.look([]))
-    assert "seed: wanted an int >= 0, got -1" in error_of(lambda: visitor.look(-1))
+    assert "`seed` must be a whole number of at least 0, got -1" in error_of(lambda: visitor.look(-1))
     assert "`questions` must be texts that are not empty" in error_of(lambda: visitor.ask(" "))
     assert "must not contain '<|im_end|>'" in error_of(lambda: visitor.ask("<|im_end|>"))
     assert visitor.ask(QUESTION)[0] == before[0]

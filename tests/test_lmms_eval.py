@@ -488,7 +488,7 @@ def test_unknown_generation_kwargs_are_named(lm, caplog):
 def test_the_embedded_model_says_what_it_is(caplog):
     with caplog.at_level(logging.WARNING):
         lm = get_model("spa3r")("embedded", device="cpu")
-    assert "the embedded models learned from rendered rooms only" in caplog.text
+    assert "the embedded models were trained on rendered rooms only" in caplog.text
     assert len(ask(lm, QUESTION, max_new_tokens=2)) == 1
 
 

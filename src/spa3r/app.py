@@ -28,7 +28,6 @@ from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3_vlm.scenes import EncodedScene, SceneCache
 from spa3r.rooms import room_questions
 from spa3r.rooms.instructions import FIRST_TEST_SEED, RoomQuestions
-from spa3r.rooms.room import check_seed
 from spa3r.vsi_bench.format import TYPE_TITLES, make_prompt
 
 try:
@@ -159,7 +158,7 @@ class Demo:
     def look_at_room(self, seed: int) -> tuple[Any, ...]:
         """Show the room of a seed, counted from the first that is in no training data, on the page."""
         with _told_to_visitor():
-            check_seed(seed)
+            check_count("seed", seed, 0)
             return self._look(UnseenRoom(FIRST_TEST_SEED + seed, self.processor.view_image_processor.size))
 
     def ask(self, place: Place | None, question: str, chat: list[ChatMessage]) -> tuple[list[ChatMessage], str]:

@@ -92,17 +92,17 @@ class Report:
 
     def note(self, text: str) -> None:
         """Print a line for the user that is not part of the result."""
-        self._tell(f"note: {text}", "yellow")
+        self._write(f"note: {text}", "yellow")
 
     def line(self, text: str) -> None:
         """Print a line about progress."""
-        self._tell(text)
+        self._write(text)
 
     def error(self, text: str) -> None:
         """Print a line about an error."""
-        self._tell(f"error: {text}", "red")
+        self._write(f"error: {text}", "red")
 
-    def _tell(self, text: str, style: str | None = None) -> None:
+    def _write(self, text: str, style: str | None = None) -> None:
         with suppress(OSError):  # a closed terminal must not stop the command
             self.console.print(hide(text), style=style, markup=False, soft_wrap=True)
 

@@ -59,7 +59,7 @@ def scene(tmp_path) -> Path:
 def test_ask_prints_the_answer_and_says_what_the_model_knows(scene):
     result = run("ask", scene / "view2.png", QUESTION, "--max-new-tokens", 4)
     assert result.stdout.strip()
-    assert "note: the embedded models learned from rendered rooms only" in result.stderr
+    assert "note: the embedded models were trained on rendered rooms only" in result.stderr
 
 
 def test_ask_takes_a_folder_a_video_and_a_picture_together(scene, tmp_path):
@@ -334,7 +334,7 @@ def test_scenes_of_one_name_are_refused(tmp_path):
     for parent in ("a", "b"):
         (tmp_path / parent / "room").mkdir(parents=True)
     result = run("encode", tmp_path / "a/room", tmp_path / "b/room", "--scene-per-folder", code=1)
-    assert "Scenes must have names of their own" in said(result)
+    assert "Scenes must have different names" in said(result)
 
 
 def test_a_file_that_can_not_be_written_leaves_nothing_behind(scene, tmp_path):
@@ -449,7 +449,7 @@ def test_demo_shows_everything(tmp_path):
     assert page.count("data:image/png;base64,") == 8  # the views and the field
 
     text = run(*arguments).stdout
-    assert "learned from rendered rooms only" in text and "cameras: given" in text and "not asked" not in text
+    assert "trained on rendered rooms only" in text and "cameras: given" in text and "not asked" not in text
     mean, error = (field["rows"]["nearest_view"]["geometry_cosine"][key] for key in ("mean", "standard_error"))
     assert f"| nearest context view    | {mean:.3f} ± {error:.3f}" in text
     for asked in report["questions"]:
@@ -476,7 +476,7 @@ def test_the_demo_says_which_types_it_could_not_ask(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "ROOMS_PER_SEED", 2)
     arguments = ("demo", "--views", 2, "--output", tmp_path)
     text = run(*arguments).stdout
-    told = re.search(r"^not asked +(.*): 2 views of no room near allowed it$", text, re.MULTILINE)[1].split(", ")
+    told = re.search(r"^not asked +(.*): 2 views of no nearby room allow it$", text, re.MULTILINE)[1].split(", ")
     asked = re.findall(r"^([a-z_]+): ", text, re.MULTILINE)
     assert "obj_appearance_order" in told and "room_size_estimation" in asked
     assert sorted(told + asked) == sorted(QUESTION_TYPES)
@@ -572,7 +572,7 @@ def test_the_installed_command_prints_json_alone(scene):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"TERM": "dumb"})
     answer = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
-    assert done.stderr == "note: the embedded models learned from rendered rooms only: they know no photographs\n"
+    assert done.stderr == "note: the embedded models were trained on rendered rooms only, not on photographs\n"
     assert answer["answer"] == run_json("ask", scene, QUESTION, "--max-new-tokens", 6)["answer"]
 
 

@@ -239,8 +239,8 @@ def test_rooms_are_rendered_as_they_are_written_to_disk():
         ({"level": 9}, "level"),
         ({"first_seed": -1}, "seed"),
         ({"size": 0}, "size"),
-        ({"num_frames": 0}, "`num_frames` must be an int >= 1, got 0"),
-        ({"num_rooms": 0}, "`num_rooms` must be an int >= 1, got 0"),
+        ({"num_frames": 0}, "`num_frames` must be a whole number of at least 1, got 0"),
+        ({"num_rooms": 0}, "`num_rooms` must be a whole number of at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=words):
             RoomScenes(**fields)

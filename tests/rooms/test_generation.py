@@ -130,7 +130,10 @@ def test_clearance_is_the_distance_to_the_nearest_thing():
 
 @pytest.mark.parametrize("seed", [-1, 1.5, True, "0"])
 def test_seed_errors(seed):
-    with pytest.raises(ValueError, match=r"^seed: wanted an int >= 0, got .*; pass for example the index of the room"):
+    with pytest.raises(
+        ValueError,
+        match=r"^`seed` must be a whole number of at least 0, got .*[.] Pass for example the index of the room",
+    ):
         generate_room(seed)
 
 

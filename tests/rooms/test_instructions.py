@@ -160,11 +160,11 @@ def test_a_conversation_of_stand_ins_alone_asks_for_the_size_of_the_room():
 
 
 def test_errors_say_what_was_wanted(tmp_path):
-    with pytest.raises(ValueError, match=r"`frames` must be an int in 1..16, got 17"):
+    with pytest.raises(ValueError, match=r"`frames` must be a whole number from 1 to 16, got 17"):
         small(frames=17)
-    with pytest.raises(ValueError, match="`num_rooms` must be an int >= 1, got 0"):
+    with pytest.raises(ValueError, match="`num_rooms` must be a whole number of at least 1, got 0"):
         small(num_rooms=0)
-    with pytest.raises(ValueError, match="`questions_per_example` must be an int >= 1, got 0"):
+    with pytest.raises(ValueError, match="`questions_per_example` must be a whole number of at least 1, got 0"):
         small(questions_per_example=0)
     with pytest.raises(IndexError, match="`index` must be below 40, the number of questions, got 40"):
         small(questions_per_example=5).row(40)

@@ -344,9 +344,9 @@ def test_instance_ids_are_those_of_the_pictures():
 def test_errors_say_what_was_wanted(walks):
     with pytest.raises(ValueError, match=r"types: wanted names out of object_counting, .* got 'counting'"):
         room_questions(walks[0], types=("counting",))
-    with pytest.raises(ValueError, match=r"per_type: wanted an int in 1..100, got 0"):
+    with pytest.raises(ValueError, match=r"`per_type` must be a whole number from 1 to 100, got 0"):
         room_questions(walks[0], per_type=0)
-    with pytest.raises(ValueError, match="seed: wanted an int >= 0, got -1"):
+    with pytest.raises(ValueError, match="`seed` must be a whole number of at least 0, got -1"):
         room_questions(walks[0], seed=-1)
     with pytest.raises(ValueError, match="are they of another room"):
         RoomWalk.from_instance_ids(walks[0].room, np.full((1, 2, 2), 40))

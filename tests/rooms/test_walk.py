@@ -128,11 +128,11 @@ def test_relative_to_first():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_views": 0}, r"^num_views: wanted an int >= 1, got 0; ask for at least one frame"),
-        ({"num_views": 2.0}, r"^num_views: wanted an int >= 1, got 2.0"),
+        ({"num_views": 0}, r"^`num_views` must be a whole number of at least 1, got 0. Ask for at least one frame"),
+        ({"num_views": 2.0}, r"^`num_views` must be a whole number of at least 1, got 2.0"),
         ({"num_views": 2, "size": 112}, r"^size: wanted \(height, width\), two ints >= 1, got 112; for example"),
         ({"num_views": 2, "size": (112, 0)}, r"^size: wanted \(height, width\)"),
-        ({"num_views": 2, "seed": -3}, r"^seed: wanted an int >= 0, got -3"),
+        ({"num_views": 2, "seed": -3}, r"^`seed` must be a whole number of at least 0, got -3"),
         ({"num_views": 2, "max_step": 0}, r"^max_step: wanted a number > 0, got 0; leave it out"),
         ({"num_views": 2, "max_turn": -1.0}, r"^max_turn: wanted a number > 0, got -1.0"),
     ],

@@ -26,20 +26,24 @@ from spa3r.console import (
 
 def web_demo(
     model: Model = EMBEDDED,
-    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 is reached from other machines.")] = (
+    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 can be reached from other machines.")] = (
         "127.0.0.1"
     ),
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 on if not given.")
     ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Open it to everyone who knows the link, through gradio's servers.")
+        bool, typer.Option("--share", help="Also serve the page through a public link of gradio's servers.")
     ] = False,
     cache_gib: Annotated[float, typer.Option(min=0, help="Memory for encoded scenes.")] = 4,
-    max_question: Annotated[int, typer.Option(min=1, help="Characters of a question.")] = Limits.question_length,
-    max_views: Annotated[int, typer.Option(min=1, help="Pictures and frames of a place.")] = Limits.views,
-    max_mib: Annotated[int, typer.Option(min=1, help="Size of a place's files.")] = Limits.file_bytes // 2**20,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = Limits.pixels,
+    max_question: Annotated[
+        int, typer.Option(min=1, help="Maximum number of characters of a question.")
+    ] = Limits.question_length,
+    max_views: Annotated[
+        int, typer.Option(min=1, help="Maximum number of pictures and frames of a place.")
+    ] = Limits.views,
+    max_mib: Annotated[int, typer.Option(min=1, help="Maximum size of a place's files.")] = Limits.file_bytes // 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Maximum number of pixels of a picture.")] = Limits.pixels,
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
@@ -77,5 +81,5 @@ def web_demo(
 
 
 def _about_model(name: str) -> str:
-    """What the page says of a model."""
+    """The description of a model on the page."""
     return f"Model: `{name}`" + (f"; {embedded_note()}." if name == EMBEDDED else ".")

@@ -26,7 +26,7 @@ def convert(
     config: Annotated[
         str | None,
         typer.Option(
-            metavar="JSON", help="Fields of the configuration that tensors don't tell: JSON, or a file of it."
+            metavar="JSON", help="Fields of the configuration that the tensors don't determine: JSON, or a JSON file."
         ),
     ] = None,
     as_json: AsJson = False,

@@ -1,4 +1,4 @@
-"""``spa3r demo``: ask about a room that no training has seen, and write a page."""
+"""``spa3r demo``: ask about a room that is in no training data, and write a page."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _room_of_questions(first: int, level: int, views: int, size: int) -> tuple[R
 
 
 def _embedded_vlms() -> tuple[Loaded, Loaded, str]:
-    """The embedded Spa3-VLM, a VLM to compare it with, each with its processor, and what the other one is."""
+    """The embedded Spa3-VLM and a VLM to compare it with, each with its processor, and a description of the latter."""
     from spa3r.rooms.embedded import embedded_model, embedded_vlm
 
     return embedded_model(), embedded_vlm(), "the same VLM, trained on the same questions without Spa3R"
@@ -97,7 +97,7 @@ def _ask_with_and_without(
     return questions, {"with_spa3r": ours.scores["overall"], "without_spa3r": theirs.scores["overall"]}
 
 
-def _told(asked: AskedQuestion) -> str:
+def _as_text(asked: AskedQuestion) -> str:
     """A question with its answers, for a terminal."""
     question, _, options = asked.question.partition("\nOptions:\n")
     lines = [f"{asked.question_type}: {question}"]
@@ -107,8 +107,8 @@ def _told(asked: AskedQuestion) -> str:
         ("with Spa3R", asked.answer, asked.score),
         ("without", asked.answer_without_spa3r, asked.score_without_spa3r),
     )
-    told = (f"{name} {one_line(printable(answer))!r} (score {score:.2f})" for name, answer, score in answers)
-    return "\n".join([*lines, f"    truth {asked.truth!r}, {', '.join(told)}"])
+    answered = (f"{name} {one_line(printable(answer))!r} (score {score:.2f})" for name, answer, score in answers)
+    return "\n".join([*lines, f"    truth {asked.truth!r}, {', '.join(answered)}"])
 
 
 def _predict_held_out(
@@ -137,7 +137,7 @@ def demo(
         typer.Option(
             min=0,
             help=f"Which room: the first from seed {FIRST_UNSEEN_ROOM} + {ROOMS_PER_SEED} x this on about which every "
-            "type of question can be asked. No training saw it.",
+            "type of question can be asked. It is in no training data.",
         ),
     ] = 0,
     level: Annotated[int, typer.Option(min=0, max=3, help="How varied the room is.")] = 0,
@@ -148,7 +148,7 @@ def demo(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """See it all at work without a download: a room, questions with and without Spa3R, the field of held-out views."""
+    """Try everything without a download: a room, questions with and without Spa3R, the field of held-out views."""
     with reporting(as_json, verbose) as report:
         import PIL.Image
 
@@ -186,7 +186,7 @@ def demo(
             f"{room.seed + 1}",
         }
         if missing := [name for name in QUESTION_TYPES if name not in [row["question_type"] for row in rows]]:
-            facts["not asked"] = f"{', '.join(missing)}: {views} views of no room near allowed it"
+            facts["not asked"] = f"{', '.join(missing)}: {views} views of no nearby room allow it"
         with report.status("Drawing"), writing(output):
             files, page = [output / "views.png", output / "field.png"], output / "report.html"
             for index, image in enumerate(images):  # to go on with: spa3r ask, spa3r encode
@@ -207,8 +207,8 @@ def demo(
             figure.savefig(files[1])
             caption = (
                 "The same views again, every second one held out: the features that Spa3R predicts for the cameras of "
-                "these, beside the true ones. Below: how near they come, on this room and another one, and what comes "
-                "as near without the model."
+                "these, beside the true ones. The table has their errors for this room and another one, and those of "
+                "baselines without a model."
             )
             html = room_report(
                 images,
@@ -226,7 +226,7 @@ def demo(
         total = "overall, of 100: with Spa3R {with_spa3r:.1f}, without {without_spa3r:.1f} (one room is no measurement)"
         parts = [
             "\n".join(f"{name:<10} {text}" for name, text in facts.items()),
-            "\n".join(map(_told, questions)),
+            "\n".join(map(_as_text, questions)),
             total.format(**scores),
             metrics.table(),
         ]

@@ -83,8 +83,8 @@ def encode(
         bool,
         typer.Option(
             "--scene-per-folder",
-            help="Every argument, such as a folder, is a scene with a file of its own. A scene whose file was made of "
-            "the same photos by the same model and options is left alone.",
+            help="Every argument, such as a folder, is a scene with its own file. A scene is skipped if its file was "
+            "made from the same photos by the same model and options.",
         ),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Scenes encoded at once.")] = 8,
@@ -139,7 +139,7 @@ def _encode_many(
     num_frames: int | None,
     options: str,
 ) -> None:
-    """Every source is a scene. One that can't be read is named and counted, and all others are done."""
+    """Encode every source as a scene. Scenes that can't be read are named and counted, and the others are encoded."""
     scenes = _scene_files(sources, folder)
     made_from = {file: options + _fingerprint(source) + _fingerprint(model) for file, source in scenes.items()}
     waiting = [(file, source) for file, source in scenes.items() if not _is_encoded(file, model, made_from[file])]
@@ -182,7 +182,7 @@ def _scene_files(sources: list[str], folder: Path) -> dict[Path, str]:
         file = folder / f"{path.name if path.is_dir() else path.stem}.safetensors"
         if file in files:
             raise ValueError(
-                f"Scenes must have names of their own, and {files[file]} and {source} would both become {file}. "
+                f"Scenes must have different names, and {files[file]} and {source} would both become {file}. "
                 "Rename one, or encode them into two folders."
             )
         files[file] = source
@@ -190,7 +190,7 @@ def _scene_files(sources: list[str], folder: Path) -> dict[Path, str]:
 
 
 def _fingerprint(source: str) -> str:
-    """The files of a photo, folder or model by name, size and time of change: another one means other latents."""
+    """The files of a photo, folder or model by name, size and time of change; latents are made again if it changes."""
     path = Path(source)
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
@@ -214,7 +214,7 @@ def _encode_and_save(
     model: str,
     scenes: list[tuple[Path, dict[str, str], list[PIL.Image.Image]]],
 ) -> list[int]:
-    """Encode scenes (file, what it is to say, processed views) in one batch; each file appears whole or not at all.
+    """Encode scenes (file, its metadata, processed views) in one batch; each file appears whole or not at all.
 
     Returns:
         Shape of the latents in each file, [1, L, D].
@@ -225,7 +225,7 @@ def _encode_and_save(
     with torch.inference_mode():
         latents = spa3r.encode(**processor.pack([views for _, _, views in scenes]).to(spa3r.device)).cpu()
     versions = {name: metadata.version(name) for name in ("spa3r", "torch", "transformers")}
-    for (file, told, _), scene in zip(scenes, latents.split(1)):
-        about = {"model": hide(model), "versions": json.dumps(versions)} | told
+    for (file, metadata_of_scene, _), scene in zip(scenes, latents.split(1)):
+        about = {"model": hide(model), "versions": json.dumps(versions)} | metadata_of_scene
         write_whole(file, save({"latents": scene.clone()}, metadata=about))
     return [1, *latents.shape[1:]]

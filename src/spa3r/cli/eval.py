@@ -1,4 +1,4 @@
-"""The commands of ``spa3r eval``: scores that anyone can repeat, what differs between two, and what was said."""
+"""The commands of ``spa3r eval``: score a model, compare two runs, and write a run as a page."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from spa3r.vsi_bench.format import task_title
 if TYPE_CHECKING:
     from spa3r.evaluation import Benchmark, EvaluationRun, EvaluationSettings, Flip
 
-eval_app = typer.Typer(help="Evaluate a VLM, compare evaluations, and look at one.", no_args_is_help=True)
+eval_app = typer.Typer(help="Evaluate a VLM, compare two runs, or write a run as a page.", no_args_is_help=True)
 
 SHOWN = 20
 """Flipped questions that the text of a comparison names."""
@@ -69,19 +69,21 @@ Output = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete the folder's answers.")]
 Length = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Length of an answer at most.")]
-System = Annotated[str | None, typer.Option(help="The system's message; the chat template's own if not given.")]
+System = Annotated[str | None, typer.Option(help="System message; that of the chat template if not given.")]
 Seen = Annotated[
     Images | None, typer.Option(help="What the VLM sees: the views as Spa3R sees them, or the frames as they are.")
 ]
 MinPixels = Annotated[int | None, typer.Option(min=1, help="Smaller pictures are enlarged by the VLM's processor.")]
 MaxPixels = Annotated[int | None, typer.Option(min=1, help="Larger pictures are reduced by the VLM's processor.")]
-WithoutSpa3R = Annotated[bool, typer.Option("--without-spa3r", help="A Spa3-VLM's VLM alone: nothing is fused.")]
+WithoutSpa3R = Annotated[
+    bool, typer.Option("--without-spa3r", help="Run only the VLM of a Spa3-VLM, without fusing its image tokens.")
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Questions about a scene answered at once.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Scenes whose frames are read ahead.")]
 IfMissing = Annotated[
     Missing, typer.Option("--missing", help="Questions whose frames can't be read: stop, leave out, or score 0.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of random numbers; greedy decoding takes none.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of random numbers; greedy decoding uses none.")]
 
 
 @eval_app.command("vsi-bench", no_args_is_help=True)
@@ -90,7 +92,7 @@ def vsi_bench(
     model: Model,
     output: Output = None,
     subset: Annotated[Subset, typer.Option(help="Which questions.")] = Subset.full,
-    revision: Annotated[str | None, typer.Option(help="Of the data on the hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the data on the hub.")] = None,
     preset: Annotated[
         Preset, typer.Option(help="Settings: VSI-Bench's, or those of the released Spa3-VLM. Options override them.")
     ] = Preset.official,
@@ -112,9 +114,9 @@ def vsi_bench(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Score a VLM on VSI-Bench by its official rules, or go on where a run was stopped.
+    """Score a VLM on VSI-Bench by its official rules, or resume a run that was stopped.
 
-    Launched by `accelerate launch` or `torchrun`, scenes are dealt to the processes.
+    With `accelerate launch` or `torchrun`, the scenes are divided among the processes.
     """
     with reporting(as_json, verbose, resumable=True) as report:
         from spa3r.evaluation import PRESETS, VsiBench
@@ -131,7 +133,9 @@ def vsi_bench(
 def rooms(
     model: Model = EMBEDDED,
     output: Output = None,
-    num_rooms: Annotated[int, typer.Option("--rooms", min=1, help="How many rooms that no training has seen.")] = 30,
+    num_rooms: Annotated[
+        int, typer.Option("--rooms", min=1, help="Number of rooms; none is in the training data.")
+    ] = 30,
     level: Annotated[int, typer.Option(min=0, max=3, help="How varied the rooms are.")] = 0,
     num_frames: Annotated[int, typer.Option(min=1, max=16, help="Pictures of each room.")] = 8,
     max_new_tokens: Length = None,
@@ -142,7 +146,7 @@ def rooms(
     without_spa3r: WithoutSpa3R = False,
     batch_size: BatchSize = None,
     workers: Workers = None,
-    seed: Annotated[int, typer.Option(min=0, help="Other questions for every value.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
     fresh: Fresh = False,
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
@@ -178,7 +182,7 @@ def _evaluate(
     fresh: bool,
     loading: tuple[str, Dtype, str | None],
 ) -> None:
-    """Run it; the first process speaks for all."""
+    """Run the benchmark; only the first process reports the result."""
     from spa3r.evaluation.runner import check_missing, own_folder, processes, run_benchmark
 
     check_missing(benchmark, settings)  # before gigabytes are loaded
@@ -200,15 +204,15 @@ def _evaluate(
         with report.progress() as progress:
             task = progress.add_task("Answering" if is_alone else "Answering (the first process's share)", total=None)
 
-            def tell(done: int, total: int) -> None:
+            def update(done: int, total: int) -> None:
                 progress.update(task, completed=done, total=total)
 
-            run = run_benchmark(vlm, processor, benchmark, output, settings, model, fresh, tell, report.note)
+            run = run_benchmark(vlm, processor, benchmark, output, settings, model, fresh, update, report.note)
     end_processes()
     if os.environ.get("RANK", "0") != "0":
         raise typer.Exit
     report.finish(
-        _told(run),
+        _summary(run),
         output=str(output),
         scores=_by_title(run.scores),
         intervals=_by_title(run.about["intervals"]),
@@ -245,7 +249,7 @@ def compare(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """What differs between two runs: scores by task, with 95 % intervals over scenes, and questions that flipped."""
+    """Compare two runs: scores by task, with 95 % intervals over scenes, and questions that flipped."""
     with reporting(as_json, verbose) as report:
         from spa3r.evaluation import EvaluationRun, compare_runs
 
@@ -254,7 +258,7 @@ def compare(
         parts = [
             f"A: {first}\nB: {second}",
             *(
-                ["What else differs:\n" + "\n".join(f"  {change}" for change in compared.changed)]
+                ["Other differences:\n" + "\n".join(f"  {change}" for change in compared.changed)]
                 * bool(compared.changed)
             ),
             compared.table(),
@@ -297,9 +301,7 @@ def report_command(
     ] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Scenes shown at most, spread over the run.")] = 20,
     frames: Annotated[int, typer.Option(min=1, help="Frames of each scene shown at most.")] = 8,
-    data: Annotated[
-        str | None, typer.Option(help="Where VSI-Bench lies now, if it is no longer where the run found it.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="New location of VSI-Bench, if it was moved after the run.")] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -325,7 +327,7 @@ def report_command(
         report.finish(str(file), report=str(file))
 
 
-def _told(run: EvaluationRun) -> str:
+def _summary(run: EvaluationRun) -> str:
     from spa3r.evaluation.run_folder import missing_note
 
     benchmark, missing = run.about["benchmark"], run.about["missing"]

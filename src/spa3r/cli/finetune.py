@@ -15,7 +15,7 @@ def finetune(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Fine-tune a VLM with Spa3R on instructions as a configuration file says, or go on with a run that was stopped."""
+    """Fine-tune a VLM with Spa3R on instructions by a configuration file, or resume a run that was stopped."""
     with reporting(as_json, verbose, resumable=True) as report:
         from spa3r.training import FinetuningConfig
         from spa3r.training import finetune as run_finetuning

@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def info(as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """What is installed, and what works here: devices, types, attention back ends. Each one is tried."""
+    """List installed versions, and test which devices, types and attention back ends work here."""
     with reporting(as_json, verbose) as report:
         versions: dict[str, str | None] = {"python": sys.version.split()[0]}
         for name in PACKAGES:
@@ -65,7 +65,7 @@ def _devices() -> dict[str, str]:
 
 
 def _try_dtypes(device: torch.device) -> dict[str, tuple[bool, str]]:
-    """Of every type of weights whether it works, and what there is to say."""
+    """For every type of weights whether it works, and a note."""
     import torch
 
     found = {}
@@ -80,7 +80,7 @@ def _try_dtypes(device: torch.device) -> dict[str, tuple[bool, str]]:
 
 
 def _try_attention(device: torch.device) -> dict[str, tuple[bool, str]]:
-    """Of every back end whether it works, on segments of unequal lengths and against the definition; and why not."""
+    """For every back end whether it works on segments of unequal lengths as the definition does, and a note."""
     import torch
     from transformers import PreTrainedConfig
 
@@ -114,7 +114,7 @@ def _try_attention(device: torch.device) -> dict[str, tuple[bool, str]]:
             if name == "xformers" and not half:
                 note += "; here it is PyTorch's SDPA, xformers' own kernels run on CUDA only"
             found[name] = (True, note) if error < (1e-2 if half else 1e-4) else (False, f"is off by {error:.0e}")
-        except Exception as error:  # whatever it is, it is the answer
+        except Exception as error:  # any failure is a result here
             found[name] = (False, f"fails: {one_line(error)}")
     default = check_attention_implementation(None)
     found[default] = (found[default][0], f"{found[default][1]} (the default)")

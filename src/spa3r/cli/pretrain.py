@@ -15,7 +15,7 @@ def pretrain(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Pretrain a Spa3R as a configuration file says, or go on with a run that was stopped."""
+    """Pretrain a Spa3R by a configuration file, or resume a run that was stopped."""
     with reporting(as_json, verbose, resumable=True) as report:
         from spa3r.training import PretrainingConfig
         from spa3r.training import pretrain as run_pretraining

@@ -20,7 +20,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: delete the che
 
 
 def train(report: Report, settings: Any, run: Callable[..., Any], fresh: bool) -> Any:
-    """Run a training; only the first process comes back, and speaks for all."""
+    """Run a training; only the first process returns its result."""
     from spa3r.hub import naming_missing
 
     is_main_process = os.environ.get("RANK", "0") == "0"

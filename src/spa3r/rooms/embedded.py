@@ -15,7 +15,7 @@ from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining
 
-ROOMS_NOTE = "the embedded models learned from rendered rooms only: they know no photographs"
+ROOMS_NOTE = "the embedded models were trained on rendered rooms only, not on photographs"
 
 VIEW_SIZE = 112
 """Width of a view in pixels: 8 x 8 patches."""

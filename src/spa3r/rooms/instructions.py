@@ -11,12 +11,12 @@ import numpy as np
 import PIL.Image
 from torch.utils.data import Dataset
 
+from spa3r.checks import check_count
 from spa3r.media.images import to_rgb
 from spa3r.media.videos import uniform_indices
 from spa3r.rooms import Cameras, Room, camera_walk, generate_room, render
 from spa3r.rooms.levels import RoomLevel, resolve_level
 from spa3r.rooms.questions import MOST_QUESTIONS, QUESTION_TYPES, RoomWalk, room_questions
-from spa3r.rooms.room import check_seed
 from spa3r.vsi_bench.format import make_messages
 
 WALK_VIEWS = 16
@@ -78,16 +78,11 @@ class RoomQuestions(Dataset):
         name: str = "rooms",
         questions_per_example: int = 1,
     ):
-        check_seed(first_seed)
-        check_seed(seed)
-        for key, value, most in (
-            ("num_rooms", num_rooms, None),
-            ("frames", frames, WALK_VIEWS),
-            ("questions_per_example", questions_per_example, None),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
-                wanted = f"an int in 1..{most}" if most else "an int >= 1"
-                raise ValueError(f"`{key}` must be {wanted}, got {value!r}. Ask for at least one.")
+        check_count("first_seed", first_seed, 0)
+        check_count("seed", seed, 0)
+        check_count("num_rooms", num_rooms, cure="Ask for at least one.")
+        check_count("frames", frames, 1, WALK_VIEWS, "Ask for at least one.")
+        check_count("questions_per_example", questions_per_example, cure="Ask for at least one.")
         if first_seed < FIRST_TEST_SEED < first_seed + num_rooms:
             raise ValueError(
                 f"`first_seed` + `num_rooms` must be at most {FIRST_TEST_SEED}, where the rooms to test on begin, or "

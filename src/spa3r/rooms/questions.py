@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from spa3r.checks import check_count
 from spa3r.rooms.render import render_instance_ids
-from spa3r.rooms.room import Room, check_seed
+from spa3r.rooms.room import Room
 from spa3r.rooms.walk import Cameras
 
 Asked = tuple[str, str, list[str] | None]
@@ -182,13 +183,12 @@ def room_questions(
         ``id`` an int, ``ground_truth`` a string (a number, or a letter), ``options`` a list such as ``["A. left",
         ...]`` or None.
     """
-    check_seed(seed)
+    check_count("seed", seed, 0)
     types = QUESTION_TYPES if types is None else types
     unknown = [name for name in types if name not in _ASK]
     if unknown:
         raise ValueError(f"types: wanted names out of {', '.join(_ASK)}, got {unknown[0]!r}; take a listed one.")
-    if isinstance(per_type, bool) or not isinstance(per_type, int) or not 1 <= per_type <= MOST_QUESTIONS:
-        raise ValueError(f"per_type: wanted an int in 1..{MOST_QUESTIONS}, got {per_type!r}; ask for at least one.")
+    check_count("per_type", per_type, 1, MOST_QUESTIONS, "Ask for at least one.")
     rows = []
     for question_type in types:
         number = QUESTION_TYPES.index(question_type)

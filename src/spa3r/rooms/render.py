@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spa3r.checks import check_count
 from spa3r.rooms.finishes import PATTERNS
 from spa3r.rooms.room import Room
 from spa3r.rooms.walk import Cameras
@@ -49,8 +50,7 @@ def render(room: Room, cameras: Cameras, antialias: int = 2) -> RoomViews:
         antialias: pixels at edges are the mean of antialias x antialias rays; 1 = one ray per pixel. Depth and
             instance ids are never averaged.
     """
-    if isinstance(antialias, bool) or not isinstance(antialias, int) or antialias < 1:
-        raise ValueError(f"antialias: wanted an int >= 1, got {antialias!r}; 1 turns it off, 2 is the default.")
+    check_count("antialias", antialias, cure="1 turns it off, 2 is the default.")
     height, width = cameras.size
     centers, rays_from_pixels, pixels = _rays(room, cameras)
     scene = _Scene(room)

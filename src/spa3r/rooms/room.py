@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spa3r.checks import check_count
 from spa3r.rooms.finishes import COLORS, Finish, Rgb
 from spa3r.rooms.furniture import FURNITURE, Part, Size
 from spa3r.rooms.levels import Range, RoomLevel, resolve_level
@@ -196,7 +197,7 @@ def generate_room(seed: int, level: int | RoomLevel = 0) -> Room:
         seed: >= 0. The same seed and level give the same room, independent of earlier calls.
         level: index of `LEVELS`, or a custom `RoomLevel`.
     """
-    check_seed(seed)
+    check_count("seed", seed, 0, cure="Pass for example the index of the room.")
     level = resolve_level(level)
     most = 0
     for attempt in range(_ATTEMPTS):  # a narrow room may not fit enough objects; then another one is drawn
@@ -221,12 +222,6 @@ def generate_room(seed: int, level: int | RoomLevel = 0) -> Room:
         f"level.num_objects: wanted at least {level.num_objects[0]} objects, got places for {most} in rooms with "
         f"sides of {level.side[0]}..{level.side[1]} m; lower num_objects or raise side."
     )
-
-
-def check_seed(seed: int) -> None:
-    """Raise a ValueError unless `seed` is an int >= 0, including numpy integers."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed: wanted an int >= 0, got {seed!r}; pass for example the index of the room.")
 
 
 def _draw(rng: np.random.Generator, limits: Range) -> float:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import PIL.Image
 
+from spa3r.checks import check_count
 from spa3r.data.source import LoadedScene, SceneSource, check_stride
 from spa3r.rooms import camera_walk, generate_room, render
 from spa3r.rooms.levels import resolve_level
-from spa3r.rooms.room import check_seed
 from spa3r.rooms.walk import check_size
 
 
@@ -40,12 +40,13 @@ class RoomScenes(SceneSource):
         stride: Sequence[int] = (1, 3),
         name: str = "rooms",
     ):
-        check_seed(first_seed)
+        check_count("first_seed", first_seed, 0)
         check_size((size, size))
         resolve_level(level)
-        for key, value in {"num_frames": num_frames, "stride_of_walk": stride_of_walk, "num_rooms": num_rooms}.items():
-            if not (isinstance(value, int) and value >= 1) and (key != "num_rooms" or value is not None):
-                raise ValueError(f"`{key}` must be an int >= 1, got {value!r}. Ask for at least one.")
+        check_count("num_frames", num_frames, cure="Ask for at least one.")
+        check_count("stride_of_walk", stride_of_walk)
+        if num_rooms is not None:
+            check_count("num_rooms", num_rooms, cure="Ask for at least one.")
         self.level, self.frames, self.stride_of_walk = level, num_frames, stride_of_walk
         self.first_seed, self.num_rooms, self.size = first_seed, num_rooms, (size, size)
         self.stride, self.name = check_stride(stride), name

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from spa3r.checks import check_count, is_count
 from spa3r.rooms.levels import Range
-from spa3r.rooms.room import Room, check_seed
+from spa3r.rooms.room import Room
 
 CAMERA_CLEARANCE = 0.25
 """Clearance of a walking camera from objects and walls in meters, seen from above."""
@@ -81,9 +82,8 @@ def camera_walk(
         max_turn: maximum rotation between two frames, degrees.
     """
     check_size(size)
-    check_seed(seed)
-    if isinstance(num_views, bool) or not isinstance(num_views, int | np.integer) or num_views < 1:
-        raise ValueError(f"num_views: wanted an int >= 1, got {num_views!r}; ask for at least one frame.")
+    check_count("seed", seed, 0)
+    check_count("num_views", num_views, cure="Ask for at least one frame.")
     for name, value in (("max_step", max_step), ("max_turn", max_turn)):
         if not value > 0:
             raise ValueError(f"{name}: wanted a number > 0, got {value!r}; leave it out for the default.")
@@ -111,11 +111,7 @@ def camera_walk(
 
 def check_size(size: tuple[int, int]) -> None:
     """Raise a ValueError unless `size` is a height and a width >= 1."""
-    if not (
-        isinstance(size, tuple | list)
-        and len(size) == 2
-        and all(isinstance(side, int | np.integer) and not isinstance(side, bool) and side >= 1 for side in size)
-    ):
+    if not (isinstance(size, tuple | list) and len(size) == 2 and all(map(is_count, size))):
         raise ValueError(f"size: wanted (height, width), two ints >= 1, got {size!r}; for example (112, 112).")
 
 
