@@ -213,7 +213,7 @@ class Spa3VLMCollator:
     def _render(self, messages: list[dict[str, Any]], **kwargs: Any) -> tuple[str, Any]:
         (text,), spans = render_jinja_template(
             [messages],
-            chat_template=self.processor.chat_template,
+            chat_template=self.processor.chat_template,  # ty: ignore[invalid-argument-type]  # `__init__` wants a string
             **kwargs,
             **self.processor.tokenizer.special_tokens_map,
         )
