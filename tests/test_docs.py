@@ -9,13 +9,19 @@ import contextlib
 import importlib.util
 import inspect
 import itertools
+import json
 import re
 import runpy
 import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
+from media import noise
+from tiny_benchmark import write_vsi_bench
+from tiny_finetuning import write_config
+from typer.testing import CliRunner
 from vlm_families import FAMILIES
 
 import spa3r
@@ -260,6 +266,60 @@ def test_imports_go_one_way(file):
 
 def test_structure_names_nothing_that_is_gone():
     assert [row for row in structure() if not (SOURCE / row).exists()] == []
+
+
+WALKS = ("A photo in `spa3r ask`", "A training row in `spa3r finetune`", "A question in `spa3r eval vsi-bench`")
+
+
+def walk(heading: str) -> list[tuple[str, str]]:
+    """Files and functions of a walk."""
+    rows = table_below(read("docs", "structure.md"), f"### {heading}")
+    return [tuple(re.fullmatch(r"`([\w/.]+)` `([\w.]+)`", row[0]).groups()) for row in rows]
+
+
+@pytest.mark.parametrize("heading", (*WALKS, "A request in the app"))
+def test_a_walk_passes_three_folders_behind_its_command(heading):
+    folders = set()
+    for file, function in walk(heading):
+        body = ast.parse((SOURCE / file).read_text(encoding="utf-8")).body
+        for name in function.split("."):
+            (found,) = (node for node in body if getattr(node, "name", None) == name)
+            body = found.body
+        folders |= {Path(file).parts[0]} if "/" in file else set()
+    assert len(folders - {"cli"}) <= 3
+
+
+@pytest.mark.parametrize("heading", [WALKS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in WALKS[1:])])
+def test_a_walk_is_as_the_page_tells_it(heading, tmp_path):
+    """The command runs, and its functions are called first in this order."""
+    noise(56, 56, 0).save(tmp_path / "0.png")
+    if heading == WALKS[0]:
+        arguments = ["ask", tmp_path / "0.png", "What?", "--max-new-tokens", 1]
+    elif heading == WALKS[1]:
+        said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "3"}]
+        (tmp_path / "rows.jsonl").write_text((json.dumps({"image": "0.png", "conversations": said}) + "\n") * 4)
+        train = {"annotations": str(tmp_path / "rows.jsonl"), "media_root": str(tmp_path), "name": "files"}
+        file = write_config(tmp_path / "config.yaml", max_steps=1)
+        arguments = ["finetune", file, "--data.train", json.dumps(train)]
+    else:
+        arguments = ["eval", "vsi-bench", "--data", write_vsi_bench(tmp_path / "data", (1,)), "--model", "embedded"]
+        arguments += ["--num-frames", 2, "--output", tmp_path / "run", "--max-new-tokens", 1]
+    called: dict[tuple[str, str], int] = {}
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(str(SOURCE)):
+            called.setdefault((Path(file).relative_to(SOURCE).as_posix(), frame.f_code.co_qualname), len(called))
+
+    sys.setprofile(note)
+    try:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    finally:
+        sys.setprofile(None)
+    assert result.exit_code == 0, result.output
+    steps = walk(heading)
+    assert [step for step in steps if step not in called] == []
+    assert sorted(steps, key=lambda step: called[step]) == steps
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
