@@ -148,7 +148,7 @@ class Demo:
 
     def look_at_files(self, files: list[str] | None, num_frames: int) -> tuple[Any, ...]:
         """Show a visitor's files on the page; 0 frames selects the number by each video's length."""
-        with _told_to_visitor():
+        with _errors_for_visitor():
             frames = check_count("num_frames", num_frames or 0, 0) or None
             is_native = self.processor.image_mode == "native"  # the VLM takes the original pictures
             keep = None if is_native else self.processor.view_image_processor.process_view
@@ -157,23 +157,23 @@ class Demo:
 
     def look_at_room(self, seed: int) -> tuple[Any, ...]:
         """Show the room of a seed, counted from the first that is in no training data, on the page."""
-        with _told_to_visitor():
+        with _errors_for_visitor():
             check_count("seed", seed, 0)
             return self._look(UnseenRoom(FIRST_TEST_SEED + seed, self.processor.view_image_processor.size))
 
     def ask(self, place: Place | None, question: str, chat: list[ChatMessage]) -> tuple[list[ChatMessage], str]:
         """The chat with the question and its answer added, and an empty box for the next question."""
-        with _told_to_visitor(), self._lock:
+        with _errors_for_visitor(), self._lock:
             self.limits.check_question(question)
             if place is None:
                 raise ValueError("There is no place to ask about: give photos, a video or a generated room first.")
             was_kept = place in self.scenes
-            scene, told = self._scene(place)
+            scene, status = self._scene(place)
             start = time.perf_counter()
             answer = printable(self.engine.ask(scene, [question])[0])
             seconds = f"Answered in {time.perf_counter() - start:.2f} s"
         if not was_kept:
-            seconds += f"; the place was not in memory: {told}"
+            seconds += f"; the place was not in memory: {status}"
         truth = [f"The truth: {_truth(place.questions[question])}"] if question in place.questions else []
         text = "\n".join([answer, "", *truth, seconds])
         return [*chat, {"role": "user", "content": question}, {"role": "assistant", "content": text}], ""
@@ -181,23 +181,22 @@ class Demo:
     def _look(self, place: Place) -> tuple[Any, ...]:
         """The place, its views, its description, its suggested questions, and an empty chat."""
         with self._lock:
-            scene, told = self._scene(place)
-        facts = (
-            f"What the model sees: {plural(len(scene.views), 'view')}, {len(scene.image_tokens)} image tokens, {told}."
-        )
+            scene, status = self._scene(place)
+        size = f"{plural(len(scene.views), 'view')}, {len(scene.image_tokens)} image tokens"
+        facts = f"What the model sees: {size}, {status}."
         return place, scene.views, facts, _suggested(place), []
 
     def _scene(self, place: Place) -> tuple[EncodedScene, str]:
         """The scene of a place, and whether it was encoded or cached."""
         start, was_kept = time.perf_counter(), place in self.scenes
         scene = self.scenes.get_or_encode(place, lambda: self.engine.encode(place.views()))
-        told = "encoded before" if was_kept else f"read and encoded in {time.perf_counter() - start:.2f} s"
+        status = "encoded before" if was_kept else f"read and encoded in {time.perf_counter() - start:.2f} s"
         if place not in self.scenes:
             sizes = (f"{size / 2**20:.1f}" for size in (scene.num_bytes, self.scenes.max_bytes))
-            told += (
+            status += (
                 f"; too large for the memory for scenes ({' of '.join(sizes)} MiB), so each question encodes it again"
             )
-        return scene, told
+        return scene, status
 
 
 def build_app(
@@ -320,8 +319,10 @@ class _LimitedBodies:
         refusal = f"{what} must have at most {limit} bytes, got {{}}. {cure}."
         promised = dict(scope["headers"]).get(b"content-length", b"")
         if promised.isdigit() and int(promised) > limit:
-            told = refusal.format(int(promised))
-            await JSONResponse({"detail": told, "error": told}, 413, {"connection": "close"})(scope, receive, send)
+            message = refusal.format(int(promised))
+            await JSONResponse({"detail": message, "error": message}, 413, {"connection": "close"})(
+                scope, receive, send
+            )
             return
         size = 0
 
@@ -337,7 +338,7 @@ class _LimitedBodies:
 
 
 @contextmanager
-def _told_to_visitor() -> Generator[None]:
+def _errors_for_visitor() -> Generator[None]:
     """Show errors about a visitor's input on the page, with the library's message."""
     try:
         yield

@@ -713,7 +713,7 @@ def test_options_that_a_call_would_not_use_are_refused(processor, tmp_path):
         with pytest.raises(ValueError, match=words):
             call()
     for name in ("video_start", "video_end", "nframes", "min_frames", "max_frames", "video_fps", "video_load_backend"):
-        with pytest.raises(ValueError, match=f"nothing but `num_frames` or `fps`, got `{name}`"):
+        with pytest.raises(ValueError, match=f"must be `num_frames` or `fps`, got `{name}`"):
             inputs_of(processor, talk, **{name: 1})
 
 

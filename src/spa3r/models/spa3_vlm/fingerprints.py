@@ -41,9 +41,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     Args:
         model: Any module with parameters.
     """
-    digest = hashlib.sha256(told(model.config.to_dict()))
+    digest = hashlib.sha256(canonical_json(model.config.to_dict()))
     names, adapters = _acting(model)
-    digest.update(told(adapters))
+    digest.update(canonical_json(adapters))
     acting: dict[str, Tensor] = {}
     for name, tensor in full_state_dict(model).items():
         if (name := names.get(name, name)) is not None:
@@ -135,10 +135,10 @@ def processor_fingerprint(processor: ProcessorMixin) -> str:
         len(tokenizer),
         probe,
     )
-    return hashlib.sha256(b"\n".join(map(told, parts))).hexdigest()[:32]
+    return hashlib.sha256(b"\n".join(map(canonical_json, parts))).hexdigest()[:32]
 
 
-def told(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     """As JSON, without fields that depend on the location."""
 
     def lasting(value: Any) -> Any:

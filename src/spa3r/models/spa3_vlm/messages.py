@@ -53,16 +53,16 @@ def check_messages(messages: Any, tokens: Collection[str]) -> None:
         ValueError: A message is invalid; the error gives its number and role.
     """
     if not isinstance(messages, list | tuple):
-        raise ValueError(f"A conversation must be a list of messages, {FORMS}, got {_told(messages)}.")
+        raise ValueError(f"A conversation must be a list of messages, {FORMS}, got {_described(messages)}.")
     if not messages:
         raise ValueError(f"A conversation must hold at least one message, {FORMS}, got none.")
     pattern = _any_of(frozenset(tokens))
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise ValueError(f"Message {index} must be {FORMS}, got {_told(message)}. Give a dictionary.")
+            raise ValueError(f"Message {index} must be {FORMS}, got {_described(message)}. Give a dictionary.")
         if not isinstance(message.get("role"), str):
-            raise ValueError(f"Message {index} must have a role such as 'user', got {_told(message.get('role'))}.")
-        name = f"message {index} ({_told(message.get('role'))})"
+            raise ValueError(f"Message {index} must have a role such as 'user', got {_described(message.get('role'))}.")
+        name = f"message {index} ({_described(message.get('role'))})"
         texts = [value for key, value in message.items() if isinstance(value, str) and key != "content"]
         for text in (*texts, *_joined(_texts(message, name))):
             if found := pattern.search(text):
@@ -84,7 +84,7 @@ def _texts(message: Mapping[str, Any], name: str) -> list[str]:
     if isinstance(content, Mapping):
         raise ValueError(f"The content of {name} must be a text or a list of items, got one item. Put it into a list.")
     if not isinstance(content, list | tuple):
-        raise ValueError(f"The content of {name} must be a text or a list of items, got {_told(content)}.")
+        raise ValueError(f"The content of {name} must be a text or a list of items, got {_described(content)}.")
     if not content:
         raise ValueError(f"The content of {name} must hold at least one item, got none. Leave the message out.")
     texts = []
@@ -92,13 +92,15 @@ def _texts(message: Mapping[str, Any], name: str) -> list[str]:
         if isinstance(item, str):
             raise ValueError(
                 f'An item of the content of {name} must be a dictionary such as {{"type": "text", "text": ...}}, got '
-                f"the text {_told(item)}. Give the text as such an item, or as the whole content."
+                f"the text {_described(item)}. Give the text as such an item, or as the whole content."
             )
         if not isinstance(item, Mapping):
-            raise ValueError(f"An item of the content of {name} must be a dictionary, got {_told(item)}.")
+            raise ValueError(f"An item of the content of {name} must be a dictionary, got {_described(item)}.")
         if item.get("type") == "text":
             if not isinstance(item.get("text"), str):
-                raise ValueError(f"A text item of {name} must have a text under 'text', got {_told(item.get('text'))}.")
+                raise ValueError(
+                    f"A text item of {name} must have a text under 'text', got {_described(item.get('text'))}."
+                )
             texts.append(item["text"])
     return texts
 
@@ -114,7 +116,7 @@ def _any_of(tokens: frozenset[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     """A value for an error message: short texts and numbers unchanged, the type of anything else."""
     if isinstance(value, str) and len(value) > 40:
         return f"{value[:40]!r}..."

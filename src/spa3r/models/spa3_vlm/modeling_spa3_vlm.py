@@ -239,7 +239,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
     Before training, the adapter is the identity: logits equal the plain VLM's, bit for bit.
 
     ``config.integration`` and ``config.spatial_source`` are the paper's ablations. With ``"append"`` the adapter is
-    only a projector and changes the logits from the first step; the processor must be told (``spatial_tokens``). With
+    only a projector and changes the logits from the first step; the processor must know them (``spatial_tokens``). With
     ``"vggt"`` only the backbone of the Spa3R is used. With ``"none"`` both ``spa3r`` and ``adapter`` are None.
     """
 

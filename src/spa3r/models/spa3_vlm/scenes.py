@@ -145,7 +145,7 @@ class EncodedScene:
                         f"{shorten(metadata.get('format'))}. Encode the scene and save it again."
                     )
                 about = _read_about(metadata.get("scene"), str(file))
-                digest, said = about.pop("digest"), dict(about)
+                digest, recorded = about.pop("digest"), dict(about)
                 layers, count = about.pop("layers"), about.pop("views")
                 check_origin(about, model, processor, str(file))
                 tensors = {name: content.get_tensor(name) for name in content.keys()}
@@ -161,7 +161,7 @@ class EncodedScene:
             )
         if fault := _fault(tensors, layers, count, cache, model):
             raise ValueError(f"{file} is damaged or was changed: {fault}. Encode the scene again.")
-        if digest != _digest(tensors, said):
+        if digest != _digest(tensors, recorded):
             raise ValueError(f"{file} is damaged or was changed: it is not what was saved. Encode the scene again.")
         for i, (layer, (_, state)) in enumerate(zip(cache.layers, layers)):
             prefix = f"cache.{i}."

@@ -41,7 +41,7 @@ def frames_of(video: Any, options: Mapping[str, Any]) -> list[Image]:
         if not is_sampled:
             raise ValueError(
                 f"`do_sample_frames=False` must come with lists of frames, which are taken whole, got the video "
-                f"{describe(video)}. Leave it out, and say `num_frames` or `fps`."
+                f"{describe(video)}. Leave it out, and give `num_frames` or `fps`."
             )
         return [*sample_frames(video, **options)]
     if not isinstance(video, list | tuple) and not is_batch(video):
@@ -91,10 +91,10 @@ def check_call(keywords: Mapping[str, Any]) -> None:
         ValueError: Such an option is given; the message names it.
     """
     if wrong := sorted(key for key in keywords if key in OF_ITEMS):
-        cure = "Say it in the video's item of the message" if wrong[0] in VIDEO_OPTIONS else "Leave it out"
+        cure = "Give it in the video's item of the message" if wrong[0] in VIDEO_OPTIONS else "Leave it out"
         raise ValueError(
-            f"A call must say of all its videos nothing but `num_frames` or `fps`, got `{wrong[0]}`. {cure}; what "
-            f"items may say: {', '.join(VIDEO_OPTIONS)}."
+            f"Options of a call for all its videos must be `num_frames` or `fps`, got `{wrong[0]}`. {cure}; options of "
+            f"an item: {', '.join(VIDEO_OPTIONS)}."
         )
 
 
@@ -129,27 +129,27 @@ def call_options(keywords: dict[str, Any], num_frames: int | None) -> dict[str, 
     Raises:
         ValueError: An option is not supported, or is given twice with different values.
     """
-    said = {key: keywords.pop(key) for key in CALL_OPTIONS if key in keywords}
+    given = {key: keywords.pop(key) for key in CALL_OPTIONS if key in keywords}
     nested = dict(keywords.pop("videos_kwargs", None) or {})
     if unknown := sorted(map(str, nested.keys() - {*CALL_OPTIONS, "return_tensors"})):
         raise ValueError(
             f"`videos_kwargs` must be of {', '.join(CALL_OPTIONS)}, got {', '.join(map(shorten, unknown[:5]))}. Leave "
             "it out: videos become pictures, for which `images_kwargs` are used."
         )
-    said = {key: value for key, value in {**nested, **said}.items() if value is not None}
-    is_sampled = said.get("do_sample_frames", True)
+    given = {key: value for key, value in {**nested, **given}.items() if value is not None}
+    is_sampled = given.get("do_sample_frames", True)
     if not is_sampled:  # already sampled: `fps` says how, and pictures have no times
-        if "num_frames" in said:
+        if "num_frames" in given:
             raise ValueError("`num_frames` can't be used with `do_sample_frames=False`. Leave one of them out.")
         return {"do_sample_frames": False}
-    fps = said.get("fps")
+    fps = given.get("fps")
     if isinstance(fps, list | tuple):  # qwen-vl-utils returns one per video
         if len(set(fps)) != 1:
             raise ValueError(f"`fps` must be one number for all videos, got {shorten(fps)}. Give messages instead.")
         fps = fps[0]
-    if fps is not None and said.get("num_frames") is not None:
+    if fps is not None and given.get("num_frames") is not None:
         raise ValueError("`fps` and `num_frames` must not be given together. Leave one of them out.")
-    return {"num_frames": said.get("num_frames", None if fps is not None else num_frames), "fps": fps}
+    return {"num_frames": given.get("num_frames", None if fps is not None else num_frames), "fps": fps}
 
 
 def _is_picture(item: Any) -> bool:
