@@ -6,7 +6,7 @@
 
 import logging
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spa3r.registration import register
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from spa3r.models.vggt.modeling_vggt import VggtModel
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module 'spa3r' has no attribute {name!r}")
     value = getattr(import_module(f"spa3r.{_MODULE_OF_NAME[name]}"), name)

@@ -283,7 +283,7 @@ def _count(words: str, views: Sequence[int], shown: Sequence[int]) -> str:
 class _Page:
     """A figure with elements placed in inches from the top left corner."""
 
-    def __init__(self, width: float, height: float):
+    def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width, height), dpi=DPI)
 

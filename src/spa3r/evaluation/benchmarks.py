@@ -49,7 +49,7 @@ class Benchmark(ABC):
             :func:`open_benchmark`.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any], source: str):
+    def __init__(self, rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any], source: str) -> None:
         self.rows: list[Row] = [{"id": number} | dict(row) for number, row in enumerate(rows)]
         self.about = dict(about)
         _check_rows(self.rows, source)
@@ -103,7 +103,7 @@ class VsiBench(Benchmark):
         ValueError: A row can't be asked or scored, ids repeat, or nothing tells which rows are pruned.
     """
 
-    def __init__(self, data: str | Path, subset: Subset = "full", revision: str | None = None):
+    def __init__(self, data: str | Path, subset: Subset = "full", revision: str | None = None) -> None:
         if subset not in get_args(Subset):
             raise ValueError(f"`subset` must be one of {', '.join(get_args(Subset))}, got {subset!r}.")
         path, revision = _fetched(data, revision)
@@ -182,7 +182,7 @@ class RoomsBenchmark(Benchmark):
         seed: int = 0,
         first_seed: int = FIRST_TEST_SEED,
         size: int = 112,
-    ):
+    ) -> None:
         check_count("size", size, 1, LARGEST_PICTURE)
         if check_count("first_seed", first_seed, 0) < FIRST_TEST_SEED:
             raise ValueError(

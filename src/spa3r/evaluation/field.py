@@ -267,7 +267,7 @@ def _scenes_with_targets(batches: Iterable[Mapping[str, Any]], report: FieldRepo
 class _Scene:
     """One scene, processed once: the true fields of its target views, and those of every predictor."""
 
-    def __init__(self, model: Spa3RForPreTraining, inputs: dict[str, Any]):
+    def __init__(self, model: Spa3RForPreTraining, inputs: dict[str, Any]) -> None:
         self.model, self.grids = model, inputs["view_grid_hw"]
         self.targets = [view for view, target in enumerate(inputs["target_mask"]) if target]
         self.context = [view for view, target in enumerate(inputs["target_mask"]) if not target]

@@ -223,7 +223,7 @@ def _changed_since(folder: Path, about: Mapping[str, Any]) -> str | None:
 class LineWriter:
     """Appends lines to a file, each readable as soon as it is written."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path) -> None:
         self.place = file
         with self._writing():
             self._file = open(file, "ab", buffering=0)  # unbuffered: closing does not retry a failed write
@@ -259,7 +259,7 @@ class RunFolder:
         rows: The questions, in order.
     """
 
-    def __init__(self, folder: str | Path, rows: Sequence[Line]):
+    def __init__(self, folder: str | Path, rows: Sequence[Line]) -> None:
         self.folder = Path(folder)
         self._rows = {row["id"]: json.loads(json.dumps(row)) for row in rows}
 

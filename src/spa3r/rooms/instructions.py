@@ -77,7 +77,7 @@ class RoomQuestions(Dataset):
         size: int = 112,
         name: str = "rooms",
         questions_per_example: int = 1,
-    ):
+    ) -> None:
         check_count("first_seed", first_seed, 0)
         check_count("seed", seed, 0)
         check_count("num_rooms", num_rooms, cure="Ask for at least one.")

@@ -121,7 +121,7 @@ def _edges(rgb: np.ndarray) -> np.ndarray:
 class _Scene:
     """A room as triangles, with the data that a ray needs of the triangle it hits."""
 
-    def __init__(self, room: Room):
+    def __init__(self, room: Room) -> None:
         try:
             from embreex.mesh_construction import TriangleMesh  # ty: ignore[import-not-found]  # compiled, no stubs
             from embreex.rtcore_scene import EmbreeScene  # ty: ignore[import-not-found]

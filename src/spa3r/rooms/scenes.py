@@ -39,7 +39,7 @@ class RoomScenes(SceneSource):
         size: int = 112,
         stride: Sequence[int] = (1, 3),
         name: str = "rooms",
-    ):
+    ) -> None:
         check_count("first_seed", first_seed, 0)
         check_size((size, size))
         resolve_level(level)
