@@ -856,10 +856,9 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
 
     def _check_ids(self, input_ids: Tensor, cure: str) -> None:
         """Raise for ids that the VLM has no embedding for. Checked on the CPU only; elsewhere it would synchronize."""
-        if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        count = getattr(self.vlm.get_input_embeddings(), "num_embeddings", None)  # a sharded weight may be empty here
+        if count is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        embeddings: Any = self.vlm.get_input_embeddings()
-        count = len(embeddings.weight)
         # Families replace the placeholder of a picture before they look up embeddings: its id may be beyond the last.
         known = (input_ids >= 0) & (input_ids < count) | (input_ids == self.vlm.config.image_token_id)
         if not known.all():
