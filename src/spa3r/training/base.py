@@ -704,8 +704,8 @@ def load_strictly(model: nn.Module, checkpoint: Path, may_lack: Sequence[str] = 
     ]
     if missing or result.unexpected_keys:
         raise ValueError(
-            f"The checkpoint {checkpoint} doesn't fit the model: it lacks {missing or 'nothing'} and has the foreign "
-            f"keys {result.unexpected_keys}. Resume with the configuration that it was saved with."
+            f"The checkpoint {checkpoint} doesn't fit the model: it lacks {missing or 'nothing'} and has the "
+            f"unexpected keys {result.unexpected_keys}. Resume with the configuration that it was saved with."
         )
 
 

@@ -189,7 +189,7 @@ def test_no_yaml(tmp_path):
     assert re.search(r"bad\.yaml can't be read as YAML", error_of(tmp_path / "bad.yaml"))
     (tmp_path / "list.yaml").write_text("- 1")
     assert re.search(r"list\.yaml must hold sections", error_of(tmp_path / "list.yaml"))
-    assert "No such file" in error_of(tmp_path / "none.yaml")
+    assert re.search(r"There is no configuration file .*none\.yaml\. Check the path", error_of(tmp_path / "none.yaml"))
 
 
 def test_missing_package_is_named(config, monkeypatch):
