@@ -549,7 +549,7 @@ def strip(batch) -> dict:
     [
         ({"size": 30}, "`size` must be a positive multiple of `patch_size` = 14, got 30"),
         ({"size": {"height": 28, "width": 42}}, r"`size` must be a number, or \{'height': n, 'width': n\} of one"),
-        ({"size": {"shortest_edge": 28}}, r"got \{'shortest_edge': 28\}.*`mode` says"),
+        ({"size": {"shortest_edge": 28}}, r"got \{'shortest_edge': 28\}.*`mode` determines"),
         ({"do_resize": False}, r"`do_resize=False` .* multiples of the patch, 14 pixels, got .* of 30 x 30"),
         ({"do_rescale": False}, "`do_rescale=False` must come with `do_normalize=False`, got True"),
         ({"do_normalize": "no"}, "`do_normalize` must be True or False, got 'no'"),
