@@ -12,6 +12,7 @@ import torch
 pytest.register_assert_rewrite("tiny")
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, which processes inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 torch.set_num_threads(1)
 
 

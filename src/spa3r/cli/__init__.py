@@ -17,6 +17,8 @@ def run() -> None:
 
             app()
     except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise  # the command ended as it should: Ctrl-C is how a server ends
         if not received and not isinstance(error, KeyboardInterrupt):
             raise
         name = received[-1].name if received else "SIGINT"  # an import may turn a signal into any error
