@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -625,3 +627,45 @@ def test_a_spa3_vlm_is_what_ask_loads(checkpoint):
     model, _ = console.load_vlm(str(checkpoint), "cpu", console.Dtype.auto, "sdpa")
     assert isinstance(model, Spa3VLMForConditionalGeneration) and not model.training
     assert model.spa3r.config._attn_implementation == model.vlm.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [("ask", "photo.png", "How many chairs?"), ("encode", "photo.png", "--output", "scene.safetensors")],
+        pytest.param(
+            [("demo", "--views", "4", "--output", "demo"), ("eval", "rooms", "--rooms", "1", "--output", "run")],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_embedded_models_are_not_looked_for_on_the_hub(commands, tmp_path):
+    """A network that does not answer would delay every command by a minute."""
+    requests = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    noise(60, 40, 0).save(tmp_path / "photo.png")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        hub = f"http://127.0.0.1:{server.server_port}"
+        code = f"""
+from huggingface_hub.utils import get_session
+from spa3r.cli.main import app
+get_session().get("{hub}/counted")
+for arguments in {commands!r}:
+    app(arguments, standalone_mode=False)
+"""
+        variables = os.environ | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert requests == ["/counted"]

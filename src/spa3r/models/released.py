@@ -25,6 +25,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
 
+from spa3r.checkpoints import EMBEDDED
+
 Kind = Literal["vggt", "spa3r", "spa3-vlm"]
 
 OUR_TYPES = ("vggt", "spa3r", "spa3_vlm")
@@ -322,7 +324,9 @@ def find_adapter(name_or_path: str | Path | None, subfolder: str | None = None, 
         ValueError: ``adapter_config.json`` is damaged.
     """
     name = str(name_or_path)
-    if name_or_path is None or not (Path(name).is_dir() or (_REPOSITORY.fullmatch(name) and not Path(name).exists())):
+    if name_or_path is None or name == EMBEDDED:
+        return None
+    if not (Path(name).is_dir() or (_REPOSITORY.fullmatch(name) and not Path(name).exists())):
         return None
     location = Location(name, subfolder or "", hub)
     if location.file("config.json") is not None or (file := location.file("adapter_config.json")) is None:
@@ -360,7 +364,7 @@ def find_released(
     Raises:
         ValueError: It is a released checkpoint of another kind, a file that is no checkpoint, or damaged.
     """
-    if name_or_path is None or not wanted:
+    if name_or_path is None or name_or_path == EMBEDDED or not wanted:
         return None
     name, path = str(name_or_path), Path(name_or_path)
     if path.is_file():
