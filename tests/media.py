@@ -13,8 +13,8 @@ import av
 import numpy as np
 from PIL import Image
 
-GREY_FIRST, GREY_STEP = 16, 6
-"""Frame i of a counting video is grey, of level ``GREY_FIRST + i * GREY_STEP``: up to 38 frames."""
+GRAY_FIRST, GRAY_STEP = 16, 6
+"""Frame i of a counting video is gray, of level ``GRAY_FIRST + i * GRAY_STEP``: up to 38 frames."""
 
 
 def noise(width: int, height: int, seed: int = 0, channels: int = 3) -> Image.Image:
@@ -42,14 +42,14 @@ def data_url(picture: Image.Image) -> str:
 
 
 def counting_frames(count: int, width: int = 64, height: int = 48) -> list[Image.Image]:
-    """Frames that say their number in their grey level."""
-    return [Image.new("RGB", (width, height), (GREY_FIRST + i * GREY_STEP,) * 3) for i in range(count)]
+    """Frames that say their number in their gray level."""
+    return [Image.new("RGB", (width, height), (GRAY_FIRST + i * GRAY_STEP,) * 3) for i in range(count)]
 
 
 def read_number(frame: Image.Image) -> int:
     """The number that :func:`counting_frames` painted."""
-    number = (np.asarray(frame.convert("L"), np.float64).mean() - GREY_FIRST) / GREY_STEP
-    assert abs(number - round(number)) < 0.45, f"grey level between two numbers: {number:.2f}"
+    number = (np.asarray(frame.convert("L"), np.float64).mean() - GRAY_FIRST) / GRAY_STEP
+    assert abs(number - round(number)) < 0.45, f"gray level between two numbers: {number:.2f}"
     return round(number)
 
 

@@ -69,7 +69,7 @@ def alive(model: nn.Module, seed: int = 0) -> nn.Module:
             parameter.copy_(1 + 0.2 * noise)
         elif leaf == "weight":
             parameter.copy_(noise / parameter[0].numel() ** 0.5)
-        else:  # biases and learnt tokens
+        else:  # biases and learned tokens
             parameter.copy_((0.1 if leaf == "bias" else 1.0) * noise)
         if name.endswith("camera_head.output.fc2.bias"):  # a quaternion far from 0, fields of view far from 0
             parameter.copy_(torch.tensor([0.1, -0.2, 0.1, 0.2, -0.3, 0.1, 1.0, 1.0, 1.0]))

@@ -11,7 +11,7 @@ seeds=${SEEDS:-0 1 2}
 "$python" "$here/render.py" rooms_data --rooms 5000
 [[ -f rooms_run/vggt/model.safetensors ]] || "$python" "$here/train_vggt.py" rooms_data rooms_run --threads "$threads"
 [[ -f rooms_run/teacher/model.safetensors ]] || "$python" "$here/train_teacher.py" rooms_data rooms_run --threads "$threads"
-# Single views, then few, then many: with many from the start, walls are learnt and furniture is not.
+# Single views, then few, then many: with many from the start, walls are learned and furniture is not.
 stage() { "$python" -m spa3r pretrain "$here/pretrain.yaml" --training.seed "$seed" --data.seed "$seed" "$@"; }
 for seed in $seeds; do
   out=rooms_run/spa3r-$seed

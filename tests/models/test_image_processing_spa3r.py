@@ -224,23 +224,23 @@ def test_half_precision_tensors_are_pictures():
         assert np.abs(ours - np.asarray(picture)).max() <= 1
 
 
-GREY = noise(31, 23, channels=1)
+GRAY = noise(31, 23, channels=1)
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        np.array(GREY),
-        np.array(GREY)[..., None],
-        np.array(GREY)[None],
-        torch.from_numpy(np.array(GREY)),
-        torch.from_numpy(np.array(GREY))[None] / 255,
-        np.array(GREY).astype(np.uint16) * 257,
+        np.array(GRAY),
+        np.array(GRAY)[..., None],
+        np.array(GRAY)[None],
+        torch.from_numpy(np.array(GRAY)),
+        torch.from_numpy(np.array(GRAY))[None] / 255,
+        np.array(GRAY).astype(np.uint16) * 257,
     ],
     ids="hw hw1 1hw tensor tensor_float uint16".split(),
 )
-def test_grey_arrays(source):
-    assert_same_pictures(source, GREY)
+def test_gray_arrays(source):
+    assert_same_pictures(source, GRAY)
 
 
 # Odd but good ---------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def through_file(picture: Image.Image, kind: str = "PNG", **kwargs) -> Image.Ima
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """The definition: colour x alpha + white x (1 - alpha)."""
+    """The definition: color x alpha + white x (1 - alpha)."""
     pixels = np.asarray(picture.convert("RGBA"), np.float64)
     alpha = pixels[..., 3:] / 255
     return Image.fromarray((pixels[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8))
@@ -291,9 +291,9 @@ def test_rgba_arrays_are_blended_on_white():
 
 STEPS = np.linspace(0, 65535, 40 * 30).round().reshape(30, 40)
 ODD = {
-    "L": (GREY, GREY),
-    "1": (GREY.convert("1"), GREY.convert("1").convert("L")),
-    "1_array": (np.array(GREY.convert("1")), GREY.convert("1").convert("L")),
+    "L": (GRAY, GRAY),
+    "1": (GRAY.convert("1"), GRAY.convert("1").convert("L")),
+    "1_array": (np.array(GRAY.convert("1")), GRAY.convert("1").convert("L")),
     "P": (palette(False), palette(False).convert("RGB")),
     "I;16_file": (
         through_file(Image.fromarray(STEPS.astype(np.uint16))),
@@ -302,8 +302,8 @@ ODD = {
     "I;16_dark": (Image.fromarray(np.uint16(STEPS / 257)), Image.fromarray(np.uint8((STEPS / 257 // 1 / 257).round()))),
     "uint16_dark": (np.uint16(STEPS / 257), Image.fromarray(np.uint8((STEPS / 257 // 1 / 257).round()))),
     "I": (Image.fromarray(STEPS.astype(np.int32)), Image.fromarray(np.uint8((STEPS / 257).round()))),
-    "I_of_8_bits": (GREY.convert("I"), GREY),
-    "F": (GREY.convert("F"), GREY),
+    "I_of_8_bits": (GRAY.convert("I"), GRAY),
+    "F": (GRAY.convert("F"), GRAY),
     "CMYK": (through_file(smooth(40, 30).convert("CMYK"), "JPEG"), None),
     "YCbCr": (smooth(40, 30).convert("YCbCr"), smooth(40, 30).convert("YCbCr").convert("RGB")),
     "GIF": (through_file(smooth(40, 30).quantize(64), "GIF"), smooth(40, 30).quantize(64).convert("RGB")),

@@ -118,7 +118,7 @@ WRONG_CAMERAS = {
     "zero focal length": ("intrinsics", lambda c: c[0, 0].zero_(), "have focal lengths above 0"),
     "negative focal length": ("intrinsics", lambda c: c[1, 1].neg_(), "have focal lengths above 0"),
     "skew": ("intrinsics", lambda c: c[0, 1].fill_(3.0), "have focal lengths above 0 and no skew"),
-    "NaN centre": ("intrinsics", lambda c: c[0, 2].fill_(math.nan), "hold finite values"),
+    "NaN center": ("intrinsics", lambda c: c[0, 2].fill_(math.nan), "hold finite values"),
 }
 
 
