@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from spa3r.data import sample_frames
+from spa3r.data import sample_frame_indices
 from spa3r.data.sampling import EpochPlan, sample_targets
 
 
@@ -32,7 +32,7 @@ def scenes(plan: EpochPlan, world: int = 1, steps: int | None = None) -> list[li
 
 @pytest.mark.parametrize(("lowest", "highest"), [(1, 1), (2, 6), (20, 60)])
 def test_steps_between_frames_are_in_the_range_and_all_of_it_is_drawn(lowest, highest):
-    draws = [sample_frames(1000, 8, (lowest, highest), rng(seed)) for seed in range(400)]
+    draws = [sample_frame_indices(1000, 8, (lowest, highest), rng(seed)) for seed in range(400)]
     steps = np.diff(draws)
     assert steps.min() == lowest and steps.max() == highest
     assert len(set(steps.ravel())) == highest - lowest + 1
@@ -40,34 +40,34 @@ def test_steps_between_frames_are_in_the_range_and_all_of_it_is_drawn(lowest, hi
 
 
 def test_first_frames_reach_from_the_first_to_the_last_that_fits():
-    draws = [sample_frames(10, 3, (2, 2), rng(seed)).tolist() for seed in range(200)]
+    draws = [sample_frame_indices(10, 3, (2, 2), rng(seed)).tolist() for seed in range(200)]
     assert {draw[0] for draw in draws} == set(range(6))
     assert all(draw == [draw[0], draw[0] + 2, draw[0] + 4] for draw in draws)
 
 
 @pytest.mark.parametrize("num_frames", [22, 30, 43, 44])
 def test_the_longest_step_is_lowered_to_fit(num_frames):
-    draws = np.array([sample_frames(num_frames, 8, (2, 6), rng(seed)) for seed in range(300)])
+    draws = np.array([sample_frame_indices(num_frames, 8, (2, 6), rng(seed)) for seed in range(300)])
     assert np.diff(draws).min() == 2 and np.diff(draws).max() == min(6, (num_frames - 1) // 7)
     assert draws.min() >= 0 and draws.max() < num_frames
 
 
 @pytest.mark.parametrize("num_frames", [8, 9, 14])
 def test_where_no_step_fits_frames_are_drawn_once_each(num_frames):
-    draws = np.array([sample_frames(num_frames, 8, (2, 6), rng(seed)) for seed in range(50)])
+    draws = np.array([sample_frame_indices(num_frames, 8, (2, 6), rng(seed)) for seed in range(50)])
     assert np.diff(draws).min() >= 1 and draws.max() < num_frames
     assert len(set(draws.ravel())) == num_frames
 
 
 @pytest.mark.parametrize("num_frames", [1, 3, 7])
 def test_fewer_frames_than_views_are_repeated_in_order(num_frames):
-    draws = np.array([sample_frames(num_frames, 8, (2, 6), rng(seed)) for seed in range(50)])
+    draws = np.array([sample_frame_indices(num_frames, 8, (2, 6), rng(seed)) for seed in range(50)])
     assert draws.shape == (50, 8) and np.diff(draws).min() == 0
     assert set(draws.ravel()) == set(range(num_frames))
 
 
 def test_one_view_is_any_frame():
-    assert {int(sample_frames(5, 1, (2, 6), rng(seed))[0]) for seed in range(100)} == set(range(5))
+    assert {int(sample_frame_indices(5, 1, (2, 6), rng(seed))[0]) for seed in range(100)} == set(range(5))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tiny_benchmark import SETTINGS, build_composed, make_rows, write_vsi_bench
 
 from spa3r.disk import WriteError, alone_in
 from spa3r.evaluation import EvaluationRun, EvaluationSettings, RoomsBenchmark, VsiBench, compare_runs, run_benchmark
-from spa3r.evaluation.report import run_report
+from spa3r.evaluation.report import make_report
 from spa3r.evaluation.run_folder import LineWriter
 from spa3r.signals import ending_on_signals
 
@@ -311,7 +311,7 @@ def test_secrets_reach_no_file(tmp_path, monkeypatch):
     run = run_benchmark(*build_composed(), benchmark, tmp_path / "run", settings, name)
     again = run_benchmark(*build_composed(), benchmark, tmp_path / "run", settings, name)
     assert again.answers == run.answers and run.about["missing"]["questions"] == 3
-    page = run_report(again, benchmark, command=f"spa3r eval report {tmp_path / token}")
+    page = make_report(again, benchmark, command=f"spa3r eval report {tmp_path / token}")
     texts = [file.read_text() for file in (tmp_path / "run").iterdir()] + [page, json.dumps(again.about)]
     for text in texts:
         assert not any(secret in text for secret in (token, password, "of-the-environment-9", "abcdef0123"))

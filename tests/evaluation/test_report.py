@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_benchmark import SETTINGS, build_composed, write_vsi_bench
 
 from spa3r.evaluation import VsiBench, run_benchmark
-from spa3r.evaluation.report import run_report
+from spa3r.evaluation.report import make_report
 
 HOSTILE = "</td><script>alert(1)</script>"
 
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(run):
-    return run_report(run, frames=3, note="the model is untrained", command="spa3r eval report run")
+    return make_report(run, frames=3, note="the model is untrained", command="spa3r eval report run")
 
 
 def test_a_page_needs_nothing_else(page):
@@ -74,13 +74,13 @@ def test_videos_that_are_gone_leave_the_words(run, tmp_path):
     data = write_vsi_bench(tmp_path)
     for video in data.rglob("*.mp4"):
         video.unlink()
-    page = run_report(run, VsiBench(data))
+    page = make_report(run, VsiBench(data))
     assert Outline(page).of("img") == [] and page.count("<article>") == 11
     assert unescape(page).count("doesn't exist, nor an archive") >= 4
 
 
 def test_few_scenes_are_spread_over_the_run(run):
-    page = run_report(run, scenes=2)
+    page = make_report(run, scenes=2)
     assert re.findall(r'<section id="scene-\d" class="cards"><h2>([^<]+)', page) == [
         "scannet/scene0",
         "arkitscenes/scene3",
@@ -88,11 +88,11 @@ def test_few_scenes_are_spread_over_the_run(run):
     assert "2 scenes are shown, spread over the run" in page
     for arguments in ({"scenes": 0}, {"frames": 0}):
         with pytest.raises(ValueError, match=r"must be at least 1, got 0"):
-            run_report(run, **arguments)
+            make_report(run, **arguments)
 
 
 def test_words_of_a_model_stay_words(run):
     lines = [dict(line) for line in run.answers]
     lines[0]["prediction"] = lines[0]["question"] = HOSTILE
-    page = run_report(dataclasses.replace(run, answers=lines))
+    page = make_report(dataclasses.replace(run, answers=lines))
     assert "<script" not in page and Outline(page).texts.count(HOSTILE) == 2

@@ -308,13 +308,13 @@ def report_command(
     """Write a run as one HTML page: scores, frames, questions, answers."""
     with reporting(as_json, verbose) as report:
         from spa3r.evaluation import EvaluationRun, VsiBench
-        from spa3r.evaluation.report import run_report
+        from spa3r.evaluation.report import make_report
 
         loaded = EvaluationRun.load(run)
         about = loaded.about["benchmark"]
         benchmark = None if data is None else VsiBench(data, about.get("subset", "full"))
         with report.status("Drawing"):
-            page = run_report(
+            page = make_report(
                 loaded,
                 benchmark,
                 scenes,

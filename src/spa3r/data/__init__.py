@@ -13,7 +13,7 @@ from spa3r.data.collator import Spa3VLMCollator
 from spa3r.data.dataset_scenes import DatasetScenes, StreamedScenes
 from spa3r.data.folders import FolderScenes
 from spa3r.data.instructions import InstructionDataset, InstructionMixture, StreamedInstructions
-from spa3r.data.sampling import sample_frames
+from spa3r.data.sampling import sample_frame_indices
 from spa3r.data.scannet import ScanNetPPScenes, ScanNetScenes
 from spa3r.data.skipped import SkippedReport
 from spa3r.data.source import LoadedScene, SceneError, SceneSource
@@ -36,5 +36,5 @@ __all__ = [
     "StreamedScenes",
     "VideoScenes",
     "relative_to_first",
-    "sample_frames",
+    "sample_frame_indices",
 ]

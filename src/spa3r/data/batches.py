@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from spa3r.checks import check_ranges
 from spa3r.data.dataset_scenes import StreamedScene, StreamedScenes
-from spa3r.data.sampling import EpochPlan, Step, sample_frames, sample_targets
+from spa3r.data.sampling import EpochPlan, Step, sample_frame_indices, sample_targets
 from spa3r.data.skipped import SkippedReport
 from spa3r.data.source import SceneError, SceneSource
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
@@ -248,7 +248,7 @@ class SceneBatches(ResumableBatches):
                 raise SceneError("None of its frames has a valid camera.")
         else:
             usable = np.arange(max(1, source.num_frames(scene)))
-        frames = usable[sample_frames(len(usable), views, source.stride, rng)].tolist()
+        frames = usable[sample_frame_indices(len(usable), views, source.stride, rng)].tolist()
         good: dict[int, _View] = {}
         unread: list[tuple[str, str]] = []
         tried: set[int] = set()

@@ -17,7 +17,7 @@ _VIEWS, _STEPS, _ORDER, _SOURCES, _SCENE = range(5)  # independent random stream
 _BLOCK = 4096  # how many numbers are drawn at a time for an endless epoch
 
 
-def sample_frames(num_frames: int, views: int, stride: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def sample_frame_indices(num_frames: int, views: int, stride: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Sample frames of a scene in temporal order, as in the pretraining of Spa3R.
 
     The step from one frame to the next is drawn from [lowest, highest], and highest is lowered until all views fit.

@@ -40,7 +40,7 @@ class SceneSource(ABC):
 
     Attributes:
         name: Name of the source in reports.
-        stride: Lowest and highest step from one drawn frame to the next, for :func:`~spa3r.data.sample_frames`.
+        stride: Lowest and highest step from one drawn frame to the next, for :func:`~spa3r.data.sample_frame_indices`.
     """
 
     name: str

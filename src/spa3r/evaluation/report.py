@@ -1,6 +1,6 @@
 """A run's questions and answers as one HTML page.
 
-page = run_report(EvaluationRun.load("runs/mine"))
+page = make_report(EvaluationRun.load("runs/mine"))
 Path("report.html").write_text(page, encoding="utf-8")
 """
 
@@ -21,7 +21,7 @@ from spa3r.tables import Table
 _LONGEST, _SHORTEST = 240, 160  # pixels of a frame's longer side: larger ones are reduced, smaller ones enlarged
 
 
-def run_report(
+def make_report(
     run: EvaluationRun,
     benchmark: Benchmark | None = None,
     scenes: int = 20,
