@@ -130,9 +130,9 @@ def test_the_checkpoints_in_the_package_are_small_and_say_what_they_are():
     assert sizes[SPA3R] <= 8e6 and sum(sizes.values()) <= 25e6
     for folder in sizes:
         card = (folder / "README.md").read_text(encoding="utf-8")
-        assert card.startswith("---\nlicense: mit\n") and "level 0" in card and "Does not know" in card
+        assert card.startswith("---\nlicense: mit\n") and "level 0" in card and "Not trained on" in card
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        assert not re.search(r"[~/\\]", json.dumps(config)), "where its parts came from is nobody's business"
+        assert not re.search(r"[~/\\]", json.dumps(config)), "the configuration contains a path"
 
 
 def test_half_precision_is_loaded_as_single_precision():

@@ -28,6 +28,7 @@ from spa3r.checks import check_count, check_types, shorten, signature_types
 from spa3r.disk import alone_in
 from spa3r.evaluation.benchmarks import Benchmark, Frames, Row
 from spa3r.evaluation.run_folder import EvaluationRun, LineWriter, RunFolder, about_environment, about_model
+from spa3r.media.videos import MAX_FRAMES
 from spa3r.models.spa3_vlm.asking import conversation
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor, check_messages
 from spa3r.secret import hide
@@ -91,10 +92,8 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is None:
                 continue
-            if name != "seed" and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            highest = {"seed": LARGEST_SEED, "num_frames": MAX_FRAMES}.get(name)
             # Convert NumPy integers to plain ints: settings are saved as JSON.
-            highest = LARGEST_SEED if name == "seed" else None
             object.__setattr__(self, name, check_count(name, value, int(name != "seed"), highest))
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ValueError(
