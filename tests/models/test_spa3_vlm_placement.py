@@ -208,9 +208,7 @@ def test_tuples_and_outputs_that_are_refused(embedded):
         named, plain = model(**views), model(**views, return_dict=False)
         assert type(plain) is tuple
         torch.testing.assert_close(plain, named.to_tuple())
-        with pytest.raises(
-            ValueError, match=r"`output_attentions` must be left out .* attention doesn't compute"
-        ):
+        with pytest.raises(ValueError, match=r"`output_attentions` must be left out .* attention doesn't compute"):
             model(**views, output_attentions=True)
         with pytest.raises(ValueError, match=r"`output_hidden_states` must be left out .*output_layers=range\(n\)"):
             model(**views, output_hidden_states=True)
