@@ -289,7 +289,8 @@ def test_a_walk_passes_three_folders_behind_its_command(heading):
     assert len(folders - {"cli"}) <= 3
 
 
-@pytest.mark.parametrize("heading", [WALKS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in WALKS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("heading", WALKS)
 def test_a_walk_is_as_the_page_tells_it(heading, tmp_path):
     """The command runs, and its functions are called first in this order."""
     noise(56, 56, 0).save(tmp_path / "0.png")

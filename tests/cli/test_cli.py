@@ -629,14 +629,12 @@ def test_a_spa3_vlm_is_what_ask_loads(checkpoint):
     assert model.spa3r.config._attn_implementation == model.vlm.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "commands",
     [
         [("ask", "photo.png", "How many chairs?"), ("encode", "photo.png", "--output", "scene.safetensors")],
-        pytest.param(
-            [("demo", "--views", "4", "--output", "demo"), ("eval", "rooms", "--rooms", "1", "--output", "run")],
-            marks=pytest.mark.slow,
-        ),
+        [("demo", "--views", "4", "--output", "demo"), ("eval", "rooms", "--rooms", "1", "--output", "run")],
     ],
 )
 def test_embedded_models_are_not_looked_for_on_the_hub(commands, tmp_path):

@@ -52,7 +52,9 @@ def test_ctrl_c_gives_one_line(seconds, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
-@pytest.mark.parametrize("command", ("encode", "eval", pytest.param("pretrain", marks=pytest.mark.slow)))
+@pytest.mark.parametrize(
+    "command", ("encode", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eval", "pretrain")))
+)
 def test_commands_that_go_on_say_how(command, tmp_path, monkeypatch):
     """And not with --fresh, which would start over."""
     for name in ("a", "b c"):

@@ -50,7 +50,14 @@ def labels_of(composed: ComposedFamily) -> torch.Tensor:
 # Appended tokens, in every family -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Of families whose prompts, positions and features differ most; the slow tests have all of them.
+QUICK = ("qwen2_5_vl", "qwen3_vl", "llava", "internvl", "gemma3", "paligemma", "glm4v", "smolvlm")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 def composed(request) -> ComposedFamily:
     return make(name=request.param)
 

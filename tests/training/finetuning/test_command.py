@@ -178,6 +178,7 @@ def test_held_out_questions_need_random_access(tmp_path):
     assert len(make_questions(config)) == 1
 
 
+@pytest.mark.slow
 def test_qlora_trains_around_a_language_model_of_4_bits(tmp_path):
     """With an evaluation and a restart on the way, after which gradients have to pass as before."""
     from bitsandbytes.nn import Linear4bit
