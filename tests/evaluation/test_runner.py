@@ -406,8 +406,8 @@ def test_two_processes_are_one(benchmark, whole, tmp_path):
         [sys.executable, *launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout)  # one object, from the first process
-    assert told["scores"] == whole.scores
+    printed = json.loads(done.stdout)  # one object, from the first process
+    assert printed["official_scores"] == whole.scores
     for name in ("answers.jsonl", "table.md"):
         assert (tmp_path / "run" / name).read_bytes() == (whole.folder / name).read_bytes()
     run = EvaluationRun.load(tmp_path / "run")
