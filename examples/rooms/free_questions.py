@@ -1,17 +1,19 @@
-"""Questions in people's own words: does the embedded Spa3-VLM answer in the right form?
+"""Questions in free wording: does the embedded Spa3-VLM answer in the right form?
 
 The questions of `paraphrases.jsonl` were written by hand and are used in no training. Each is asked about unseen rooms,
 with names of objects that the pictures show. An answer has the right form if it is, for example, a number of meters
-where a distance is asked; whether it is true is not counted here. Questions that a model of rooms cannot answer want
-"I can only answer ...".
+for a distance; whether it is true is not counted here. For questions that are not about rooms, the right form is "I can
+only answer ...".
 
     python examples/rooms/free_questions.py
 """
 
 import argparse
 import json
+import platform
 import re
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,8 @@ def main() -> None:
             answers = model.ask(scene, [question for _, question in questions], max_new_tokens=32)
         for (form, question), answer in zip(questions, answers):
             results[form].append((has_form(form, question, answer), question, answer))
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
+    print(f"{platform.machine()}, Python {platform.python_version()}, {versions}")
     print(f"{args.model}, {len(asked)} unseen rooms, every question about {args.rooms} of them\n")
     print(f"{'wanted':<14} {'asked':>6} {'right form %':>13}")
     for form, rows in results.items():

@@ -205,6 +205,10 @@ def test_what_can_not_be_asked_or_scored_is_refused(composed):
         evaluate_answers(*composed, [])
     with pytest.raises(ValueError, match=r"`batch_size` must be at least 1, got 0"):
         answer(*composed, EXAMPLES, batch_size=0)
+    for batch_size in (0, -1):
+        for questions in (QUESTIONS[:1], QUESTIONS):
+            with pytest.raises(ValueError, match=f"`batch_size` must be at least 1, got {batch_size}"):
+                AnsweringEngine(*composed).answers(PICTURES, questions, batch_size=batch_size)
 
 
 def test_what_can_not_be_asked_is_left_out_and_named(composed):

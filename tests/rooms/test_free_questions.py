@@ -1,4 +1,4 @@
-"""Questions in people's own words, which the rooms recipe keeps back from training."""
+"""Questions in free wording that the rooms recipe does not train on."""
 
 import json
 import re

@@ -21,9 +21,9 @@ from spa3r.media.images import Image
 from spa3r.models.base import finite_logits
 from spa3r.models.placement import execution_device
 from spa3r.models.spa3_vlm.asking import (
-    MAX_BATCH_SIZE,
     MAX_NEW_TOKENS,
     ask,
+    check_batch_size,
     check_questions,
     conversation,
     encode_scene,
@@ -198,7 +198,7 @@ class AnsweringEngine:
         """
 
         def ask_alone(questions: Sequence[str], batch_size: int | None = None, **arguments: Any) -> list[str]:
-            answers, batch_size = [], batch_size or MAX_BATCH_SIZE
+            answers, batch_size = [], check_batch_size(batch_size)
             for start in range(0, len(questions), batch_size):
                 batch = [conversation(images, question, system) for question in questions[start : start + batch_size]]
                 answers += self.generate(batch, **arguments)
@@ -230,8 +230,7 @@ class AnsweringEngine:
         Raises:
             ValueError: `batch_size` is below 1, or an example can't be asked and `skipped` is None.
         """
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        batch_size = check_batch_size(batch_size)
         total = len(examples) if isinstance(examples, Sized) else None
         with logging.tqdm(total=total, desc="Answering", leave=False, disable=not show_progress) as bar:
             for batch in _batches(examples, batch_size):

@@ -112,11 +112,6 @@ class FrameSampling:
         if start is not None and end is not None and start >= end:
             raise ValueError(f"`video_start` must be less than `video_end`, got {start} and {end} seconds.")
 
-    @property
-    def needs_times(self) -> bool:
-        """Whether the selection depends on the frames' times."""
-        return any(value is not None for value in (self.fps, self.video_start, self.video_end))
-
     def indices(self, starts: np.ndarray, seconds: float) -> np.ndarray:
         """The numbers of the selected frames.
 

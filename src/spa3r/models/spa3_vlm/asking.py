@@ -114,6 +114,19 @@ def encode_scene(
     )
 
 
+def check_batch_size(batch_size: int | None) -> int:
+    """The number of questions per batch, :data:`MAX_BATCH_SIZE` for None.
+
+    Raises:
+        ValueError: It is not a whole number of at least 1.
+    """
+    if batch_size is None:
+        return MAX_BATCH_SIZE
+    if not is_count(batch_size):
+        raise ValueError(f"`batch_size` must be at least 1, got {shorten(batch_size)}.")
+    return batch_size
+
+
 def _with_image_tokens(
     model: PreTrainedModel, ids: Tensor, mask: Tensor | None, inputs: dict[str, Any]
 ) -> tuple[dict[str, Any], AbstractContextManager]:
@@ -161,10 +174,7 @@ def ask(
     max_new_tokens = check_count("max_new_tokens", max_new_tokens)
     vlm, processor = vlm_of(model), scene.processor
     check_questions(processor, questions)
-    if batch_size is None:
-        batch_size = MAX_BATCH_SIZE
-    elif not is_count(batch_size):
-        raise ValueError(f"`batch_size` must be at least 1, got {shorten(batch_size)}.")
+    batch_size = check_batch_size(batch_size)
     if taken := sorted(generate_kwargs.keys() & TAKEN):
         raise ValueError(
             f"`ask` must decide itself about {', '.join(map(repr, taken))}, since questions go on from the scene's "
