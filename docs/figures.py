@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from sphinx.application import Sphinx
 
-from spa3r.rooms import LEVELS, camera_walk, generate_room, render
+from spa3r.rooms import LEVELS, camera_walk, generate_room, look_around, render
 from spa3r.rooms.embedded import embedded_spa3r
 from spa3r.visualization import field_figure
 
@@ -40,7 +40,7 @@ def draw_field() -> Figure:
     """What the embedded Spa3R predicts of every second view of a room."""
     model, processor = embedded_spa3r()
     room = generate_room(seed=1_000_002, level=0)
-    views = render(room, camera_walk(room, 48)[::6])
+    views = render(room, look_around(room))
     inputs = processor(list(views.images))
     cameras = {"extrinsics": views.extrinsics, "intrinsics": views.intrinsics}
     with torch.no_grad():

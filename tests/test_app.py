@@ -30,10 +30,12 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from spa3r.app import DAY, Demo, Limits, UnseenRoom, build_app
+from spa3r.cli import demo as demo_command
 from spa3r.cli.main import app
+from spa3r.evaluation import EvaluationSettings, RoomsBenchmark, run_benchmark
 from spa3r.rooms import room_questions
-from spa3r.rooms.embedded import ROOMS_NOTE, embedded_model
-from spa3r.rooms.instructions import RoomQuestions
+from spa3r.rooms.embedded import ROOMS_NOTE, embedded_model, embedded_vlm
+from spa3r.rooms.instructions import FIRST_TEST_SEED, RoomQuestions
 from spa3r.vsi_bench.format import TYPE_TITLES, make_prompt
 
 QUESTION = "What do you see?"
@@ -414,6 +416,28 @@ def test_the_model_serves_one_at_a_time(composed, num_bytes):
     for hook in hooks:
         hook.remove()
     assert len(answers) == 3 and len(most) > 6 and max(most) == 1
+
+
+def test_a_room_is_the_same_place_everywhere(composed, tmp_path):
+    """The web page, `spa3r demo` and `spa3r eval rooms`: the same pictures, questions and answers."""
+    benchmark = RoomsBenchmark(num_rooms=1)
+    room = UnseenRoom(FIRST_TEST_SEED, 112)
+    shown = [np.asarray(view) for view in room.views()]
+    for pictures in (
+        benchmark.frames(f"rooms/{FIRST_TEST_SEED}", 8)[1],
+        demo_command._look_around(FIRST_TEST_SEED, 0, 8, 112).images,
+    ):
+        np.testing.assert_array_equal(shown, np.stack(pictures))
+    found, rows = demo_command._room_of_questions(FIRST_TEST_SEED, 0, 8, 112)
+    assert found.seed == FIRST_TEST_SEED and list(room.questions.values()) == rows
+    asked = {row["id"]: row for row in benchmark.rows}
+    assert [{key: asked[row["id"]][key] for key in row} for row in rows] == rows
+    run = run_benchmark(*composed, benchmark, tmp_path, EvaluationSettings(num_frames=8), progress=lambda *_: None)
+    answers, _ = demo_command._ask_with_and_without(rows, shown, composed, embedded_vlm())
+    page, predictions = Demo(*composed, 2**28), {line["id"]: line["prediction"] for line in run.answers}
+    for (prompt, row), asked in zip(room.questions.items(), answers, strict=True):
+        chat, _ = page.ask(room, prompt, [])
+        assert chat[1]["content"].splitlines()[0] == asked.answer.strip() == predictions[row["id"]]
 
 
 def test_the_page_asks_no_other_server(url):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from render import ARRAYS, VIEWS, look_around, object_classes
+from render import ARRAYS, VIEWS, object_classes, rendered
 from torch import Tensor, nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -80,7 +80,7 @@ class RenderedRooms:
     def held_out(cls, count: int, level: int = 0) -> RenderedRooms:
         """Render rooms that are in no training set."""
         seeds = np.arange(FIRST_HELD_OUT, FIRST_HELD_OUT + count)
-        views = [look_around(int(seed), level) for seed in seeds]
+        views = [rendered(int(seed), level) for seed in seeds]
         names = ("images", "depth", "instance_ids", "extrinsics", "intrinsics")
         return cls(seeds, *(np.stack([getattr(view, name) for view in views]) for name in names))
 

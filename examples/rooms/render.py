@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from spa3r.rooms import FURNITURE, Room, RoomViews, camera_walk, generate_room, render
+from spa3r.rooms import FURNITURE, Room, RoomViews, generate_room, look_around, render
+from spa3r.rooms.walk import WALK_VIEWS
 
-VIEWS = 16
-STRIDE = 3
-"""Every third frame of a walk: together they show nearly all of a room."""
+VIEWS = WALK_VIEWS
+"""Pictures of a room: all that its questions may be about."""
 
 SIZE = 112
 """Height and width of a view, pixels."""
@@ -44,10 +44,10 @@ ARRAYS = {
 """Type and shape of a room's entry in every file of `--arrays`; `ready` is 1 for a room that is complete."""
 
 
-def look_around(seed: int, level: int, views: int = VIEWS, stride: int = STRIDE, size: int = SIZE) -> RoomViews:
-    """Every `stride`-th frame of a walk through a room."""
+def rendered(seed: int, level: int) -> RoomViews:
+    """The pictures of a room."""
     room = generate_room(seed, level)
-    return render(room, camera_walk(room, stride * views, size=(size, size))[::stride])
+    return render(room, look_around(room, VIEWS, (SIZE, SIZE)))
 
 
 def write_scene(seed: int, level: int, output: Path) -> None:
@@ -55,7 +55,7 @@ def write_scene(seed: int, level: int, output: Path) -> None:
     folder = output / f"{seed:07d}"
     if folder.exists():
         return
-    views = look_around(seed, level)
+    views = rendered(seed, level)
     unfinished = output / f".{seed:07d}.{os.getpid()}"
     unfinished.mkdir(parents=True, exist_ok=True)
     cameras = {}
@@ -98,7 +98,7 @@ def write_row(row: int, first: int, level: int, output: Path) -> None:
     if arrays["ready"][row]:
         return
     seed = first + row
-    views = look_around(seed, level)
+    views = rendered(seed, level)
     room = generate_room(seed, level)
     for name in ("images", "depth", "instance_ids", "extrinsics", "intrinsics"):
         arrays[name][row] = getattr(views, name)

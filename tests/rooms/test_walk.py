@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spa3r.data import relative_to_first
-from spa3r.rooms import CAMERA_CLEARANCE, LEVELS, Cameras, RoomObject, camera_walk, generate_room
+from spa3r.rooms import CAMERA_CLEARANCE, LEVELS, Cameras, RoomObject, camera_walk, generate_room, look_around
 
 
 def centers(cameras: Cameras) -> np.ndarray:
@@ -165,3 +165,15 @@ def test_some_cameras_of_a_walk():
     assert np.array_equal(chosen.intrinsics, walk.intrinsics[[4, 1]]) and len(chosen.extrinsics) == 2
     with pytest.raises(ValueError, match="one camera needs a first axis of 1"):
         walk[0]
+
+
+def test_pictures_of_a_room_are_spread_over_one_walk():
+    room = generate_room(7, 2)
+    walk = camera_walk(room, 48, (28, 40))
+    for views, steps in ((1, [0]), (2, [0, 45]), (8, [0, 6, 12, 18, 24, 30, 36, 45]), (16, list(range(0, 48, 3)))):
+        taken = look_around(room, views, (28, 40))
+        np.testing.assert_array_equal(taken.extrinsics, walk.extrinsics[steps])
+        np.testing.assert_array_equal(taken.intrinsics, walk.intrinsics[steps])
+        assert taken.size == (28, 40)
+    with pytest.raises(ValueError, match=r"`num_views` must be .*1.*16, got 17"):
+        look_around(room, 17)

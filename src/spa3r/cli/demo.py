@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spa3r.evaluation import FieldReport
     from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
     from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RForPreTrainingOutput
-    from spa3r.rooms import Cameras, Room, RoomViews
+    from spa3r.rooms import Room, RoomViews
     from spa3r.rooms.demo import AskedQuestion
 
     Loaded = tuple[Any, Any]  # a VLM and its processor
@@ -28,35 +28,24 @@ FIRST_UNSEEN_ROOM = 1_000_000
 ROOMS_PER_SEED = 100
 """Rooms among which the demo looks for one about which every type of question can be asked."""
 
-WALK = 48
-"""Steps of a camera walk that show nearly all of a room."""
-
-
-def _walk(room: Room, views: int, size: int) -> Cameras:
-    """So many places, spread over one walk."""
-    from spa3r.rooms import camera_walk
-
-    step = max(1, WALK // views)
-    return camera_walk(room, step * views, size=(size, size))[::step]
-
 
 def _look_around(seed: int, level: int, views: int, size: int) -> RoomViews:
-    """A room from so many places, spread over one walk."""
-    from spa3r.rooms import generate_room, render
+    """The pictures of a room."""
+    from spa3r.rooms import generate_room, look_around, render
 
     room = generate_room(seed, level)
-    return render(room, _walk(room, views, size))
+    return render(room, look_around(room, views, (size, size)))
 
 
 def _room_of_questions(first: int, level: int, views: int, size: int) -> tuple[Room, list[dict[str, Any]]]:
     """The first room from `first` on that allows a question of every type, and these; else the one that allows most."""
-    from spa3r.rooms import generate_room
+    from spa3r.rooms import generate_room, look_around
     from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
 
     found = []
     for seed in range(first, first + ROOMS_PER_SEED):
         room = generate_room(seed, level)
-        found.append((room, room_questions(RoomWalk.from_cameras(room, _walk(room, views, size)))))
+        found.append((room, room_questions(RoomWalk.from_cameras(room, look_around(room, views, (size, size))))))
         if len(found[-1][1]) == len(QUESTION_TYPES):
             break
     return max(found, key=lambda room_and_rows: len(room_and_rows[1]))
@@ -142,7 +131,7 @@ def demo(
     ] = 0,
     level: Annotated[int, typer.Option(min=0, max=3, help="How varied the room is.")] = 0,
     views: Annotated[
-        int, typer.Option(min=2, help="Views of the room; of the field every second one is held out.")
+        int, typer.Option(min=2, max=16, help="Views of the room; of the field every second one is held out.")
     ] = 8,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for page and pictures.")] = Path("spa3r_demo"),
     as_json: AsJson = False,
@@ -152,7 +141,7 @@ def demo(
     with reporting(as_json, verbose) as report:
         import PIL.Image
 
-        from spa3r.rooms import render
+        from spa3r.rooms import look_around, render
         from spa3r.rooms.demo import room_report
         from spa3r.rooms.embedded import embedded_spa3r
         from spa3r.rooms.questions import QUESTION_TYPES
@@ -167,7 +156,7 @@ def demo(
         with report.status("Looking for a room, and rendering it and another one"):
             first = FIRST_UNSEEN_ROOM + ROOMS_PER_SEED * seed
             room, rows = _room_of_questions(first, level, views, processor.size)
-            cameras = _walk(room, views, processor.size)
+            cameras = look_around(room, views, (processor.size, processor.size))
             rooms = [render(room, cameras), _look_around(room.seed + 1, level, views, processor.size)]
         images = list(rooms[0].images)
         with report.status("Encoding, decoding and measuring"):

@@ -25,8 +25,9 @@ import PIL.Image
 from spa3r.checks import check_count, check_types, is_count, is_of_type, shorten
 from spa3r.hub import naming_missing
 from spa3r.media.files import exists, inside, read_text, shortened
-from spa3r.media.videos import sample_numbered_frames, uniform_indices
-from spa3r.rooms.instructions import FIRST_TEST_SEED, STRIDE_OF_WALK, WALK_VIEWS, RoomQuestions
+from spa3r.media.videos import sample_numbered_frames
+from spa3r.rooms.instructions import FIRST_TEST_SEED, RoomQuestions
+from spa3r.rooms.walk import walk_steps
 from spa3r.vsi_bench.format import make_prompt
 from spa3r.vsi_bench.scoring import score_prediction
 
@@ -204,7 +205,7 @@ class RoomsBenchmark(Benchmark):
                 f"`num_frames` must be {len(pictures)}, the pictures of a room that its questions are about, got "
                 f"{num_frames}. Make the benchmark with `frames` = {num_frames}."
             )
-        return (STRIDE_OF_WALK * uniform_indices(WALK_VIEWS, num_frames)).tolist(), pictures
+        return walk_steps(num_frames).tolist(), pictures
 
 
 def open_benchmark(about: Mapping[str, Any]) -> Benchmark:

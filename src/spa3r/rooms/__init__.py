@@ -4,7 +4,7 @@ They replace real data where there is none: pictures with exact depth, instance 
 every fact is known. Plain numpy; the same seed and level give the same arrays, in any order and process.
 
     room = generate_room(seed=0, level=2)
-    cameras = camera_walk(room, num_views=32)
+    cameras = look_around(room)
     views = render(room, cameras)
 """
 
@@ -14,7 +14,7 @@ from spa3r.rooms.levels import LEVELS, RoomLevel
 from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
 from spa3r.rooms.render import RoomViews, render
 from spa3r.rooms.room import Fixture, Light, Room, RoomObject, generate_room
-from spa3r.rooms.walk import CAMERA_CLEARANCE, Cameras, camera_walk
+from spa3r.rooms.walk import CAMERA_CLEARANCE, Cameras, camera_walk, look_around
 
 __all__ = [
     "CAMERA_CLEARANCE",
@@ -34,6 +34,7 @@ __all__ = [
     "RoomWalk",
     "camera_walk",
     "generate_room",
+    "look_around",
     "render",
     "room_questions",
 ]

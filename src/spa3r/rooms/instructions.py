@@ -13,15 +13,11 @@ from torch.utils.data import Dataset
 
 from spa3r.checks import check_count
 from spa3r.media.images import to_rgb
-from spa3r.media.videos import uniform_indices
-from spa3r.rooms import Cameras, Room, camera_walk, generate_room, render
+from spa3r.rooms import Cameras, Room, generate_room, look_around, render
 from spa3r.rooms.levels import RoomLevel, resolve_level
 from spa3r.rooms.questions import MOST_QUESTIONS, QUESTION_TYPES, RoomWalk, room_questions
+from spa3r.rooms.walk import STRIDE_OF_WALK, WALK_VIEWS, walk_steps
 from spa3r.vsi_bench.format import make_messages
-
-WALK_VIEWS = 16
-STRIDE_OF_WALK = 3
-"""Number of pictures of a walk, and its steps between two of them: together they show nearly all of a room."""
 
 FIRST_TEST_SEED = 1_000_000
 """Seed of the first test room; a data set holds only training rooms or only test rooms."""
@@ -52,7 +48,7 @@ class RoomQuestions(Dataset):
             test rooms; a data set holds one or the other.
         num_rooms: Number of rooms.
         level: Level of the rooms, 0 (plain) to 3, or a :class:`~spa3r.rooms.RoomLevel`.
-        frames: Pictures of each room, uniformly sampled from the walk's 16, including the first and the last.
+        frames: Pictures of each room, those of :func:`~spa3r.rooms.look_around`.
         per_type: Questions of each type per room.
         seed: Seed of the questions.
         types: Question types; None: all ten of VSI-Bench.
@@ -96,7 +92,7 @@ class RoomQuestions(Dataset):
         types = QUESTION_TYPES if types is None else tuple(types)
         self._slots = [(t, k) for t in types for k in range(1 if t == "room_size_estimation" else per_type)]
         self.questions_per_example = questions_per_example
-        self._views = uniform_indices(WALK_VIEWS, frames)
+        self._views = walk_steps(frames) // STRIDE_OF_WALK  # the numbers of rendered files
         self._rooms: OrderedDict[int, list[PIL.Image.Image]] = OrderedDict()
         self._walks: OrderedDict[int, tuple[RoomWalk, dict[str, tuple[int, list[dict[str, Any]]]]]] = OrderedDict()
 
@@ -205,5 +201,4 @@ class RoomQuestions(Dataset):
         return folder if folder and folder.is_dir() else None
 
     def _cameras(self, room: Room) -> Cameras:
-        walk = camera_walk(room, WALK_VIEWS * STRIDE_OF_WALK, (self.size, self.size))
-        return walk[self._views * STRIDE_OF_WALK]
+        return look_around(room, self.frames, (self.size, self.size))

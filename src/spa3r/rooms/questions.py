@@ -1,7 +1,7 @@
 """Questions about rooms with computed answers: the eight tasks of VSI-Bench in its row format and wording.
 
     room = generate_room(seed=0)
-    walk = RoomWalk.from_cameras(room, camera_walk(room, 24)[::3])
+    walk = RoomWalk.from_cameras(room, look_around(room))
     rows = room_questions(walk)
 
 A question refers only to objects that are clearly visible in one of the walk's pictures and have a unique name, and

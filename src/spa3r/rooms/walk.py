@@ -19,6 +19,13 @@ from spa3r.rooms.room import Room
 CAMERA_CLEARANCE = 0.25
 """Clearance of a walking camera from objects and walls in meters, seen from above."""
 
+WALK_STEPS = 48
+"""Steps of the walk from which the pictures of a room are taken: they show nearly all of it."""
+
+STRIDE_OF_WALK = 3
+WALK_VIEWS = WALK_STEPS // STRIDE_OF_WALK
+"""Steps of the walk between two possible pictures of a room, and the number of these."""
+
 _CELL = 0.15  # meters; a passage of 0.8 m leaves a free band of 0.3 m, which fits a path of such cells
 _COMFORT = 0.35  # target clearance of the smoothed path, meters
 _STRIDE = 0.05  # spacing of the smoothed path, meters
@@ -107,6 +114,30 @@ def camera_walk(
     intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = max(size) / 2 / np.tan(fov / 2)
     intrinsics[:, :, 2] = (width / 2, height / 2, 1)
     return Cameras(_extrinsics(centers, yaw, pitch, roll), intrinsics, (int(height), int(width)))
+
+
+def walk_steps(num_views: int) -> np.ndarray:
+    """Steps of a walk of 48 at which the pictures of a room are taken, (num_views,) integers.
+
+    Uniformly chosen from every third step, including the first and the last of these, as VSI-Bench
+    samples videos.
+
+    Args:
+        num_views: Number of pictures, 1 to 16.
+    """
+    check_count("num_views", num_views, 1, WALK_VIEWS, "Ask for at least one.")
+    return STRIDE_OF_WALK * np.linspace(0, WALK_VIEWS - 1, num_views).astype(int)
+
+
+def look_around(room: Room, num_views: int = 8, size: tuple[int, int] = (112, 112)) -> Cameras:
+    """The cameras of a room's pictures: the same for questions, benchmarks, the demo and the web page.
+
+    Args:
+        room: The room.
+        num_views: Number of pictures, 1 to 16.
+        size: Height and width of the pictures, pixels.
+    """
+    return camera_walk(room, WALK_STEPS, size)[walk_steps(num_views)]
 
 
 def check_size(size: tuple[int, int]) -> None:
