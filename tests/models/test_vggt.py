@@ -84,7 +84,7 @@ class TestVggtModel(ModelTests):
     def test_many_views_of_one_size_pass_the_dense_heads_in_parts(self, monkeypatch):
         model, inputs = self.make(), self.inputs([[(2, 3)] * 5])
         whole = model(**inputs, output_depth=True).depth
-        monkeypatch.setattr("spa3r.models.vggt.modeling_vggt.DPT_PATCHES_AT_ONCE", 12)
+        monkeypatch.setattr("spa3r.models.dense_head.DPT_PATCHES_AT_ONCE", 12)
         parts = model(**inputs, output_depth=True).depth
         assert relative_error(torch.stack(parts), torch.stack(whole)) <= 1e-5
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from spa3r.models.attention import Segments, packed_attention
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 """Epsilon of the released models' RMSNorms; set explicitly, since PyTorch's default depends on the input's dtype."""
+
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class PositionEncoding(Protocol):
@@ -33,6 +37,19 @@ class Mlp(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         return self.fc2(nn.functional.gelu(self.fc1(tokens)))
+
+
+class Float32Module(nn.Module):
+    """A module whose weights are never cast to half precision, which degrades poses; other dtypes are as usual."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Like ``nn.Module._apply``, which moves and casts, but never casts to half precision."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device, torch.float32) if result.dtype in HALF_PRECISION else result
+
+        return super()._apply(keep_precision, recurse)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from spa3r.checks import is_count, shorten
 from spa3r.models.attention import Segments
+from spa3r.models.backbone import BackboneOutput
 from spa3r.models.base import PackedPreTrainedModel, check_finite, packed_forward, save_without, split_hub_kwargs
 from spa3r.models.cameras import camera_rays, check_cameras, pluecker_rays, relative_to_first_view
 from spa3r.models.encodings import ProjectiveEncoding, RotaryEncoding, projection_matrices
@@ -28,7 +29,7 @@ from spa3r.models.packing import ViewLayout, as_list, check_tensor, prepend_toke
 from spa3r.models.released import HUB_KWARGS, ReleasedCheckpoint, find_released
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.spa3r.released_spa3r import for_pretraining, translate_spa3r
-from spa3r.models.vggt.modeling_vggt import VggtModel, VggtModelOutput
+from spa3r.models.vggt.modeling_vggt import VggtModel
 
 SEMANTIC_IMAGE_SIZE = 224
 """Side in pixels of the square that views are resized to for the semantic teacher."""
@@ -507,7 +508,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
 
     def _run_backbone(
         self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs: Any
-    ) -> tuple[Tensor, VggtModelOutput]:
+    ) -> tuple[Tensor, BackboneOutput]:
         """The last layer's patch features (sum of N, 2C), and the backbone's whole output. Always without gradients."""
         if self.backbone is None:
             raise ValueError(

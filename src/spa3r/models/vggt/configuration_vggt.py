@@ -2,14 +2,12 @@
 
 from typing import Any, Literal
 
-from transformers.configuration_utils import PreTrainedConfig
-
-from spa3r.checks import is_count, shorten
-from spa3r.models.configuration_base import MAX_LAYERS, MAX_WIDTH, check_parameters, checked, count, number
+from spa3r.models.configuration_backbone import BackboneConfig
+from spa3r.models.configuration_base import MAX_LAYERS, check_parameters, checked, count, number
 
 
 @checked
-class VggtConfig(PreTrainedConfig):
+class VggtConfig(BackboneConfig):
     """Configuration of a :class:`~spa3r.VggtModel`. The defaults are those of VGGT-1B.
 
     Args:
@@ -62,55 +60,27 @@ class VggtConfig(PreTrainedConfig):
     dpt_features: int = count(256, lowest=8)
     initializer_range: float | int = number(0.02, 0, 1)
 
+    @property
+    def feature_size(self) -> int:
+        """2C: the outputs of a frame layer and a global layer, concatenated."""
+        return 2 * self.hidden_size
+
+    @property
+    def num_special_tokens(self) -> int:
+        """The camera token and the registers."""
+        return 1 + self.num_register_tokens
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        unknown = sorted(set(self.heads) - {"camera", "depth", "point"})
-        if unknown:
-            raise ValueError(f"`heads` may hold 'camera', 'depth' and 'point', got {shorten(unknown)}.")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"`image_size` must be a multiple of `patch_size` = {self.patch_size}, got {self.image_size}."
-            )
-        if self.hidden_size % (4 * self.num_attention_heads):
-            raise ValueError(
-                "`hidden_size` must be a multiple of 4 x `num_attention_heads` = "
-                f"{4 * self.num_attention_heads} (rotary encoding in two dimensions), got {self.hidden_size}."
-            )
         for name, width in (
             ("patch_embedding_num_heads", self.hidden_size),
             ("camera_num_heads", 2 * self.hidden_size),
         ):
             if width % getattr(self, name):
                 raise ValueError(f"`{name}` must divide the width {width} of its layers, got {getattr(self, name)}.")
-        if {"depth", "point"} & set(self.heads):
-            if len(self.dpt_layers) != 4 or len(self.dpt_channels) != 4:
-                raise ValueError(
-                    "`dpt_layers` and `dpt_channels` must have four entries each, got "
-                    f"{list(self.dpt_layers)} and {list(self.dpt_channels)}."
-                )
-            if not all(0 <= layer < self.num_hidden_layers for layer in self.dpt_layers):
-                raise ValueError(
-                    f"`dpt_layers` must be below `num_hidden_layers` = {self.num_hidden_layers}, got "
-                    f"{list(self.dpt_layers)}."
-                )
-            if not all(is_count(width, 4, MAX_WIDTH) and width % 4 == 0 for width in self.dpt_channels):
-                raise ValueError(
-                    f"`dpt_channels` must be multiples of 4 from 4 to {MAX_WIDTH} (sines and cosines of two "
-                    f"coordinates), got {list(self.dpt_channels)}."
-                )
-            if self.dpt_features % 8:
-                raise ValueError(
-                    "`dpt_features` must be a multiple of 8 (half of them hold sines and cosines of two coordinates), "
-                    f"got {self.dpt_features}."
-                )
         layers = self.patch_embedding_num_layers + 2 * self.num_hidden_layers
         layers += 4 * self.camera_num_layers * ("camera" in self.heads)  # twice as wide
-        dense = 60 * max(*self.dpt_channels, self.dpt_features) ** 2 if {"depth", "point"} & set(self.heads) else 0
-        grid = (self.image_size // self.patch_size) ** 2
-        width = self.hidden_size
-        check_parameters(
-            self, layers * (4 + 2 * self.mlp_ratio) * width**2 + (grid + 3 * self.patch_size**2) * width + dense
-        )
+        check_parameters(self, self._estimated_parameters(layers, self.mlp_ratio))
 
 
 __all__ = ["VggtConfig"]
