@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spa3r.models.attention import Segments, packed_attention
+from spa3r.models.global_attention import Approximation
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 """Epsilon of the released models' RMSNorms; set explicitly, since PyTorch's default depends on the input's dtype."""
@@ -86,13 +87,17 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, tokens: Tensor, segments: Segments, positions: PositionEncoding | None
+        self,
+        tokens: Tensor,
+        segments: Segments,
+        positions: PositionEncoding | None,
+        approximation: Approximation | None = None,
     ) -> Tensor:  # (S, C) -> (S, C)
         query, key, value = self.qkv(tokens).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (S, heads, head_dim)
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         if positions is not None:
             query, key, value = positions.encode(query, key, value)
-        output = packed_attention(self, query, key, value, segments)
+        output = (approximation or packed_attention)(self, query, key, value, segments)
         if positions is not None:
             output = positions.decode(output)
         return self.proj(output.flatten(-2))
@@ -135,9 +140,14 @@ class TransformerLayer(GradientCheckpointingLayer):
             )
 
     def forward(
-        self, tokens: Tensor, segments: Segments, positions: PositionEncoding | None = None
+        self,
+        tokens: Tensor,
+        segments: Segments,
+        positions: PositionEncoding | None = None,
+        approximation: Approximation | None = None,
     ) -> Tensor:  # (S, C) -> (S, C)
-        tokens = tokens + self.layer_scale1 * self.attention(self.norm1(tokens), segments, positions)
+        attended = self.attention(self.norm1(tokens), segments, positions, approximation)
+        tokens = tokens + self.layer_scale1 * attended
         return tokens + self.layer_scale2 * self.mlp(self.norm2(tokens))
 
 

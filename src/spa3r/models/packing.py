@@ -196,8 +196,8 @@ class ViewLayout:
         return prepend_tokens(prefix, self.positions(device) + first, lengths)
 
 
-def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor from Python numbers; pinned and asynchronous on CUDA to avoid synchronization."""
+def to_device(values: Sequence | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor from Python numbers or an array; pinned and asynchronous on CUDA to avoid synchronization."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 

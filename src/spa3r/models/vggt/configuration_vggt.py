@@ -23,6 +23,13 @@ class VggtConfig(BackboneConfig):
         rope_theta: Base of the rotary position encoding.
         global_qk_norm: Norm of queries and keys in the global layers. VGGT uses ``"layer_norm"``; the released Spa3R
             uses ``"rms_norm"``. Frame layers always use layer norm.
+        global_attention: What the global layers compute. ``"full"``: attention across all views, as trained. The others
+            approximate it for many views (:doc:`/guides/attention`): ``"merged"`` merges similar keys and values,
+            ``"subset"`` lets each view attend to some views.
+        global_merge_ratio: For ``"merged"``: share of the patches of all views but the first that are merged into
+            others, in [0, 1].
+        global_num_views: For ``"subset"``: number of views that each view attends to: itself, the first, and the most
+            similar ones.
         layer_scale_init: Initial value of the layer scales.
         heads: Prediction heads of the model.
         camera_num_layers: Number of layers of the camera head's trunk.
@@ -50,6 +57,9 @@ class VggtConfig(BackboneConfig):
     patch_embedding_num_heads: int = count(16)
     rope_theta: float | int = number(100.0, 0, 1e12, above=True)
     global_qk_norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    global_attention: Literal["full", "merged", "subset"] = "full"
+    global_merge_ratio: float | int = number(0.75, 0, 1)
+    global_num_views: int = count(16, lowest=2)
     layer_scale_init: float | int = number(0.01, 0, 100)
     heads: list[str] | tuple[str, ...] = ("camera", "depth", "point")
     camera_num_layers: int = count(4, highest=MAX_LAYERS)

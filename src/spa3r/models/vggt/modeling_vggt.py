@@ -18,6 +18,7 @@ from spa3r.models.backbone import BackbonePreTrainedModel, global_segments
 from spa3r.models.dense_head import DenseHead
 from spa3r.models.dinov2 import Dinov2Embedding
 from spa3r.models.encodings import RotaryEncoding
+from spa3r.models.global_attention import Approximation, MergedAttention, SubsetAttention
 from spa3r.models.layers import Float32Module, Mlp, make_layers
 from spa3r.models.packing import ViewLayout, prepend_tokens, split_prefix, to_device
 from spa3r.models.released import ReleasedCheckpoint
@@ -166,6 +167,7 @@ class VggtModel(BackbonePreTrainedModel):
         lengths = [self.num_special_tokens + count for count in layout.patches_per_view]
         view_segments = Segments.within(lengths)
         scene_segments = global_segments(layout, lengths, context_views)
+        approximation = self._approximation(scene_segments, lengths, patches, layout)
         positions = RotaryEncoding.from_positions(
             layout.token_positions(self.num_special_tokens, layout.patches_per_view, patches.device),
             self.config.hidden_size // self.config.num_attention_heads,
@@ -175,10 +177,24 @@ class VggtModel(BackbonePreTrainedModel):
         kept = {}
         for index in range(max(layers) + 1):
             frame = self.frame_layers[index](tokens, view_segments, positions)
-            tokens = self.global_layers[index](frame, scene_segments, positions)
+            tokens = self.global_layers[index](frame, scene_segments, positions, approximation)
             if index in layers:
                 kept[index] = torch.cat([frame, tokens], dim=-1)
         return kept
+
+    def _approximation(
+        self, segments: Segments, lengths: Sequence[int], patches: Tensor, layout: ViewLayout
+    ) -> Approximation | None:
+        """What the global layers compute in place of attention across all views; None: exactly that."""
+        config = self.config
+        if config.global_attention == "merged":
+            return MergedAttention.plan(
+                segments, lengths, self.num_special_tokens, config.global_merge_ratio, patches.device
+            )
+        if config.global_attention == "subset":
+            embeddings = patches.split(list(layout.patches_per_view))
+            return SubsetAttention.plan(segments, lengths, embeddings, config.global_num_views)
+        return None
 
 
 __all__ = ["VggtModel"]
