@@ -1,7 +1,7 @@
 """Step 7 of the rooms recipe: conversations about rooms, as instruction data for `spa3r finetune`.
 
 Every room gives conversations of VSI-Bench's question types with their computed answers, one that describes each
-picture of its walk, and one in everyday language. The rows are a JSONL file next to the rendered pictures.
+picture of its walk, and some in free wording. The rows are a JSONL file next to the rendered pictures.
 """
 
 import argparse
@@ -10,16 +10,18 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
+from free_wording import FreeQuestions, Turn
 from render import VIEWS
 from torch import Tensor, nn
 
 from spa3r.media.videos import uniform_indices
-from spa3r.rooms import COLORS, FURNITURE, RoomWalk, generate_room, room_questions
+from spa3r.rooms import COLORS, FURNITURE, generate_room, room_questions
 from spa3r.rooms.instructions import RoomQuestions
 from spa3r.vsi_bench.format import FIRST_WORDS, NUMBER_WORDS, make_prompt
 
@@ -29,6 +31,10 @@ CONVERSATIONS = 8
 """Number of conversations per room, each with one question of every task: a second direction question could be
 answered from the first without the pictures. Every second conversation asks questions with options without the options:
 the letter of an answer says little about why it is right."""
+
+FREE_CONVERSATIONS = 5
+FREE_QUESTIONS = 10
+"""Number of conversations in free wording per room, and of questions in each."""
 
 BACK = "_back"
 WALKS = ("", BACK)
@@ -41,8 +47,6 @@ WORDS = (*FURNITURE, *(f"{color} " for color in COLORS))
 """Words for objects; a color comes before a kind of furniture."""
 
 DESCRIBE = "Which objects does each picture show?"
-
-Turn = tuple[str, str]
 
 
 def describe(names: list[str | None], shares: np.ndarray) -> str:
@@ -71,28 +75,6 @@ def asked_openly(turn: Turn) -> Turn:
     return f"{question}\n{NUMBER_WORDS}", told
 
 
-def in_own_words(walk: RoomWalk, rng: np.random.Generator) -> list[Turn]:
-    """Questions in everyday language, not from a benchmark."""
-    seen = np.flatnonzero(walk.shares.max(0) > CLEAR)
-    kinds = [walk.room.objects[k].name for k in seen]
-    present, absent = ([kind for kind in FURNITURE if (kind in kinds) is there] for there in (True, False))
-    turns = [
-        (str(rng.choice(["What do you see?", "What is in this room?"])), ", ".join(present) or "nothing"),
-        (f"Is there a {rng.choice(absent)}?", "no"),
-    ]
-    for kind in rng.permutation(present)[:2]:
-        turns.append((f"Is there a {kind}?", "yes"))
-    for kind in rng.permutation(present)[:2]:
-        many = "bookshelves" if kind == "bookshelf" else f"{kind}s"
-        turns.append((f"How many {many} are {rng.choice(['there', 'in the room'])}?", str(kinds.count(kind))))
-    single = [k for k, kind in zip(seen, kinds) if kinds.count(kind) == 1]
-    if len(single) > 1:
-        pair = rng.permutation(single)[:2]
-        one, other = (walk.room.objects[k].name for k in pair)
-        turns.append((f"How far is the {one} from the {other}?", f"{walk.distances[tuple(pair)]:.1f} metres"))
-    return turns
-
-
 def rows_of(seed: int, data: Path) -> list[dict]:
     """The rows about one room."""
     questions = RoomQuestions(seed, 1, frames=FRAMES, rendered=data)
@@ -107,9 +89,12 @@ def rows_of(seed: int, data: Path) -> list[dict]:
     conversations = [[turns[i] for i in rng.permutation(len(turns))] for turns in conversations]
     conversations[1::2] = [[asked_openly(turn) for turn in turns] for turns in conversations[1::2]]
     conversations.append([(DESCRIBE, describe(walk.names, walk.shares))])
-    conversations.append(in_own_words(walk, rng))
-    cameras = list(json.loads((folder / "cameras.json").read_text()))
-    pictures = [f"{folder.name}/{cameras[view]}" for view in uniform_indices(len(cameras), FRAMES)]
+    cameras = json.loads((folder / "cameras.json").read_text())
+    views = [list(cameras)[view] for view in uniform_indices(len(cameras), FRAMES)]
+    pictures = [f"{folder.name}/{view}" for view in views]
+    places = seen_from(np.array(cameras[views[0]]["extrinsics"]), np.array([item.center for item in walk.room.objects]))
+    free = iter(FreeQuestions(walk, places, rng))
+    conversations += [list(islice(free, FREE_QUESTIONS)) for _ in range(FREE_CONVERSATIONS)]
     return [
         {"id": f"{folder.name}/{number}", "images": pictures, "messages": list(messages(turns))}
         for number, turns in enumerate(conversations)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from free_wording import plural
 
 from spa3r import Spa3VLM, Spa3VLMProcessor
 from spa3r.rooms import COLORS, FURNITURE, RoomWalk
@@ -41,10 +42,6 @@ FORMS = {
     "outside": rf"{re.escape(REFUSAL)}.*",
 }
 """Regular expression of the whole answer, in lower case, without a period at the end."""
-
-
-def plural(name: str) -> str:
-    return name.replace("bookshelf", "bookshelves") if name.endswith("bookshelf") else f"{name}s"
 
 
 def fill(question: str, walk: RoomWalk, rng: np.random.Generator) -> str | None:

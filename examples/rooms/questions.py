@@ -7,14 +7,20 @@ import re
 
 import numpy as np
 import torch
-from conversations import FRAMES, WORDS, Conversations
+from conversations import DESCRIBE, FRAMES, WORDS, Conversations
+from free_wording import Turn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spa3r.rooms import FURNITURE
+from spa3r.vsi_bench.format import FIRST_WORDS
 
 SPATIAL = re.compile("the distance between|is the closest to|standing by|You are a robot")
 """Matches questions whose answers depend on where objects are."""
+
+PARTS = ("free", "spatial", "other")
+"""Kinds of questions: in free wording; and in the wording of VSI-Bench or of `DESCRIBE`, those that match `SPATIAL`,
+which are learned last, and the others."""
 
 LOOKING = 2
 """Number of language model layers after which names of objects contain the information from the pictures."""
@@ -25,6 +31,13 @@ CODE_WIDTH = 18
 def calculating(language_model: nn.Module) -> nn.Module:
     """The layers after the first `LOOKING` ones."""
     return nn.ModuleList([*language_model.layers[LOOKING:], language_model.norm])
+
+
+def part_of(question: str) -> str:
+    """The kind of a question, one of `PARTS`."""
+    if not question.startswith((FIRST_WORDS, DESCRIBE)):
+        return "free"
+    return "spatial" if SPATIAL.search(question) else "other"
 
 
 def place_code(places: Tensor, width: int = 128) -> Tensor:
@@ -62,6 +75,7 @@ class Questions:
         cells: Image tokens of each picture.
         appended: Placeholders for spatial tokens after the last picture.
         frames: Number of pictures; 0: questions alone, and only those whose answers depend on where objects are.
+        free: Share of the questions in free wording; three of four others are about where objects are.
     """
 
     def __init__(
@@ -72,12 +86,15 @@ class Questions:
         cells: int,
         appended: int = 0,
         frames: int = FRAMES,
+        free: float = 0.375,
     ):
+        self.free = free
         self.tokenizer = tokenizer
-        self.turns = [
-            [[turn for turn in turns if bool(SPATIAL.search(turn[0])) is spatial] for spatial in (True, False)]
-            for turns in conversations.turns
-        ]
+        self.turns: list[dict[str, list[Turn]]] = []
+        for turns in conversations.turns:
+            self.turns.append({part: [] for part in PARTS})
+            for turn in turns:
+                self.turns[-1][part_of(turn[0])].append(turn)
         user = {"role": "user", "content": "<image>"}
         prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
         before, self.after = prompt.split("<image>")
@@ -95,7 +112,7 @@ class Questions:
             self.word_of[tokenizer.encode(word)[-1]] = number
 
     def draw(self, rng: np.random.Generator, rooms: int, questions: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw rooms and questions about each, three of four about where objects are: the others are learned sooner.
+        """Draw rooms and questions about each.
 
         Returns:
             Numbers of the rooms (rooms,), and the VLM's text inputs: ``input_ids``, ``labels``,
@@ -105,10 +122,13 @@ class Questions:
         drawn = rng.integers(len(self.turns), size=rooms)
         parts = {"ids": [], "labels": [], "places": [], "numbers": []}
         for room in drawn:
-            spatial, others = self.turns[room]
-            number = 3 * questions // 4 if self.is_picture.any() else questions
-            some = [spatial[i] for i in rng.permutation(len(spatial))[:number]]
-            turns = some + [others[i] for i in rng.permutation(len(others))[: questions - len(some)]]
+            free = round(self.free * questions)
+            spatial = questions - free - (questions - free) // 4
+            numbers = (free, spatial, questions) if self.is_picture.any() else (0, questions, 0)
+            turns: list[Turn] = []
+            for part, number in zip(PARTS, numbers):
+                some = self.turns[room][part]
+                turns += [some[i] for i in rng.permutation(len(some))[: min(number, questions - len(turns))]]
             asked = self.tokenizer([question + self.after for question, _ in turns]).input_ids
             answered = self.tokenizer([f"{answer}{self.tokenizer.eos_token}" for _, answer in turns]).input_ids
             row = {
@@ -131,8 +151,9 @@ class Questions:
             for name, value in fill.items()
         )
         sees = (numbers[:, None, :] == 0) | (numbers[:, None, :] == numbers[:, :, None])
-        mask = torch.zeros(sees.shape, dtype=torch.bfloat16)
-        mask.masked_fill_(~(sees & (numbers[:, None, :] >= 0)).tril(), torch.finfo(mask.dtype).min)
+        mask = torch.zeros(sees.shape)
+        hidden = ~(sees & (numbers[:, None, :] >= 0)).tril()
+        mask.masked_fill_(hidden, torch.finfo(torch.bfloat16).min)  # finite in bfloat16, too
         return torch.from_numpy(drawn), {
             "input_ids": ids,
             "labels": labels,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import FIRST_HELD_OUT, pack, train
+from common import FIRST_HELD_OUT, pack, reduced_precision, train
 from conversations import BACK, FRAMES, WALKS, Conversations
 from questions import CODE_WIDTH, Questions, answer_loss, calculating, place_code
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,7 @@ from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spa3r import Spa3RImageProcessor, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
+from spa3r.checkpoints import EMBEDDED, VLM
 from spa3r.evaluation import evaluate_answers, score_table
 from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
 from spa3r.rooms.embedded import VIEW_SIZE, embedded_spa3r
@@ -34,7 +35,7 @@ def encode_rooms(spa3r: Spa3RModel, source: str, pictures: Iterator[np.ndarray])
     encode = spa3r.encode if source == "spa3r" else spa3r.backbone_features
     encoded = []
     while rooms := list(islice(pictures, 10)):
-        with torch.autocast("cpu", torch.bfloat16):
+        with reduced_precision():
             tokens = encode(*pack(np.stack(rooms)).values())
         encoded.append(tokens.reshape(len(rooms), -1, tokens.shape[-1]).half())
         if len(encoded) % 50 == 0:
@@ -94,7 +95,7 @@ def align(model: Spa3VLMForConditionalGeneration, folder: Path, args: argparse.N
 
     def step(rng: np.random.Generator) -> dict[str, Tensor]:
         drawn = rng.integers(known, size=32) + rooms * rng.integers(len(WALKS), size=32)
-        with torch.autocast("cpu", torch.bfloat16):
+        with reduced_precision():
             told = added(drawn)
         clear = made["is_clear"][drawn]
         wrong = told - clear[..., None] * place_code(made["places"][drawn])
@@ -119,10 +120,15 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for the Spa3-VLM, its log and its state")
     parser.add_argument("--spatial-source", choices=("none", "vggt", "spa3r"), default="spa3r")
     parser.add_argument("--integration", choices=("cross_attention", "append"), default="cross_attention")
+    parser.add_argument(
+        "--start-from",
+        help="a model of this program with the same source and integration, or embedded; without steps of the adapter",
+    )
     parser.add_argument("--align-steps", type=int, default=3000, help="steps of a cross-attention adapter alone")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=8, help="walks a step")
     parser.add_argument("--questions", type=int, default=16, help="questions about each")
+    parser.add_argument("--free", type=float, default=0.375, help="share of the questions in free wording")
     parser.add_argument("--learning-rate", type=float, default=2.5e-4)
     parser.add_argument("--muon-learning-rate", type=float, default=0.004)
     parser.add_argument("--test-rooms", type=int, default=40)
@@ -133,7 +139,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     conversations, spa3r = Conversations(args.data), embedded_spa3r()[0].spa3r
-    aligns = args.spatial_source != "none" and args.integration == "cross_attention"
+    aligns = args.spatial_source != "none" and args.integration == "cross_attention" and args.start_from is None
     seen, encoded = load_file(args.vlm / "seen.safetensors")["made"], None
     if args.spatial_source != "none":
         for walk in WALKS if aligns else WALKS[:1]:
@@ -142,19 +148,26 @@ def main() -> None:
                 pictures = Conversations(args.data, back=walk == BACK).pictures()
                 save_file({"made": encode_rooms(spa3r, args.spatial_source, pictures)}, file)
         encoded = load_file(args.vlm / f"encoded_by_{args.spatial_source}.safetensors")["made"]
-    model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(
-        args.vlm / "vlm", spa3r, spatial_source=args.spatial_source, integration=args.integration
-    )
-    processor = Spa3VLMProcessor(
-        AutoProcessor.from_pretrained(args.vlm / "vlm"),
-        Spa3RImageProcessor(size=VIEW_SIZE),
-        image_token_id=model.vlm.config.image_token_id,
-        spatial_tokens=model.config.spatial_tokens,
-    )
+    if args.start_from is not None:
+        start = VLM if args.start_from == EMBEDDED and args.spatial_source == "none" else args.start_from
+        model = Spa3VLMForConditionalGeneration.from_pretrained(start)
+        processor = Spa3VLMProcessor.from_pretrained(start)
+    else:
+        model = Spa3VLMForConditionalGeneration.from_vlm_and_spa3r(
+            args.vlm / "vlm", spa3r, spatial_source=args.spatial_source, integration=args.integration
+        )
+        processor = Spa3VLMProcessor(
+            AutoProcessor.from_pretrained(args.vlm / "vlm"),
+            Spa3RImageProcessor(size=VIEW_SIZE),
+            image_token_id=model.vlm.config.image_token_id,
+            spatial_tokens=model.config.spatial_tokens,
+        )
     held_out = RoomQuestions(FIRST_HELD_OUT + 10_000, args.test_rooms, frames=FRAMES)
     held_out = [held_out[index] for index in range(len(held_out))]
     patches, cells = VIEW_SIZE // 14, seen.shape[1] // FRAMES
-    questions = Questions(conversations, model.vlm, processor.tokenizer, cells, processor.spatial_tokens or 0)
+    questions = Questions(
+        conversations, model.vlm, processor.tokenizer, cells, processor.spatial_tokens or 0, free=args.free
+    )
     grids = torch.tensor([[1, patches, patches]]).repeat(FRAMES * args.batch, 1)
 
     def talk(rng: np.random.Generator) -> dict[str, Tensor]:
@@ -162,7 +175,7 @@ def main() -> None:
         labels = inputs.pop("labels")[:, 1:]
         views = {"view_pixel_values": rooms, "view_grid_hw": grids[:, 1:], "views_per_scene": [FRAMES] * args.batch}
         remember(model, seen, encoded)
-        with torch.autocast("cpu", torch.bfloat16):
+        with reduced_precision():
             loss = answer_loss(model(**inputs, pixel_values=rooms, image_grid_thw=grids, **views).logits, labels)
         forget(model)
         return {"loss": loss}
@@ -174,6 +187,7 @@ def main() -> None:
 
     if aligns:
         align(model, args.vlm, args)
+    if args.spatial_source != "none" and args.integration == "cross_attention":
         # Muon's steps are as long for a faint gradient as for a strong one: they would undo the alignment.
         model.adapter.requires_grad_(False)
     model.vlm.requires_grad_(False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import FIRST_HELD_OUT, RenderedRooms, train
+from common import FIRST_HELD_OUT, RenderedRooms, reduced_precision, train
 from conversations import BACK, FRAMES, WALKS, WORDS, Conversations
 from questions import CODE_WIDTH, LOOKING, Questions, answer_loss, calculating, place_code
 from safetensors.torch import load_file, save_file
@@ -234,7 +234,7 @@ def main() -> None:
         def look(rng: np.random.Generator) -> dict[str, Tensor]:
             rooms = rng.choice(len(data.seeds), args.vision_batch)
             frames = rng.integers(0, data.images.shape[1], len(rooms))
-            with torch.autocast("cpu", torch.bfloat16):
+            with reduced_precision():
                 tokens = eyes.tokens(data.images[rooms, frames])
                 logits = eyes.names(tokens)
             loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), cells(rooms, frames), reduction="sum")
@@ -282,7 +282,7 @@ def main() -> None:
             places, is_meant = questions.meant(ids, objects["words"][rooms], objects["middles"][rooms])
             told[:] = [(place_code(places), is_meant & (turn == 3)[:, None])]
             looked = BaseModelOutputWithPooling(pooler_output=tokens.flatten(0, 1).split(cells))
-            with torch.autocast("cpu", torch.bfloat16):
+            with reduced_precision():
                 output = model(
                     **inputs,
                     image_grid_thw=grids,
@@ -312,7 +312,7 @@ def main() -> None:
             labels = inputs.pop("labels")[:, 1:]
             places, is_meant = questions.meant(inputs["input_ids"], objects["words"][rooms], objects["middles"][rooms])
             told[:] = [(place_code(places), is_meant)]
-            with torch.autocast("cpu", torch.bfloat16):
+            with reduced_precision():
                 return {"loss": answer_loss(model(**inputs).logits, labels)}
 
         return talk

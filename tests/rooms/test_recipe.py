@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spa3r import Spa3RForPreTraining, Spa3VLM, Spa3VLMProcessor
 from spa3r.evaluation import answer
-from spa3r.rooms import generate_room
+from spa3r.rooms import FURNITURE, generate_room
 from spa3r.rooms.embedded import embedded_spa3r
 from spa3r.rooms.instructions import RoomQuestions
 
@@ -66,27 +65,37 @@ def test_conversations_are_about_what_is_there(folder):
     assert opened and all(len(answer) > 2 for answer in opened), "the option itself"
 
 
-def test_conversations_in_own_words_tell_what_is_seen(folder):
+def test_conversations_in_free_wording_are_about_their_room(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    from conversations import FREE_CONVERSATIONS, FREE_QUESTIONS
+    from free_wording import COLOR, COUNT, SQUARE_METERS, plural
+
     rows = [json.loads(line) for line in (folder / "data" / "conversations.jsonl").open()]
-    rows = [row for row in rows if any("What" in m["content"] and "\n" not in m["content"] for m in row["messages"])]
-    assert len(rows) == ROOMS
+    rows = [row for row in rows if not any("\n" in message["content"] for message in row["messages"])]
+    rows = [row for row in rows if "Which objects does each" not in row["messages"][0]["content"]]
+    assert len(rows) == ROOMS * FREE_CONVERSATIONS
+    checked = 0
     for row in rows:
         room = generate_room(int(row["id"].partition("/")[0]), 0)
-        kinds = [item.name for item in room.objects]
         said = [message["content"].replace("<image>", "") for message in row["messages"]]
-        (seen,) = (told.split(", ") for question, told in zip(said[::2], said[1::2]) if question.startswith("What"))
-        assert set(seen) <= set(kinds)
+        assert len(said) == 2 * FREE_QUESTIONS
+        counts = {
+            template.format(**{"as": plural(kind)}): sum(item.name == kind for item in room.objects)
+            for template in COUNT
+            for kind in FURNITURE
+        }
+        colors = {template.format(a=item.name): item.color for template in COLOR for item in room.objects}
         for question, told in zip(said[::2], said[1::2]):
-            if found := re.fullmatch("Is there a (.+)[?]", question):
-                assert (found[1] in seen) is (told == "yes")
-            elif found := re.fullmatch("How many (.+?)s are (there|in the room)[?]", question):
-                kind = {"bookshelve": "bookshelf"}.get(found[1], found[1])
-                assert kind in seen and 1 <= int(told) <= kinds.count(kind)
-            elif found := re.fullmatch("How far is the (.+) from the (.+)[?]", question):
-                assert found[1] != found[2] and {found[1], found[2]} <= set(seen)
-                assert re.fullmatch(r"\d+[.]\d metres", told) and float(told.split()[0]) < np.hypot(*room.size[:2])
+            if question in counts:
+                assert int(told) == counts[question]
+            elif question in SQUARE_METERS:
+                assert told == f"{room.size[0] * room.size[1]:.1f} square meters"
+            elif question in colors and sum(f"the {item.name}" in question for item in room.objects) == 1:
+                assert told == colors[question]
             else:
-                assert question.startswith("What")
+                continue
+            checked += 1
+    assert checked > 2 * ROOMS
 
 
 def test_questions_share_pictures_and_do_not_see_each_other(folder, monkeypatch):
