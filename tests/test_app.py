@@ -30,6 +30,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from spa3r.app import DAY, Demo, Limits, UnseenRoom, build_app
+from spa3r.checkpoints import QUESTIONS_NOTE
 from spa3r.cli import demo as demo_command
 from spa3r.cli.main import app
 from spa3r.evaluation import EvaluationSettings, RoomsBenchmark, run_benchmark
@@ -462,11 +463,14 @@ def test_the_command_serves_until_it_is_interrupted(command):
     report = json.loads(command.process.stdout.readline())
     assert report["model"] == "embedded" and report["url"].startswith("http://127.0.0.1:")
     with urlopen(f"{report['url']}config") as response:
-        assert f"Model: `embedded`; {ROOMS_NOTE}." in json.dumps(json.load(response)["components"])
+        assert f"Model: `embedded`; {ROOMS_NOTE}. {QUESTIONS_NOTE}" in json.dumps(json.load(response)["components"])
     command.process.send_signal(signal.SIGINT)
     rest, _ = command.process.communicate(timeout=30)
     assert command.process.returncode == 0 and rest == ""
-    assert f"note: {ROOMS_NOTE}" in command.notes.read_text() and "Traceback" not in command.notes.read_text()
+    assert (
+        f"note: {ROOMS_NOTE}. {QUESTIONS_NOTE}" in command.notes.read_text()
+        and "Traceback" not in command.notes.read_text()
+    )
 
 
 def test_uploads_are_deleted_when_the_server_is_told_to_end(tmp_path):

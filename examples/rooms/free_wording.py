@@ -949,11 +949,11 @@ Have you eaten?
 Have you been to Rome?
 Have you ever been in love?
 Should I buy this house?
-Should I marry?
+Should I get a dog?
 Should I take an umbrella?
 Should I sell my car?
 Will it be sunny tomorrow?
-Will you marry me?
+Will you be my friend?
 Will the stocks go up?
 Would you like a coffee?
 Would you live here?

@@ -31,6 +31,7 @@ from spa3r import (
     VggtModel,
     console,
 )
+from spa3r.checkpoints import EXAMPLE_QUESTIONS, QUESTIONS_NOTE
 from spa3r.cli import demo, encode, info
 from spa3r.evaluation import answer, evaluate_field, score_prediction
 from spa3r.models import attention as attention_module
@@ -90,7 +91,10 @@ def test_ask_many_questions_about_a_scene_that_is_encoded_once(scene):
     for asked in told["answers"]:
         alone = run_json("ask", scene, asked["question"], "--max-new-tokens", 5)
         assert alone["answer"] == asked["answer"] and alone["answers"] == [asked]
-    text = run("ask", scene, questions[0], *more, "--max-new-tokens", 5).stdout
+    command = run("ask", scene, questions[0], *more, "--max-new-tokens", 5)
+    assert f"{embedded.ROOMS_NOTE}. {QUESTIONS_NOTE}" in " ".join(command.stderr.split())
+    assert all(question in QUESTIONS_NOTE for question in EXAMPLE_QUESTIONS)
+    text = command.stdout
     assert text.splitlines()[::2] == list(questions)
     assert [line.strip() for line in text.splitlines()[1::2]] == [a["answer"] for a in told["answers"]]
     wrong = run("ask", scene, QUESTION, "-q", " ", code=1)

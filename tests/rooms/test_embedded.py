@@ -15,11 +15,12 @@ from spa3r import (
     Spa3VLMProcessor,
     VggtModel,
 )
-from spa3r.checkpoints import SPA3_VLM, SPA3R, VLM
+from spa3r.checkpoints import EXAMPLE_QUESTIONS, SPA3_VLM, SPA3R, VLM
 from spa3r.data import SceneBatches
 from spa3r.evaluation import evaluate_field
 from spa3r.rooms import COLORS, FURNITURE
 from spa3r.rooms.embedded import VIEW_SIZE, embedded_model, embedded_spa3r, embedded_vlm
+from spa3r.rooms.instructions import FIRST_TEST_SEED, RoomQuestions
 from spa3r.rooms.scenes import RoomScenes
 
 
@@ -102,6 +103,16 @@ def test_all_parts_have_a_say():
     assert (logits - by_views).abs().max() > 0.01  # the adapter has learned little
     assert (logits - by_pixels).abs().max() > 0.01
     assert {"camera", "depth"} == set(model.spa3r.backbone.config.heads)
+
+
+def test_example_questions_are_answered_in_the_right_form():
+    model, processor = embedded_model()
+    forms = (r"\d+", "yes|no", r"\d+\.\d met(re|er)s", rf"({'|'.join(FURNITURE)})(, ({'|'.join(FURNITURE)}))*")
+    rooms = RoomQuestions(FIRST_TEST_SEED, 3)
+    for room in range(FIRST_TEST_SEED, FIRST_TEST_SEED + 3):
+        scene = model.encode_scene(processor, rooms.pictures(room))
+        answers = model.ask(scene, list(EXAMPLE_QUESTIONS), max_new_tokens=32)
+        assert all(re.fullmatch(form, answer) for form, answer in zip(forms, answers, strict=True)), answers
 
 
 def test_it_is_saved_and_loaded_as_any_other(tmp_path):

@@ -19,6 +19,16 @@ SPA3_VLM = _HERE / "rooms_spa3_vlm"
 VLM = _HERE / "rooms_vlm"
 """The same VLM, trained on the same questions without Spa3R: a Spa3-VLM with ``spatial_source="none"``."""
 
+EXAMPLE_QUESTIONS = (
+    "How many chairs are there?",
+    "Is there a bed?",
+    "How far is the table from the lamp?",
+    "What do you see?",
+)
+"""Questions that the Spa3-VLM in the package answers in the right form."""
+
+QUESTIONS_NOTE = "Questions that the embedded model can answer: " + " ".join(EXAMPLE_QUESTIONS)
+
 
 def resolve(name_or_path: Any, model_type: str = "spa3r") -> Any:
     """The folder of the checkpoint in the package for models of a type; any other name as it is."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from spa3r.checkpoints import EMBEDDED
+from spa3r.checkpoints import EMBEDDED, QUESTIONS_NOTE
 from spa3r.console import (
     AsJson,
     Attention,
@@ -57,7 +57,7 @@ def web_demo(
         with report.status(f"Loading {model}"):
             vlm, processor = load_vlm(model, device, dtype, attention)
         if model == EMBEDDED:
-            report.note(embedded_note())
+            report.note(f"{embedded_note()}. {QUESTIONS_NOTE}")
         page = build_app(
             vlm,
             processor,
@@ -82,4 +82,4 @@ def web_demo(
 
 def _about_model(name: str) -> str:
     """The description of a model on the page."""
-    return f"Model: `{name}`" + (f"; {embedded_note()}." if name == EMBEDDED else ".")
+    return f"Model: `{name}`" + (f"; {embedded_note()}. {QUESTIONS_NOTE}" if name == EMBEDDED else ".")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spa3r.checkpoints import EMBEDDED
+from spa3r.checkpoints import EMBEDDED, QUESTIONS_NOTE
 from spa3r.checks import shorten
 from spa3r.console import (
     AsJson,
@@ -33,7 +33,8 @@ def ask(
         list[str],
         typer.Argument(
             metavar="PHOTOS... QUESTION",
-            help="Pictures, videos, folders of them, or URLs, all of one scene; and last the question.",
+            help="Pictures, videos, folders of them, or URLs, all of one scene; and last the question. "
+            + QUESTIONS_NOTE,
             show_default=False,
         ),
     ],
@@ -69,7 +70,7 @@ def ask(
         with report.status(f"Loading {model}"):
             vlm, processor = load_vlm(model, device, dtype, attention)
         if model == EMBEDDED:
-            report.note(embedded_note())
+            report.note(f"{embedded_note()}. {QUESTIONS_NOTE}")
         processor.image_mode = images.value
         with report.status(f"Looking at {plural(len(views), 'view')}"):
             answers = AnsweringEngine(vlm, processor).answers(views, questions, max_new_tokens=max_new_tokens)
