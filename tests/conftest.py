@@ -39,13 +39,22 @@ def indices(tmp_path_factory):
 @pytest.fixture(scope="session")
 def golden_folders(tmp_path_factory):
     """Golden weights in every released layout, converted: layout -> folder of ours."""
-    from tiny import GOLDEN_SPA3R_FIELDS, GOLDEN_VGGT_FIELDS, released_checkpoints
+    from tiny import (
+        GOLDEN_DEPTH_ANYTHING_3_FIELDS,
+        GOLDEN_SPA3R_FIELDS,
+        GOLDEN_VGGT_FIELDS,
+        released_checkpoints,
+    )
 
     from spa3r import convert_checkpoint
 
     root = tmp_path_factory.mktemp("golden")
     folders = {}
     for layout, source in released_checkpoints(root / "released").items():
-        kind, fields = ("vggt", GOLDEN_VGGT_FIELDS) if "vggt" in layout else ("spa3r", GOLDEN_SPA3R_FIELDS)
+        kind, fields = {
+            "vggt": ("vggt", GOLDEN_VGGT_FIELDS),
+            "depth": ("depth-anything-3", GOLDEN_DEPTH_ANYTHING_3_FIELDS),
+            "spa3r": ("spa3r", GOLDEN_SPA3R_FIELDS),
+        }[layout.partition("-")[0]]
         folders[layout] = convert_checkpoint(source, root / layout, kind, fields)
     return folders

@@ -19,6 +19,7 @@ from spa3r import (
     VggtModel,
     convert_checkpoint,
 )
+from spa3r.models.model_card import logger
 from spa3r.models.released import find_released
 from spa3r.models.spa3_vlm.released_spa3_vlm import translate_spa3_vlm
 from spa3r.models.spa3r.released_spa3r import for_pretraining, translate_dinov3, translate_spa3r
@@ -256,6 +257,15 @@ def test_models_load_by_their_names(hub, converted):
             if kind != "spa3-vlm":  # whose parts name their files
                 assert ours == theirs
     assert model.generation_config.max_new_tokens == 3
+
+
+def test_loading_weights_without_commercial_use_says_so_once(hub, caplog):
+    logger.warning_once.__func__.cache_clear()  # other tests load the same name
+    for _ in range(2):
+        VggtModel.from_pretrained("facebook/VGGT-1B", cache_dir=hub["cache"], **GOLDEN_VGGT_FIELDS)
+    VggtModel.from_pretrained(hub["vggt"], **GOLDEN_VGGT_FIELDS)  # a folder may hold the commercial variant
+    said = [record.message for record in caplog.records if "commercially" in record.message]
+    assert said == ["The weights of facebook/VGGT-1B may not be used commercially (license: cc-by-nc-4.0)."]
 
 
 def test_other_forms_of_the_same_files(hub, converted):

@@ -1,6 +1,7 @@
 """Tiny models, inputs and golden tensors from one place, and the tests that all models share."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, DINOv3ViTConfig
 
-from spa3r import Spa3RConfig, Spa3RImageProcessor, VggtConfig
+from spa3r import DepthAnything3Config, Spa3RConfig, Spa3RImageProcessor, VggtConfig
 from spa3r.models.attention import eager_attention_forward, packed_attention
 from spa3r.models.cameras import pose_encoding_to_cameras
 from spa3r.models.layers import SelfAttention
@@ -37,6 +38,16 @@ def vggt_config(**fields) -> VggtConfig:
         **{"dpt_layers": [0, 0, 1, 1], "dpt_channels": [4, 8, 8, 8], "dpt_features": 8},
     }
     return VggtConfig(**(sizes | fields))
+
+
+def depth_anything_3_config(**fields) -> DepthAnything3Config:
+    sizes = {
+        **{"patch_size": PATCH, "image_size": 5 * PATCH, "num_hidden_layers": 4, "alternating_start": 2},
+        **{"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32},
+        **{"camera_encoder_num_layers": 1, "camera_encoder_num_heads": 2},
+        **{"dpt_layers": [0, 1, 2, 3], "dpt_channels": [4, 8, 8, 8], "dpt_features": 8},
+    }
+    return DepthAnything3Config(**(sizes | fields))
 
 
 def spa3r_config(**fields) -> Spa3RConfig:
@@ -74,6 +85,12 @@ def alive(model: nn.Module, seed: int = 0) -> nn.Module:
         if name.endswith("camera_head.output.fc2.bias"):  # a quaternion far from 0, fields of view far from 0
             parameter.copy_(torch.tensor([0.1, -0.2, 0.1, 0.2, -0.3, 0.1, 1.0, 1.0, 1.0]))
         if name.endswith("camera_head.output.fc2.weight"):
+            parameter.mul_(0.1)
+        if name.endswith("camera_head.quaternion.bias"):
+            parameter.copy_(torch.tensor([0.2, -0.3, 0.1, 1.0]))
+        if name.endswith("camera_head.field_of_view.bias"):
+            parameter.fill_(1.0)
+        if name.endswith(("camera_head.quaternion.weight", "camera_head.field_of_view.weight")):
             parameter.mul_(0.1)
     return model.eval()
 
@@ -192,6 +209,9 @@ GOLDEN_SPA3R_FIELDS = {
 """What the shapes of the golden weights don't tell."""
 
 
+GOLDEN_DEPTH_ANYTHING_3_FIELDS = {"camera_encoder_num_heads": 2, "dpt_layers": [2, 3, 4, 5]}
+
+
 def golden(name: str, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a golden file whose names start with `prefix`, which is taken off."""
     tensors = load_file(GOLDEN / f"{name}.safetensors")
@@ -203,9 +223,14 @@ def golden_inputs(name: str) -> dict:
     images = golden(name, "inputs.")["images"]
     processor = Spa3RImageProcessor()
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    return packed_images((images - mean) / std)
+
+
+def packed_images(images: Tensor) -> dict:
+    """Normalized images (B, V, 3, H, W) as the image processor would pack them."""
     scenes, views, _, height, width = images.shape
     grid, p = (height // 14, width // 14), 14
-    patches = ((images - mean) / std).reshape(scenes * views, 3, grid[0], p, grid[1], p).permute(0, 2, 4, 1, 3, 5)
+    patches = images.reshape(scenes * views, 3, grid[0], p, grid[1], p).permute(0, 2, 4, 1, 3, 5)
     return {
         "view_pixel_values": patches.reshape(-1, 3 * p * p),
         "view_grid_hw": torch.tensor([grid] * (scenes * views)),
@@ -218,6 +243,7 @@ def released_checkpoints(folder: Path) -> dict[str, Path]:
     files = {
         "vggt-folder": folder / "vggt" / "model.safetensors",
         "vggt-pt": folder / "model.pt",
+        "depth-anything-3-folder": folder / "depth-anything-3" / "model.safetensors",
         "spa3r-ckpt": folder / "spa3r.ckpt",
         "spa3r-safetensors": folder / "spa3r.safetensors",
     }
@@ -225,12 +251,16 @@ def released_checkpoints(folder: Path) -> dict[str, Path]:
     vggt = golden("vggt", "weights.") | {"track_head.corr_mlp.fc1.weight": torch.ones(2, 2)}
     save_file(vggt, files["vggt-folder"])
     torch.save(vggt, files["vggt-pt"])
+    files["depth-anything-3-folder"].parent.mkdir()
+    save_file(golden("depth_anything_3", "weights."), files["depth-anything-3-folder"])
+    hub_config = {"model_name": "da3-tiny", "config": {"__object__": {"name": "DepthAnything3Net"}}}  # as on the hub
+    (folder / "depth-anything-3" / "config.json").write_text(json.dumps(hub_config))
     spa3r = golden("spa3r_asymmetric", "weights.")
     spa3r |= {f"dino.{key}": tensor for key, tensor in golden("spa3r_asymmetric", "teacher.").items()}
     save_file(spa3r, files["spa3r-safetensors"])
     lightning = {"epoch": 3, "global_step": 80000, "pytorch-lightning_version": "2.5.0", "hyper_parameters": {}}
     torch.save(lightning | {"state_dict": {f"model.{k}": v for k, v in spa3r.items()}}, files["spa3r-ckpt"])
-    return files | {"vggt-folder": files["vggt-folder"].parent}
+    return {layout: file.parent if layout.endswith("-folder") else file for layout, file in files.items()}
 
 
 # Tests of every model -------------------------------------------------------------------------------------------------
@@ -351,9 +381,9 @@ class ModelTests:
         model, inputs = self.make(), self.inputs()
         model.save_pretrained(tmp_path)
         half = self.model_class.from_pretrained(tmp_path, dtype=dtype, attn_implementation="sdpa")
-        dtypes = {"camera_head" in name: set() for name, _ in half.named_parameters()}
+        dtypes = {True: set(), False: set()}
         for name, parameter in half.named_parameters():
-            dtypes["camera_head" in name].add(parameter.dtype)
+            dtypes[any(part in name for part in half._keep_in_fp32_modules_strict)].add(parameter.dtype)
         assert dtypes == {True: {torch.float32}, False: {dtype}}
         reference, ours = self.run(model, inputs), self.run(half, inputs)
         for key in ("extrinsics", "intrinsics"):

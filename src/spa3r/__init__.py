@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 _MODULE_OF_NAME = {
     "VggtConfig": "models.vggt.configuration_vggt",
     "VggtModel": "models.vggt.modeling_vggt",
+    "DepthAnything3Config": "models.depth_anything_3.configuration_depth_anything_3",
+    "DepthAnything3Model": "models.depth_anything_3.modeling_depth_anything_3",
     "Spa3RConfig": "models.spa3r.configuration_spa3r",
     "Spa3RModel": "models.spa3r.modeling_spa3r",
     "Spa3RForPreTraining": "models.spa3r.modeling_spa3r",
@@ -32,6 +34,8 @@ __all__ = [*_MODULE_OF_NAME, "__version__"]
 
 if TYPE_CHECKING:
     from spa3r.conversion import convert_checkpoint
+    from spa3r.models.depth_anything_3.configuration_depth_anything_3 import DepthAnything3Config
+    from spa3r.models.depth_anything_3.modeling_depth_anything_3 import DepthAnything3Model
     from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
     from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLM, Spa3VLMForConditionalGeneration
     from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor

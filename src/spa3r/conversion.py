@@ -7,7 +7,8 @@ model.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig, PreT
 from transformers.utils import logging
 
 from spa3r.disk import read_json_object, writing_folder
+from spa3r.models.configuration_backbone import BackboneConfig
+from spa3r.models.depth_anything_3.modeling_depth_anything_3 import DepthAnything3Model
+from spa3r.models.depth_anything_3.released_depth_anything_3 import translate_depth_anything_3
 from spa3r.models.model_card import CARD
 from spa3r.models.released import Kind, quote_keys, read_checkpoint, require
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
@@ -25,7 +29,6 @@ from spa3r.models.spa3_vlm.released_spa3_vlm import translate_spa3_vlm
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor
 from spa3r.models.spa3r.modeling_spa3r import Spa3RForPreTraining, Spa3RModel
 from spa3r.models.spa3r.released_spa3r import for_pretraining, translate_spa3r
-from spa3r.models.vggt.configuration_vggt import VggtConfig
 from spa3r.models.vggt.modeling_vggt import VggtModel
 from spa3r.models.vggt.released_vggt import translate_vggt
 
@@ -44,11 +47,12 @@ def convert_checkpoint(
     determine (head counts, the layers that the dense heads use) are the released models', unless `config` sets them.
 
     Args:
-        source: VGGT-1B's file or folder, ``spa3r.ckpt`` (or its tensors as safetensors), or the ``spa3_vlm`` folder.
+        source: File or folder of VGGT-1B or Depth Anything 3, ``spa3r.ckpt`` (or its tensors as safetensors), or the
+            ``spa3_vlm`` folder.
         output_dir: Target folder; created if missing.
-        kind: ``"vggt"``, ``"spa3r"`` or ``"spa3-vlm"``.
-        config: A complete configuration of ours (VggtConfig, Spa3RConfig), or a dictionary of fields to set, with
-            ``backbone_config`` for the backbone's.
+        kind: ``"vggt"``, ``"depth-anything-3"``, ``"spa3r"`` or ``"spa3-vlm"``.
+        config: A complete configuration of ours (VggtConfig, DepthAnything3Config, Spa3RConfig), or a dictionary of
+            fields to set, with ``backbone_config`` for the backbone's.
 
     Returns:
         `output_dir`.
@@ -58,7 +62,12 @@ def convert_checkpoint(
         ValueError: Keys are missing or unknown (all are named), a file is damaged, or `kind` is unknown.
         WriteError: The disk is full or the folder isn't writable; nothing is written.
     """
-    converters = {"vggt": _convert_vggt, "spa3r": _convert_spa3r, "spa3-vlm": _convert_spa3_vlm}
+    converters = {
+        "vggt": partial(_convert_backbone, VggtModel, translate_vggt),
+        "depth-anything-3": partial(_convert_backbone, DepthAnything3Model, translate_depth_anything_3),
+        "spa3r": _convert_spa3r,
+        "spa3-vlm": _convert_spa3_vlm,
+    }
     if kind not in converters:
         raise ValueError(f"`kind` must be one of {', '.join(map(repr, converters))}, got {kind!r}.")
     source, output_dir = Path(source), Path(output_dir)
@@ -89,10 +98,16 @@ def save_together(folder: str | Path, *parts: Any) -> None:
                 stale.unlink()
 
 
-def _convert_vggt(source: Path, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
-    weights, config = translate_vggt(tensors, fields)
+def _convert_backbone(
+    model_class: type[PreTrainedModel],
+    translate: Callable[..., tuple[dict[str, Tensor], BackboneConfig]],
+    source: Path,
+    tensors: dict[str, Tensor],
+    fields: dict[str, Any],
+) -> tuple[Any, ...]:
+    weights, config = translate(tensors, fields)
     with torch.device("meta"):
-        model = VggtModel(config)
+        model = model_class(config)
     return _filled(model, weights), _image_processor(config)
 
 
@@ -128,7 +143,7 @@ def _convert_spa3_vlm(source: Path, tensors: dict[str, Tensor], fields: dict[str
     return (model,)
 
 
-def _image_processor(config: VggtConfig) -> Spa3RImageProcessor:
+def _image_processor(config: BackboneConfig) -> Spa3RImageProcessor:
     return Spa3RImageProcessor(size=config.image_size, patch_size=config.patch_size)
 
 

@@ -31,21 +31,31 @@ def _register_attention(modeling_utils: ModuleType) -> None:
 
 
 def _register_configs(configuration_auto: ModuleType) -> None:
-    names = {"vggt": "VggtConfig", "spa3r": "Spa3RConfig", "spa3_vlm": "Spa3VLMConfig"}
+    names = {
+        "vggt": "VggtConfig",
+        "depth_anything_3": "DepthAnything3Config",
+        "spa3r": "Spa3RConfig",
+        "spa3_vlm": "Spa3VLMConfig",
+    }
     _extend(configuration_auto.CONFIG_MAPPING, names)
 
 
 def _register_models(modeling_auto: ModuleType) -> None:
-    vggt, spa3r, spa3_vlm = _configs()
-    models = {vggt: "VggtModel", spa3r: "Spa3RModel", spa3_vlm: "Spa3VLMForConditionalGeneration"}
+    vggt, depth_anything_3, spa3r, spa3_vlm = _configs()
+    models = {
+        vggt: "VggtModel",
+        depth_anything_3: "DepthAnything3Model",
+        spa3r: "Spa3RModel",
+        spa3_vlm: "Spa3VLMForConditionalGeneration",
+    }
     _extend(modeling_auto.MODEL_MAPPING, models)
     _extend(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING, {spa3r: "Spa3RForPreTraining"})
     _extend(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, {spa3_vlm: "Spa3VLMForConditionalGeneration"})
 
 
 def _register_image_processors(image_processing_auto: ModuleType) -> None:
-    vggt, spa3r, _ = _configs()
-    names = dict.fromkeys((vggt, spa3r), "Spa3RImageProcessor")
+    *with_views, _ = _configs()
+    names = dict.fromkeys(with_views, "Spa3RImageProcessor")
     _extend(image_processing_auto.IMAGE_PROCESSOR_MAPPING, names, lambda processor: {"pil": processor})
 
 
@@ -106,9 +116,10 @@ def _extend(mapping: Any, names: dict[Any, str], wrap: Callable[[type], Any] = l
         mapping.register(key, _NotImported(name, wrap), exist_ok=True)
 
 
-def _configs() -> tuple[type, type, type]:
+def _configs() -> tuple[type, type, type, type]:
+    from spa3r.models.depth_anything_3.configuration_depth_anything_3 import DepthAnything3Config
     from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
     from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
     from spa3r.models.vggt.configuration_vggt import VggtConfig
 
-    return VggtConfig, Spa3RConfig, Spa3VLMConfig
+    return VggtConfig, DepthAnything3Config, Spa3RConfig, Spa3VLMConfig

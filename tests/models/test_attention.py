@@ -12,6 +12,7 @@ from tiny import (
     TARGETS,
     alive,
     back_ends_in_use,
+    depth_anything_3_config,
     pretraining_config,
     relative_error,
     spa3r_config,
@@ -21,7 +22,7 @@ from tiny import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from spa3r import Spa3RForPreTraining, Spa3RModel, VggtModel
+from spa3r import DepthAnything3Model, Spa3RForPreTraining, Spa3RModel, VggtModel
 from spa3r.models import attention
 from spa3r.models.attention import Segments, check_attention_implementation, packed_attention
 
@@ -171,11 +172,12 @@ def test_no_dense_square_is_built(back_end):
 
 
 def run_everything(device: str = "cpu") -> list[torch.Tensor]:
-    """Forward passes of the three models, layouts and masks as lists."""
+    """Forward passes of all models, layouts and masks as lists."""
     inputs = view_inputs(targets=TARGETS)
     lists = {key: value.tolist() for key, value in inputs.items() if key != "view_pixel_values"}
     pixels = inputs["view_pixel_values"].to(device)
     vggt = VggtModel(vggt_config()).to(device).eval()
+    depth_anything_3 = DepthAnything3Model(depth_anything_3_config()).to(device).eval()
     spa3r = Spa3RModel(spa3r_config()).to(device).eval()
     pretraining = Spa3RForPreTraining(pretraining_config()).to(device).eval()
     mask = lists.pop("target_mask")
@@ -183,6 +185,7 @@ def run_everything(device: str = "cpu") -> list[torch.Tensor]:
     with torch.no_grad(), Watch() as watch:
         outputs = [
             vggt(pixels, **lists, **everything).world_points[0],
+            depth_anything_3(pixels, **lists, output_cameras=True, output_depth=True).depth[0],
             spa3r(pixels, **lists).geometry_features,
             pretraining(pixels, **lists, target_mask=mask).loss,
         ]
@@ -201,7 +204,7 @@ def test_a_forward_pass_needs_no_values(monkeypatch):
     """On the meta device, which doesn't know autocast, there is nothing that could be read."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     _, *outputs = run_everything("meta")
-    assert [output.device.type for output in outputs] == ["meta"] * 3
+    assert [output.device.type for output in outputs] == ["meta"] * 4
 
 
 # The choice of a back end ---------------------------------------------------------------------------------------------

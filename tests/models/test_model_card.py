@@ -9,10 +9,10 @@ import transformers.modeling_utils as modeling_utils
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model
-from tiny import pretraining_config, spa3r_config, vggt_config
+from tiny import depth_anything_3_config, pretraining_config, spa3r_config, vggt_config
 from transformers.utils import hub
 
-from spa3r import Spa3RForPreTraining, Spa3RModel, VggtModel
+from spa3r import DepthAnything3Model, Spa3RForPreTraining, Spa3RModel, VggtModel
 from spa3r.models.model_card import license_of, model_card, parts_of, source_names, write_model_card
 from spa3r.rooms.embedded import embedded_model
 
@@ -43,6 +43,9 @@ def test_base_models_and_the_strictest_license():
     assert card.data.license == "cc-by-nc-4.0" and card.data.base_model == parts_of(config)
     assert "may not be used commercially" in card.text
     assert license_of(["facebook/VGGT-1B-Commercial", "Qwen/Qwen3-VL-4B-Instruct"]) == "other"
+    assert license_of(["depth-anything/DA3-BASE", "facebook/VGGT-1B"]) == "cc-by-nc-4.0"
+    assert license_of(["depth-anything/DA3-BASE", "depth-anything/DA3-SMALL"]) == "apache-2.0"
+    assert license_of(["depth-anything/DA3-BASE", "someone/unknown"]) is None  # may be stricter
     unknown = model_card(Spa3RModel(spa3r_config()))
     assert unknown.data.license is None and "The license of the weights is not known" in unknown.text
 
@@ -71,7 +74,8 @@ def test_training_data_is_named():
 def test_examples_run(tmp_path):
     PIL.Image.new("RGB", (64, 48)).save(tmp_path / "photo_1.jpg")
     PIL.Image.new("RGB", (48, 64)).save(tmp_path / "photo_2.jpg")
-    for model in (Spa3RModel(spa3r_config()), VggtModel(vggt_config())):
+    backbones = VggtModel(vggt_config()), DepthAnything3Model(depth_anything_3_config())
+    for model in (Spa3RModel(spa3r_config()), *backbones):
         model.save_pretrained(tmp_path / "model")
         example = ModelCard.load(tmp_path / "model" / "README.md").text.partition("```python\n")[2].partition("```")[0]
         exec(example.replace("path/or/hub-id", str(tmp_path / "model")).replace("photo_", f"{tmp_path}/photo_"), {})

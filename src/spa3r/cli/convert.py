@@ -15,12 +15,16 @@ from spa3r.media.files import read_text
 
 class Kind(StrEnum):
     vggt = "vggt"
+    depth_anything_3 = "depth-anything-3"
     spa3r = "spa3r"
     spa3_vlm = "spa3-vlm"
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="VGGT-1B's file or folder, spa3r.ckpt, or the spa3_vlm folder.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="File or folder of VGGT-1B or Depth Anything 3, spa3r.ckpt, or the spa3_vlm folder."),
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     kind: Annotated[Kind, typer.Option(help="What the source is.")],
     config: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,21 @@ class BackbonePreTrainedModel(PackedPreTrainedModel):
             context_views: Number of context views of every scene, its first views. In the global layers they attend
                 only to each other, while the scene's other views attend to all. None: all views attend to all.
         """
+        wanted = (output_layers, output_cameras, output_depth, output_points)
+        return self._run(view_pixel_values, layout, *wanted, context_views)
+
+    def _run(
+        self,
+        view_pixel_values: Tensor,
+        layout: ViewLayout,
+        output_layers: Sequence[int],
+        output_cameras: bool,
+        output_depth: bool,
+        output_points: bool,
+        context_views: Sequence[int] | None,
+        **inputs: Any,
+    ) -> BackboneOutput:
+        """:meth:`forward_layout` with further inputs of ``_aggregate``, of models that have some."""
         count = self.config.num_hidden_layers
         if isinstance(output_layers, str) or not isinstance(output_layers, Sequence):
             raise ValueError(f"`output_layers` must be a list of layers' indices, got {shorten(output_layers)}.")
@@ -151,7 +167,7 @@ class BackbonePreTrainedModel(PackedPreTrainedModel):
         dense_layers = self.config.dpt_layers if output_depth or output_points else ()
         wanted = {*output_layers, *dense_layers, *([count - 1] if output_cameras else [])}
         with loaded_weights(self):  # `forward` is not called here
-            kept = self._aggregate(view_pixel_values, layout, wanted, context_views)
+            kept = self._aggregate(view_pixel_values, layout, wanted, context_views, **inputs)
         output = BackboneOutput(tokens=tuple(kept[index] for index in output_layers))
         if output_cameras and self.camera_head is not None:
             camera_tokens = split_prefix(kept[count - 1], layout.patches_per_view, self.num_special_tokens)[0][:, 0]

@@ -37,6 +37,21 @@ def quaternion_to_rotation(quaternion: Tensor) -> Tensor:  # (..., 4) -> (..., 3
     )
 
 
+def rotation_to_quaternion(rotation: Tensor) -> Tensor:  # (..., 3, 3) -> (..., 4)
+    """Unit quaternion (x, y, z, w) of a rotation matrix, w at least 0."""
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (row.unbind(-1) for row in rotation.unbind(-2))
+    # Each row is the quaternion times 4 of its own entry; that of the largest entry loses no precision.
+    rows = _matrix(
+        (1 + xx - yy - zz, xy + yx, xz + zx, zy - yz),
+        (xy + yx, 1 - xx + yy - zz, yz + zy, xz - zx),
+        (xz + zx, yz + zy, 1 - xx - yy + zz, yx - xy),
+        (zy - yz, xz - zx, yx - xy, 1 + xx + yy + zz),
+    )
+    largest = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None].expand(*rows.shape[:-2], 1, 4)
+    quaternion = torch.nn.functional.normalize(rows.gather(-2, largest)[..., 0, :], dim=-1)
+    return torch.where(quaternion[..., 3:] < 0, -quaternion, quaternion)
+
+
 def homogeneous(matrix: Tensor) -> Tensor:  # (..., 3, 3) or (..., 3, 4) -> (..., 4, 4)
     """Lift to 4 x 4: a missing fourth column becomes 0, the fourth row (0, 0, 0, 1)."""
     if matrix.shape[-1] == 3:
@@ -67,13 +82,22 @@ def pose_encoding_to_cameras(
     return extrinsics, calibration(focal[:, 1], focal[:, 0], half[:, 1], half[:, 0])
 
 
+def cameras_to_pose_encoding(
+    extrinsics: Tensor, intrinsics: Tensor, image_hw: Sequence[tuple[int, int]]
+) -> Tensor:  # (V, 4, 4), (V, 3, 3) -> (V, 9)
+    """The inverse of :func:`pose_encoding_to_cameras`, with a unit quaternion; the principal point is not encoded."""
+    half = to_device(image_hw, torch.float32, extrinsics.device) / 2
+    fov = 2 * torch.atan(half / torch.stack([intrinsics[:, 1, 1], intrinsics[:, 0, 0]], dim=-1))
+    return torch.cat([extrinsics[:, :3, 3], rotation_to_quaternion(extrinsics[:, :3, :3]), fov], dim=-1)
+
+
 def calibration(fx: Tensor, fy: Tensor, cx: Tensor, cy: Tensor) -> Tensor:  # each (V,) -> (V, 3, 3)
     """The upper triangular matrix of focal lengths and a principal point."""
     zero, one = torch.zeros_like(fx), torch.ones_like(fx)
     return _matrix((fx, zero, cx), (zero, fy, cy), (zero, zero, one))
 
 
-def _matrix(*rows: Sequence[Tensor]) -> Tensor:  # 3 rows of 3 x (...,) -> (..., 3, 3)
+def _matrix(*rows: Sequence[Tensor]) -> Tensor:  # n rows of m x (...,) -> (..., n, m)
     return torch.stack([torch.stack(tuple(row), dim=-1) for row in rows], dim=-2)
 
 

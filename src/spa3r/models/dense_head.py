@@ -15,25 +15,26 @@ DPT_PATCHES_AT_ONCE = 8 * 37 * 28
 
 
 class ResidualUnit(nn.Module):
-    """Two convolutions with a skip from after the first ReLU (in-place in the original; the weights depend on it)."""
+    """Two convolutions with a skip; from after the first ReLU where the original computes that in place."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, rectified_skip: bool):
         super().__init__()
+        self.rectified_skip = rectified_skip
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, maps: Tensor) -> Tensor:  # (B, channels, h, w) -> the same
         rectified = maps.relu()
-        return rectified + self.conv2(self.conv1(rectified).relu())
+        return (rectified if self.rectified_skip else maps) + self.conv2(self.conv1(rectified).relu())
 
 
 class FusionBlock(nn.Module):
     """Adds a finer map to the coarse one and resizes the sum."""
 
-    def __init__(self, channels: int, has_skip: bool):
+    def __init__(self, channels: int, has_skip: bool, rectified_skip: bool):
         super().__init__()
-        self.skip_unit = ResidualUnit(channels) if has_skip else None
-        self.unit = ResidualUnit(channels)
+        self.skip_unit = ResidualUnit(channels, rectified_skip) if has_skip else None
+        self.unit = ResidualUnit(channels, rectified_skip)
         self.projection = nn.Conv2d(channels, channels, 1)
 
     def forward(self, maps: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
@@ -49,10 +50,18 @@ class DenseHead(nn.Module):
     Args:
         config: The backbone's configuration: widths, channels and the patch size.
         out_channels: Channels of the map.
-        angles_dtype: Dtype of the angles of the position embedding, which the weights depend on.
+        angles_dtype: Dtype of the angles of the position embedding.
+        rectified_skip: Whether residual units add their input after the ReLU. Weights depend on both, and the defaults
+            are VGGT's.
     """
 
-    def __init__(self, config: BackboneConfig, out_channels: int, angles_dtype: torch.dtype = torch.float64):
+    def __init__(
+        self,
+        config: BackboneConfig,
+        out_channels: int,
+        angles_dtype: torch.dtype = torch.float64,
+        rectified_skip: bool = True,
+    ):
         super().__init__()
         self.angles_dtype = angles_dtype
         channels, features = config.dpt_channels, config.dpt_features
@@ -68,7 +77,7 @@ class DenseHead(nn.Module):
             ]
         )
         self.laterals = nn.ModuleList(nn.Conv2d(width, features, 3, padding=1, bias=False) for width in channels)
-        self.fusions = nn.ModuleList(FusionBlock(features, has_skip=index < 3) for index in range(4))
+        self.fusions = nn.ModuleList(FusionBlock(features, index < 3, rectified_skip) for index in range(4))
         self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
         self.output_conv2 = nn.Conv2d(features // 2, 32, 3, padding=1)
         self.output_conv3 = nn.Conv2d(32, out_channels, 1)

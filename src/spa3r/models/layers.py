@@ -40,6 +40,19 @@ class Mlp(nn.Module):
         return self.fc2(nn.functional.gelu(self.fc1(tokens)))
 
 
+class GatedMlp(nn.Module):
+    """SwiGLU: one Linear for gate and value, SiLU of the gate times the value, Linear."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int):
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, 2 * hidden_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        gate, value = self.fc1(tokens).chunk(2, dim=-1)
+        return self.fc2(nn.functional.silu(gate) * value)
+
+
 class Float32Module(nn.Module):
     """A module whose weights are never cast to half precision, which degrades poses; other dtypes are as usual."""
 
@@ -114,6 +127,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         layer_norm_eps: Epsilon of the two LayerNorms.
         qk_norm: Norm of each head's queries and keys.
         layer_scale: Initial value of a learned factor on each residual branch; None for no factor.
+        mlp: Class of the MLP.
     """
 
     def __init__(
@@ -125,12 +139,13 @@ class TransformerLayer(GradientCheckpointingLayer):
         layer_norm_eps: float,
         qk_norm: Literal["layer_norm", "rms_norm"] | None = None,
         layer_scale: float | None = None,
+        mlp: type[Mlp] | type[GatedMlp] = Mlp,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.attention = SelfAttention(config, hidden_size, num_attention_heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.mlp = Mlp(hidden_size, intermediate_size, hidden_size)
+        self.mlp = mlp(hidden_size, intermediate_size, hidden_size)
         self.layer_scale_init = layer_scale
         if layer_scale is None:
             self.layer_scale1 = self.layer_scale2 = 1.0

@@ -13,21 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers.utils import logging
 
 from spa3r.disk import write_whole
+
+logger = logging.get_logger(__name__)
 
 CARD = "README.md"
 
 LICENSES = {
     "facebook/VGGT-1B": "cc-by-nc-4.0",
     "facebook/VGGT-1B-Commercial": "other",
+    "depth-anything/DA3-SMALL": "apache-2.0",
+    "depth-anything/DA3-BASE": "apache-2.0",
+    "depth-anything/DA3-LARGE": "cc-by-nc-4.0",
+    "depth-anything/DA3-GIANT": "cc-by-nc-4.0",
     "hustvl/Spa3-VLM": "cc-by-nc-4.0",
     "facebook/dinov3-vitl16-pretrain-lvd1689m": "other",
 }
 """Licenses of the repositories whose weights a Spa3R usually contains."""
 
-STRICTNESS = ("cc-by-nc-4.0", "other")
-"""Strictest first: no commercial use at all, then custom terms."""
+STRICTNESS = ("cc-by-nc-4.0", "other", "apache-2.0")
+"""Strictest first: no commercial use at all, then custom terms, then any use."""
 
 GENERATED = (
     None,
@@ -57,6 +64,12 @@ processor = Spa3RImageProcessor(
     size=model.config.backbone_config.image_size, patch_size=model.config.patch_size
 )
 latents = model.encode(**processor(["photo_1.jpg", "photo_2.jpg"]))  # (scenes, latents, width)""",
+    "DepthAnything3Model": """\
+from spa3r import DepthAnything3Model, Spa3RImageProcessor
+
+model = DepthAnything3Model.from_pretrained("{name}")
+processor = Spa3RImageProcessor(size=model.config.image_size, patch_size=model.config.patch_size)
+cameras = model(**processor(["photo_1.jpg", "photo_2.jpg"]), output_cameras=True)""",
     "VggtModel": """\
 from spa3r import Spa3RImageProcessor, VggtModel
 
@@ -79,9 +92,17 @@ def parts_of(config: Any) -> list[str]:
 
 
 def license_of(names: Iterable[str]) -> str | None:
-    """The strictest license of some repositories; None if none is known to have a strict one."""
-    known = [LICENSES[name] for name in names if name in LICENSES]
-    return min(known, key=STRICTNESS.index, default=None)
+    """The strictest license of some repositories; None if it may be stricter than those that are known."""
+    licenses = [LICENSES.get(name) for name in names]
+    strictest = min((known for known in licenses if known is not None), key=STRICTNESS.index, default=None)
+    return None if strictest == "apache-2.0" and None in licenses else strictest
+
+
+def log_license(model: Any) -> None:
+    """Warn, once for each repository, that a loaded model holds weights that may not be used commercially."""
+    for name in dict.fromkeys([*parts_of(model.config), str(model.config.name_or_path)]):
+        if LICENSES.get(name) == "cc-by-nc-4.0" and not Path(name).exists():
+            logger.warning_once(f"The weights of {name} may not be used commercially (license: cc-by-nc-4.0).")
 
 
 def model_card(model: Any, name: str = "path/or/hub-id", training_data: Iterable[str] = ()) -> ModelCard:
@@ -100,7 +121,7 @@ def model_card(model: Any, name: str = "path/or/hub-id", training_data: Iterable
     source = str(model.config.name_or_path)
     if adapters and _HUB_ID.fullmatch(source) and not Path(source).exists():
         parts.insert(0, source)
-    license_id = license_of([*parts, source])
+    license_id = license_of([*parts, source] if source in LICENSES else parts)
     strict = next((part for part in [*parts, source] if LICENSES.get(part) == license_id), None)
     data = ModelCardData(
         library_name="spa3r",
@@ -117,18 +138,18 @@ def model_card(model: Any, name: str = "path/or/hub-id", training_data: Iterable
         "Spa3VLM": "A vision-language model whose image tokens are fused with the latents of a Spa3R, which it encodes "
         "from the same unposed photos.",
         "VggtModel": "A geometry backbone: tokens, cameras, depth and points of unposed photos.",
+        "DepthAnything3Model": "A geometry backbone: tokens, cameras and depth of photos, posed or not.",
     }.get(
         shown,
         "A Spa3R: it encodes unposed photos of a place into latents, and decodes the feature field of any camera.",
     )
     terms = {
         "cc-by-nc-4.0": "It contains weights that may not be used commercially.",
+        "apache-2.0": "The license of the weights that it was made from allows any use.",
         "other": "It contains weights under terms of their own. Read those of the base models.",
         None: "The license of the weights is not known: state it. Weights of VGGT-1B may not be used commercially.",
     }[license_id]
     use = _USE.get(model_class, _USE["Spa3RModel"]).format(name=name)
-    if (way := getattr(model, "quantization_method", None)) is not None:
-        about += f" Weights are quantized: loading it needs {getattr(way, 'value', way)}."
     if adapters:
         about = f"Adapters (PEFT) for a {shown}, which the example loads from where they were trained. {about}"
     lines = [f"# {shown}", "", about, "", "## How to use", "", "```python", use, "```", ""]

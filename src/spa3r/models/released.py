@@ -9,6 +9,7 @@ error. The tables of keys are in the models' own ``released_*.py``.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import zipfile
@@ -27,13 +28,23 @@ from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
 
 from spa3r.checkpoints import EMBEDDED
 
-Kind = Literal["vggt", "spa3r", "spa3-vlm"]
+Kind = Literal["vggt", "depth-anything-3", "spa3r", "spa3-vlm"]
 
-OUR_TYPES = ("vggt", "spa3r", "spa3_vlm")
+OUR_TYPES = ("vggt", "depth_anything_3", "spa3r", "spa3_vlm")
 """``model_type`` of checkpoints in our own layout."""
 
-DESCRIPTIONS: dict[Kind, str] = {"vggt": "a VGGT", "spa3r": "a Spa3R", "spa3-vlm": "a Spa3-VLM"}
-LOADERS: dict[Kind, str] = {"vggt": "VggtModel", "spa3r": "Spa3RModel", "spa3-vlm": "Spa3VLM"}
+DESCRIPTIONS: dict[Kind, str] = {
+    "vggt": "a VGGT",
+    "depth-anything-3": "a Depth Anything 3",
+    "spa3r": "a Spa3R",
+    "spa3-vlm": "a Spa3-VLM",
+}
+LOADERS: dict[Kind, str] = {
+    "vggt": "VggtModel",
+    "depth-anything-3": "DepthAnything3Model",
+    "spa3r": "Spa3RModel",
+    "spa3-vlm": "Spa3VLM",
+}
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 """Arguments of ``from_pretrained`` that also apply to parts that a checkpoint only refers to."""
@@ -44,6 +55,7 @@ WHERE = (*HUB_KWARGS, "revision", "subfolder")
 INDEX = "model.safetensors.index.json"
 CANDIDATES: dict[Kind, tuple[str, ...]] = {
     "vggt": ("model.safetensors", INDEX, "model.pt"),
+    "depth-anything-3": ("model.safetensors", INDEX),
     "spa3r": ("spa3r.ckpt", "spa3r.safetensors"),
     "spa3-vlm": ("model.safetensors", INDEX),
 }
@@ -97,6 +109,30 @@ def layer_rules(source: str, target: str) -> list[Rule]:
     ]
 
 
+def dense_head_rules(source: str, target: str) -> list[Rule]:
+    """The rules for a dense head."""
+    scratch = rf"{source}\.scratch"
+    return [
+        Rule(rf"{source}\.norm\.(weight|bias)", rf"{target}.norm.\1"),
+        Rule(rf"{source}\.projects\.(\d)\.(weight|bias)", rf"{target}.projections.\1.\2"),
+        Rule(rf"{source}\.resize_layers\.(\d)\.(weight|bias)", rf"{target}.resizers.\1.\2"),
+        Rule(rf"{scratch}\.layer([1-4])_rn\.weight", lambda m: f"{target}.laterals.{int(m[1]) - 1}.weight"),
+        Rule(
+            rf"{scratch}\.refinenet([1-4])\.resConfUnit(1|2)\.(conv1|conv2)\.(weight|bias)",
+            lambda m: f"{target}.fusions.{int(m[1]) - 1}.{'skip_unit' if m[2] == '1' else 'unit'}.{m[3]}.{m[4]}",
+        ),
+        Rule(
+            rf"{scratch}\.refinenet([1-4])\.out_conv\.(weight|bias)",
+            lambda m: f"{target}.fusions.{int(m[1]) - 1}.projection.{m[2]}",
+        ),
+        Rule(rf"{scratch}\.output_conv1\.(weight|bias)", rf"{target}.output_conv1.\1"),
+        Rule(
+            rf"{scratch}\.output_conv2\.(0|2)\.(weight|bias)",
+            lambda m: f"{target}.output_conv{2 if m[1] == '0' else 3}.{m[2]}",
+        ),
+    ]
+
+
 def translate(tensors: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, Tensor]:
     """Rename (and reshape) every tensor by the first rule whose pattern matches its whole key.
 
@@ -115,7 +151,7 @@ def translate(tensors: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, Ten
     if unknown:
         raise ValueError(
             f"The checkpoint has keys that the converter doesn't know: {quote_keys(unknown)}. It converts the released "
-            "VGGT-1B, spa3r.ckpt and spa3_vlm files; check that `kind` names the right one."
+            "VGGT-1B, Depth Anything 3, spa3r.ckpt and spa3_vlm files; check that `kind` names the right one."
         )
     return translated
 
@@ -126,6 +162,26 @@ def require(weights: Mapping[str, Tensor], *keys: str) -> None:
         raise ValueError(
             f"The checkpoint lacks keys (in our names): {quote_keys(missing)}. It is incomplete, or `kind` is wrong."
         )
+
+
+STEMS = (
+    (r"aggregator\.patch_embed\.patch_embed\.proj\.weight", r"aggregator\.patch_embed\.pos_embed"),
+    (r"backbone\.pretrained\.patch_embed\.proj\.weight", r"backbone\.pretrained\.pos_embed"),
+)
+"""The released backbones' keys of the patches' projection and of the position embedding."""
+
+
+def view_size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Side in pixels of the views, and of their patches, that a released checkpoint with a backbone was trained on."""
+    for stem in STEMS:
+        found = [next((key for key in tensors if re.search(rf"(^|\.){pattern}$", key)), None) for pattern in stem]
+        if found[0] is not None and found[1] is not None:
+            patch = tensors[found[0]].shape[-1]
+            return math.isqrt(tensors[found[1]].shape[1] - 1) * patch, patch
+    raise ValueError(
+        "The checkpoint lacks the patch embedding of a backbone, which gives the size of its views. It is incomplete: "
+        "download it again."
+    )
 
 
 def count_layers(weights: Mapping[str, Tensor], stack: str) -> int:
@@ -371,7 +427,8 @@ def find_released(
         kind = kind_of(_keys([path]))
         if kind is None:
             raise ValueError(
-                f"{path} is a file in an unknown layout, not a released one (VGGT-1B, spa3r.ckpt, spa3_vlm): its "
+                f"{path} is a file in an unknown layout, not a released one (VGGT-1B, Depth Anything 3, "
+                "spa3r.ckpt, spa3_vlm): its "
                 "keys are unknown. A checkpoint of this library is loaded by its folder."
             )
         found = iter([ReleasedCheckpoint(name, kind, (path,), Location(str(path.parent)))])
@@ -451,4 +508,6 @@ def kind_of(keys: Sequence[str]) -> Kind | None:
         return "spa3r"
     if any(name.startswith("aggregator.") for name in names):
         return "vggt"
+    if any(name.startswith("backbone.pretrained.") for name in names):
+        return "depth-anything-3"
     return None

@@ -23,7 +23,7 @@ from transformers.utils import TensorType
 from spa3r.checkpoints import resolve
 from spa3r.checks import check_count, is_count, shorten
 from spa3r.media.images import Image, flattened, is_batch, to_rgb
-from spa3r.models.released import HUB_KWARGS, WHERE, ReleasedCheckpoint, find_adapter, find_released
+from spa3r.models.released import HUB_KWARGS, WHERE, ReleasedCheckpoint, find_adapter, find_released, view_size
 from spa3r.models.spa3_vlm.messages import Conversations, check_conversations, is_batch_of_conversations, special_texts
 from spa3r.models.spa3_vlm.videos import (
     CALL_OPTIONS,
@@ -36,7 +36,6 @@ from spa3r.models.spa3_vlm.videos import (
     places_of,
 )
 from spa3r.models.spa3r.image_processing_spa3r import Spa3RImageProcessor, ViewBatch
-from spa3r.models.vggt.released_vggt import view_size
 
 VLM_FOLDER = "vlm_processor"
 """Subfolder of a saved processor for the VLM's own files."""

@@ -22,8 +22,7 @@ from spa3r.checks import check_channels, check_count, is_count, shorten
 from spa3r.media.files import describe
 from spa3r.media.images import Image, as_scenes, to_rgb
 from spa3r.media.resampling import FILTERS, resize_rows
-from spa3r.models.released import WHERE, Kind, find_released
-from spa3r.models.vggt.released_vggt import view_size
+from spa3r.models.released import WHERE, Kind, find_released, view_size
 
 Mode = Literal["crop", "pad", "pretraining"]
 """How a picture is converted to a view, see :class:`Spa3RImageProcessor`."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from spa3r.models.released import Rule, count_layers, layer_rules, own_fields, require, translate
+from spa3r.models.released import Rule, count_layers, dense_head_rules, layer_rules, own_fields, require, translate
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 
 VGGT_RULES = [
@@ -33,28 +32,10 @@ VGGT_RULES = [
     Rule(r"camera_head\.embed_pose\.(weight|bias)", r"camera_head.pose_embedding.\1"),
     Rule(r"camera_head\.poseLN_modulation\.1\.(weight|bias)", r"camera_head.modulation.\1"),
     Rule(r"camera_head\.pose_branch\.(fc1|fc2)\.(weight|bias)", r"camera_head.output.\1.\2"),
-    Rule(r"(depth|point)_head\.norm\.(weight|bias)", r"\1_head.norm.\2"),
-    Rule(r"(depth|point)_head\.projects\.(\d)\.(weight|bias)", r"\1_head.projections.\2.\3"),
-    Rule(r"(depth|point)_head\.resize_layers\.(\d)\.(weight|bias)", r"\1_head.resizers.\2.\3"),
-    Rule(
-        r"(depth|point)_head\.scratch\.layer([1-4])_rn\.weight",
-        lambda m: f"{m[1]}_head.laterals.{int(m[2]) - 1}.weight",
-    ),
-    Rule(
-        r"(depth|point)_head\.scratch\.refinenet([1-4])\.resConfUnit(1|2)\.(conv1|conv2)\.(weight|bias)",
-        lambda m: f"{m[1]}_head.fusions.{int(m[2]) - 1}.{'skip_unit' if m[3] == '1' else 'unit'}.{m[4]}.{m[5]}",
-    ),
-    Rule(
-        r"(depth|point)_head\.scratch\.refinenet([1-4])\.out_conv\.(weight|bias)",
-        lambda m: f"{m[1]}_head.fusions.{int(m[2]) - 1}.projection.{m[3]}",
-    ),
-    Rule(r"(depth|point)_head\.scratch\.output_conv1\.(weight|bias)", r"\1_head.output_conv1.\2"),
-    Rule(
-        r"(depth|point)_head\.scratch\.output_conv2\.(0|2)\.(weight|bias)",
-        lambda m: f"{m[1]}_head.output_conv{2 if m[2] == '0' else 3}.{m[3]}",
-    ),
+    *dense_head_rules("depth_head", "depth_head"),
+    *dense_head_rules("point_head", "point_head"),
     Rule(r"track_head\..*", None),  # point tracking is not used by the method
-]  # fmt: skip
+]
 
 
 def translate_vggt(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> tuple[dict[str, Tensor], VggtConfig]:
@@ -69,20 +50,6 @@ def translate_vggt(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> 
     """
     weights = translate(tensors, VGGT_RULES)
     return weights, vggt_config(weights, fields)
-
-
-def view_size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Side in pixels of the views, and of their patches, that a released checkpoint with a VGGT was trained on."""
-    of_view = (VGGT_RULES[0].pattern, VGGT_RULES[2].pattern)
-    keys = {pattern: [key for key in tensors if re.search(rf"(^|\.){pattern}$", key)] for pattern in of_view}
-    if not all(keys.values()):
-        raise ValueError(
-            "The checkpoint lacks the patch embedding of a VGGT (aggregator.patch_embed), which gives the size of its "
-            "views. It is incomplete: download it again."
-        )
-    kernel, positions = (tensors[found[0]] for found in keys.values())
-    patch = kernel.shape[-1]
-    return math.isqrt(positions.shape[1] - 1) * patch, patch
 
 
 def vggt_config(weights: Mapping[str, Tensor], fields: Mapping[str, Any]) -> VggtConfig:
