@@ -1,4 +1,4 @@
-"""Weights that are offloaded, and weights that must not be quantized: results, fingerprints and files stay right."""
+"""Weights that are offloaded: results, fingerprints and files stay right."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +7,7 @@ import accelerate
 import pytest
 import torch
 from tiny_spa3_vlm import PICTURES, QUESTIONS, Composed, make, prompt
-from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText
 
 from spa3r import Spa3RModel, Spa3VLM, VggtModel
 from spa3r.models.spa3_vlm.fingerprints import model_fingerprint
@@ -33,11 +32,13 @@ CPU = {"vlm": "cpu", "adapter": "cpu", "spa3r": "cpu"}
     [
         pytest.param(CPU | {"spa3r": "disk"}, marks=pytest.mark.slow),
         pytest.param(CPU | {"adapter": "disk"}, marks=pytest.mark.slow),
+        pytest.param(CPU | {"vlm": "disk"}, marks=pytest.mark.slow),
+        pytest.param(CPU | {"vlm": "disk", "spa3r": "disk"}, marks=pytest.mark.slow),
         {"vlm.model.visual": "disk", "vlm.model.language_model": "cpu", "vlm.lm_head": "cpu"} | CPU,
         {"spa3r.backbone": "disk", "spa3r.encoder": "cpu", "spa3r.decoder": "cpu", "spa3r": "cpu"} | CPU,
         pytest.param({"": "disk"}, marks=pytest.mark.slow),
     ],
-    ids=["spa3r", "adapter", "vision", "backbone", "everything"],
+    ids=["spa3r", "adapter", "vlm", "both", "vision", "backbone", "everything"],
 )
 @torch.no_grad()
 def test_any_part_can_be_offloaded(embedded, places, tmp_path):
@@ -142,58 +143,6 @@ def test_an_offloaded_vlm_takes_a_spa3r_and_leaves_it_whole(embedded, disk, tmp_
     both = Spa3VLM.from_vlm_and_spa3r(vlm, offloaded)
     both.adapter.load_state_dict(composed.model.adapter.state_dict())
     torch.testing.assert_close(both(**inputs).logits, wanted)
-
-
-# Quantization ---------------------------------------------------------------------------------------------------------
-
-
-def quantized_parts(model: nn.Module) -> set[str]:
-    kinds = ("Linear4bit", "Linear8bitLt")
-    return {name.partition(".")[0] for name, module in model.named_modules() if type(module).__name__ in kinds}
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("skip", [None, ["lm_head"]])
-def test_only_the_vlm_is_quantized(embedded, bits, skip):
-    composed, folder = embedded
-    given = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=skip)
-    model = Spa3VLM.from_pretrained(folder, quantization_config=given)
-    assert quantized_parts(model) == {"vlm"} and given.llm_int8_skip_modules == skip
-    assert type(model.get_output_embeddings()) is nn.Linear
-    for part in ("spa3r", "adapter"):
-        wanted = getattr(composed.model, part).state_dict()
-        assert all(torch.equal(value, wanted[name]) for name, value in getattr(model, part).state_dict().items()), part
-    assert model(**prompt(composed)).logits.isfinite().all()
-
-
-def test_a_vlm_is_quantized_while_it_is_combined(embedded, tmp_path):
-    composed, folder = embedded
-    spa3r = copy.deepcopy(composed.model.spa3r)
-    model = Spa3VLM.from_vlm_and_spa3r(f"{folder}/vlm", spa3r, quantization_config={"load_in_4bit": True})
-    assert quantized_parts(model) == {"vlm"}
-    appends = Spa3VLM.from_vlm_and_spa3r(composed.model.vlm, spa3r, integration="append")
-    appends.save_pretrained(tmp_path)
-    again = Spa3VLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
-    assert quantized_parts(again) == {"vlm"} and type(again.adapter.projector.fc1) is nn.Linear
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_camera_head_of_a_geometry_model_is_never_quantized(embedded, bits, tmp_path):
-    given = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
-    spa3r = Spa3RModel.from_pretrained("embedded", quantization_config=given)
-    Spa3RModel.from_pretrained("embedded").backbone.save_pretrained(tmp_path)
-    vggt = VggtModel.from_pretrained(tmp_path, quantization_config=given)
-    for model, head in ((spa3r, spa3r.backbone.camera_head), (vggt, vggt.camera_head)):
-        assert quantized_parts(model) and not quantized_parts(head)
-        assert {parameter.dtype for parameter in head.parameters()} == {torch.float32}
-
-
-def test_quantizations_that_can_leave_nothing_out_are_refused(embedded):
-    class Whole:
-        pass
-
-    with pytest.raises(ValueError, match=r"must be one that can leave modules out .*, got Whole, and 'spa3r'"):
-        Spa3VLM.from_pretrained(embedded[1], quantization_config=Whole())
 
 
 # Forms of output ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.quantizers import AutoQuantizationConfig
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -28,6 +25,7 @@ from spa3r.models.attention import check_attention_implementation
 from spa3r.models.layers import TransformerLayer
 from spa3r.models.model_card import CARD, is_own_card, log_license, write_model_card
 from spa3r.models.placement import execution_device
+from spa3r.models.quantization import plain_tensors, saved_keys, without_quantizing
 from spa3r.models.released import (
     HUB_KWARGS,
     WHERE,
@@ -87,42 +85,13 @@ UNSUPPORTED_OUTPUTS = {
 }
 
 
-def without_quantizing(
-    quantization_config: Any, skipped: Sequence[str], model_class: type[PreTrainedModel], config: PreTrainedConfig
-) -> Any:
-    """A copy of a quantization configuration that excludes some modules.
-
-    Args:
-        quantization_config: A configuration of transformers, or its fields.
-        skipped: Regular expressions, matched from the start of a module's path.
-        model_class: The model class; modules that transformers itself would skip stay skipped.
-        config: The model's configuration.
-    """
-    if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-    changed = copy.deepcopy(quantization_config)
-    field = next((name for name in SKIP_FIELDS if hasattr(changed, name)), None)
-    if field is None:
-        raise ValueError(
-            f"`quantization_config` must be one that can leave modules out ({', '.join(SKIP_FIELDS)}), got "
-            f"{type(changed).__name__}, and {', '.join(map(repr, skipped))} must not be quantized. Use "
-            "BitsAndBytesConfig, for example."
-        )
-    chosen = getattr(changed, field)
-    if chosen is None:  # otherwise our list would replace transformers' default, such as the LM head
-        with torch.device("meta"):
-            chosen = get_keys_to_not_convert(model_class(copy.deepcopy(config)))
-    setattr(changed, field, [*chosen, *(name for name in skipped if name not in chosen)])
-    return changed
-
-
-SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-"""Names that quantization configurations use for the list of excluded modules."""
-
-
 def nonfinite_tensors(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of floating-point tensors that contain NaN or infinity; for sharded ones, in this process's shard."""
-    named = [(name, value.detach()) for name, value in named if value.is_floating_point() and not value.is_meta]
+    named = [
+        (name, value.detach())
+        for name, value in plain_tensors(named)
+        if value.is_floating_point() and not value.is_meta
+    ]
     parts = [to_local() if (to_local := getattr(value, "to_local", None)) else value for _, value in named]
     if not parts:
         return []
@@ -472,13 +441,21 @@ def _named(name: str | Path | None) -> str:
     return "" if name is None else f" {name}"
 
 
-def save_without(save: Callable, model: nn.Module, left_out: Sequence[str], *args: Any, **kwargs: Any) -> None:
+def save_without(save: Callable, model: PreTrainedModel, left_out: Sequence[str], *args: Any, **kwargs: Any) -> None:
     """Call `save` (``save_pretrained`` of `model`'s base class) without the parameters under some paths."""
-    if left_out:
-        state_dict = kwargs.pop("state_dict", None) or model.state_dict()
-        prefixes = tuple(f"{path}." for path in left_out)
-        kwargs["state_dict"] = {key: value for key, value in state_dict.items() if not key.startswith(prefixes)}
-    save(*args, **kwargs)
+    if not left_out:
+        save(*args, **kwargs)
+        return
+    keys = saved_keys(model, kwargs.get("state_dict"))
+    before, prefixes = model._keys_to_ignore_on_save, tuple(f"{path}." for path in left_out)
+    # Not a shorter state dict: transformers makes that of a quantized model itself.
+    model._keys_to_ignore_on_save = [*(before or ()), *(key for key in keys if key.startswith(prefixes))]
+    if kwargs.get("state_dict") is not None:
+        kwargs["state_dict"] = dict(kwargs["state_dict"])  # transformers removes these keys from it
+    try:
+        save(*args, **kwargs)
+    finally:
+        model._keys_to_ignore_on_save = before
 
 
 def _unreadable_file(name_or_path: str | Path | None) -> str:

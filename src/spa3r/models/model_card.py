@@ -150,6 +150,8 @@ def model_card(model: Any, name: str = "path/or/hub-id", training_data: Iterable
         None: "The license of the weights is not known: state it. Weights of VGGT-1B may not be used commercially.",
     }[license_id]
     use = _USE.get(model_class, _USE["Spa3RModel"]).format(name=name)
+    if (way := getattr(model, "quantization_method", None)) is not None:
+        about += f" Weights are quantized: loading it needs {getattr(way, 'value', way)}."
     if adapters:
         about = f"Adapters (PEFT) for a {shown}, which the example loads from where they were trained. {about}"
     lines = [f"# {shown}", "", about, "", "## How to use", "", "```python", use, "```", ""]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from spa3r.models.placement import full_state_dict
+from spa3r.models.quantization import plain_tensors
 from spa3r.models.spa3_vlm.processing_spa3_vlm import TOKENIZING
 
 SAMPLES = 16
@@ -45,9 +46,10 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     names, adapters = _acting(model)
     digest.update(canonical_json(adapters))
     acting: dict[str, Tensor] = {}
-    for name, tensor in full_state_dict(model).items():
-        if (name := names.get(name, name)) is not None:
-            acting.setdefault(name, tensor)
+    for key, tensor in full_state_dict(model).items():
+        if (name := names.get(key, key)) is not None:
+            for part, values in plain_tensors([(name, tensor)]):
+                acting.setdefault(part, values)
     samples: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in acting.items():
         if tensor.device.type != "meta" and tensor.numel():

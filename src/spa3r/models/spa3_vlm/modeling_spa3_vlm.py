@@ -54,6 +54,7 @@ from spa3r.models.configuration_base import check_foreign_sizes
 from spa3r.models.layers import Mlp
 from spa3r.models.packing import ViewLayout, as_list, check_tensor, whole_numbers
 from spa3r.models.placement import execution_device, is_offloaded
+from spa3r.models.quantization import adopt_quantization
 from spa3r.models.released import ReleasedCheckpoint
 from spa3r.models.spa3_vlm.asking import ask, encode_scene
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
@@ -376,6 +377,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             places = {f"vlm.{path}" if path else "vlm": place for path, place in placed.items()}
             places |= {part: device for part in ("spa3r", "adapter") if getattr(model, part) is not None}
             model.hf_device_map = places  # ty: ignore[invalid-assignment]  # no parameter or module
+        adopt_quantization(model)
         return model.eval()
 
     @classmethod
