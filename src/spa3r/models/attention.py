@@ -36,7 +36,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from spa3r.models.packing import to_device
+from spa3r.models.packing import spans, to_device
 
 logger = logging.get_logger(__name__)
 
@@ -75,8 +75,8 @@ class Segments:
 
     @property
     def keys_are_packed(self) -> bool:
-        """Whether the key ranges are consecutive from 0, so that the keys need no gathering."""
-        starts = accumulate(self.key_lengths, initial=0)
+        """Whether the key ranges follow each other, so that the keys need no copy."""
+        starts = accumulate(self.key_lengths, initial=self.key_ranges[0][0])
         return all(start == expected for (start, _), expected in zip(self.key_ranges, starts))
 
     @property
@@ -95,8 +95,63 @@ class Segments:
     def gather_keys(self, keys: Tensor) -> Tensor:  # (Sk, ...) -> (sum of key lengths, ...)
         """The keys of all segments, concatenated; copied only if ranges overlap or skip keys."""
         if self.keys_are_packed:
-            return keys
+            start, total = self.key_ranges[0][0], sum(self.key_lengths)
+            return keys if total == len(keys) else keys[start : start + total]
         return torch.cat([keys[start : start + length] for start, length in self.key_ranges])
+
+    def parts(self, rows: int) -> tuple[tuple[int, int, Segments], ...]:
+        """Split self-attention into consecutive parts that attend only to themselves.
+
+        Args:
+            rows: Parts are joined up to this number of tokens; a longer part is one that can't be split.
+
+        Returns:
+            (start, stop, segments) of each part; key ranges count from the part's start.
+        """
+        return _parts(self, rows)
+
+    def query_chunks(self, rows: int) -> tuple[tuple[int, int, Segments], ...]:
+        """Split each segment's queries into chunks of at most `rows`, which attend to the same keys.
+
+        Returns:
+            (start, stop, segments) of each chunk.
+        """
+        starts = accumulate(self.query_lengths, initial=0)
+        return tuple(
+            (first + start, first + stop, Segments((stop - start,), (keys,)))
+            for first, length, keys in zip(starts, self.query_lengths, self.key_ranges)
+            for start, stop in spans(length, rows)
+        )
+
+
+@lru_cache(maxsize=128)
+def _parts(segments: Segments, rows: int) -> tuple[tuple[int, int, Segments], ...]:
+    bounds = [0, *accumulate(segments.query_lengths)]
+    closed: list[tuple[int, int]] = []  # segments (first, last + 1) of the shortest parts
+    first, reach = 0, 0
+    for index, (start, length) in enumerate(segments.key_ranges):
+        reach = max(reach, start + length)
+        while closed and start < bounds[first]:  # it attends to earlier parts: join them
+            first = closed.pop()[0]
+        if reach <= bounds[index + 1]:
+            closed.append((first, index + 1))
+            first = index + 1
+    joined: list[tuple[int, int]] = []
+    for first, last in closed:
+        if joined and bounds[last] - bounds[joined[-1][0]] <= rows:
+            first = joined.pop()[0]
+        joined.append((first, last))
+    return tuple(
+        (
+            bounds[first],
+            bounds[last],
+            Segments(
+                segments.query_lengths[first:last],
+                tuple((start - bounds[first], length) for start, length in segments.key_ranges[first:last]),
+            ),
+        )
+        for first, last in joined
+    )
 
 
 class AttentionModule(Protocol):
@@ -155,19 +210,25 @@ def _grouped_attention(
 
     if segments.is_uniform:
         batch = len(segments.query_lengths)
-        return call(*(tensor.unflatten(0, (batch, -1)) for tensor in (query, key, value))).flatten(0, 1)
+        tensors = (query, segments.gather_keys(key), segments.gather_keys(value))
+        return call(*(tensor.unflatten(0, (batch, -1)) for tensor in tensors)).flatten(0, 1)
 
     queries = query.split(segments.query_lengths)
     outputs: list[Tensor] = [query] * len(queries)
     for indices in segments.groups:
         ranges = [segments.key_ranges[i] for i in indices]
         group = call(
-            torch.stack([queries[i] for i in indices]),
-            *(torch.stack([kv[start : start + length] for start, length in ranges]) for kv in (key, value)),
+            _stack([queries[i] for i in indices]),
+            *(_stack([kv[start : start + length] for start, length in ranges]) for kv in (key, value)),
         )
         for i, output in zip(indices, group):
             outputs[i] = output
     return torch.cat(outputs)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.stack`` that doesn't copy a single tensor."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
 def eager_attention_forward(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from spa3r.models.configuration_backbone import BackboneConfig
 from spa3r.models.packing import ViewLayout
 
-DPT_PATCHES_AT_ONCE = 8 * 37 * 28
-"""Patches per batch of a dense head, those of eight views of 518 x 392; limits its memory."""
+DPT_PATCHES_AT_ONCE = 37 * 37
+"""Patches per batch of a dense head, those of a view of 518 x 518; limits its memory."""
 
 
 class ResidualUnit(nn.Module):
@@ -118,7 +118,7 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:  # (B, c, h, w) -> (
 def _add_position_embedding(
     maps: Tensor, image_hw: tuple[int, int], angles_dtype: torch.dtype
 ) -> Tensor:  # (B, c, h, w) -> the same
-    """Add 0.1 x the sine-cosine embedding of each cell's position in the picture, whose diagonal has length 2."""
+    """Add, in place, 0.1 x the sine-cosine embedding of each cell's position in the picture of diagonal 2."""
     channels, height, width = maps.shape[1:]
     aspect = image_hw[1] / image_hw[0]
     diagonal = (aspect**2 + 1) ** 0.5
@@ -132,6 +132,10 @@ def _add_position_embedding(
         angles = places[:, None] * 100.0**-exponents
         return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
-    columns = embed(aspect / diagonal, width)[None].expand(height, -1, -1)
-    rows = embed(1 / diagonal, height)[:, None].expand(-1, width, -1)
-    return maps + 0.1 * torch.cat([columns, rows], dim=-1).permute(2, 0, 1).to(maps.device, maps.dtype)
+    def angles_of(span: float, count: int) -> Tensor:  # -> (c / 2, count)
+        return (0.1 * embed(span, count)).t().to(maps.device, maps.dtype)
+
+    half = channels // 2  # in place, since a copy at the size of pictures is large
+    maps[:, :half] += angles_of(aspect / diagonal, width)[:, None]
+    maps[:, half:] += angles_of(1 / diagonal, height)[:, :, None]
+    return maps

@@ -38,6 +38,10 @@ class RotaryEncoding:
         cos, sin = angles.cos(), angles.sin()
         return cls(torch.cat([cos, cos], -1).flatten(1)[:, None], torch.cat([-sin, sin], -1).flatten(1)[:, None])
 
+    def rows(self, start: int, stop: int) -> RotaryEncoding:
+        """The encoding of some consecutive tokens."""
+        return RotaryEncoding(self.cos[start:stop], self.sin[start:stop])
+
     def encode(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each (S, heads, head_dim) -> the same shapes."""
         return self._rotate(query), self._rotate(key), value
@@ -81,6 +85,11 @@ class ProjectiveEncoding:
         exponents = torch.arange(eighth, device=positions.device, dtype=torch.float32) / eighth
         angles = positions.float().flip(-1)[:, :, None] * base**-exponents  # (S, 2, head_dim / 8): x, then y
         return cls(projection, inverse, angles.cos().flatten(1)[:, None], angles.sin().flatten(1)[:, None])
+
+    def rows(self, start: int, stop: int) -> ProjectiveEncoding:
+        """The encoding of some consecutive tokens."""
+        parts = (self.projection, self.inverse, self.cos, self.sin)
+        return ProjectiveEncoding(*(part[start:stop] for part in parts))
 
     def encode(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each (S, heads, head_dim) -> the same shapes: q by P^T, k and v by P^-1, all rotated."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -12,9 +13,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spa3r.models.attention import Segments, packed_attention
 from spa3r.models.global_attention import Approximation
+from spa3r.models.packing import join_rows, spans
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 """Epsilon of the released models' RMSNorms; set explicitly, since PyTorch's default depends on the input's dtype."""
+
+CPU_CHUNK_BYTES, CHUNK_BYTES = 2**25, 2**28
+"""Size of the MLP's inner activation of one chunk of tokens in inference, on a CPU and on other devices, which need
+more work at a time to be busy."""
+
+
+def rows_at_once(intermediate_size: int, tokens: Tensor) -> int:
+    """Tokens of one chunk in inference, for an MLP of this inner size."""
+    size = CPU_CHUNK_BYTES if tokens.device.type == "cpu" else CHUNK_BYTES
+    return max(1, size // (intermediate_size * tokens.element_size()))
 
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -22,6 +34,8 @@ HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 class PositionEncoding(Protocol):
     """Common interface of the encodings of :mod:`spa3r.models.encodings`."""
+
+    def rows(self, start: int, stop: int) -> Self: ...
 
     def encode(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -106,18 +120,28 @@ class SelfAttention(nn.Module):
         positions: PositionEncoding | None,
         approximation: Approximation | None = None,
     ) -> Tensor:  # (S, C) -> (S, C)
-        query, key, value = self.qkv(tokens).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (S, heads, head_dim)
+        query, key, value = self.project(tokens, positions)
+        return self.output((approximation or packed_attention)(self, query, key, value, segments), positions)
+
+    def project(
+        self, tokens: Tensor, positions: PositionEncoding | None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (S, C) -> queries, keys, values, each (S, heads, head_dim)
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        return (query, key, value) if positions is None else positions.encode(query, key, value)
+
+    def output(self, attended: Tensor, positions: PositionEncoding | None) -> Tensor:
+        """The attention's result (S, heads, head_dim) -> (S, C)."""
         if positions is not None:
-            query, key, value = positions.encode(query, key, value)
-        output = (approximation or packed_attention)(self, query, key, value, segments)
-        if positions is not None:
-            output = positions.decode(output)
-        return self.proj(output.flatten(-2))
+            attended = positions.decode(attended)
+        return self.proj(attended.flatten(-2))
 
 
 class TransformerLayer(GradientCheckpointingLayer):
     """Pre-norm attention and MLP with residuals.
+
+    Without gradients, a long sequence passes in chunks of rows: of a layer's intermediate results only queries, keys
+    and values are held for the whole of a scene, and no attention scores.
 
     Args:
         config: The model's configuration; its ``_attn_implementation`` selects the attention back end.
@@ -146,6 +170,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.attention = SelfAttention(config, hidden_size, num_attention_heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.mlp = mlp(hidden_size, intermediate_size, hidden_size)
+        self.intermediate_size = intermediate_size
         self.layer_scale_init = layer_scale
         if layer_scale is None:
             self.layer_scale1 = self.layer_scale2 = 1.0
@@ -161,7 +186,63 @@ class TransformerLayer(GradientCheckpointingLayer):
         positions: PositionEncoding | None = None,
         approximation: Approximation | None = None,
     ) -> Tensor:  # (S, C) -> (S, C)
+        rows = rows_at_once(self.intermediate_size, tokens)
+        if torch.is_grad_enabled() or len(tokens) <= rows or torch.compiler.is_compiling():
+            return self._at_once(tokens, segments, positions, approximation)
+        if approximation is not None:  # it is planned for the whole sequence
+            return self._in_chunks(tokens, segments, positions, approximation, rows)
+
+        def outputs() -> Iterator[tuple[Tensor]]:
+            for first, last, part in segments.parts(rows):
+                run = self._at_once if last - first <= rows else functools.partial(self._in_chunks, rows=rows)
+                yield (run(tokens[first:last], part, None if positions is None else positions.rows(first, last), None),)
+
+        return join_rows(outputs(), len(tokens))[0]
+
+    def _at_once(
+        self,
+        tokens: Tensor,
+        segments: Segments,
+        positions: PositionEncoding | None,
+        approximation: Approximation | None,
+    ) -> Tensor:  # (S, C) -> (S, C)
         attended = self.attention(self.norm1(tokens), segments, positions, approximation)
+        return self._add_branches(tokens, attended)
+
+    def _in_chunks(
+        self,
+        tokens: Tensor,
+        segments: Segments,
+        positions: PositionEncoding | None,
+        approximation: Approximation | None,
+        rows: int,
+    ) -> Tensor:  # (S, C) -> (S, C)
+        """The same without gradients: queries, keys and values are held, all else is computed for `rows` at a time."""
+
+        def encoding(start: int, stop: int) -> PositionEncoding | None:
+            return None if positions is None else positions.rows(start, stop)
+
+        query, key, value = join_rows(
+            (
+                self.attention.project(self.norm1(tokens[start:stop]), encoding(start, stop))
+                for start, stop in spans(len(tokens), rows)
+            ),
+            len(tokens),
+        )
+        whole = None if approximation is None else approximation(self.attention, query, key, value, segments)
+        outputs = query.flatten(-2)  # outputs take the place of queries that are not needed any more
+        for start, stop, own in segments.query_chunks(rows):
+            if whole is None:
+                attended = packed_attention(self.attention, query[start:stop], key, value, own)
+            else:
+                attended = whole[start:stop]
+            output = self._add_branches(tokens[start:stop], self.attention.output(attended, encoding(start, stop)))
+            if outputs.dtype != output.dtype:  # under autocast
+                outputs = torch.empty_like(tokens, dtype=output.dtype)
+            outputs[start:stop] = output
+        return outputs
+
+    def _add_branches(self, tokens: Tensor, attended: Tensor) -> Tensor:  # (S, C), (S, C) -> (S, C)
         tokens = tokens + self.layer_scale1 * attended
         return tokens + self.layer_scale2 * self.mlp(self.norm2(tokens))
 

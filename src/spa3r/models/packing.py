@@ -267,6 +267,31 @@ def as_list(values: Any) -> list:
     return list(values) if isinstance(values, Sequence) else [values]
 
 
+def spans(length: int, at_most: int) -> list[tuple[int, int]]:
+    """(start, stop) of spans of `at_most` that cover `length`; the last may be shorter."""
+    return [(start, min(start + at_most, length)) for start in range(0, length, at_most)]
+
+
+def join_rows(blocks: Iterable[tuple[Tensor, ...]], rows: int) -> tuple[Tensor, ...]:
+    """Concatenate tuples of tensors row by row, as the blocks are made: they are never all held at once.
+
+    Args:
+        blocks: Tuples of tensors, all with the same number of rows within a tuple.
+        rows: Rows of all blocks together.
+    """
+    whole: tuple[Tensor, ...] = ()
+    start = 0
+    for block in blocks:
+        stop = start + len(block[0])
+        if stop - start == rows:
+            return block
+        whole = whole or tuple(part.new_empty(rows, *part.shape[1:]) for part in block)
+        for target, part in zip(whole, block):
+            target[start:stop] = part
+        start = stop
+    return whole
+
+
 def select_rows(rows: Tensor, lengths: Sequence[int], views: Sequence[int]) -> Tensor:
     """The rows of some views of a packed tensor, in the given order; `lengths` is the number of rows of each view."""
     parts = rows.split(list(lengths))

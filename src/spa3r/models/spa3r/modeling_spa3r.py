@@ -23,6 +23,7 @@ from spa3r.models.attention import Segments
 from spa3r.models.backbone import BackboneOutput
 from spa3r.models.base import PackedPreTrainedModel, check_finite, packed_forward, save_without, split_hub_kwargs
 from spa3r.models.cameras import camera_rays, check_cameras, pluecker_rays, relative_to_first_view
+from spa3r.models.cost import naming_what_fits
 from spa3r.models.encodings import ProjectiveEncoding, RotaryEncoding, projection_matrices
 from spa3r.models.layers import Mlp, make_layers
 from spa3r.models.packing import ViewLayout, as_list, check_tensor, prepend_tokens, select_rows, split_prefix, to_device
@@ -122,10 +123,10 @@ class Spa3REncoder(nn.Module):
     def forward(self, features: Tensor, layout: ViewLayout) -> Tensor:  # (sum of N, 2C) -> (scenes, L, D)
         scenes = len(layout.views_per_scene)
         patches_per_scene = layout.per_scene(layout.patches_per_view)
-        patches = self.input_projection(features.to(self.norm.weight.dtype))
+        tokens = self.input_projection(features.to(self.norm.weight.dtype))
         prefix = torch.cat([self.register_tokens, self.query_tokens], dim=1).expand(scenes, -1, -1)
-        tokens = prepend_tokens(prefix.to(patches.dtype), patches, patches_per_scene)
-        rotary = _rotary_encoding(self.config, layout, prefix.shape[1], patches_per_scene, patches.device)
+        tokens = prepend_tokens(prefix.to(tokens.dtype), tokens, patches_per_scene)
+        rotary = _rotary_encoding(self.config, layout, prefix.shape[1], patches_per_scene, tokens.device)
         segments = Segments.within([prefix.shape[1] + count for count in patches_per_scene])
         for layer in self.layers:
             tokens = layer(tokens, segments, rotary)
@@ -419,7 +420,8 @@ class Spa3RModel(Spa3RPreTrainedModel):
     ) -> Tensor:  # -> (scenes, L, D)
         """:meth:`encode` without checking the result: training skips steps that are not finite."""
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
-        return self.encoder(self._run_backbone(view_pixel_values, layout)[0], layout)
+        with naming_what_fits(self, layout):
+            return self.encoder(self._run_backbone(view_pixel_values, layout)[0], layout)
 
     def backbone_features(
         self,
@@ -445,7 +447,8 @@ class Spa3RModel(Spa3RPreTrainedModel):
     ) -> Tensor:  # -> (sum of N, 2C)
         """:meth:`backbone_features` without checking the result."""
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
-        return self._run_backbone(view_pixel_values, layout)[0]
+        with naming_what_fits(self, layout):
+            return self._run_backbone(view_pixel_values, layout)[0]
 
     def decode(
         self,
@@ -509,7 +512,8 @@ class Spa3RModel(Spa3RPreTrainedModel):
     def _run_backbone(
         self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs: Any
     ) -> tuple[Tensor, BackboneOutput]:
-        """The last layer's patch features (sum of N, 2C), and the backbone's whole output. Always without gradients."""
+        """The last layer's patch features (sum of N, 2C), and the backbone's output without tokens, which would hold
+        the features twice. Always without gradients."""
         if self.backbone is None:
             raise ValueError(
                 f"This {type(self).__name__} has no backbone: its configuration names "
@@ -518,7 +522,8 @@ class Spa3RModel(Spa3RPreTrainedModel):
         self.backbone.check_device("view_pixel_values", view_pixel_values)
         with torch.no_grad():
             output = self.backbone.forward_layout(view_pixel_values, layout, **kwargs)
-            return self.backbone.patch_tokens(output.tokens[0], layout), output
+            (tokens,), output.tokens = output.tokens, ()
+            return self.backbone.patch_tokens(tokens, layout), output
 
 
 class Spa3RForPreTraining(Spa3RPreTrainedModel):

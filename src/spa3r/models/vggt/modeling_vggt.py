@@ -1,6 +1,7 @@
 """VGGT on packed views: patch embedding, alternating frame and global attention, camera, depth and point heads.
 
-Two memory savings over the original: only requested layers are kept, and the dense heads process a few views at a time.
+Memory savings over the original: only requested layers are kept, layers run in chunks of tokens (see
+:class:`~spa3r.models.layers.TransformerLayer`), and the dense heads process few views at a time.
 """
 
 from __future__ import annotations
@@ -158,27 +159,28 @@ class VggtModel(BackbonePreTrainedModel):
     ) -> dict[int, Tensor]:
         """The tokens of the requested layers; those of other layers are not kept."""
         patches = self.patch_embedding(view_pixel_values, layout)
+        lengths = [self.num_special_tokens + count for count in layout.patches_per_view]
+        view_segments = Segments.within(lengths)
+        scene_segments = global_segments(layout, lengths, context_views)
+        approximation = self._approximation(scene_segments, lengths, patches, layout)
         special = torch.cat([self.camera_token, self.register_token], dim=2)[0]  # (first view | others, 5, C)
         first_views = set(layout.first_views)
         is_first = to_device([view in first_views for view in range(layout.num_views)], torch.bool, patches.device)
         prefix = torch.where(is_first[:, None, None], *special)
         tokens = prepend_tokens(prefix.to(patches.dtype), patches, layout.patches_per_view)
-
-        lengths = [self.num_special_tokens + count for count in layout.patches_per_view]
-        view_segments = Segments.within(lengths)
-        scene_segments = global_segments(layout, lengths, context_views)
-        approximation = self._approximation(scene_segments, lengths, patches, layout)
+        del patches  # memory that the layers need
         positions = RotaryEncoding.from_positions(
-            layout.token_positions(self.num_special_tokens, layout.patches_per_view, patches.device),
+            layout.token_positions(self.num_special_tokens, layout.patches_per_view, tokens.device),
             self.config.hidden_size // self.config.num_attention_heads,
             self.config.rope_theta,
         )
 
         kept = {}
         for index in range(max(layers) + 1):
-            frame = self.frame_layers[index](tokens, view_segments, positions)
-            tokens = self.global_layers[index](frame, scene_segments, positions, approximation)
-            if index in layers:
+            tokens = self.frame_layers[index](tokens, view_segments, positions)  # frees the layer's input
+            frame = tokens if index in layers else None
+            tokens = self.global_layers[index](tokens, scene_segments, positions, approximation)
+            if frame is not None:
                 kept[index] = torch.cat([frame, tokens], dim=-1)
         return kept
 
