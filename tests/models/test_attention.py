@@ -123,7 +123,11 @@ def test_segments_know_their_shape():
 
 def test_keys_are_gathered_only_where_they_must_be():
     keys = torch.arange(17)
-    assert SEGMENTS["ragged"].gather_keys(keys) is keys
+    gathered = SEGMENTS["ragged"].gather_keys(keys)
+    assert gathered.tolist() == list(range(15)) and gathered.data_ptr() == keys.data_ptr()
+    assert SEGMENTS["ragged"].gather_keys(gathered) is gathered
+    later = Segments((2, 2), ((3, 4), (7, 2))).gather_keys(keys)  # consecutive from elsewhere
+    assert later.tolist() == [3, 4, 5, 6, 7, 8] and later.data_ptr() == keys[3:].data_ptr()
     assert SEGMENTS["with a gap"].gather_keys(keys).tolist() == [4, 5, 6, 7, 8, 0, 1]
 
 

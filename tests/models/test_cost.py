@@ -71,5 +71,5 @@ def test_a_real_allocation_that_fails_is_recognized(model):
 
 def test_other_errors_pass(model):
     layout = cost.ViewLayout.from_inputs([GRID], [1])
-    with pytest.raises(RuntimeError, match="^something else$"), cost.naming_what_fits(model, layout):
+    with pytest.raises(RuntimeError, match=r"^something else$"), cost.naming_what_fits(model, layout):
         raise RuntimeError("something else")

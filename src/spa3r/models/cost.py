@@ -147,7 +147,7 @@ def _activations(model: PreTrainedModel, views: int, grid_hw: tuple[int, int]) -
     return count.peak
 
 
-def _hollow(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+def _hollow(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
     """A model without data, of the dtype of `model`, with exact attention."""
     config.backbone_name_or_path = None
     config.backbone_config.heads = []
@@ -159,9 +159,7 @@ def _hollow(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
     return hollow
 
 
-def _encode_nothing(
-    hollow: PreTrainedModel, views: int, grid_hw: tuple[int, int], count: LiveBytes | None = None
-) -> None:
+def _encode_nothing(hollow: Any, views: int, grid_hw: tuple[int, int], count: LiveBytes | None = None) -> None:
     pixels = torch.empty(views * grid_hw[0] * grid_hw[1], 3 * hollow.config.patch_size**2, device="meta")
     if count is not None:
         count.add(pixels)
