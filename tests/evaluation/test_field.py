@@ -202,6 +202,72 @@ def test_a_perfect_predictor_closes_the_gap(batch):
     assert report.table().count("100 %") == 10
 
 
+# Objects --------------------------------------------------------------------------------------------------------------
+
+
+def test_objects_are_right_where_their_class_mean_is_nearest(model, batch):
+    batch = batch | cameras(14)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(-1, 4, (14 * 6,), generator=generator)
+    labels[6:12] = -1  # the only target view of the first scene
+    assert TARGETS[0] == (0, 1)
+    with torch.no_grad():
+        out = model(**batch)
+    class_means = out.semantic_targets[torch.randperm(14 * 6, generator=generator)[:4]]
+    report = evaluate_field(model, [batch | {"patch_classes": labels}], class_means=class_means)
+
+    def right(features, views) -> float:
+        chosen = [(view, i) for view in views for i in range(6) if labels[6 * view + i] >= 0]
+        hits = [
+            min(range(4), key=lambda c, v=v, i=i: (features(v, i) - class_means[c]).norm().item()) == labels[6 * v + i]
+            for v, i in chosen
+        ]
+        return sum(map(int, hits)) / len(hits)
+
+    targets = [[3, 5, 6], [9, 11, 13]]  # of the two other scenes
+    for name, source in (("model", out.semantic_features), ("true_features", out.semantic_targets)):
+        wanted = [right(lambda view, i, source=source: source[6 * view + i], views) for views in targets]
+        measure = report.rows[name]["object_accuracy"]
+        assert measure.scenes == 2 and measure.mean == pytest.approx(sum(wanted) / 2), name
+    assert set(report.rows) == {*PREDICTORS, "true_features"} and set(report.rows["true_features"]) == {
+        "object_accuracy"
+    }
+    assert all(report.rows[name]["object_accuracy"].scenes == 2 for name in PREDICTORS)
+    table = report.table()
+    assert "object accuracy ↑" in table and "| true features " in table
+    plain = evaluate_field(model, [batch])
+    assert {m: v for m, v in means(report)["model"].items() if m != "object_accuracy"} == means(plain)["model"]
+
+
+def test_the_true_features_are_the_perfect_accuracy():
+    report = made_report(
+        model={"object_accuracy": 0.7},
+        context_mean={"object_accuracy": 0.1},
+        nearest_view={"object_accuracy": 0.4},
+        shuffled_latents={"object_accuracy": 0.5},
+    )
+    report._add("true_features", {"object_accuracy": 0.9})
+    assert report.gap_closed == pytest.approx({"object_accuracy": 0.3 / 0.5})
+    assert report.gap_closed_from_shuffles == pytest.approx({"object_accuracy": 0.2 / 0.4})
+
+
+def test_classes_that_do_not_fit_are_refused(model, batch):
+    class_means = torch.randn(3, model.config.semantic_hidden_size)
+    for labels, got in (
+        (None, "none"),
+        (torch.zeros(5, dtype=torch.long), r"\(5,\) from 0 to 0"),
+        (torch.full((84,), 3), r"\(84,\) from 3 to 3"),
+    ):
+        extra = {} if labels is None else {"patch_classes": labels}
+        with pytest.raises(ValueError, match=rf"must hold `patch_classes`, \(84,\) from -1 to 2, got {got}"):
+            evaluate_field(model, [batch | extra], class_means=class_means)
+    with pytest.raises(ValueError, match=r"`class_means` must be \(classes, .*\), .* got \(3, 2\)"):
+        evaluate_field(model, [batch], class_means=torch.zeros(3, 2))
+    geometry = alive(Spa3RForPreTraining(pretraining_config(targets=["geometry"])))
+    with pytest.raises(ValueError, match=r"must be None for a model without a semantic target"):
+        evaluate_field(geometry, [batch], class_means=class_means)
+
+
 # Shuffles and baselines -----------------------------------------------------------------------------------------------
 
 

@@ -16,8 +16,10 @@ from spa3r.models.packing import ViewLayout, as_list
 from spa3r.models.spa3r.modeling_spa3r import Spa3RField, Spa3RForPreTraining
 from spa3r.tables import Table
 
-Predictor = Literal["model", "context_mean", "nearest_view", "shuffled_latents", "shuffled_cameras"]
-Metric = Literal["geometry_cosine", "geometry_error", "semantic_cosine", "semantic_error", "depth_error"]
+Predictor = Literal["model", "context_mean", "nearest_view", "shuffled_latents", "shuffled_cameras", "true_features"]
+Metric = Literal[
+    "geometry_cosine", "geometry_error", "semantic_cosine", "semantic_error", "depth_error", "object_accuracy"
+]
 
 TITLES: dict[Predictor, str] = {
     "model": "model",
@@ -25,12 +27,15 @@ TITLES: dict[Predictor, str] = {
     "nearest_view": "nearest context view",
     "shuffled_latents": "another scene's latents",
     "shuffled_cameras": "shuffled cameras",
+    "true_features": "true features",
 }
 BASELINES: tuple[Predictor, ...] = ("context_mean", "nearest_view")
 """Baselines that need no model."""
 
 SHUFFLES: tuple[Predictor, ...] = ("shuffled_latents", "shuffled_cameras")
 """The model without the scene, or without the cameras: what it has learned about all scenes in general."""
+
+HIGHER_IS_BETTER: tuple[Metric, ...] = ("geometry_cosine", "semantic_cosine", "object_accuracy")
 
 FEATURE_METRICS: dict[str, tuple[Metric, Metric]] = {
     "geometry": ("geometry_cosine", "geometry_error"),
@@ -75,13 +80,15 @@ class FieldReport:
         rows: For every predictor (``"model"``, ``"context_mean"``, ``"nearest_view"``, ``"shuffled_latents"``,
             ``"shuffled_cameras"``) the metrics by name (``"geometry_cosine"``, ``"geometry_error"``,
             ``"semantic_cosine"``, ``"semantic_error"``, ``"depth_error"``). A metric is missing if the model has no
-            such target.
+            such target. With `class_means`, ``"object_accuracy"``, also of ``"true_features"``.
         num_scenes: Number of scenes measured.
         num_views: Number of their target views.
         skipped: Number of scenes left out because they have no target view.
     """
 
-    rows: dict[Predictor, dict[Metric, Measure]] = field(default_factory=lambda: {name: {} for name in TITLES})
+    rows: dict[Predictor, dict[Metric, Measure]] = field(
+        default_factory=lambda: {name: {} for name in TITLES if name != "true_features"}
+    )
     num_scenes: int = 0
     num_views: int = 0
     skipped: int = 0
@@ -91,7 +98,7 @@ class FieldReport:
         """For every metric the better of ``"context_mean"`` and ``"nearest_view"``."""
         best = {}
         for metric in self.rows["model"]:
-            sign = 1 if metric.endswith("cosine") else -1
+            sign = 1 if metric in HIGHER_IS_BETTER else -1
             best[metric] = max(BASELINES, key=lambda baseline: sign * self.rows[baseline][metric].mean)
         return best
 
@@ -100,6 +107,7 @@ class FieldReport:
         """Share of the gap from the best baseline to perfect prediction: 1 is perfect, 0 no better than the baseline.
 
         (model - best) / (1 - best) for a cosine, (best - model) / best for an error; NaN where the baseline is perfect.
+        The accuracy of the true features counts as perfect.
         """
         return {metric: self._gap_from([baseline], metric) for metric, baseline in self.best_baseline.items()}
 
@@ -110,14 +118,16 @@ class FieldReport:
         return {metric: self._gap_from([*BASELINES, *SHUFFLES], metric) for metric in self.rows["model"]}
 
     def _gap_from(self, predictors: Sequence[Predictor], metric: Metric) -> float:
-        sign, perfect = (1, 1.0) if metric.endswith("cosine") else (-1, 0.0)
+        sign, perfect = (1, 1.0) if metric in HIGHER_IS_BETTER else (-1, 0.0)
+        if metric == "object_accuracy":
+            perfect = self.rows["true_features"][metric].mean
         means = [self.rows[predictor][metric].mean for predictor in predictors if metric in self.rows[predictor]]
         best = max((mean for mean in means if not math.isnan(mean)), key=lambda mean: sign * mean)
         return (self.rows["model"][metric].mean - best) / (perfect - best) if best != perfect else math.nan
 
     def _add(self, predictor: Predictor, numbers: dict[Metric, float]) -> None:
         for metric, number in numbers.items():
-            self.rows[predictor].setdefault(metric, Measure()).add(number)
+            self.rows.setdefault(predictor, {}).setdefault(metric, Measure()).add(number)
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for JSON; None for numbers that could not be measured."""
@@ -144,7 +154,7 @@ class FieldReport:
     def table(self) -> Table:
         """The report as a table; ± is the standard error over scenes."""
         metrics = list(self.rows["model"])
-        head = ["", *(f"{m.replace('_', ' ')} {'↑' if m.endswith('cosine') else '↓'}" for m in metrics)]
+        head = ["", *(f"{m.replace('_', ' ')} {'↑' if m in HIGHER_IS_BETTER else '↓'}" for m in metrics)]
         rows = []
         for predictor, measures in self.rows.items():
             rows.append([TITLES[predictor], *(_cell(measures.get(metric, Measure())) for metric in metrics)])
@@ -168,6 +178,7 @@ def evaluate_field(
     batches: Iterable[Mapping[str, Any]],
     max_scenes: int | None = None,
     progress: Callable[[int], object] | None = None,
+    class_means: Tensor | None = None,
 ) -> FieldReport:
     """Measure the predicted fields of target views, in eval mode and without gradients.
 
@@ -176,6 +187,9 @@ def evaluate_field(
     - *cosine*: mean over patches of the cosine similarity of predicted and true features; 1 is perfect.
     - *error*: ``||predicted - true|| / ||true||``, over all patches at once; 0 is perfect.
     - *depth error*: mean over patches of ``|predicted - true| / true``: the depth probe against the backbone's depth.
+    - *object accuracy*, with `class_means`: share of the patches with a class, that of an object, to which the mean of
+      this class is nearest by Euclidean distance among the means of all classes, for the predicted semantic features.
+      Scenes whose target views have no such patch are left out of it. The true features are an upper bound.
 
     Predictors:
 
@@ -197,13 +211,19 @@ def evaluate_field(
     Args:
         model: The model, on any device. Its modules keep their train or eval mode.
         batches: Dictionaries of the model's inputs: ``view_pixel_values``, ``view_grid_hw``, ``views_per_scene``,
-            ``target_mask``, and if cameras are known ``extrinsics`` and ``intrinsics``. Other entries are ignored.
+            ``target_mask``, and if cameras are known ``extrinsics`` and ``intrinsics``; with `class_means` also
+            ``patch_classes``, (sum of N,), the class of every patch that shows an object, as an index into them, and -1
+            for all others. Other entries are ignored.
         max_scenes: Maximum number of measured scenes. None: all.
         progress: Called after each scene with the number of scenes measured so far.
+        class_means: (classes, C), means of the teacher's features of each class on other scenes.
 
     Raises:
-        ValueError: A batch has no ``target_mask``, or no scene has a target view.
+        ValueError: A batch has no ``target_mask``, or no scene has a target view; or with `class_means`: the model has
+            no semantic target, or ``patch_classes`` are missing or don't match.
     """
+    if class_means is not None:
+        _check_class_means(model, class_means)
     if max_scenes is not None and max_scenes < 1:
         raise ValueError(f"`max_scenes` must be at least 1, or None for all scenes, got {max_scenes}.")
     report = FieldReport()
@@ -212,14 +232,15 @@ def evaluate_field(
     model.eval()
     try:
         with torch.no_grad():
-            for inputs in _scenes_with_targets(batches, report):
-                scene = _Scene(model, inputs)
+            for inputs in _scenes_with_targets(batches, report, class_means):
+                scene = _Scene(model, inputs, class_means)
                 for predictor, fields in scene.predictions():
-                    report._add(predictor, field_metrics(fields, scene.true))
+                    report._add(predictor, scene.metrics(fields))
+                report._add("true_features", scene.object_accuracy(scene.true))
                 if before is not None:
-                    report._add("shuffled_latents", field_metrics(scene.decode(latents=before), scene.true))
+                    report._add("shuffled_latents", scene.metrics(scene.decode(latents=before)))
                     if first is not None:  # it had to wait for another scene
-                        report._add("shuffled_latents", field_metrics(first.decode(latents=scene.latents), first.true))
+                        report._add("shuffled_latents", first.metrics(first.decode(latents=scene.latents)))
                 first = scene if before is None else None
                 before = scene.latents
                 report.num_scenes += 1
@@ -239,7 +260,33 @@ def evaluate_field(
     return report
 
 
-def _scenes_with_targets(batches: Iterable[Mapping[str, Any]], report: FieldReport) -> Iterator[dict[str, Any]]:
+def _check_class_means(model: Spa3RForPreTraining, class_means: Tensor) -> None:
+    if "semantic" not in model.config.targets:
+        raise ValueError(
+            f"`class_means` must be None for a model without a semantic target, got one of {model.config.targets}."
+        )
+    width = model.config.semantic_hidden_size
+    if class_means.ndim != 2 or class_means.shape[1] != width:
+        raise ValueError(
+            f"`class_means` must be (classes, {width}), means of the teacher's features, got "
+            f"{tuple(class_means.shape)}."
+        )
+
+
+def _patch_classes(batch: Mapping[str, Any], patches: int, classes: int) -> Tensor:
+    labels = batch.get("patch_classes")
+    if not isinstance(labels, Tensor) or labels.shape != (patches,) or not -1 <= labels.min() <= labels.max() < classes:
+        got = "none" if labels is None else f"{tuple(labels.shape)} from {labels.min()} to {labels.max()}"
+        raise ValueError(
+            f"With `class_means` every batch must hold `patch_classes`, ({patches},) from -1 to {classes - 1}, got "
+            f"{got}."
+        )
+    return labels
+
+
+def _scenes_with_targets(
+    batches: Iterable[Mapping[str, Any]], report: FieldReport, class_means: Tensor | None = None
+) -> Iterator[dict[str, Any]]:
     """The inputs of one scene after the other; scenes without a target view are counted and left out."""
     for batch in batches:
         if batch.get("target_mask") is None:
@@ -249,26 +296,39 @@ def _scenes_with_targets(batches: Iterable[Mapping[str, Any]], report: FieldRepo
             )
         layout = ViewLayout.from_inputs(batch["view_grid_hw"], batch["views_per_scene"])
         is_target = [bool(target) for target in as_list(batch["target_mask"])]
-        pixels = batch["view_pixel_values"].split(list(layout.patches_per_view))
+        counts = list(layout.patches_per_view)
+        pixels = batch["view_pixel_values"].split(counts)
+        labels = None
+        if class_means is not None:
+            labels = _patch_classes(batch, sum(counts), len(class_means)).split(counts)
         for start, count in zip(layout.first_views, layout.views_per_scene):
             views = slice(start, start + count)
             if not any(is_target[views]):
                 report.skipped += 1
                 continue
             cameras = {name: batch[name][views] for name in ("extrinsics", "intrinsics") if batch.get(name) is not None}
-            yield cameras | {
-                "view_pixel_values": torch.cat(pixels[views]),
-                "view_grid_hw": layout.grid_hw[views],
-                "views_per_scene": [count],
-                "target_mask": is_target[views],
-            }
+            classes = {} if labels is None else {"patch_classes": torch.cat(labels[views])}
+            yield (
+                cameras
+                | classes
+                | {
+                    "view_pixel_values": torch.cat(pixels[views]),
+                    "view_grid_hw": layout.grid_hw[views],
+                    "views_per_scene": [count],
+                    "target_mask": is_target[views],
+                }
+            )
 
 
 class _Scene:
     """One scene, processed once: the true fields of its target views, and those of every predictor."""
 
-    def __init__(self, model: Spa3RForPreTraining, inputs: dict[str, Any]) -> None:
+    classes: Tensor | None = None  # of the patches of the target views
+    class_means: Tensor | None = None
+
+    def __init__(self, model: Spa3RForPreTraining, inputs: dict[str, Any], class_means: Tensor | None = None) -> None:
         self.model, self.grids = model, inputs["view_grid_hw"]
+        labels = inputs.pop("patch_classes", None)
         self.targets = [view for view, target in enumerate(inputs["target_mask"]) if target]
         self.context = [view for view, target in enumerate(inputs["target_mask"]) if not target]
         inputs["view_pixel_values"] = inputs["view_pixel_values"].to(model.device)
@@ -282,6 +342,10 @@ class _Scene:
         }
         views = {name: values.split(counts) for name, values in truth.items() if values is not None}
         self.true = self._of_targets(views)
+        if class_means is not None and labels is not None:
+            parts = labels.to(model.device).split(counts)
+            self.classes = torch.cat([parts[view] for view in self.targets])
+            self.class_means = class_means.to(model.device).float()
         self.predicted = self._of_targets({name: values.split(counts) for name, values in _by_target(output).items()})
         self.known = {name: [values[view] for view in self.context] for name, values in views.items()}
         if "geometry" in self.known:
@@ -289,6 +353,18 @@ class _Scene:
 
     def _of_targets(self, views: dict[str, Sequence[Tensor]]) -> Fields:
         return {name: torch.cat([values[view] for view in self.targets]) for name, values in views.items()}
+
+    def metrics(self, predicted: Fields) -> dict[Metric, float]:
+        """The metrics of a prediction of the target views."""
+        return field_metrics(predicted, self.true) | self.object_accuracy(predicted)
+
+    def object_accuracy(self, predicted: Fields) -> dict[Metric, float]:
+        """The share of object patches with the right nearest class mean; empty if there are none."""
+        if self.classes is None or self.class_means is None or not (is_object := self.classes >= 0).any():
+            return {}
+        features = predicted["semantic"].float().expand(len(self.classes), -1)[is_object]
+        nearest = torch.cdist(features, self.class_means).argmin(-1)
+        return {"object_accuracy": (nearest == self.classes[is_object]).float().mean().item()}
 
     def predictions(self) -> Iterator[tuple[Predictor, Fields]]:
         """All predictors except the one that needs another scene."""
