@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from render import ARRAYS, VIEWS, object_classes, rendered
+from render import ARRAYS, SIZE, VIEWS, object_classes
 from torch import Tensor, nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from spa3r.rooms import generate_room
+from spa3r.rooms import camera_walk, generate_room, render
+from spa3r.rooms.walk import WALK_STEPS, walk_steps
 from spa3r.training.checkpoints import load_state, save_state
 from spa3r.training.optimizers import MuonAndAdamW, layer_matrices
 
@@ -77,12 +78,30 @@ class RenderedRooms:
         return cls(np.array([int(folder.name) for folder in folders]), *columns)
 
     @classmethod
+    def render(cls, first: int, count: int, level: int = 0, steps: Sequence[int] | None = None) -> RenderedRooms:
+        """Render the rooms of so many seeds from `first` on.
+
+        Args:
+            first: Seed of the first room.
+            count: Number of rooms.
+            level: Their level.
+            steps: Steps of the walk to render; None: those of the 16 pictures of a room.
+        """
+        seeds = np.arange(first, first + count)
+        rooms = [generate_room(int(seed), level) for seed in seeds]
+        views = []
+        for room in rooms:
+            walk = camera_walk(room, WALK_STEPS, (SIZE, SIZE))
+            views.append(render(room, walk[walk_steps(VIEWS) if steps is None else np.array(steps)]))
+        names = ("images", "depth", "instance_ids", "extrinsics", "intrinsics")
+        arrays = (np.stack([getattr(view, name) for view in views]) for name in names)
+        facts = np.stack([object_classes(room) for room in rooms]), np.array([r.size[2] for r in rooms], np.float32)
+        return cls(seeds, *arrays, facts=facts)
+
+    @classmethod
     def held_out(cls, count: int, level: int = 0) -> RenderedRooms:
         """Render rooms that are in no training set."""
-        seeds = np.arange(FIRST_HELD_OUT, FIRST_HELD_OUT + count)
-        views = [rendered(int(seed), level) for seed in seeds]
-        names = ("images", "depth", "instance_ids", "extrinsics", "intrinsics")
-        return cls(seeds, *(np.stack([getattr(view, name) for view in views]) for name in names))
+        return cls.render(FIRST_HELD_OUT, count, level)
 
     @property
     def num_ready(self) -> int:

@@ -45,8 +45,8 @@ class Readouts(nn.Module):
         self.colour = nn.Linear(teacher.config.hidden_size, 3)
 
 
-def class_shares(data: RenderedRooms, rooms: np.ndarray, frames: np.ndarray, device: str) -> Tensor:
-    """The share of every patch that each class covers, in one view of each room: (V, GRID * GRID, classes)."""
+def class_shares(data: RenderedRooms, rooms: np.ndarray, frames: np.ndarray, device: str, grid: int = GRID) -> Tensor:
+    """The share of every patch that each class covers, in one view of each room: (V, grid * grid, classes)."""
     classes, heights = (torch.from_numpy(facts[rooms]).to(device) for facts in data.room_facts())
     depth = torch.from_numpy(data.depth[rooms, frames]).to(device).float()
     cameras = (torch.from_numpy(camera[rooms, frames]).to(device) for camera in (data.extrinsics, data.intrinsics))
@@ -57,7 +57,7 @@ def class_shares(data: RenderedRooms, rooms: np.ndarray, frames: np.ndarray, dev
     ids = torch.from_numpy(data.instance_ids[rooms, frames]).to(device).long()
     objects = classes.long().gather(1, ids.flatten(1)).view(ids.shape)
     hot = nn.functional.one_hot(torch.where(ids > 0, objects, labels), len(CLASSES)).float()
-    return hot.unflatten(1, (GRID, -1)).unflatten(3, (GRID, -1)).mean((2, 4)).flatten(1, 2)
+    return hot.unflatten(1, (grid, -1)).unflatten(3, (grid, -1)).mean((2, 4)).flatten(1, 2)
 
 
 def teacher_pixels(images: np.ndarray, device: str) -> Tensor:  # (V, H, W, 3) uint8 -> (V, 3, 224, 224)

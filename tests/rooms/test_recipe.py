@@ -1,9 +1,12 @@
 """The steps of examples/rooms from pictures to a Spa3-VLM: a few steps of each, on a few rooms."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spa3r import Spa3RForPreTraining, Spa3VLM, Spa3VLMProcessor
 from spa3r.evaluation import answer
-from spa3r.rooms import FURNITURE, generate_room
+from spa3r.rooms import FURNITURE, RoomWalk, generate_room, look_around
 from spa3r.rooms.embedded import embedded_spa3r
 from spa3r.rooms.instructions import RoomQuestions
 
@@ -174,7 +177,7 @@ def test_every_variant_is_trained_on_what_was_encoded_before(folder, source, int
     assert (encoded[0].float() - own).std() < 0.03 * own.std()  # it was encoded in bfloat16
 
 
-def test_the_script_for_a_gpu_is_rehearsed_on_the_cpu(tmp_path):
+def test_the_script_for_a_gpu_is_rehearsed_on_the_cpu(tmp_path, printed):
     settings = {"DEVICE": "cpu", "REHEARSE": "1", "FROZEN": "embedded", "PYTHON": sys.executable}
     done = subprocess.run(
         [RECIPE / "gpu.sh", tmp_path / "out"],
@@ -198,3 +201,108 @@ def test_the_script_for_a_gpu_is_rehearsed_on_the_cpu(tmp_path):
         assert all(torch.equal(state[key], tensor.half().float()) for key, tensor in trained.items())
         rows = [json.loads(line) for line in (tmp_path / "again" / name / "many.jsonl").open()]
         assert rows and all(np.isfinite(row["geometry_cosine"]) for row in rows)
+    for size, arm, semantic in (("small", "geometry alone", "not trained"), ("large", "the method", r"-?\d+[.]\d")):
+        text = printed("compare_fields", tmp_path / "again", "--size", size, "--rooms", 2, "--known-rooms", 24)
+        (row,) = re.findall(rf"^[|] {arm}.*", text, re.MULTILINE)
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[1] == "1" and re.fullmatch("(9|3) to \\1", cells[2]) and re.fullmatch(r"-?\d+[.]\d", cells[3])
+        assert re.fullmatch(semantic, cells[4]) and re.fullmatch(r"\d[.]\d{4}", cells[5])
+        assert re.fullmatch(semantic, cells[6])
+        assert text == printed("compare_fields", tmp_path / "again", "--size", size, "--rooms", 2), "kept results"
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """What a program of the recipe prints, run in this process."""
+    monkeypatch.syspath_prepend(str(RECIPE))
+
+    def run_program(name: str, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        importlib.import_module(name).main()
+        return capsys.readouterr().out
+
+    return run_program
+
+
+def test_objects_are_scored_beside_all_patches(printed):
+    """The embedded model sees furniture better than the baselines, and its true features best."""
+    text = printed("evaluate", "embedded", "--rooms", 3, "--known-rooms", 32)
+    found = re.findall(r"^  objects +(\w+) +([\d.]+) ", text, re.MULTILINE)
+    accuracy = {name: float(value) for name, value in found}
+    assert 0.8 < accuracy["true_features"] <= 1
+    baselines = ("context_mean", "nearest_view", "shuffled_latents", "shuffled_cameras")
+    assert all(accuracy[name] < accuracy["true_features"] for name in (*baselines, "model"))
+    assert text.count("object accuracy ↑") == 2, "given and predicted cameras"
+
+
+def test_patches_of_furniture_are_those_of_the_renderer(printed, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    from common import RenderedRooms
+    from field import object_classes, patch_classes
+    from render import CLASSES
+
+    rooms = RenderedRooms.render(5, 1)
+    room, ids = generate_room(5, 0), rooms.instance_ids[0]
+    labels = object_classes(rooms, 0, np.arange(16)).view(16, 8, 8)
+    for view, row, column in np.ndindex(16, 8, 8):
+        patch = ids[view, 14 * row : 14 * row + 14, 14 * column : 14 * column + 14]
+        shares = {item.name: 0.0 for item in room.objects}
+        for number, item in enumerate(room.objects, start=1):
+            shares[item.name] += (patch == number).mean()
+        wanted = [CLASSES.index(name) for name, share in shares.items() if share > 0.5]
+        assert labels[view, row, column] == (wanted[0] if wanted else -1)
+    shown = patch_classes(rooms, 0, np.arange(16)).view(16, 8, 8)
+    assert {"wall", "floor", "ceiling"} <= {CLASSES[index] for index in shown.unique() if index >= 0}
+    assert (shown[labels >= 0] == labels[labels >= 0]).all()
+
+
+def test_more_views_and_unseen_objects_are_measured(printed):
+    text = printed("more_views", "embedded", "--rooms", 2, "--known-rooms", 32)
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    assert [row[0] for row in rows[1:]] == ["8", "8", "16", "16", "32", "32"]
+    assert [row[2] for row in rows[1:]] == [x for n in (8, 16, 32) for x in (f"{64 * n} x 384", "64 x 128")]
+    text = printed("unseen_objects", "--rooms", 6)
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    assert len(rows) == 7 and "+ VGGT's tokens: not trained" in text
+    for row in rows[1:4] + rows[5:]:
+        assert all(re.fullmatch(r"\d+[.]\d ± (\d+[.]\d|nan)", cell) for cell in row[1:])
+
+
+def test_unseen_objects_are_in_no_picture_of_the_vlm(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    from unseen_objects import PICTURES, questions
+
+    kinds = Counter()
+    for seed in range(1_000_000, 1_000_030):
+        room = generate_room(seed, 0)
+        walk = RoomWalk.from_cameras(room, look_around(room))
+        for asked in questions(walk, np.random.default_rng(seed)):
+            kinds[asked.kind, asked.truth if asked.kind == "existence" else ""] += 1
+            name = re.search(r"Is there a (.+)[?]|How many (.+)[(]s[)]|between the (.+) and the", asked.prompt)
+            name = next(filter(None, name.groups()))
+            shown = [i for i, item in enumerate(room.objects) if name in (item.name, f"{item.color} {item.name}")]
+            assert (walk.shares[:PICTURES, shown] < 0.0004).all()
+            assert bool(shown) is (asked.truth != "no")
+            assert asked.score(asked.truth) == 1
+            if asked.kind == "count":
+                assert asked.truth == str(len(shown))
+    assert kinds["existence", "yes"] == kinds["existence", "no"] == kinds["count", ""] > 10
+    assert kinds["distance", ""] > 10
+
+
+def test_the_script_uses_programs_and_options_that_exist():
+    script = (RECIPE / "run.sh").read_text()
+    assert subprocess.run(["bash", "-n", RECIPE / "run.sh"]).returncode == 0
+    for program in set(re.findall(r'"\$here/(\w+[.]py)"', script)):
+        assert (RECIPE / program).is_file(), program
+    for line in script.replace("\\\n", " ").splitlines():
+        if program := re.search(r'"\$here/(\w+[.]py)"', line):
+            options = re.findall(r"(?<= )--[a-z][a-z0-9-]*", line)
+            text = (RECIPE / program[1]).read_text()
+            assert all(f'"{option}"' in text for option in options), line
+    measured = {"evaluate.py", "compare_fields.py", "more_views.py", "unseen_objects.py", "answers.py", "package.py"}
+    assert measured <= set(re.findall(r"\w+[.]py", script))
