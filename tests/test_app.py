@@ -31,12 +31,11 @@ from gradio_client.exceptions import AppError
 
 from spa3r.app import DAY, Demo, Limits, UnseenRoom, build_app
 from spa3r.checkpoints import QUESTIONS_NOTE
-from spa3r.cli import demo as demo_command
 from spa3r.cli.main import app
-from spa3r.evaluation import EvaluationSettings, RoomsBenchmark, run_benchmark
+from spa3r.evaluation import EvaluationRun, RoomsBenchmark
 from spa3r.rooms import room_questions
-from spa3r.rooms.embedded import ROOMS_NOTE, embedded_model, embedded_vlm
-from spa3r.rooms.instructions import FIRST_TEST_SEED, RoomQuestions
+from spa3r.rooms.embedded import ROOMS_NOTE, embedded_model
+from spa3r.rooms.instructions import RoomQuestions
 from spa3r.vsi_bench.format import TYPE_TITLES, make_prompt
 
 QUESTION = "What do you see?"
@@ -419,26 +418,30 @@ def test_the_model_serves_one_at_a_time(composed, num_bytes):
     assert len(answers) == 3 and len(most) > 6 and max(most) == 1
 
 
+@pytest.mark.slow
 def test_a_room_is_the_same_place_everywhere(composed, tmp_path):
     """The web page, `spa3r demo` and `spa3r eval rooms`: the same pictures, questions and answers."""
-    benchmark = RoomsBenchmark(num_rooms=1)
-    room = UnseenRoom(FIRST_TEST_SEED, 112)
-    shown = [np.asarray(view) for view in room.views()]
-    for pictures in (
-        benchmark.frames(f"rooms/{FIRST_TEST_SEED}", 8)[1],
-        demo_command._look_around(FIRST_TEST_SEED, 0, 8, 112).images,
-    ):
-        np.testing.assert_array_equal(shown, np.stack(pictures))
-    found, rows = demo_command._room_of_questions(FIRST_TEST_SEED, 0, 8, 112)
-    assert found.seed == FIRST_TEST_SEED and list(room.questions.values()) == rows
-    asked = {row["id"]: row for row in benchmark.rows}
-    assert [{key: asked[row["id"]][key] for key in row} for row in rows] == rows
-    run = run_benchmark(*composed, benchmark, tmp_path, EvaluationSettings(num_frames=8), progress=lambda *_: None)
-    answers, _ = demo_command._ask_with_and_without(rows, shown, composed, embedded_vlm())
-    page, predictions = Demo(*composed, 2**28), {line["id"]: line["prediction"] for line in run.answers}
-    for (prompt, row), asked in zip(room.questions.items(), answers, strict=True):
-        chat, _ = page.ask(room, prompt, [])
-        assert chat[1]["content"].splitlines()[0] == asked.answer.strip() == predictions[row["id"]]
+    for command in (("demo", "--output", "demo"), ("eval", "rooms", "--output", "run")):
+        *words, folder = command
+        result = CliRunner().invoke(app, [*words, str(tmp_path / folder), "--rooms", "2", "--json"])
+        assert result.exit_code == 0, result.output
+    demo, run = (EvaluationRun.load(tmp_path / folder) for folder in ("demo/with_spa3r", "run"))
+    told = {line["id"]: line["prediction"] for line in run.answers}
+    assert {line["id"]: line["prediction"] for line in demo.answers} == told
+    assert [line["frames"] for line in demo.answers] == [line["frames"] for line in run.answers]
+    shown = [np.asarray(Image.open(tmp_path / "demo" / "photos" / f"{view}.png")) for view in range(8)]
+    seed = json.loads(result.output)["benchmark"]["first_seed"]
+    benchmark, page = RoomsBenchmark(2), Demo(*composed, 2**28)
+    seeds = {int(line["scene_name"]) for line in run.answers}
+    assert seeds == {seed, seed + 1}
+    for seed in seeds:
+        room = UnseenRoom(seed, 112)
+        pictures = [np.asarray(view) for view in room.views()]
+        np.testing.assert_array_equal(pictures, benchmark.frames(f"rooms/{seed}", 8)[1])
+        for prompt, row in room.questions.items():
+            chat, _ = page.ask(room, prompt, [])
+            assert chat[1]["content"].splitlines()[0] == told[row["id"]].strip()
+    assert any(np.array_equal(shown, [np.asarray(view) for view in UnseenRoom(seed, 112).views()]) for seed in seeds)
 
 
 def test_the_page_asks_no_other_server(url):

@@ -154,6 +154,15 @@ def test_field_figure_shows_each_view_in_its_place():
         np.testing.assert_array_equal(shown[f"view {view}, Depth, true, meters"], np.eye(42, 56) + view)
 
 
+def test_field_figure_says_what_its_targets_are():
+    figure = make_field_figure(an_output(), targets_are="New camera", labels=["", "above", "", "beside"])
+    said = texts(figure)
+    assert "New camera" in said and "Held-out view" not in said and said.count("above") == said.count("beside") == 1
+    assert "view 1, New camera, not seen" in panels(figure)
+    with pytest.raises(ValueError, match=r"`labels` must have one entry for each of the 4 views, got 1"):
+        make_field_figure(an_output(), labels=["above"])
+
+
 def test_field_figure_of_a_perfect_model():
     output = an_output()
     output.geometry_features, output.depth = output.geometry_targets.clone(), output.depth_targets.clone()

@@ -113,6 +113,8 @@ def field_figure(
     true_depth: Sequence[np.ndarray] | None = None,
     title: str = "Feature field of held-out views",
     note: str = "",
+    targets_are: str = "Held-out view",
+    labels: Sequence[str] | None = None,
 ) -> Figure:
     """A model's predictions for held-out views of a scene, next to the truth.
 
@@ -128,9 +130,11 @@ def field_figure(
         true_depth: For every view (h, w), any size, meters.
         title: Title of the figure.
         note: A warning below the title, for example that the model is untrained.
+        targets_are: Heading of the targets' pictures.
+        labels: Label of every view, below the pictures of targets; None: no labels.
 
     Raises:
-        ValueError: The views don't match the output, or none of them is a target.
+        ValueError: The views or labels don't match the output, or none of them is a target.
     """
     mask = [] if output.target_mask is None else output.target_mask.tolist()
     if not any(mask):
@@ -140,11 +144,17 @@ def field_figure(
             f"`views` must hold the {len(mask)} views that the output is about, got {len(views)}. Give all views of "
             "one scene, context and targets, in the order of the model's inputs."
         )
+    if labels is not None and len(labels) != len(views):
+        raise ValueError(f"`labels` must have one entry for each of the {len(views)} views, got {len(labels)}.")
     views = [np.asarray(view) for view in views]
     context = [view for view, target in enumerate(mask) if not target]
     targets = [view for view, target in enumerate(mask) if target]
     shown, rows = context[:MOST_CONTEXT], targets[:MOST_TARGETS]
-    groups = _field_panels(views, output, [tuple(grid) for grid in as_list(grid_hw)], true_depth, rows)
+    pictures = _Panel(
+        "not seen", {view: views[view] for view in rows}, {view: labels[view] for view in rows} if labels else {}
+    )
+    grids = [tuple(grid) for grid in as_list(grid_hw)]
+    groups = [(targets_are, [pictures]), *_field_panels(output, grids, true_depth, rows)]
 
     # Everything is placed in inches, from the top left corner.
     columns = sum(len(panels) for _, panels in groups)
@@ -206,19 +216,18 @@ class _Panel:
 
 
 def _field_panels(
-    views: Sequence[np.ndarray],
     output: Spa3RForPreTrainingOutput,
     grids: Sequence[tuple[int, int]],
     true_depth: Sequence[np.ndarray] | None,
     rows: Sequence[int],
 ) -> list[tuple[str, list[_Panel]]]:
-    """The columns of a field figure, in groups with headings."""
+    """The columns of a field figure beside the pictures, in groups with headings."""
 
     def by_view(values: Tensor) -> dict[int, Tensor]:  # (sum of N, ...) -> (h, w, ...) for every drawn view
         parts = values.detach().float().cpu().split([height * width for height, width in grids])
         return {view: parts[view].unflatten(0, grids[view]) for view in rows}
 
-    groups = [("Held-out view", [_Panel("not seen", {view: views[view] for view in rows})])]
+    groups = []
     targets = {
         "Geometry": (output.geometry_features, output.geometry_targets),
         "Semantic": (output.semantic_features, output.semantic_targets),

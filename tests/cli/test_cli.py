@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,13 +32,15 @@ from spa3r import (
     VggtModel,
     console,
 )
-from spa3r.checkpoints import EXAMPLE_QUESTIONS, QUESTIONS_NOTE
+from spa3r.checkpoints import EXAMPLE_QUESTIONS, QUESTIONS_NOTE, SCORES
 from spa3r.cli import demo, encode, info
-from spa3r.evaluation import answer, evaluate_field, score_prediction
+from spa3r.evaluation import EvaluationRun, compare_runs, evaluate_field, score_prediction
+from spa3r.evaluation.run_folder import weights_hash
 from spa3r.models import attention as attention_module
-from spa3r.rooms import embedded, generate_room
-from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
-from spa3r.vsi_bench.format import make_messages
+from spa3r.rooms import embedded, generate_room, look_around, new_cameras, render
+from spa3r.rooms.demo import DemoScores
+from spa3r.rooms.embedded import embedded_model, embedded_vlm
+from spa3r.rooms.questions import QUESTION_TYPES
 
 # As VSI-Bench asks: to other words the small model may say nothing.
 QUESTION = "How many chair(s) are in this room?\nPlease answer the question using a single word or phrase."
@@ -424,65 +427,100 @@ QUESTION_KEYS = {
 
 
 def test_demo_shows_everything(tmp_path):
-    arguments = ("demo", "--seed", 3, "--level", 3, "--views", 7, "--output", tmp_path / "pictures")
+    arguments = ("demo", "--seed", 3, "--rooms", 3, "--level", 3, "--views", 7, "--output", tmp_path / "pictures")
     report = run_json(*arguments)
     assert (report["seed"], report["level"], report["num_views"]) == (3, 3, 7)
-    assert 1_000_300 <= report["room"] < 1_000_400
+    assert report["rooms"] == [1_000_300, 1_000_301, 1_000_302] and report["room"] in report["rooms"]
     assert report["cameras"] == "given" and report["held_out"] == [1, 3, 5]
     assert report["latents_shape"][0] == 1 and len(report["latents_shape"]) == 3
-    assert report["pictures"] == [str(tmp_path / "pictures" / name) for name in ("views.png", "field.png")]
+    assert report["pictures"] == [
+        str(tmp_path / "pictures" / f"{name}.png") for name in ("views", "new_cameras", "field")
+    ]
     field = report["field"]
-    assert (field["num_scenes"], field["num_views"], field["skipped"]) == (2, 6, 0)
+    assert (field["num_scenes"], field["num_views"], field["skipped"]) == (3, 9, 0)
     for row in ("model", "context_mean", "nearest_view", "shuffled_latents", "shuffled_cameras"):
         assert -1 <= field["rows"][row]["geometry_cosine"]["mean"] <= 1
-        assert field["rows"][row]["semantic_error"]["scenes"] == 2
+        assert field["rows"][row]["semantic_error"]["scenes"] == 3
     assert field["gap_closed"]["geometry_cosine"] <= 1
     for file in report["pictures"]:
         pixels = np.asarray(Image.open(file).convert("RGB"))
         assert min(pixels.shape[:2]) > 300 and pixels.std() > 20
     assert len(list(Path(report["photos"]).glob("*.png"))) == 7
+    room = generate_room(report["room"], 3)
+    np.testing.assert_allclose(report["new_cameras"], new_cameras(room, 7).extrinsics, atol=1e-6)
 
     assert [asked["question_type"] for asked in report["questions"]] == list(QUESTION_TYPES)
+    runs = [EvaluationRun.load(folder) for folder in report["answers"]]
     for asked in report["questions"]:
         assert asked.keys() == QUESTION_KEYS
         row = {"question_type": asked["question_type"], "ground_truth": asked["truth"]}
         assert asked["score"] == score_prediction(row, asked["answer"])
         assert asked["score_without_spa3r"] == score_prediction(row, asked["answer_without_spa3r"])
-    assert report["scores"].keys() == {"with_spa3r", "without_spa3r"}
+        name = asked["question"].partition("\nOptions")[0]
+        lines = [next(line for line in run.answers if line["question"] == name) for run in runs]
+        assert [line["prediction"] for line in lines] == [asked["answer"], asked["answer_without_spa3r"]]
+        assert lines[0]["scene_name"] == str(report["room"])
+    scores = report["scores"]
+    assert scores == DemoScores.from_answers(*(run.answers for run in runs)).to_dict()
+    for name, kept in zip(("with_spa3r", "without_spa3r"), runs):
+        assert scores[name]["value"] == pytest.approx(kept.scores["overall"])
+        assert [scores[name]["low"], scores[name]["high"]] == pytest.approx(kept.about["intervals"]["overall"])
+    compared = compare_runs(*runs[::-1])
+    assert [scores["difference"][end] for end in ("low", "high")] == pytest.approx(compared.intervals["overall"])
+
     page = Path(report["report"]).read_text(encoding="utf-8")
     assert Path(report["report"]) == tmp_path / "pictures" / "report.html"
-    assert f"seed {report['room']}, level 3; 7 views" in page and "spa3r demo --seed 3 --level 3 --views 7" in page
-    assert page.count("data:image/png;base64,") == 8  # the views and the field
+    assert "3 rooms from seed 1000300 on, level 3; 7 views of each" in page
+    assert "spa3r demo --seed 3 --rooms 3 --level 3 --views 7" in page
+    assert page.count("data:image/png;base64,") == 9  # the views and two fields
 
     text = run(*arguments).stdout
     assert "trained on rendered rooms only" in text and "cameras: given" in text and "not asked" not in text
     mean, error = (field["rows"]["nearest_view"]["geometry_cosine"][key] for key in ("mean", "standard_error"))
     assert f"| nearest context view    | {mean:.3f} ± {error:.3f}" in text
+    assert str(DemoScores.from_dict(scores)) in text
     for asked in report["questions"]:
         question, _, options = asked["question"].partition("\nOptions:\n")
         assert f"{asked['question_type']}: {question}\n" in text and "   ".join(options.splitlines()) in text
         assert f"truth {asked['truth']!r}, with Spa3R {console.one_line(console.printable(asked['answer']))!r}" in text
         for told in (question, *options.splitlines()):
             assert told in html.unescape(page)
+    # What the models in the package score on many rooms stands beside what these few rooms give.
+    kept = json.loads(SCORES.read_text(encoding="utf-8"))["scores"]
+    assert report["measured"] == kept and kept["rooms"] == 500 and kept["questions"] > 4000
+    measured = DemoScores.from_dict(kept)
+    assert str(measured) in text and "measured on 500 unseen rooms" in text
+    assert f"{measured.with_spa3r.value:.1f}" in page and "500 rooms of level 0" in page
+    assert report["table"] == "docs/guides/rooms_recipe.md; again: spa3r eval rooms --rooms 500" in page
+    assert report["table"] in text and (Path(__file__).parents[2] / "docs/guides/rooms_recipe.md").is_file()
 
 
-def test_the_demos_questions_are_about_its_pictures():
-    """And their room is the first that allows one of every type."""
-    room, rows = demo._room_of_questions(1_000_000, 1, 8, 112)
-    assert [row["question_type"] for row in rows] == list(QUESTION_TYPES)
-    assert {row["scene_name"] for row in rows} == {str(room.seed)} and room.seed > 1_000_000
-    for seed in range(1_000_000, room.seed + 1):
-        other = generate_room(seed, 1)
-        views = demo._look_around(seed, 1, 8, 112)
-        found = room_questions(RoomWalk.from_instance_ids(other, views.instance_ids))
-        assert len(found) < len(rows) if seed < room.seed else found == rows
+def test_the_scores_in_the_package_are_of_the_models_in_it(tmp_path):
+    """After new models: examples/rooms/run.sh measures them, and package.py scores keeps the result."""
+    kept = json.loads(SCORES.read_text(encoding="utf-8"))
+    assert kept["weights_sha256"] == {
+        "with_spa3r": weights_hash(embedded_model()[0]),
+        "without_spa3r": weights_hash(embedded_vlm()[0]),
+    }
 
 
-def test_the_demo_says_which_types_it_could_not_ask(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "ROOMS_PER_SEED", 2)
-    arguments = ("demo", "--views", 2, "--output", tmp_path)
+def test_scores_of_other_weights_are_not_shown():
+    runs = [SimpleNamespace(about={"model": {"weights_sha256": name}}) for name in ("other", "ones")]
+    assert demo._measured(*runs) == (None, "these weights were not measured; spa3r eval rooms --rooms 500 does it")
+
+
+def test_the_demo_shows_the_room_of_most_types_of_questions():
+    scenes = {"a": ["x", "y", "y", "y"], "b": ["x", "y", "z"], "c": ["x", "z", "y"]}
+    scenes = {scene: [{"question_type": name} for name in names] for scene, names in scenes.items()}
+    assert demo._most_types(scenes) == "b"
+
+
+def test_the_demo_says_which_types_it_could_not_ask(tmp_path):
+    arguments = ("demo", "--rooms", 2, "--views", 2, "--output", tmp_path)
     text = run(*arguments).stdout
-    told = re.search(r"^not asked +(.*): 2 views of no nearby room allow it$", text, re.MULTILINE)[1].split(", ")
+    told = re.search(r"^not asked +(.*): 2 views of none of the rooms allow every type$", text, re.MULTILINE)[1].split(
+        ", "
+    )
     asked = re.findall(r"^([a-z_]+): ", text, re.MULTILINE)
     assert "obj_appearance_order" in told and "room_size_estimation" in asked
     assert sorted(told + asked) == sorted(QUESTION_TYPES)
@@ -492,12 +530,6 @@ def test_the_vlm_with_spa3r_is_compared_with_one_trained_without():
     composed, other, note = demo._embedded_vlms()
     assert "trained on the same questions without Spa3R" in note
     assert composed[0].config.spatial_source == "spa3r" and other[0].config.spatial_source == "none"
-    room, rows = demo._room_of_questions(1_000_000, 3, 4, 112)
-    frames = list(demo._look_around(room.seed, 3, 4, 112).images)
-    asked, _ = demo._ask_with_and_without(rows, frames, composed, other)
-    examples = [{"messages": make_messages(row, frames)} for row in rows]
-    assert [a.answer for a in asked] == answer(*composed, examples)
-    assert [a.answer_without_spa3r for a in asked] == answer(*other, examples)
 
 
 def noise_file(folder: Path) -> Path:
@@ -509,7 +541,8 @@ def test_the_demos_numbers_are_the_librarys():
     """With a model of one's own, and the pictures at the size at which it takes them."""
     model = alive(Spa3RForPreTraining(pretraining_config()))
     processor = Spa3RImageProcessor(size=5 * PATCH, patch_size=PATCH)
-    rooms = [demo._look_around(room, 0, 4, 140) for room in (7, 8)]
+    rooms = [generate_room(seed, 0) for seed in (7, 8)]
+    rooms = [render(room, look_around(room, 4, (140, 140))) for room in rooms]
     inputs, output, metrics = demo._predict_held_out(model, processor, rooms)
     assert output.target_mask.tolist() == [False, True, False, True]
     assert inputs["intrinsics"][0, 0, 0] == pytest.approx(rooms[0].intrinsics[0, 0, 0] * 5 * PATCH / 140)
@@ -530,6 +563,8 @@ def test_demo_refuses_what_it_can_not_do(tmp_path):
         assert "--views" in said(run("demo", "--views", views, code=2))
     for option in ("--level", "--seed"):
         assert option in said(run("demo", option, -1, code=2))
+    for rooms in (1, 101):
+        assert "--rooms" in said(run("demo", "--rooms", rooms, code=2))
     assert "--level" in said(run("demo", "--level", 9, code=2))
 
 
@@ -633,7 +668,10 @@ def test_a_spa3_vlm_is_what_ask_loads(checkpoint):
     "commands",
     [
         [("ask", "photo.png", "How many chairs?"), ("encode", "photo.png", "--output", "scene.safetensors")],
-        [("demo", "--views", "4", "--output", "demo"), ("eval", "rooms", "--rooms", "1", "--output", "run")],
+        [
+            ("demo", "--rooms", "2", "--views", "4", "--output", "demo"),
+            ("eval", "rooms", "--rooms", "1", "--output", "run"),
+        ],
     ],
 )
 def test_embedded_models_are_not_looked_for_on_the_hub(commands, tmp_path):

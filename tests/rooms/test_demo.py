@@ -11,8 +11,9 @@ from html_outline import Outline
 from matplotlib.figure import Figure
 from PIL import Image
 
-from spa3r.rooms import camera_walk, generate_room, render
-from spa3r.rooms.demo import AskedQuestion, floor_plan, room_report
+from spa3r.evaluation import aggregate
+from spa3r.rooms import camera_walk, generate_room, look_around, new_cameras, render
+from spa3r.rooms.demo import AskedQuestion, DemoScores, Estimate, floor_plan, room_report
 from spa3r.tables import Table
 from spa3r.vsi_bench.format import CHOICE_TYPES, NUMBER_TYPES, TYPE_TITLES
 
@@ -23,6 +24,7 @@ QUESTIONS = [
         "object_rel_direction_easy", "Where is it?\nOptions:\nA. left\nB. right", "b. right", "B", 1.0, "", 0.0
     ),
 ]
+SCORES = DemoScores(3, 20, Estimate(75.4, 70.1, 80.2), Estimate(0.0, 0.0, 1.5), Estimate(75.4, 68.0, 80.2))
 TABLE = Table(["", "cosine ↑"], [["model", "0.75"], ["nearest", "0.25"]])
 
 
@@ -46,11 +48,12 @@ def page(room, walk, views):
     figure = Figure(figsize=(2, 1), dpi=100)
     figure.subplots().plot([0, 1])
     return room_report(
-        *(views, room, walk, QUESTIONS, (75.4, 0.0), {"Room": "seed 11", "Model": "<tiny>"}),
+        *(views, room, walk, QUESTIONS, {"Of 3 rooms": SCORES}, {"Room": "seed 11", "Model": "<tiny>"}),
         note="the model is untrained: its answers mean nothing",
-        figures={"Features": figure},
+        figures={"Field": {"Features": figure}},
         table=TABLE,
         command="spa3r demo --seed 11",
+        new_cameras=new_cameras(room, 4),
     )
 
 
@@ -86,7 +89,12 @@ def test_everything_is_told_once(page):
     assert "The model is untrained: its answers mean nothing." in texts
     assert "spa3r demo --seed 11" in texts and "Features" in texts
     assert texts.count("With Spa3R") == texts.count("Without") == texts.count("Truth") == 2
-    assert texts[texts.index("75") + 1] == "with Spa3R"
+    assert texts[texts.index("75.4") + 1] == "with Spa3R" and texts[texts.index("0.0") + 1] == "without Spa3R"
+    for words in ("Of 3 rooms", "95 % interval over rooms: 70.1 to 80.2", "Field"):
+        assert texts.count(words) == 1
+    assert " ".join(next(text for text in texts if "Difference" in text).split()) == (
+        "Difference: +75.4 points (+68.0 to +80.2)."
+    )
 
 
 def test_the_true_option_stands_out(page):
@@ -106,10 +114,11 @@ def test_a_table_is_the_same_in_the_terminal_and_on_the_page(page):
 
 
 def test_what_is_not_given_is_not_on_the_page(room, walk, views):
-    page = room_report(views, room, walk, QUESTIONS, (0.0, 0.0), {})
+    page = room_report(views, room, walk, QUESTIONS, {"Of 3 rooms": SCORES}, {})
     outline = Outline(page)
     assert outline.of("p", "note") == [] and outline.of("code") == []
-    assert [attributes["id"] for attributes in outline.of("section")] == ["room", "questions"]
+    assert [attributes["id"] for attributes in outline.of("section")] == ["scores", "room", "questions"]
+    assert outline.of("polygon", "new") == [] and "outlined wedge" not in page
 
 
 def test_the_plan_is_to_scale(room, walk):
@@ -135,6 +144,10 @@ def test_the_plan_is_to_scale(room, walk):
     looks = wedge[1:].mean(0) - wedge[0]
     assert looks @ pose[:2, 2] / np.linalg.norm(looks) / np.linalg.norm(pose[:2, 2]) > 0.99
 
+    more = ElementTree.fromstring(floor_plan(room, walk, walk[2:3]))
+    (outlined,) = (e for e in more if e.get("class") == "new")
+    np.testing.assert_array_equal(places(outlined), wedge)
+
 
 @pytest.mark.parametrize("seed", range(4))
 def test_doors_and_windows_are_in_their_walls(seed):
@@ -152,3 +165,46 @@ def test_doors_and_windows_are_in_their_walls(seed):
 
 def test_every_type_has_a_title():
     assert set(TYPE_TITLES) == {*CHOICE_TYPES, *NUMBER_TYPES}
+
+
+@pytest.mark.parametrize("views", (2, 8, 16))
+@pytest.mark.parametrize("level", (0, 3))
+def test_new_cameras_are_those_of_no_view_and_in_free_space(views, level):
+    for seed in range(3):
+        room = generate_room(seed, level)
+        taken, new = look_around(room, views, (28, 40)), new_cameras(room, views, (28, 40))
+        poses = np.linalg.inv(new.extrinsics.astype(float))
+        assert len(poses) == (2 if views == 2 else 4) and new.size == (28, 40)
+        assert (room.clearance(poses[:, :2, 3]) > 0.04).all()
+        distances = np.abs(new.extrinsics[:, None] - taken.extrinsics[None]).max(axis=(2, 3))
+        assert distances.min() > 0.01
+        between, beside = np.split(poses, 2)
+        walk = camera_walk(room, 48, (28, 40)).extrinsics
+        assert all((np.abs(walk - np.linalg.inv(pose)).max(axis=(1, 2)) < 1e-5).any() for pose in between)
+        np.testing.assert_allclose(np.linalg.norm(between[:, :3, 3] - beside[:, :3, 3], axis=1), 0.2, atol=1e-4)
+        ahead, right, turned = between[:, :3, 2], between[:, :3, 0], beside[:, :3, 2]
+        np.testing.assert_allclose(np.einsum("vi,vi->v", ahead, turned), np.cos(np.radians(35)), atol=1e-4)
+        assert (np.einsum("vi,vi->v", right, turned) > 0.5).all(), "to the right"
+    with pytest.raises(ValueError, match=r"`num_views` must be .*2.*16, got 1"):
+        new_cameras(room, 1)
+
+
+def a_line(room: int, number: int, score: float, name: str = "route_planning") -> dict:
+    row = {"id": 10 * room + number, "dataset": "rooms", "scene_name": str(room), "question_type": name}
+    return row | {"score": score}
+
+
+def test_scores_have_intervals_over_rooms():
+    ours = [a_line(room, number, float(room % 2 or number == 0)) for room in range(8) for number in range(3)]
+    theirs = [line | {"score": line["score"] / 2} for line in ours]
+    scores = DemoScores.from_answers(ours, theirs)
+    assert (scores.rooms, scores.questions) == (8, 24)
+    assert scores.with_spa3r.value == pytest.approx(aggregate(ours)["overall"]) == pytest.approx(200 / 3)
+    assert scores.with_spa3r.low < 50 < 80 < scores.with_spa3r.high  # rooms differ, questions in a room do not
+    assert scores.difference == pytest.approx([value / 2 for value in scores.with_spa3r])
+    assert DemoScores.from_dict(scores.to_dict()) == scores
+    assert str(scores).startswith("with Spa3R 66.7 (") and "difference +33.3 (" in str(scores)
+    with pytest.raises(ValueError, match=r"same questions about at least 2 rooms, got 3 about 1 rooms and 3"):
+        DemoScores.from_answers(ours[:3], theirs[:3])
+    with pytest.raises(ValueError, match=r"same questions about at least 2 rooms"):
+        DemoScores.from_answers(ours, theirs[::-1])

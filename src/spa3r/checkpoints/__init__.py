@@ -19,6 +19,9 @@ SPA3_VLM = _HERE / "rooms_spa3_vlm"
 VLM = _HERE / "rooms_vlm"
 """The same VLM, trained on the same questions without Spa3R: a Spa3-VLM with ``spatial_source="none"``."""
 
+SCORES = _HERE / "rooms_scores.json"
+"""Overall scores of both on many rooms, with the hashes of the weights that were measured."""
+
 EXAMPLE_QUESTIONS = (
     "How many chairs are there?",
     "Is there a bed?",

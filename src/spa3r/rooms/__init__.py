@@ -14,7 +14,7 @@ from spa3r.rooms.levels import LEVELS, RoomLevel
 from spa3r.rooms.questions import QUESTION_TYPES, RoomWalk, room_questions
 from spa3r.rooms.render import RoomViews, render
 from spa3r.rooms.room import Fixture, Light, Room, RoomObject, generate_room
-from spa3r.rooms.walk import CAMERA_CLEARANCE, Cameras, camera_walk, look_around
+from spa3r.rooms.walk import CAMERA_CLEARANCE, Cameras, camera_walk, look_around, new_cameras
 
 __all__ = [
     "CAMERA_CLEARANCE",
@@ -35,6 +35,7 @@ __all__ = [
     "camera_walk",
     "generate_room",
     "look_around",
+    "new_cameras",
     "render",
     "room_questions",
 ]
