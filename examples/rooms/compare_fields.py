@@ -8,20 +8,16 @@ Results of a model are kept in its folder (`field-ROOMS.json`), so the program c
 """
 
 import argparse
-import hashlib
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from evaluate import about
 from field import KNOWN_ROOMS, FieldViews
-from torch import Tensor
 from train_spa3r import ARMS, SIZES, STAGES
 
 from spa3r import Spa3RForPreTraining
-from spa3r.evaluation.run_folder import weights_hash
 from spa3r.tables import Table
 
 TITLES = {
@@ -49,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     folders = {arm: sorted(args.run.glob(f"spa3r-{args.size}-{arm}-[0-9]")) for arm in ARMS}
     print(f"{about()}; {args.rooms} unseen rooms of level 0, 8 views, half of them targets\n", flush=True)
-    views, known = None, {}
+    views = None
     measured: dict[str, list[dict[str, Any]]] = {}
     for arm, seeds in folders.items():
         for folder in seeds:
@@ -57,7 +53,6 @@ def main() -> None:
             if not is_newer(file, folder / "model.safetensors"):
                 views = views or FieldViews.make(args.rooms, known_rooms=args.known_rooms)
                 model = Spa3RForPreTraining.from_pretrained(folder, dtype="float32")
-                remember_frozen(model, known)
                 file.write_text(json.dumps(views.measure(model).to_dict()))
                 print(f"{folder.name} is measured", file=sys.stderr, flush=True)
             measured.setdefault(arm, []).append(json.loads(file.read_text()) | {"steps": steps(folder)})
@@ -67,25 +62,6 @@ def main() -> None:
             rows.append(["true features", "", "", "", "", "", f"{100 * ceiling['object_accuracy']['mean']:.1f}"])
             break
     print(Table(["arm", "seeds", "steps", *COLUMNS], rows))
-
-
-def remember_frozen(model: Spa3RForPreTraining, known: dict[Any, Any]) -> None:
-    """Run VGGT and the teacher once for the same pictures, also with the other models of the same frozen parts."""
-
-    def remembering(function: Callable[..., Any], part: str) -> Callable[..., Any]:
-        def call(pixels: Tensor, *args: Any, **kwargs: Any) -> Any:
-            key = (part, hashlib.sha256(pixels.numpy().data).hexdigest(), str(kwargs))
-            if key not in known:
-                known[key] = function(pixels, *args, **kwargs)
-            return known[key]
-
-        return call
-
-    spa3r: Any = model.spa3r
-    spa3r._run_backbone = remembering(spa3r._run_backbone, weights_hash(spa3r.backbone))
-    if model.semantic_teacher is not None:
-        teaching: Any = model
-        teaching._semantic_targets = remembering(model._semantic_targets, weights_hash(model.semantic_teacher))
 
 
 def steps(folder: Path) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from train_teacher import class_shares
 from spa3r import Spa3RForPreTraining, Spa3RImageProcessor
 from spa3r.data import SceneBatches
 from spa3r.evaluation import FieldReport, evaluate_field
+from spa3r.evaluation.run_folder import weights_hash
 from spa3r.models.packing import ViewLayout
 from spa3r.rooms import FURNITURE
 from spa3r.rooms.scenes import RoomScenes
@@ -34,10 +37,12 @@ class FieldViews:
     Attributes:
         batches: Inputs of the model, one room each, with given cameras and `patch_classes`.
         known: Rooms of the training seeds.
+        computed: Outputs of frozen parts on these views, which models of the same frozen parts share.
     """
 
     batches: list[dict[str, Any]]
     known: RenderedRooms
+    computed: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def make(cls, rooms: int, views: int = 8, level: int = 0, known_rooms: int = KNOWN_ROOMS) -> FieldViews:
@@ -51,11 +56,31 @@ class FieldViews:
 
     def measure(self, model: Spa3RForPreTraining, cameras: str = "given") -> FieldReport:
         """The metrics of a model, with the score of objects if it predicts semantic features."""
+        remember_frozen(model, self.computed)
         batches = self.batches
         if cameras == "predicted":
             left_out = ("extrinsics", "intrinsics")
             batches = [{key: value for key, value in batch.items() if key not in left_out} for batch in batches]
         return evaluate_field(model, batches, class_means=class_means(self.known, model))
+
+
+def remember_frozen(model: Spa3RForPreTraining, computed: dict[Any, Any]) -> None:
+    """Run VGGT and the teacher once for the same pictures, also with the other models of the same frozen parts."""
+
+    def remembering(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def call(pixels: Tensor, *args: Any, **kwargs: Any) -> Any:
+            key = (part, hashlib.sha256(pixels.numpy().data).hexdigest(), str(kwargs))
+            if key not in computed:
+                computed[key] = function(pixels, *args, **kwargs)
+            return computed[key]
+
+        return call
+
+    spa3r: Any = model.spa3r
+    spa3r._run_backbone = remembering(spa3r._run_backbone, weights_hash(spa3r.backbone))
+    if model.semantic_teacher is not None:
+        teaching: Any = model
+        teaching._semantic_targets = remembering(model._semantic_targets, weights_hash(model.semantic_teacher))
 
 
 def known_views(rooms: int = KNOWN_ROOMS, level: int = 0) -> RenderedRooms:

@@ -225,11 +225,11 @@ def printed(monkeypatch, capsys):
 
 
 def test_objects_are_scored_beside_all_patches(printed):
-    """The embedded model sees furniture better than the baselines, and its true features best."""
+    """The true features are the upper bound; a small teacher confuses classes, too."""
     text = printed("evaluate", "embedded", "--rooms", 3, "--known-rooms", 32)
     found = re.findall(r"^  objects +(\w+) +([\d.]+) ", text, re.MULTILINE)
     accuracy = {name: float(value) for name, value in found}
-    assert 0.8 < accuracy["true_features"] <= 1
+    assert 0.4 < accuracy["true_features"] <= 1
     baselines = ("context_mean", "nearest_view", "shuffled_latents", "shuffled_cameras")
     assert all(accuracy[name] < accuracy["true_features"] for name in (*baselines, "model"))
     assert text.count("object accuracy ↑") == 2, "given and predicted cameras"
@@ -262,7 +262,7 @@ def test_more_views_and_unseen_objects_are_measured(printed):
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
     ]
     assert [row[0] for row in rows[1:]] == ["8", "8", "16", "16", "32", "32"]
-    assert [row[2] for row in rows[1:]] == [x for n in (8, 16, 32) for x in (f"{64 * n} x 384", "64 x 128")]
+    assert [row[2] for row in rows[1:]] == [x for n in (8, 16, 32) for x in (f"{64 * n} x 192", "64 x 128")]
     text = printed("unseen_objects", "--rooms", 6)
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")

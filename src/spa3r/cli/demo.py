@@ -148,7 +148,7 @@ def demo(
     ] = 0,
     num_rooms: Annotated[
         int, typer.Option("--rooms", min=2, max=ROOMS_PER_SEED, help="Number of rooms that questions are about.")
-    ] = 12,
+    ] = 24,
     level: Annotated[int, typer.Option(min=0, max=3, help="How varied the rooms are.")] = 0,
     views: Annotated[
         int, typer.Option(min=2, max=16, help="Views of each room; of the field every second one is held out.")
@@ -229,7 +229,7 @@ def demo(
             ).savefig(files[0])
             kinds = ["between", "beside"]
             new_figure = field_figure(
-                both.images,
+                list(both.images),
                 at_new,
                 new_inputs["view_grid_hw"],
                 list(both.depth),
