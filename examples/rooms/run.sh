@@ -62,7 +62,8 @@ alone=$("$python" -c "from spa3r.checkpoints import VLM; print(VLM)")
 "$python" -m spa3r eval rooms --rooms 500 -o rooms_run/answers/embedded
 "$python" -m spa3r eval rooms --rooms 500 --model "$alone" -o rooms_run/answers/embedded_vlm
 "$python" "$here/package.py" scores rooms_run/answers/embedded rooms_run/answers/embedded_vlm
-"$python" -m spa3r eval compare rooms_run/answers/embedded_vlm rooms_run/answers/embedded | tee rooms_run/embedded.txt
+"$python" -m spa3r eval compare rooms_run/answers/embedded_vlm rooms_run/answers/embedded |
+  sed "/flipped/,\$d" | tee rooms_run/embedded.txt
 cp rooms_run/answers/embedded/table.md "$here/results/eval_rooms.md"
 cp rooms_run/{vggt,teacher,vlm_vision,vlm_looking,vlm_places,vlm}.jsonl "$here/results/"
 cp rooms_run/{metrics,more_views,compare_fields,answers,unseen_objects,embedded}.txt "$here/results/"
