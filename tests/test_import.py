@@ -87,10 +87,18 @@ def test_nothing_heavy_is_imported(code):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["", *USES.values()], ids=["nothing", *USES])
-def test_transformers_knows_the_types_in_any_order_of_imports(first):
-    run(f"import spa3r\n{first}\n{KNOWN}")
-    run(f"{first}\nimport spa3r\n{KNOWN}")
+@pytest.mark.parametrize("order", ["import spa3r\n{}", "{}\nimport spa3r"], ids=["spa3r-first", "spa3r-last"])
+def test_transformers_knows_the_types_in_any_order_of_imports(order):
+    orders = [order.format(use) for use in USES.values()]
+    each_in_a_process = (
+        "import os, sys, torch, torchvision\n"  # both know nothing of the types, and take longest to import
+        f"for order in {orders!r}:\n"
+        "    if not (child := os.fork()):\n"
+        f"        exec(order + {KNOWN!r}, {{}})\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0, order"
+    )
+    run(each_in_a_process)
 
 
 def test_transformers_knows_the_types_right_after_the_import():
