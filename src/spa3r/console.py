@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -36,10 +36,13 @@ from spa3r.signals import ending_on_signals
 if TYPE_CHECKING:
     import PIL.Image
     import torch
+    from transformers import PreTrainedModel
 
     from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
     from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 
+
+LoadedModel = TypeVar("LoadedModel", bound="PreTrainedModel")
 
 WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 """Suffixes of released checkpoints that are a single file."""
@@ -62,7 +65,14 @@ NumFrames = Annotated[
 ]
 Model = Annotated[str, typer.Option("--model", metavar="ID", help="A folder, a hub id, or 'embedded'.")]
 Device = Annotated[str, typer.Option(help="auto (the first of cuda, mps, cpu), or a device such as cuda:1.")]
-WeightType = Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto: as saved.")]
+WeightType = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        help="Type of the weights; auto: as saved, but on CPUs bfloat16 for large models if the CPU has instructions "
+        "for it, and float32 if it has none.",
+    ),
+]
 Attention = Annotated[
     str | None, typer.Option("--attn", metavar="NAME", help="Attention back end; `spa3r info` lists those that work.")
 ]
@@ -245,6 +255,25 @@ def loading_arguments(dtype: Dtype, attention: str | None) -> dict[str, Any]:
     return {"dtype": dtype.value, "attn_implementation": attention}
 
 
+def with_default_dtype(
+    model: LoadedModel, dtype: Dtype, place: torch.device, note: Callable[[str], None] | None
+) -> LoadedModel:
+    """The model on its device; with ``auto`` on a CPU, in the dtype that this CPU is fast in.
+
+    Args:
+        model: The model, as it was saved.
+        dtype: The option.
+        place: The device.
+        note: Called with the dtype and the reason, where the CPU decides.
+    """
+    from spa3r.models.precision import set_cpu_dtype
+
+    reason = set_cpu_dtype(model) if place.type == "cpu" and dtype == Dtype.auto else None
+    if reason is not None and note is not None:
+        note(reason)
+    return model.to(place).eval()
+
+
 def is_adapter(name: str) -> bool:
     """Whether a folder or repository is a PEFT checkpoint of a Spa3-VLM, as `spa3r finetune` writes for ``lora``."""
     from transformers import PreTrainedConfig
@@ -265,7 +294,7 @@ def is_adapter(name: str) -> bool:
 
 
 def load_vlm(
-    name: str, device: str, dtype: Dtype, attention: str | None
+    name: str, device: str, dtype: Dtype, attention: str | None, note: Callable[[str], None] | None = None
 ) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
     from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
     from spa3r.hub import naming_missing
@@ -277,17 +306,18 @@ def load_vlm(
         if is_adapter(name):
             import torch
 
+            from spa3r.models.precision import cast
             from spa3r.training.finetuning.run import merge_lora
 
             model, processor = merge_lora(name)
             if dtype != Dtype.auto:
-                model = model.to(dtype=getattr(torch, dtype.value))
+                cast(model, getattr(torch, dtype.value))
             if attention is not None:
                 model.set_attn_implementation(attention)
         else:
             processor = Spa3VLMProcessor.from_pretrained(name)
             model = Spa3VLMForConditionalGeneration.from_pretrained(name, **arguments)
-    return model.to(place).eval(), processor
+    return with_default_dtype(model, dtype, place, note), processor
 
 
 def embedded_note() -> str:

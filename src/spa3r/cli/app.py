@@ -55,7 +55,7 @@ def web_demo(
         from spa3r.app import build_app
 
         with report.status(f"Loading {model}"):
-            vlm, processor = load_vlm(model, device, dtype, attention)
+            vlm, processor = load_vlm(model, device, dtype, attention, report.note)
         if model == EMBEDDED:
             report.note(f"{embedded_note()}. {QUESTIONS_NOTE}")
         page = build_app(

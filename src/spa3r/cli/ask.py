@@ -68,7 +68,7 @@ def ask(
         with report.status("Reading the photos"):
             names, views = read_views(photos, num_frames)
         with report.status(f"Loading {model}"):
-            vlm, processor = load_vlm(model, device, dtype, attention)
+            vlm, processor = load_vlm(model, device, dtype, attention, report.note)
         if model == EMBEDDED:
             report.note(f"{embedded_note()}. {QUESTIONS_NOTE}")
         processor.image_mode = images.value

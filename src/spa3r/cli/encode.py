@@ -31,6 +31,7 @@ from spa3r.console import (
     read_views,
     reporting,
     torch_device,
+    with_default_dtype,
 )
 from spa3r.disk import write_whole
 from spa3r.media.files import is_url
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
     from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
 
 
-def _load_spa3r(name: str, device: str, dtype: Dtype, attention: str | None) -> tuple[Spa3RModel, Spa3RImageProcessor]:
+def _load_spa3r(
+    name: str, device: str, dtype: Dtype, attention: str | None, note: Callable[[str], None] | None = None
+) -> tuple[Spa3RModel, Spa3RImageProcessor]:
     """A Spa3R, on its own or out of a Spa3-VLM."""
     from transformers import AutoConfig
 
@@ -58,11 +61,12 @@ def _load_spa3r(name: str, device: str, dtype: Dtype, attention: str | None) -> 
             released = find_released(name, ("spa3r", "spa3-vlm"), "`--model`")
             kind = "spa3r" if released is not None else AutoConfig.from_pretrained(name).model_type
         if kind == "spa3r":
-            model = Spa3RModel.from_pretrained(name, **arguments).to(place).eval()
+            model = Spa3RModel.from_pretrained(name, **arguments)
+            model = with_default_dtype(model, dtype, place, note)
             return model, Spa3RImageProcessor.from_pretrained(name)
         if kind != "spa3_vlm":
             raise ValueError(f"`--model` must be a Spa3R or a Spa3-VLM to encode with, and {name} is a {kind}.")
-    model, processor = load_vlm(name, device, dtype, attention)
+    model, processor = load_vlm(name, device, dtype, attention, note)
     if model.spa3r is None:
         raise ValueError(f"`--model` must hold a Spa3R to encode with, and {name} has `spatial_source` 'none'.")
     return model.spa3r, processor.view_image_processor
@@ -103,10 +107,10 @@ def encode(
 
         def load() -> tuple[Spa3RModel, Spa3RImageProcessor]:
             with report.status(f"Loading {model}"):
-                return _load_spa3r(model, device, dtype, attention)
+                return _load_spa3r(model, device, dtype, attention, report.note)
 
         if scene_per_folder:
-            options = json.dumps({"num_frames": num_frames, "dtype": dtype, "attn": attention})
+            options = json.dumps({"num_frames": num_frames, "dtype": _dtype_here(dtype, device), "attn": attention})
             _encode_many(report, load, model, photos, output or Path("latents"), batch_size, num_frames, options)
             return
         if output is not None and output.is_dir():
@@ -127,6 +131,14 @@ def encode(
             views=names,
             num_views=len(names),
         )
+
+
+def _dtype_here(dtype: Dtype, device: str) -> str:
+    """The option, and whether ``auto`` may mean another dtype on this machine."""
+    from spa3r.models.precision import cpu_has_bfloat16
+
+    depends = dtype == Dtype.auto and torch_device(device).type == "cpu" and cpu_has_bfloat16()
+    return f"{dtype.value}, bfloat16 if large" if depends else dtype.value
 
 
 def _encode_many(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +34,7 @@ from spa3r.console import (
     printable,
     reporting,
     torch_device,
+    with_default_dtype,
 )
 from spa3r.disk import write_whole
 from spa3r.vsi_bench.format import task_title
@@ -198,7 +199,7 @@ def _evaluate(
         check_model(model)
     with own_folder(output):  # refused before gigabytes are loaded
         with report.status(f"Loading {model}"):
-            vlm, processor = _load_any_vlm(model, device, dtype, attention)
+            vlm, processor = _load_any_vlm(model, device, dtype, attention, report.note)
         if model == EMBEDDED:
             report.note(embedded_note())
         with report.progress() as progress:
@@ -223,7 +224,9 @@ def _evaluate(
     )
 
 
-def _load_any_vlm(name: str, device: str, dtype: Dtype, attention: str | None) -> tuple[Any, Any]:
+def _load_any_vlm(
+    name: str, device: str, dtype: Dtype, attention: str | None, note: Callable[[str], None] | None = None
+) -> tuple[Any, Any]:
     """A Spa3-VLM, or a VLM of transformers as it is."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -232,14 +235,14 @@ def _load_any_vlm(name: str, device: str, dtype: Dtype, attention: str | None) -
 
     if name != EMBEDDED:
         if is_adapter(name):
-            return load_vlm(name, device, dtype, attention)
+            return load_vlm(name, device, dtype, attention, note)
         with naming_missing(name):
             released = find_released(name, ("spa3-vlm",), "`--model`")
             if released is None and AutoConfig.from_pretrained(name).model_type != "spa3_vlm":
                 place, arguments = torch_device(device), loading_arguments(dtype, attention)
                 model = AutoModelForImageTextToText.from_pretrained(name, **arguments)
-                return model.to(place).eval(), AutoProcessor.from_pretrained(name)
-    return load_vlm(name, device, dtype, attention)
+                return with_default_dtype(model, dtype, place, note), AutoProcessor.from_pretrained(name)
+    return load_vlm(name, device, dtype, attention, note)
 
 
 @eval_app.command("compare", no_args_is_help=True)

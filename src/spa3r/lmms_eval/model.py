@@ -40,7 +40,7 @@ class Spa3VLMForLmmsEval(lmms):
         pretrained: A folder, a hub id, or ``"embedded"``.
         batch_size: Number of questions per batch, padded on the left.
         device: Such as ``"cuda:0"``; None: the first of cuda, mps, cpu. With several processes, accelerate sets it.
-        dtype: ``"auto"`` (as saved), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        dtype: ``"auto"`` (as saved, and on CPUs as with ``spa3r ask``), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         attn_implementation: Attention back end; None: the fastest available.
         num_frames: Number of frames of a video: ``linspace(0, n - 1, num_frames)``. VSI-Bench's evaluation uses 32.
         max_batch_size: Ignored; lmms-eval passes it to every model.
@@ -76,7 +76,8 @@ class Spa3VLMForLmmsEval(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         place = str(self.accelerator.device) if self._world_size > 1 else device or "auto"
-        self.model, self.processor = load_vlm(str(pretrained), place, Dtype(dtype), attn_implementation)
+        note = logger.info if self._rank == 0 else logger.debug
+        self.model, self.processor = load_vlm(str(pretrained), place, Dtype(dtype), attn_implementation, note)
         self.device, self.engine = self.model.device, AnsweringEngine(self.model, self.processor)
         if pretrained == EMBEDDED and self._rank == 0:
             logger.warning(embedded_note())

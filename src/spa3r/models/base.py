@@ -25,6 +25,7 @@ from spa3r.models.attention import check_attention_implementation
 from spa3r.models.layers import TransformerLayer
 from spa3r.models.model_card import CARD, is_own_card, log_license, write_model_card
 from spa3r.models.placement import execution_device
+from spa3r.models.precision import Int8Linear
 from spa3r.models.quantization import plain_tensors, saved_keys, without_quantizing
 from spa3r.models.released import (
     HUB_KWARGS,
@@ -340,7 +341,18 @@ class PackedPreTrainedModel(PreTrainedModel):
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Like transformers' ``save_pretrained``, with a model card (README.md); an existing card is kept."""
+        """Like transformers' ``save_pretrained``, with a model card (README.md); an existing card is kept.
+
+        Raises:
+            ValueError: Layers of the model were replaced by int8 layers, and are to be saved.
+        """
+        ignored = set(self._keys_to_ignore_on_save or ())
+        for path, module in self.named_modules():
+            if isinstance(module, Int8Linear) and f"{path}.scales" not in ignored:
+                raise ValueError(
+                    f"`{path}` holds int8 weights, which only compute on this machine and are not saved. Save the "
+                    "model before `use_int8_layers`, or with include_backbone=False."
+                )
         card = Path(save_directory) / CARD
         token = _CARD_TO_KEEP.set(card.read_bytes() if is_own_card(card) else None)
         try:

@@ -243,6 +243,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         return outputs
 
     def _add_branches(self, tokens: Tensor, attended: Tensor) -> Tensor:  # (S, C), (S, C) -> (S, C)
+        """Both residuals and the MLP, which depend on no segments; ``compile_layers`` compiles it."""
         tokens = tokens + self.layer_scale1 * attended
         return tokens + self.layer_scale2 * self.mlp(self.norm2(tokens))
 
