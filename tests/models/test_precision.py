@@ -147,6 +147,7 @@ def test_int8_layers_that_are_refused(embedded, tmp_path):
 # Compiled layers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_layers_take_any_lengths_without_compiling_again(embedded):
     composed, _ = embedded
