@@ -134,12 +134,19 @@ class Conversations:
             self.turns[-1] += zip(said[::2], said[1::2])
 
     def texts(self, rooms: int) -> list[str]:
-        """All text about the first `rooms` rooms in the benchmark's wording.
+        """What a tokenizer is trained on: texts in the benchmark's wording and the words of free ones.
 
-        A tokenizer trained on it splits other words into small pieces, whether it has seen them or not.
+        They are about the first `rooms` rooms. A line of the benchmark can become one token, but a token of a free
+        question is not longer than a word: other questions consist of the same words.
         """
-        turns = (turn for turns in self.turns[:rooms] for turn in turns)
-        return [text for turn in turns if turn[0].startswith((FIRST_WORDS, DESCRIBE)) for text in turn]
+        texts = []
+        for turns in self.turns[:rooms]:
+            for turn in turns:
+                if turn[0].startswith((FIRST_WORDS, DESCRIBE)):
+                    texts += turn
+                else:
+                    texts += [word for text in turn for word in re.findall("(?:^| )[^ ]+", text)]
+        return texts
 
     def pictures(self) -> Iterator[np.ndarray]:
         """(FRAMES, H, W, 3) uint8 of every room."""

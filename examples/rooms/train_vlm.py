@@ -84,7 +84,8 @@ def make_processor(texts: list[str]) -> Spa3VLMProcessor:
     """Qwen2.5-VL's processor with a small byte-level BPE that is trained on some texts.
 
     Names and digits are separate tokens, so that they are spelled the same everywhere, and every line begins with a
-    token of its own. Anything in between may become one token, so a question has ten or twenty.
+    token of its own. Anything in between that is one of the texts may become one token, so a question of the benchmark
+    has ten or twenty.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -99,7 +100,7 @@ def make_processor(texts: list[str]) -> Spa3VLMProcessor:
     bpe.decoder, bpe.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     texts = texts + ["user", "assistant"] * len(texts)
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1536, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, initial_alphabet=alphabet, show_progress=False))
     standard = {name: token for name, token in SPECIAL_TOKENS.items() if name in ("pad_token", "eos_token")}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,

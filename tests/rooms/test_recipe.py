@@ -101,6 +101,22 @@ def test_conversations_in_free_wording_are_about_their_room(folder, monkeypatch)
     assert checked > 2 * ROOMS
 
 
+def test_tokens_of_free_questions_are_words(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    from conversations import Conversations
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "vlm")
+    turns = [turn for turns in Conversations(folder / "data").turns for turn in turns]
+    free = [question for question, _ in turns if "\n" not in question and "each picture" not in question]
+    others = "\n".join(text for question, told in turns if question not in free for text in (question, told))
+    tokens = [[tokenizer.decode(token) for token in tokenizer(question).input_ids] for question in free]
+    longer = {text for line in tokens for text in line if " " in text.strip()}
+    assert all(text in others for text in longer), "only the benchmark's wording has tokens of several words"
+    assert sum(map(len, tokens)) < 1.5 * sum(len(question.split()) for question in free)
+    line = "Measuring from the closest point of each object, what is the distance between the "
+    assert len(tokenizer(line).input_ids) < len(line.split()) / 2
+
+
 def test_questions_share_pictures_and_do_not_see_each_other(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPE))
     from conversations import FRAMES, Conversations
