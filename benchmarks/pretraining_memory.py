@@ -9,20 +9,18 @@ step's tensors are counted on fake tensors of a CUDA device and in a real step o
 
 import argparse
 import platform
-import weakref
 
 import torch
 import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, DINOv3ViTConfig
 
 from spa3r import Spa3RConfig, Spa3RForPreTraining, VggtConfig
+from spa3r.models.cost import LiveBytes
+from spa3r.models.dense_head import DPT_PATCHES_AT_ONCE
 from spa3r.models.layers import TransformerLayer
-from spa3r.models.vggt.modeling_vggt import DPT_VIEWS_AT_ONCE
 
 GIB = 2**30
 SCENE = 12
@@ -109,7 +107,7 @@ def arithmetic(config: Spa3RConfig, views: int, grid: tuple[int, int], half: boo
     pixels = cells * config.patch_size**2
     kept["targets"] = patches * (targets + 4 * 3 * config.patch_size**2) + views * pixels * 2 * 4
 
-    chunk, features = min(DPT_VIEWS_AT_ONCE, views), config.backbone_config.dpt_features
+    chunk, features = min(max(1, DPT_PATCHES_AT_ONCE // cells), views), config.backbone_config.dpt_features
     dense = 2 * 4 * pixels * features / 2  # two float32 maps at full picture size
     dense += b * (64 + 16) * cells * features + 5 * 4 * cells * wide  # coarser maps; tokens of four layers, and normed
     frozen = chunk * dense + 4 * pixels * features / 2 + patches * (8 * 4 * wide + 2 * 4 * 3 * config.patch_size**2)
@@ -136,28 +134,6 @@ def states(config: Spa3RConfig, devices: int) -> dict[str, float]:
 
 
 # Counting -------------------------------------------------------------------------------------------------------------
-
-
-class LiveBytes(TorchDispatchMode):
-    """Current and peak bytes of all live tensors, without parameters."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()])
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
-                self.seen.add(storage)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return output
-
-    def _free(self, size: int) -> None:
-        self.live -= size
 
 
 class WithoutPinning(TorchFunctionMode):
@@ -187,9 +163,8 @@ def inputs(config: Spa3RConfig, views: int, grid: tuple[int, int], device: str) 
 def count(model: Spa3RForPreTraining, batch: dict, backward: bool) -> dict[str, float]:
     """Counted bytes of a step: kept at the end of the forward pass, peak of the frozen pass, peak of all."""
     counted = {}
-    with LiveBytes(model) as bytes_:
-        bytes_.live = batch["view_pixel_values"].nbytes
-        bytes_.seen.add(batch["view_pixel_values"].untyped_storage())
+    with LiveBytes([*model.parameters(), *model.buffers()]) as bytes_:
+        bytes_.add(batch["view_pixel_values"])
 
         def note_frozen(module, args):
             counted["frozen"], bytes_.peak = bytes_.peak, bytes_.live

@@ -408,6 +408,27 @@ def test_info_tells_what_works():
         assert words in text
 
 
+@pytest.mark.slow
+def test_info_tells_what_a_scene_costs_before_it_is_tried():
+    report = run_json("info", "--views", "1000")
+    assert report["tokens"] == 1000 * (37 * 24 + 5) and report["dtype"] == "bfloat16"
+    assert 3.0e9 < report["weights_bytes"] < 3.1e9
+    assert report["memory_bytes"] == report["weights_bytes"] + report["activations_bytes"] < 40e9
+    assert 1000 < report["largest_scenes"]["40 GB"] < report["largest_scenes"]["80 GB"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    (
+        (["--size", "518"], "`--size` must be the width and height of a view, multiples of 14"),
+        (["--size", "500x336"], "multiples of 14 such as 518x336, got 500x336"),
+        (["--dtype", "auto"], "`--dtype` must be float32, bfloat16 or float16 with `--views`, got auto"),
+    ),
+)
+def test_info_refuses_a_scene_that_it_cannot_count(options, words):
+    assert words in said(run("info", "--views", "8", *options, code=1))
+
+
 def test_info_says_why_a_back_end_does_not_work(monkeypatch):
     asked = attention_module.why_unusable
     monkeypatch.setattr(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from spa3r.console import AsJson, Verbose, one_line, plural, reporting, torch_device
+import typer
+
+from spa3r.console import AsJson, Dtype, Verbose, one_line, plural, reporting, torch_device
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +22,22 @@ PACKAGES = (
 )
 
 
-def info(as_json: AsJson = False, verbose: Verbose = False) -> None:
+def info(
+    views: Annotated[
+        int | None,
+        typer.Option(min=1, help="Print what encoding a scene of so many views costs, at the released sizes."),
+    ] = None,
+    size: Annotated[str, typer.Option(metavar="WxH", help="Size of a processed view, with --views.")] = "518x336",
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights, with --views.")] = Dtype.bfloat16,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
     """List installed versions, and test which devices, types and attention back ends work here."""
     with reporting(as_json, verbose) as report:
+        if views is not None:
+            cost = _cost(views, size, dtype)
+            report.finish(_cost_text(cost), **cost)
+            return
         versions: dict[str, str | None] = {"python": sys.version.split()[0]}
         for name in PACKAGES:
             try:
@@ -48,6 +64,58 @@ def info(as_json: AsJson = False, verbose: Verbose = False) -> None:
             dtypes={name: {"works": works, "note": note} for name, (works, note) in dtypes.items()},
             attention={name: {"works": works, "note": note} for name, (works, note) in attention.items()},
         )
+
+
+def _cost(views: int, size: str, dtype: Dtype) -> dict[str, Any]:
+    """The cost of a scene of the released Spa3R, counted without data, and the largest scenes that fit."""
+    import torch
+
+    from spa3r import Spa3RConfig, Spa3RModel
+    from spa3r.models.cost import largest_scene, scene_cost, total_memory
+    from spa3r.models.packing import MAX_GRID
+
+    config, sides = Spa3RConfig(), re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
+    grid = [int(side) / config.patch_size for side in sides.groups()] if sides else []
+    if not grid or any(side % 1 or not 1 <= side <= MAX_GRID for side in grid):
+        raise ValueError(
+            f"`--size` must be the width and height of a view, multiples of {config.patch_size} such as 518x336, got "
+            f"{size}."
+        )
+    if dtype == Dtype.auto:
+        raise ValueError("`--dtype` must be float32, bfloat16 or float16 with `--views`, got auto.")
+    with torch.device("meta"):
+        model = Spa3RModel(config).to(getattr(torch, dtype.value))
+    columns, rows = map(int, grid)
+    device = torch_device("auto")
+    cost = scene_cost(model, views, (rows, columns))
+    memories = {"80 GB": 80 * 10**9, "40 GB": 40 * 10**9, "24 GB": 24 * 10**9, str(device): total_memory(device)}
+    return {
+        "views": views,
+        "size": size,
+        "dtype": dtype.value,
+        "tokens": cost.tokens,
+        "operations": cost.operations,
+        "weights_bytes": cost.weights,
+        "activations_bytes": cost.activations,
+        "memory_bytes": cost.memory,
+        "largest_scenes": {name: largest_scene(model, (rows, columns), memory) for name, memory in memories.items()},
+    }
+
+
+def _cost_text(cost: dict[str, Any]) -> str:
+    gib = {name: cost[f"{name}_bytes"] / 2**30 for name in ("weights", "activations", "memory")}
+    scene = f"{plural(cost['views'], 'view')} of {cost['size']} in {cost['dtype']}"
+    lines = [
+        f"Encoding {scene}, at the released sizes, counted:",
+        f"  tokens      {cost['tokens']:,}",
+        f"  operations  {cost['operations'] / 1e12:,.1f} trillion",
+        f"  memory      {gib['memory']:.1f} GiB: weights {gib['weights']:.1f}, all else {gib['activations']:.1f}",
+        "Largest scene that fits, if nothing else is on the device; workspaces of kernels are not counted:",
+    ]
+    width = max(map(len, cost["largest_scenes"]))
+    return "\n".join(
+        [*lines, *(f"  {name:<{width}}  {plural(views, 'view')}" for name, views in cost["largest_scenes"].items())]
+    )
 
 
 def _devices() -> dict[str, str]:

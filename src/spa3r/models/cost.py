@@ -110,20 +110,26 @@ def scene_cost(model: PreTrainedModel, views: int, grid_hw: tuple[int, int]) -> 
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     few, many, slope = _growth(model, grid_hw)
     activations = _activations(model, views, grid_hw) if views <= many[0] else few[1] + slope * (views - few[0])
-    return SceneCost(views, views * per_view, _operations(model, views, grid_hw), weights, int(activations))
+    return SceneCost(views, views * per_view, count_operations(model, views, grid_hw), weights, int(activations))
+
+
+_GROWTH: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
 def _growth(model: PreTrainedModel, grid_hw: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], float]:
     """Two numbers of views with their activations, and the bytes per view above: memory is linear where chunks of
-    tokens are full."""
-    inner = int(model.config.backbone_config.hidden_size * model.config.backbone_config.mlp_ratio)
-    rows = rows_at_once(inner, torch.empty(0, dtype=model.dtype, device="meta"))
-    count = -(-2 * rows // (grid_hw[0] * grid_hw[1]))
-    few, many = ((views, _activations(model, views, grid_hw)) for views in (count, 2 * count))
-    return few, many, (many[1] - few[1]) / count
+    tokens are full. Counted once for a model."""
+    known = _GROWTH.setdefault(model, {})
+    if (key := (model.dtype, grid_hw)) not in known:
+        inner = int(model.config.backbone_config.hidden_size * model.config.backbone_config.mlp_ratio)
+        rows = rows_at_once(inner, torch.empty(0, dtype=model.dtype, device="meta"))
+        count = -(-2 * rows // (grid_hw[0] * grid_hw[1]))
+        few, many = ((views, _activations(model, views, grid_hw)) for views in (count, 2 * count))
+        known[key] = few, many, (many[1] - few[1]) / count
+    return known[key]
 
 
-def _operations(model: PreTrainedModel, views: int, grid_hw: tuple[int, int]) -> int:
+def count_operations(model: PreTrainedModel, views: int, grid_hw: tuple[int, int]) -> int:
     """Operations of ``encode``, a quadratic polynomial of the number of views, from counts of 1, 2 and 3 views."""
     hollow = _hollow(model, copy.deepcopy(model.config))
     counts = []
