@@ -325,7 +325,7 @@ def test_parts_that_configurations_name_may_be_released(hub, converted, tmp_path
     monkeypatch.setattr(released_vggt, "vggt_config", lambda weights, _: vggt_config(weights, GOLDEN_VGGT_FIELDS))
     model.save_pretrained(tmp_path / "light", include_backbone=False)
     assert same(Spa3RModel.from_pretrained(tmp_path / "light"), model)
-    pretraining = Spa3RForPreTraining.from_vggt_and_dinov3(
+    pretraining = Spa3RForPreTraining.from_backbone_and_dinov3(
         "facebook/VGGT-1B", targets=("geometry",), cache_dir=hub["cache"]
     )
     assert pretraining.spa3r.config.backbone_name_or_path == "facebook/VGGT-1B"

@@ -45,7 +45,7 @@ tune() {
 }
 for seed in $seeds; do
   tune vlm --spatial-source none
-  tune vggt --spatial-source vggt
+  tune vggt --spatial-source backbone
   tune append --integration append
   tune spa3_vlm
 done

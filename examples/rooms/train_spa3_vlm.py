@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of render.py and conversations.py")
     parser.add_argument("vlm", type=Path, help="folder of train_vlm.py")
     parser.add_argument("output", type=Path, help="folder for the Spa3-VLM, its log and its state")
-    parser.add_argument("--spatial-source", choices=("none", "vggt", "spa3r"), default="spa3r")
+    parser.add_argument("--spatial-source", choices=("none", "backbone", "spa3r"), default="spa3r")
     parser.add_argument("--integration", choices=("cross_attention", "append"), default="cross_attention")
     parser.add_argument(
         "--start-from",

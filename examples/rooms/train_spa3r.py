@@ -81,7 +81,7 @@ def main() -> None:
     if args.start_from is not None:
         model = Spa3RForPreTraining.from_pretrained(args.start_from, dtype="float32")
     else:
-        model = Spa3RForPreTraining.from_vggt_and_dinov3(
+        model = Spa3RForPreTraining.from_backbone_and_dinov3(
             args.frozen / "vggt",
             args.frozen / "teacher",
             dtype="float32",

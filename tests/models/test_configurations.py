@@ -79,8 +79,16 @@ def test_numbers_are_finite_and_in_a_range(kind, field, wrong):
         ("spa3r", {"hidden_size": 16384, "num_attention_heads": 16, "num_encoder_layers": 512}, "at most 20 billion"),
         ("spa3r", {"targets": ["colour"]}, "`targets` .* each entry is one of 'geometry', 'semantic', got "),
         ("spa3r", {"backbone_config": {"hidden_size": 0}}, "`backbone_config`: `hidden_size` of VggtConfig must be"),
-        ("spa3r", {"backbone_config": {"model_type": "vit"}}, "must be a VggtConfig or its fields, got .* type 'vit'"),
-        ("spa3r", {"backbone_config": Spa3RConfig()}, "must be a VggtConfig or its fields, got .* type 'spa3r'"),
+        (
+            "spa3r",
+            {"backbone_config": {"model_type": "vit"}},
+            "the configuration of a geometry backbone .* type 'vit'",
+        ),
+        (
+            "spa3r",
+            {"backbone_config": Spa3RConfig()},
+            "the configuration of a geometry backbone .* 'spa3r'",
+        ),
         (
             "spa3r",
             {"backbone_config": {1: 2}},
@@ -119,7 +127,7 @@ def test_numbers_are_finite_and_in_a_range(kind, field, wrong):
         ("spa3_vlm", {"spa3r_config": {"backbone_config": {"rope_theta": 0}}}, "`rope_theta` of VggtConfig must be"),
         ("spa3_vlm", {"spatial_token_id": -1}, "`spatial_token_id` .* from 0 .*, got -1"),
         ("spa3_vlm", {"spatial_token_id": 10**9}, r"`spatial_token_id` must be below the VLM's vocabulary of \d+, got"),
-        ("spa3_vlm", {"spatial_source": True}, "must be one of 'spa3r', 'vggt', 'none', got True"),
+        ("spa3_vlm", {"spatial_source": True}, "must be one of 'spa3r', 'backbone', 'none', got True"),
     ],
 )
 def test_wrong_fields_are_named(kind, fields, words):

@@ -46,6 +46,12 @@ def test_base_models_and_the_strictest_license():
     assert license_of(["depth-anything/DA3-BASE", "facebook/VGGT-1B"]) == "cc-by-nc-4.0"
     assert license_of(["depth-anything/DA3-BASE", "depth-anything/DA3-SMALL"]) == "apache-2.0"
     assert license_of(["depth-anything/DA3-BASE", "someone/unknown"]) is None  # may be stricter
+    for size, license_id, words in (("BASE", "apache-2.0", "allows any use"), ("LARGE", "cc-by-nc-4.0", "may not be")):
+        free = spa3r_config(backbone_config=depth_anything_3_config(), targets=["geometry"])
+        free.backbone_name_or_path = f"depth-anything/DA3-{size}"
+        card = model_card(Spa3RModel(free))
+        assert (card.data.license, card.data.base_model) == (license_id, [f"depth-anything/DA3-{size}"])
+        assert words in card.text
     unknown = model_card(Spa3RModel(spa3r_config()))
     assert unknown.data.license is None and "The license of the weights is not known" in unknown.text
 

@@ -306,7 +306,7 @@ class TestSpa3RForPreTraining(PreTrainingTests):
 
     def test_pretraining_without_a_teacher_is_refused(self):
         with pytest.raises(
-            ValueError, match=r"`semantic_teacher_config` must be set to pretrain.*from_vggt_and_dinov3"
+            ValueError, match=r"`semantic_teacher_config` must be set to pretrain.*from_backbone_and_dinov3"
         ):
             Spa3RForPreTraining(spa3r_config())
 
@@ -391,7 +391,7 @@ def test_without_semantic_targets_there_is_no_teacher(tmp_path):
     alive(VggtModel(vggt_config())).save_pretrained(tmp_path / "vggt")
     fields = {"hidden_size": 32, "num_attention_heads": 2, "num_latents": 6, "targets": ("geometry",)}
     for dinov3 in (None, tmp_path / "no such folder"):
-        model = Spa3RForPreTraining.from_vggt_and_dinov3(tmp_path / "vggt", dinov3, **fields)
+        model = Spa3RForPreTraining.from_backbone_and_dinov3(tmp_path / "vggt", dinov3, **fields)
         assert model.semantic_teacher is None and model.frozen_modules().keys() == {"spa3r.backbone"}
         assert model.config.semantic_teacher_config is None and model.config.semantic_teacher_name_or_path is None
         assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"spa3r"}
@@ -401,17 +401,17 @@ def test_without_semantic_targets_there_is_no_teacher(tmp_path):
     loaded = Spa3RForPreTraining.from_pretrained(tmp_path / "slim", attn_implementation="sdpa")
     assert relative_error(loaded(**inputs).loss, model.eval()(**inputs).loss) <= 1e-6
     with pytest.raises(ValueError, match=r"`semantic_teacher_config` must be set.*leave 'semantic' out of `targets`"):
-        Spa3RForPreTraining.from_vggt_and_dinov3(tmp_path / "vggt", **(fields | {"targets": ["semantic"]}))
+        Spa3RForPreTraining.from_backbone_and_dinov3(tmp_path / "vggt", **(fields | {"targets": ["semantic"]}))
 
 
 @pytest.mark.parametrize("dtype", ("auto", torch.bfloat16), ids=("fp32", "bf16"))
-def test_from_vggt_and_dinov3_and_back_without_the_frozen_parts(dtype, tmp_path):
+def test_from_backbone_and_dinov3_and_back_without_the_frozen_parts(dtype, tmp_path):
     vggt, dinov3 = alive(VggtModel(vggt_config())), alive(DINOv3ViTModel(teacher_config()))
     vggt.save_pretrained(tmp_path / "vggt")
     dinov3.save_pretrained(tmp_path / "dinov3")
     sizes = spa3r_config().to_diff_dict()
     fields = {key: sizes[key] for key in ("hidden_size", "num_attention_heads", "num_latents", "num_encoder_layers")}
-    model = Spa3RForPreTraining.from_vggt_and_dinov3(tmp_path / "vggt", tmp_path / "dinov3", dtype=dtype, **fields)
+    model = Spa3RForPreTraining.from_backbone_and_dinov3(tmp_path / "vggt", tmp_path / "dinov3", dtype=dtype, **fields)
     assert (model.config.num_latents, model.config.semantic_hidden_size) == (6, 16)
     for part, source in ((model.spa3r.backbone, vggt), (model.semantic_teacher, dinov3)):
         wanted = source.state_dict()
@@ -532,10 +532,10 @@ def test_a_token_goes_to_the_hub_and_unheard_keywords_are_refused(tmp_path):
     whole.spa3r.backbone.save_pretrained(tmp_path / "vggt")
     whole.semantic_teacher.save_pretrained(tmp_path / "dinov3")
     fields = {"hidden_size": 48, "num_attention_heads": 3, "num_latents": 8, "token": "a_secret"}
-    model = Spa3RForPreTraining.from_vggt_and_dinov3(tmp_path / "vggt", tmp_path / "dinov3", **fields)
+    model = Spa3RForPreTraining.from_backbone_and_dinov3(tmp_path / "vggt", tmp_path / "dinov3", **fields)
     assert "a_secret" not in model.config.to_json_string(use_diff=False)
     with pytest.raises(TypeError, match="Unknown keywords 'num_latent': wanted fields of Spa3RConfig or one of"):
-        Spa3RForPreTraining.from_vggt_and_dinov3(tmp_path / "vggt", tmp_path / "dinov3", num_latent=8)
+        Spa3RForPreTraining.from_backbone_and_dinov3(tmp_path / "vggt", tmp_path / "dinov3", num_latent=8)
 
 
 def test_trainer_evaluates_it(tmp_path):

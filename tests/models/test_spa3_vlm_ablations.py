@@ -28,7 +28,12 @@ from spa3r.models.packing import ViewLayout
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 PATCHES = [2 * 3 + 3 * 3 + 3 * 3, 1 * 3, 0]  # of each row's views, 42 pixels wide
-COMBINATIONS = [("cross_attention", "spa3r"), ("cross_attention", "vggt"), ("append", "spa3r"), ("append", "vggt")]
+COMBINATIONS = [
+    ("cross_attention", "spa3r"),
+    ("cross_attention", "backbone"),
+    ("append", "spa3r"),
+    ("append", "backbone"),
+]
 APPENDED = [combination for combination in COMBINATIONS if combination[0] == "append"]
 
 
@@ -128,7 +133,13 @@ def test_beams_of_appended_rows_are_their_own(composed):
 
 @pytest.mark.parametrize(
     ("name", "source"),
-    [("qwen2_5_vl", "spa3r"), ("qwen2_5_vl", "vggt"), ("qwen3_vl", "spa3r"), ("internvl", "spa3r"), ("llava", "vggt")],
+    [
+        ("qwen2_5_vl", "spa3r"),
+        ("qwen2_5_vl", "backbone"),
+        ("qwen3_vl", "spa3r"),
+        ("internvl", "spa3r"),
+        ("llava", "backbone"),
+    ],
 )
 def test_appended_tokens_are_words_with_these_embeddings(name, source):
     """The plain VLM, with a vocabulary in which the projected tokens are words, reads the same prompt."""
@@ -159,7 +170,7 @@ def test_appended_tokens_are_words_with_these_embeddings(name, source):
 @torch.no_grad()
 def test_vggt_tokens_are_the_backbones_features_of_all_views():
     """The scenes' own, one after the other, with the views of a scene having seen one another."""
-    composed = make("cross_attention", "vggt")
+    composed = make("cross_attention", "backbone")
     model, batch, heard = composed.model, composed.batch, {}
     model.adapter.register_forward_pre_hook(lambda module, args: heard.update(args=args))
     logits = logits_of(model, batch)
@@ -195,7 +206,7 @@ def test_a_mask_of_who_sees_whom_finds_the_same_places():
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_scenes_of_different_lengths_are_the_scenes_alone(back_end):
-    composed = make("cross_attention", "vggt")
+    composed = make("cross_attention", "backbone")
     composed.model.set_attn_implementation(back_end)
     logits, mask = logits_of(composed.model, composed.batch), composed.batch["attention_mask"].bool()
     for row, inputs in enumerate(composed.alone):
@@ -205,8 +216,8 @@ def test_scenes_of_different_lengths_are_the_scenes_alone(back_end):
 
 
 def test_a_fresh_adapter_on_vggt_tokens_is_the_identity():
-    composed = make("cross_attention", "vggt")
-    fresh = Spa3VLM.from_vlm_and_spa3r(composed.model.vlm, composed.model.spa3r, spatial_source="vggt")
+    composed = make("cross_attention", "backbone")
+    fresh = Spa3VLM.from_vlm_and_spa3r(composed.model.vlm, composed.model.spa3r, spatial_source="backbone")
     assert torch.equal(logits_of(fresh, composed.batch), logits_of(fresh.vlm, without_views(composed.batch)))
 
 
@@ -284,8 +295,8 @@ def test_a_folder_saved_before_there_were_ablations_is_cross_attention_on_latent
     ("integration", "source"),
     [
         ("append", "spa3r"),
-        pytest.param("append", "vggt", marks=pytest.mark.slow),
-        pytest.param("cross_attention", "vggt", marks=pytest.mark.slow),
+        pytest.param("append", "backbone", marks=pytest.mark.slow),
+        pytest.param("cross_attention", "backbone", marks=pytest.mark.slow),
     ],
 )
 def test_the_plain_trainer_trains_it(integration, source, tmp_path):
@@ -504,7 +515,7 @@ def runs_of(ids, token_id: int) -> list[int]:
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("source", ["spa3r", "vggt"])
+@pytest.mark.parametrize("source", ["spa3r", "backbone"])
 def test_places_follow_the_last_picture(source, padding_side):
     processor = make(spatial_source=source).processor
     later = [*user("Hello."), {"role": "assistant", "content": "Hi."}, *CONVERSATIONS[1]]
@@ -527,7 +538,7 @@ def test_places_follow_the_last_picture(source, padding_side):
     assert moved["spatial_tokens_per_scene"].device.type == "cpu"
 
 
-@pytest.mark.parametrize("source", ["spa3r", "vggt"])
+@pytest.mark.parametrize("source", ["spa3r", "backbone"])
 def test_text_and_pictures_are_the_conversation(source):
     """The text holds one place; all of them are there once the pictures are."""
     composed = make(spatial_source=source)
@@ -547,7 +558,7 @@ def test_text_and_pictures_are_the_conversation(source):
     assert list(lists["spatial_tokens_per_scene"]) == composed.batch["spatial_tokens_per_scene"].tolist()
 
 
-@pytest.mark.parametrize("source", ["spa3r", "vggt"])
+@pytest.mark.parametrize("source", ["spa3r", "backbone"])
 def test_places_that_a_message_has_are_widened(source):
     """So says the collator, which writes the template's words itself; words of users have none."""
     composed = make(spatial_source=source)
@@ -569,7 +580,7 @@ ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "Three chair
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "gemma3"])
-@pytest.mark.parametrize("source", ["spa3r", "vggt"])
+@pytest.mark.parametrize("source", ["spa3r", "backbone"])
 def test_places_are_the_same_in_training(name, source):
     """The collator writes the template's words itself, and must put the places where the processor does."""
     composed = make(name=name, spatial_source=source)
@@ -669,7 +680,11 @@ def test_processor_and_model_must_agree(call, appended):
             r"must hold a place for each token that is appended to its scene, \[6, 6, 0\], got \[0, 0, 0\] of token "
             rf"{appended.model.config.spatial_token_id}. Set `processor.spatial_tokens = .* \(here 6\)",
         ),
-        (make("append", "vggt").model, appended.batch, r"\[24, 3, 0\], got \[6, 6, 0\] of token .*\(here 'patches'\)"),
+        (
+            make("append", "backbone").model,
+            appended.batch,
+            r"\[24, 3, 0\], got \[6, 6, 0\] of token .*\(here 'patches'\)",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             getattr(model, call)(**inputs)
@@ -713,7 +728,7 @@ def test_configurations_that_are_impossible(fields, words):
 
 
 def test_a_spa3r_must_be_given_where_it_is_used():
-    for source in ("spa3r", "vggt"):
+    for source in ("spa3r", "backbone"):
         with pytest.raises(ValueError, match="`spa3r` must be the folder, hub id or model of a Spa3R, got None"):
             Spa3VLM.from_vlm_and_spa3r(build("qwen2_5_vl")[0], spatial_source=source)
 
@@ -741,7 +756,7 @@ def test_the_configuration_tells_what_is_appended():
     sizes = {(i, s): Spa3VLMConfig(spa3r_config=spa3r, integration=i, spatial_source=s) for i, s in COMBINATIONS}
     assert {key: (config.spatial_tokens, config.spatial_hidden_size) for key, config in sizes.items()} == {
         ("cross_attention", "spa3r"): (None, 96),
-        ("cross_attention", "vggt"): (None, 2048),
+        ("cross_attention", "backbone"): (None, 2048),
         ("append", "spa3r"): (24, 96),
-        ("append", "vggt"): ("patches", 2048),
+        ("append", "backbone"): ("patches", 2048),
     }

@@ -159,7 +159,7 @@ def test_questions_share_pictures_and_do_not_see_each_other(folder, monkeypatch)
     ("source", "integration", "width"),
     [
         ("none", "cross_attention", 0),
-        ("vggt", "cross_attention", 192),
+        ("backbone", "cross_attention", 192),
         ("spa3r", "append", 128),
         ("spa3r", "cross_attention", 128),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_MAPPING
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -200,6 +201,11 @@ class BackbonePreTrainedModel(PackedPreTrainedModel):
     ) -> dict[int, Tensor]:
         """The tokens of the requested layers, as in :class:`BackboneOutput`; those of other layers are not kept."""
         raise NotImplementedError
+
+
+def backbone_class(config: BackboneConfig) -> type[BackbonePreTrainedModel]:
+    """The model of a configuration: that which ``AutoModel`` knows for its type."""
+    return MODEL_MAPPING[type(config)]  # ty: ignore[invalid-explicit-return]  # one class for each of these types
 
 
 def _layer_index(index: int, count: int) -> int:

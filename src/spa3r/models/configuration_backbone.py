@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from transformers import CONFIG_MAPPING
 from transformers.configuration_utils import PreTrainedConfig
 
 from spa3r.checks import is_count, shorten
-from spa3r.models.configuration_base import MAX_WIDTH
+from spa3r.models.configuration_base import MAX_WIDTH, make_part
 
 
 class BackboneConfig(PreTrainedConfig):
@@ -96,3 +97,29 @@ class BackboneConfig(PreTrainedConfig):
         grid = (self.image_size // self.patch_size) ** 2
         width = self.hidden_size
         return layers * (4 + 2 * mlp_ratio) * width**2 + (grid + 3 * self.patch_size**2) * width + dense
+
+
+def make_backbone(name: str, given: dict[str, Any] | PreTrainedConfig | None) -> BackboneConfig:
+    """The configuration of a backbone of any type.
+
+    Args:
+        name: Name of our field, for errors.
+        given: The configuration, or its fields, of which ``model_type`` names the type; without one, a VGGT's.
+
+    Raises:
+        ValueError: The configuration belongs to a model that is no backbone, or a field is invalid.
+    """
+    if isinstance(given, BackboneConfig):
+        return given
+    fields = given if isinstance(given, dict) else {}
+    kind = given.model_type if isinstance(given, PreTrainedConfig) else fields.get("model_type", "vggt")
+    part = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
+    if isinstance(given, PreTrainedConfig) or part is None or not issubclass(part, BackboneConfig):
+        raise ValueError(
+            f"`{name}` must be the configuration of a geometry backbone (a BackboneConfig) or its fields, got those of "
+            f"a model of type {shorten(kind)}."
+        )
+    return make_part(name, fields, part)
+
+
+__all__ = ["BackboneConfig", "make_backbone"]

@@ -51,7 +51,7 @@ class ModelSection:
     """The model to train.
 
     Args:
-        backbone: Folder or hub id of the frozen VGGT.
+        backbone: Folder or hub id of the frozen geometry backbone, such as VGGT.
         semantic_teacher: Folder or hub id of the frozen DINOv3; not needed if ``targets`` excludes the semantic
             features.
         init_from: Folder or hub id of a pretrained :class:`~spa3r.Spa3RForPreTraining` to start from, instead of a
@@ -300,8 +300,8 @@ class PretrainingConfig(RunConfig):
                 )
         if self.model.init_from is None and self.model.backbone is None:
             raise ValueError(
-                "`model.backbone` must say where the frozen VGGT is (a folder or hub id), or `model.init_from` where a "
-                "Spa3RForPreTraining is to start from; got neither."
+                "`model.backbone` must say where the frozen backbone is (a folder or hub id), or `model.init_from` "
+                "where a Spa3RForPreTraining is to start from; got neither."
             )
 
 

@@ -152,7 +152,7 @@ def test_goes_on_from_a_pretrained_model(config, tmp_path):
             r"`training\.num_train_epochs` is set in another place: training",
         ),
         ({"training": {"output_dir": None}}, r"`training\.output_dir` must name the folder"),
-        ({"model": {"backbone": None}}, r"`model\.backbone` must say where the frozen VGGT is"),
+        ({"model": {"backbone": None}}, r"`model\.backbone` must say where the frozen backbone is"),
         ({"data": {"pictures_per_device": "many"}}, r"`data`: .*'pictures_per_device' expected int, got str"),
         ({"evaluation": {"sources": [{"type": "rooms"}], "scenes": None}}, r"`evaluation\.scenes` must say how many"),
         ({"model": 3}, r"`model` must be a section with keys of its own, got 3"),

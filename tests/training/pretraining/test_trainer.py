@@ -180,7 +180,7 @@ def test_nothing_seen_twice_and_nothing_decoded_again(scenes, tmp_path):
 
 def test_checkpoints_are_small_hold_no_pickles_and_are_few(scenes, tmp_path):
     parts = write_parts(tmp_path / "parts")
-    model = Spa3RForPreTraining.from_vggt_and_dinov3(*parts.values(), **SIZES)
+    model = Spa3RForPreTraining.from_backbone_and_dinov3(*parts.values(), **SIZES)
     processor = Spa3RImageProcessor(patch_size=PATCH, size=5 * PATCH)
     args = arguments(tmp_path / "run", max_steps=4, save_steps=1, save_total_limit=2)
     ours = PretrainingTrainer(model, args, batches(scenes, tmp_path / "index"), processing_class=processor)

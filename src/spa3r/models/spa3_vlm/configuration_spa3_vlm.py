@@ -28,9 +28,9 @@ class Spa3VLMConfig(PreTrainedConfig):
         integration: How the scene is integrated. ``"cross_attention"``: the scene's image tokens attend to its spatial
             tokens, and the result is added to them. ``"append"``, the paper's ablation: the projected spatial tokens
             are added to the prompt, right after the scene's last picture.
-        spatial_source: Source of a scene's spatial tokens. ``"spa3r"``: Spa3R's L latents of width D. ``"vggt"``: the
-            backbone's last-layer features of all patches of all views, of width 2C. ``"none"``: no spatial tokens; the
-            model is the VLM alone, without Spa3R and adapter.
+        spatial_source: Source of a scene's spatial tokens. ``"spa3r"``: Spa3R's L latents of width D. ``"backbone"``:
+            the backbone's last-layer features of all patches of all views. ``"none"``: no spatial tokens; the model is
+            the VLM alone, without Spa3R and adapter.
         adapter_num_attention_heads: Number of heads of the adapter's cross-attention; must divide the language model's
             width. None: the language model's number. Unused with ``"append"``.
         spatial_token_id: With ``"append"``: id of the token that marks the places of spatial tokens in ``input_ids``,
@@ -48,7 +48,7 @@ class Spa3VLMConfig(PreTrainedConfig):
     vlm_config: PreTrainedConfig | Any = submodel()
     spa3r_config: Spa3RConfig | Any = submodel()
     integration: Literal["cross_attention", "append"] = "cross_attention"
-    spatial_source: Literal["spa3r", "vggt", "none"] = "spa3r"
+    spatial_source: Literal["spa3r", "backbone", "none"] = "spa3r"
     adapter_num_attention_heads: int | None = count(None)
     spatial_token_id: int | None = count(None, lowest=0, highest=2**31 - 1)
     initializer_range: float | int = number(0.02, 0, 1)
@@ -77,7 +77,7 @@ class Spa3VLMConfig(PreTrainedConfig):
         if self.integration == "append" and self.spatial_source == "none":
             raise ValueError(
                 "`integration='append'` must have tokens to append, got `spatial_source='none'`. Choose 'spa3r' or "
-                "'vggt', or leave `integration` out: the VLM alone has none."
+                "'backbone', or leave `integration` out: the VLM alone has none."
             )
         # Weights that the VLM ties are tied inside `vlm`; there is nothing to tie at this level.
         kwargs.pop("tie_word_embeddings", None)
@@ -85,13 +85,20 @@ class Spa3VLMConfig(PreTrainedConfig):
             kwargs.setdefault(choice, {})  # None would undo the sub-configurations' choice that a loaded model uses
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Like transformers' ``from_dict``; files that name the backbone ``"vggt"`` are read as well."""
+        if config_dict.get("spatial_source") == "vggt":
+            config_dict = config_dict | {"spatial_source": "backbone"}
+        return super().from_dict(config_dict, **kwargs)
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The language model's configuration."""
         return self.vlm_config.get_text_config(*args, **kwargs)
 
     @property
     def spatial_hidden_size(self) -> int:
-        """Width of a spatial token before projection: D of ``"spa3r"``, 2C of ``"vggt"``."""
+        """Width of a spatial token before projection: D of ``"spa3r"``, that of the features of ``"backbone"``."""
         spa3r = self.spa3r_config
         return spa3r.hidden_size if self.spatial_source == "spa3r" else spa3r.geometry_hidden_size
 

@@ -241,7 +241,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
 
     ``config.integration`` and ``config.spatial_source`` are the paper's ablations. With ``"append"`` the adapter is
     only a projector and changes the logits from the first step; the processor must know them (``spatial_tokens``). With
-    ``"vggt"`` only the backbone of the Spa3R is used. With ``"none"`` both ``spa3r`` and ``adapter`` are None.
+    ``"backbone"`` only the backbone of the Spa3R is used. With ``"none"`` both ``spa3r`` and ``adapter`` are None.
     """
 
     config: Spa3VLMConfig
@@ -905,7 +905,7 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
                 )
         pixels, grids = views["view_pixel_values"].to(spa3r.device), views["view_grid_hw"]
         views_per_scene = [count for count in counts if count]
-        if self.config.spatial_source == "vggt":
+        if self.config.spatial_source == "backbone":
             tokens = spa3r._backbone_features(pixels, grids, views_per_scene)
             layout = ViewLayout.from_inputs(grids, views_per_scene)
             per_scene = iter(layout.per_scene(layout.patches_per_view))

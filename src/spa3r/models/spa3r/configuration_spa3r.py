@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from spa3r.models.configuration_backbone import BackboneConfig, make_backbone
 from spa3r.models.configuration_base import (
     MAX_LAYERS,
     check_foreign_sizes,
@@ -12,11 +13,9 @@ from spa3r.models.configuration_base import (
     checked,
     count,
     make_foreign,
-    make_part,
     number,
     submodel,
 )
-from spa3r.models.vggt.configuration_vggt import VggtConfig
 
 Target = Literal["geometry", "semantic"]
 
@@ -26,7 +25,9 @@ class Spa3RConfig(PreTrainedConfig):
     """Configuration of a :class:`~spa3r.Spa3RModel`. The defaults are those of the released model.
 
     Args:
-        backbone_config: Configuration of the frozen :class:`~spa3r.VggtModel`, or its fields.
+        backbone_config: Configuration of the frozen geometry backbone, or its fields with ``model_type``: of a
+            :class:`~spa3r.VggtModel`, the default, a :class:`~spa3r.DepthAnything3Model`, or one's own
+            (:doc:`/guides/backbones`).
         backbone_name_or_path: Source of the frozen backbone's weights if the checkpoint doesn't contain them
             (``save_pretrained(..., include_backbone=False)``). None: the checkpoint contains them.
         semantic_teacher_config: Configuration of the frozen DINOv3 whose features are predicted in pretraining, or its
@@ -62,9 +63,9 @@ class Spa3RConfig(PreTrainedConfig):
     """
 
     model_type = "spa3r"
-    sub_configs = {"backbone_config": VggtConfig, "semantic_teacher_config": AutoConfig}
+    sub_configs = {"backbone_config": AutoConfig, "semantic_teacher_config": AutoConfig}
 
-    backbone_config: VggtConfig | Any = submodel()
+    backbone_config: BackboneConfig | Any = submodel()
     backbone_name_or_path: str | None = None
     semantic_teacher_config: PreTrainedConfig | Any = submodel()
     semantic_teacher_name_or_path: str | None = None
@@ -86,7 +87,7 @@ class Spa3RConfig(PreTrainedConfig):
     camera_embedding: Literal["prope", "pluecker"] = "prope"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.backbone_config = make_part("backbone_config", self.backbone_config, VggtConfig)
+        self.backbone_config = make_backbone("backbone_config", self.backbone_config)
         if isinstance(self.semantic_teacher_config, dict):
             self.semantic_teacher_config = make_foreign(
                 "semantic_teacher_config", self.semantic_teacher_config, default_type="dinov3_vit"
@@ -112,8 +113,8 @@ class Spa3RConfig(PreTrainedConfig):
 
     @property
     def geometry_hidden_size(self) -> int:
-        """Width of the geometry features: the backbone's frame and global features, concatenated."""
-        return 2 * self.backbone_config.hidden_size
+        """Width of the geometry features: those of the backbone's patches."""
+        return self.backbone_config.feature_size
 
     @property
     def patch_size(self) -> int:

@@ -20,14 +20,16 @@ from transformers.utils import ModelOutput
 
 from spa3r.checks import is_count, shorten
 from spa3r.models.attention import Segments
-from spa3r.models.backbone import BackboneOutput
+from spa3r.models.backbone import BackboneOutput, BackbonePreTrainedModel, backbone_class
 from spa3r.models.base import PackedPreTrainedModel, check_finite, packed_forward, save_without, split_hub_kwargs
 from spa3r.models.cameras import camera_rays, check_cameras, pluecker_rays, relative_to_first_view
+from spa3r.models.configuration_backbone import BackboneConfig
 from spa3r.models.cost import naming_what_fits
+from spa3r.models.depth_anything_3.modeling_depth_anything_3 import DepthAnything3Model
 from spa3r.models.encodings import ProjectiveEncoding, RotaryEncoding, projection_matrices
 from spa3r.models.layers import Mlp, make_layers
 from spa3r.models.packing import ViewLayout, as_list, check_tensor, prepend_tokens, select_rows, split_prefix, to_device
-from spa3r.models.released import HUB_KWARGS, ReleasedCheckpoint, find_released
+from spa3r.models.released import HUB_KWARGS, Kind, ReleasedCheckpoint, find_released
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.spa3r.released_spa3r import for_pretraining, translate_spa3r
 from spa3r.models.vggt.modeling_vggt import VggtModel
@@ -42,7 +44,7 @@ class Spa3RField(ModelOutput):
 
     Attributes:
         last_hidden_state: (sum of N, D), the decoder's normalized ray tokens.
-        geometry_features: (sum of N, 2C), predicted backbone features; None if ``config.targets`` lacks them.
+        geometry_features: (sum of N, F), predicted backbone features; None if ``config.targets`` lacks them.
         semantic_features: (sum of N, semantic_hidden_size), predicted teacher features, or None.
         depth: (sum of N,), depth predicted by the probe, in the backbone's unit.
     """
@@ -79,8 +81,8 @@ class Spa3RForPreTrainingOutput(Spa3RModelOutput):
             ``config.targets`` lacks have no terms.
         losses_per_scene: The same terms, each (scenes,): means over one scene's patches; NaN where a scene has none.
         target_mask: (views,) bool on the CPU, True = target.
-        context_features: (sum of N over context views, 2C), the encoder's input, view by view.
-        geometry_targets: (sum of N, 2C), or None if ``config.targets`` lacks them.
+        context_features: (sum of N over context views, F), the encoder's input, view by view.
+        geometry_targets: (sum of N, F), or None if ``config.targets`` lacks them.
         semantic_targets: (sum of N, semantic_hidden_size), or None if ``config.targets`` lacks them.
         depth_targets: (sum of N,), or None if the backbone has no depth head.
     """
@@ -120,7 +122,7 @@ class Spa3REncoder(nn.Module):
         self.layers = _make_layers(config, config.num_encoder_layers)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, features: Tensor, layout: ViewLayout) -> Tensor:  # (sum of N, 2C) -> (scenes, L, D)
+    def forward(self, features: Tensor, layout: ViewLayout) -> Tensor:  # (sum of N, F) -> (scenes, L, D)
         scenes = len(layout.views_per_scene)
         patches_per_scene = layout.per_scene(layout.patches_per_view)
         tokens = self.input_projection(features.to(self.norm.weight.dtype))
@@ -303,18 +305,69 @@ class Spa3RPreTrainedModel(PackedPreTrainedModel):
                 name = getattr(self.config, f"{part}_name_or_path")
                 back_end = getattr(self.config, f"{part}_config")._attn_implementation
                 loaded = _load_frozen_part(part, name, dtype=self.dtype, attn_implementation=back_end, **hub_kwargs)
+                if part == "backbone":
+                    _check_backbone(self.config, loaded.config, str(name))
                 setattr(self.get_submodule(owner), part, loaded.to(self.device))
                 setattr(self.config, f"{part}_config", loaded.config)  # the same object that its layers read
         self._freeze()
 
 
+RELEASED_BACKBONES: dict[Kind, type[BackbonePreTrainedModel]] = {
+    "vggt": VggtModel,
+    "depth-anything-3": DepthAnything3Model,
+}
+
+
+def load_backbone(name: str | Path, **kwargs: Any) -> BackbonePreTrainedModel:
+    """Load a geometry backbone of any type, in our layout or the released one.
+
+    Args:
+        name: Folder, file or hub id.
+        **kwargs: As in ``from_pretrained``.
+
+    Raises:
+        ValueError: It holds another model.
+    """
+    hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+    if (released := find_released(name, tuple(RELEASED_BACKBONES), "a backbone", **hub)) is not None:
+        return RELEASED_BACKBONES[released.kind].from_pretrained(name, **kwargs)
+    config = AutoConfig.from_pretrained(name, **hub)
+    if not isinstance(config, BackboneConfig):
+        raise ValueError(
+            f"{name} must hold a geometry backbone, such as a VggtModel or a DepthAnything3Model, got a model of type "
+            f"{config.model_type!r}."
+        )
+    return backbone_class(config).from_pretrained(name, **kwargs)
+
+
+def _check_backbone(config: Spa3RConfig, given: Any, what: str) -> None:
+    """Raise for a backbone of another type or other features than the one that a Spa3R was trained on.
+
+    Raises:
+        ValueError: It is one.
+    """
+
+    def described(backbone: BackboneConfig) -> str:
+        return (
+            f"{backbone.model_type!r} with features of width {backbone.feature_size} and patches of "
+            f"{backbone.patch_size} pixels"
+        )
+
+    wanted = config.backbone_config
+    if described(wanted) != described(given):
+        raise ValueError(
+            f"The backbone of this Spa3R must be the one that it was trained on, a {described(wanted)}, got {what}, a "
+            f"{described(given)}. Take that backbone, or pretrain a Spa3R on this one."
+        )
+
+
 def _load_frozen_part(part: str, name: str, **kwargs: Any) -> PreTrainedModel:
     """Load a backbone or teacher from its own checkpoint, or from that of a whole Spa3R that contains it."""
     hub = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-    released = find_released(name, ("vggt", *Spa3RPreTrainedModel._released_kinds), f"its {part}", **hub)
-    if released is not None:
-        if released.kind == "vggt":
-            return VggtModel.from_pretrained(name, **kwargs)
+    kinds = (*RELEASED_BACKBONES, *Spa3RPreTrainedModel._released_kinds)
+    if (released := find_released(name, kinds, f"its {part}", **hub)) is not None:
+        if released.kind in RELEASED_BACKBONES:
+            return load_backbone(name, **kwargs)
         return _part_of_spa3r(part, name, **kwargs)
     try:
         config = AutoConfig.from_pretrained(name, **hub)
@@ -324,7 +377,7 @@ def _load_frozen_part(part: str, name: str, **kwargs: Any) -> PreTrainedModel:
             f"location with from_pretrained(..., {part}_name_or_path=...)."
         ) from error
     if config.model_type != "spa3r":
-        return (VggtModel if part == "backbone" else AutoModel).from_pretrained(name, **kwargs)
+        return (load_backbone if part == "backbone" else AutoModel.from_pretrained)(name, **kwargs)
     if getattr(config, f"{part}_name_or_path") == name:
         raise ValueError(
             f"The checkpoint {name} names itself as the source of its {part}, which it doesn't hold. Set its location "
@@ -356,7 +409,9 @@ class Spa3RModel(Spa3RPreTrainedModel):
 
     def __init__(self, config: Spa3RConfig):
         super().__init__(config)
-        self.backbone = VggtModel(config.backbone_config) if config.backbone_name_or_path is None else None
+        self.backbone: Any = None
+        if config.backbone_name_or_path is None:
+            self.backbone = backbone_class(config.backbone_config)(config.backbone_config)
         self.encoder = Spa3REncoder(config)
         self.decoder = Spa3RDecoder(config)
         width = config.hidden_size
@@ -428,7 +483,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
         view_pixel_values: Tensor,
         view_grid_hw: Tensor | Sequence[Sequence[int]],
         views_per_scene: Tensor | Sequence[int],
-    ) -> Tensor:  # -> (sum of N, 2C)
+    ) -> Tensor:  # -> (sum of N, F)
         """The encoder's input: the frozen backbone's last-layer features of every patch, computed with attention
         across all views of a scene. Takes the image processor's output.
 
@@ -444,7 +499,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
         view_pixel_values: Tensor,
         view_grid_hw: Tensor | Sequence[Sequence[int]],
         views_per_scene: Tensor | Sequence[int],
-    ) -> Tensor:  # -> (sum of N, 2C)
+    ) -> Tensor:  # -> (sum of N, F)
         """:meth:`backbone_features` without checking the result."""
         layout = ViewLayout.from_pixels(view_pixel_values, view_grid_hw, views_per_scene, self.config.patch_size)
         with naming_what_fits(self, layout):
@@ -512,13 +567,15 @@ class Spa3RModel(Spa3RPreTrainedModel):
     def _run_backbone(
         self, view_pixel_values: Tensor, layout: ViewLayout, **kwargs: Any
     ) -> tuple[Tensor, BackboneOutput]:
-        """The last layer's patch features (sum of N, 2C), and the backbone's output without tokens, which would hold
+        """The last layer's patch features (sum of N, F), and the backbone's output without tokens, which would hold
         the features twice. Always without gradients."""
         if self.backbone is None:
             raise ValueError(
                 f"This {type(self).__name__} has no backbone: its configuration names "
                 f"{self.config.backbone_name_or_path!r}. Load it with from_pretrained, or set `model.backbone`."
             )
+        if self.backbone.config is not self.config.backbone_config:  # set by the user
+            _check_backbone(self.config, self.backbone.config, "another")
         self.backbone.check_device("view_pixel_values", view_pixel_values)
         with torch.no_grad():
             output = self.backbone.forward_layout(view_pixel_values, layout, **kwargs)
@@ -541,8 +598,8 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             if config.semantic_teacher_config is None:
                 raise ValueError(
                     "`semantic_teacher_config` must be set to pretrain: the semantic targets are a DINOv3's features. "
-                    "Give a DINOv3ViTConfig, use Spa3RForPreTraining.from_vggt_and_dinov3, or leave 'semantic' out of "
-                    "`targets`."
+                    "Give a DINOv3ViTConfig, use Spa3RForPreTraining.from_backbone_and_dinov3, or leave 'semantic' out "
+                    "of `targets`."
                 )
             if config.semantic_teacher_name_or_path is None:
                 self.semantic_teacher = AutoModel.from_config(config.semantic_teacher_config)
@@ -557,13 +614,14 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         return for_pretraining(weights, teacher if "semantic" in config.targets else {}), config
 
     @classmethod
-    def from_vggt_and_dinov3(
-        cls, vggt: str | Path, dinov3: str | Path | None = None, dtype: torch.dtype | str = "auto", **kwargs: Any
+    def from_backbone_and_dinov3(
+        cls, backbone: str | Path, dinov3: str | Path | None = None, dtype: torch.dtype | str = "auto", **kwargs: Any
     ) -> Spa3RForPreTraining:
         """A newly initialized Spa3R with two pretrained frozen parts.
 
         Args:
-            vggt: Folder or hub id of a :class:`VggtModel`.
+            backbone: Folder or hub id of a geometry backbone: a :class:`VggtModel`, a :class:`DepthAnything3Model`, or
+                one's own (:doc:`/guides/backbones`).
             dinov3: Folder or hub id of transformers' DINOv3ViTModel. Not loaded, and may be None, if `targets` lacks
                 ``"semantic"``.
             dtype: Dtype of the loaded parts; the trained parts are float32.
@@ -572,15 +630,16 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
 
         Raises:
             TypeError: A keyword is unknown.
+            ValueError: The backbone is none.
         """
         hub_kwargs, fields = split_hub_kwargs(kwargs, Spa3RConfig)
-        backbone = VggtModel.from_pretrained(vggt, dtype=dtype, **hub_kwargs)
+        loaded = load_backbone(backbone, dtype=dtype, **hub_kwargs)
         teacher = None
         if dinov3 is not None and "semantic" in fields.get("targets", ["semantic"]):
             teacher = AutoModel.from_pretrained(dinov3, dtype=dtype, **hub_kwargs)
             fields |= {"semantic_teacher_config": teacher.config, "semantic_teacher_name_or_path": str(dinov3)}
-        model = cls(Spa3RConfig(backbone_config=backbone.config, backbone_name_or_path=str(vggt), **fields))
-        model.spa3r.backbone, model.semantic_teacher = backbone, teacher
+        model = cls(Spa3RConfig(backbone_config=loaded.config, backbone_name_or_path=str(backbone), **fields))
+        model.spa3r.backbone, model.semantic_teacher = loaded, teacher
         model._freeze()
         return model
 

@@ -92,7 +92,7 @@ def make_model(config: PretrainingConfig) -> tuple[Spa3RForPreTraining, Spa3RIma
     own: dict[str, Any] = {"mode": "pretraining"}
     if section.init_from is None:
         backbone = section.backbone or ""  # there is one, as the configuration has checked
-        model = Spa3RForPreTraining.from_vggt_and_dinov3(backbone, section.semantic_teacher, **fields)
+        model = Spa3RForPreTraining.from_backbone_and_dinov3(backbone, section.semantic_teacher, **fields)
     else:
         places = {"backbone": section.backbone, "semantic_teacher": section.semantic_teacher}
         fields |= {f"{part}_name_or_path": place for part, place in places.items() if place is not None}
