@@ -195,7 +195,8 @@ def test_the_wrong_kind_is_refused(kind, wrong, released, tmp_path):
 
 
 def test_an_unknown_kind_is_refused(released, tmp_path):
-    with pytest.raises(ValueError, match=r"`kind` must be one of 'vggt', 'spa3r', 'spa3-vlm', got 'dust3r'"):
+    kinds = "'vggt', 'depth-anything-3', 'spa3r', 'spa3-vlm'"
+    with pytest.raises(ValueError, match=rf"`kind` must be one of {kinds}, got 'dust3r'"):
         convert_checkpoint(released["vggt-pt"], tmp_path, "dust3r")
 
 

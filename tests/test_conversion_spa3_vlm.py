@@ -164,5 +164,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="`source` must hold weights"):
         convert_checkpoint(source, tmp_path / "ours", "spa3-vlm", FIELDS)
-    with pytest.raises(ValueError, match="`kind` must be one of 'vggt', 'spa3r', 'spa3-vlm', got 'vlm'"):
+    with pytest.raises(
+        ValueError, match="`kind` must be one of 'vggt', 'depth-anything-3', 'spa3r', 'spa3-vlm', got 'vlm'"
+    ):
         convert_checkpoint(source, tmp_path / "ours", "vlm", FIELDS)

@@ -366,7 +366,7 @@ def test_convert_reports_what_the_library_says(tmp_path):
 
 def test_convert_an_unknown_kind(tmp_path):
     result = run("convert", tmp_path / "a.pt", tmp_path / "out", "--kind", "dust3r", code=2)
-    assert "'dust3r' is not one of 'vggt', 'spa3r', 'spa3-vlm'" in said(result)
+    assert "'dust3r' is not one of 'vggt', 'depth-anything-3', 'spa3r', 'spa3-vlm'" in said(result)
     assert "Missing option '--kind'" in said(run("convert", tmp_path / "a.pt", tmp_path / "out", code=2))
 
 

@@ -54,7 +54,7 @@ def scene(composed) -> EncodedScene:
 
 
 @pytest.mark.parametrize(
-    ("integration", "source"), [("cross_attention", "spa3r"), ("cross_attention", "none"), ("append", "vggt")]
+    ("integration", "source"), [("cross_attention", "spa3r"), ("cross_attention", "none"), ("append", "backbone")]
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_those_of_asking_alone(name, integration, source):
