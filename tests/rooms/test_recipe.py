@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spa3r import Spa3RForPreTraining, Spa3VLM, Spa3VLMProcessor
+from spa3r.checkpoints import VLM
 from spa3r.evaluation import answer
 from spa3r.rooms import FURNITURE, RoomWalk, generate_room, look_around
 from spa3r.rooms.embedded import embedded_spa3r
@@ -191,6 +192,19 @@ def test_every_variant_is_trained_on_what_was_encoded_before(folder, source, int
     with torch.no_grad():
         own = model.spa3r.encode(*layout)[0] if source == "spa3r" else model.spa3r.backbone_features(*layout)
     assert (encoded[0].float() - own).std() < 0.03 * own.std()  # it was encoded in bfloat16
+
+
+@pytest.mark.parametrize("source", ["none", "spa3r"])
+def test_training_goes_on_from_a_model_of_the_package(folder, source):
+    few = ("--steps", "2", "--batch", "2", "--free", "0.6", "--test-rooms", "1", "--threads", "1")
+    kind = ("--spatial-source", source, "--start-from", "embedded")
+    run(folder, "train_spa3_vlm.py", "data", "run", f"more-{source}", *kind, *few)
+    before = Spa3VLM.from_pretrained(VLM if source == "none" else "embedded").state_dict()
+    after = Spa3VLM.from_pretrained(folder / f"more-{source}").state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        learns = re.search(r"language_model[.](layers[.][2-5]|norm)", name) is not None
+        assert torch.equal(tensor, after[name]) is not learns, name
 
 
 def test_the_script_for_a_gpu_is_rehearsed_on_the_cpu(tmp_path, printed):
