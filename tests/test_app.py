@@ -430,7 +430,7 @@ def test_a_room_is_the_same_place_everywhere(composed, tmp_path):
     assert {line["id"]: line["prediction"] for line in demo.answers} == told
     assert [line["frames"] for line in demo.answers] == [line["frames"] for line in run.answers]
     shown = [np.asarray(Image.open(tmp_path / "demo" / "photos" / f"{view}.png")) for view in range(8)]
-    seed = json.loads(result.output)["benchmark"]["first_seed"]
+    seed = json.loads(result.stdout)["benchmark"]["first_seed"]
     benchmark, page = RoomsBenchmark(2), Demo(*composed, 2**28)
     seeds = {int(line["scene_name"]) for line in run.answers}
     assert seeds == {seed, seed + 1}

@@ -1,7 +1,8 @@
 """The paper's comparisons of pretraining, by the fields of held-out views: one row for each arm of `train_spa3r.py`.
 
 All arms were trained alike from the same frozen VGGT and teacher. The table has the mean over the seeds and the lowest
-and highest value; the steps are those of all stages, from the logs. "Gap closed" is measured from the best of the four
+and highest value; the steps are those of all stages, from the logs. A second table compares the losses of training at
+the same steps, since some arms take more of them in the same time. "Gap closed" is measured from the best of the four
 baselines to perfect prediction, in percent; "objects right": furniture patches with the right nearest class mean.
 
 Results of a model are kept in its folder (`field-ROOMS.json`), so the program can be stopped and started again.
@@ -35,6 +36,8 @@ COLUMNS = {
     "objects right ↑": ("model", "object_accuracy", 100, ".1f"),
 }
 
+LOSSES = {"geometry, 1 - cosine": "geometry_cosine", "semantic, 1 - cosine": "semantic_cosine", "depth": "depth_probe"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,6 +65,32 @@ def main() -> None:
             rows.append(["true features", "", "", "", "", "", f"{100 * ceiling['object_accuracy']['mean']:.1f}"])
             break
     print(Table(["arm", "seeds", "steps", *COLUMNS], rows))
+    logs = {arm: [log_of(folder) for folder in seeds] for arm, seeds in folders.items() if seeds}
+    for step in common_steps(logs):
+        print(f"\nlosses of training at step {step[1]} of the stage {step[0]!r}, means over seeds\n")
+        print(Table(["arm", *LOSSES], [losses_row(TITLES[arm], rows, step) for arm, rows in logs.items()]))
+
+
+def log_of(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """The log of a training by stage and step."""
+    lines = [(name, line) for name, *_ in STAGES for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    return {(name, row["step"]): row for name, line in lines for row in [json.loads(line)]}
+
+
+def common_steps(logs: dict[str, list[dict[tuple[str, int], Any]]]) -> list[tuple[str, int]]:
+    """Of the later stages the first and the last step that the logs of all trainings have."""
+    common = set.intersection(*(set(log) for rows in logs.values() for log in rows))
+    found = [sorted(step for step in common if step[0] == name) for name, *_ in STAGES[1:]]
+    return [step for steps in found for step in dict.fromkeys(steps[:1] + steps[-1:])]
+
+
+def losses_row(title: str, logs: list[dict[tuple[str, int], dict[str, float]]], step: tuple[str, int]) -> list[str]:
+    """The cells of an arm at a step."""
+    cells = [title]
+    for loss in LOSSES.values():
+        values = [log[step][loss] for log in logs if loss in log[step]]
+        cells.append(f"{sum(values) / len(values):.4f}" if values else "–")
+    return cells
 
 
 def steps(folder: Path) -> int:
