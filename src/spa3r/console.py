@@ -60,8 +60,16 @@ class Images(StrEnum):
     native = "native"
 
 
-NumFrames = Annotated[
-    int | None, typer.Option(min=1, help="Frames of each video, uniformly sampled; by its length if not given (4-8).")
+NumFrames = Annotated[int | None, typer.Option(min=1, help="Frames of each video; by its length if not given (4-8).")]
+
+
+class Frames(StrEnum):
+    uniform = "uniform"
+    coverage = "coverage"
+
+
+ChoiceOfFrames = Annotated[
+    Frames, typer.Option("--frames", help="Frames of a video: evenly spaced, or those that differ most.")
 ]
 Model = Annotated[str, typer.Option("--model", metavar="ID", help="A folder, a hub id, or 'embedded'.")]
 Device = Annotated[str, typer.Option(help="auto (the first of cuda, mps, cpu), or a device such as cuda:1.")]
@@ -424,6 +432,7 @@ def read_views(
     num_frames: int | None,
     limits: Limits | None = None,
     keep: Callable[[PIL.Image.Image], PIL.Image.Image] | None = None,
+    frames: Frames = Frames.uniform,
 ) -> tuple[list[str], list[PIL.Image.Image]]:
     """Read all views of the sources in order, with names: a path, a URL, or ``video#i`` for the i-th sampled frame.
 
@@ -432,6 +441,7 @@ def read_views(
         num_frames: Number of frames of each video; None: by its length.
         limits: Limits to apply; None: unlimited.
         keep: Function that reduces each picture, so that large ones don't add up; None: keep pictures whole.
+        frames: How the frames of a video are chosen.
 
     Raises:
         ValueError: A file can't be read, a folder has nothing to read, or a limit is exceeded. The message names it.
@@ -446,7 +456,7 @@ def read_views(
     names, views = [], []
     for file in files:
         if _suffix(file) in VIDEOS:
-            pictures = sample_frames(file, num_frames)
+            pictures = sample_frames(file, num_frames, frames=frames.value)
             names += [f"{file}#{index}" for index in range(len(pictures))]
         else:
             pictures = [to_rgb(file, None if limits is None else limits.pixels)]

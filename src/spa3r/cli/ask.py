@@ -12,8 +12,10 @@ from spa3r.checks import shorten
 from spa3r.console import (
     AsJson,
     Attention,
+    ChoiceOfFrames,
     Device,
     Dtype,
+    Frames,
     Images,
     Model,
     NumFrames,
@@ -45,6 +47,7 @@ def ask(
     model: Model = EMBEDDED,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 128,
     num_frames: NumFrames = None,
+    frames: ChoiceOfFrames = Frames.uniform,
     images: Annotated[
         Images, typer.Option(help="What the VLM sees: the views as Spa3R sees them, or the pictures as they are.")
     ] = Images.aligned,
@@ -66,7 +69,7 @@ def ask(
         from spa3r.answering.engine import AnsweringEngine
 
         with report.status("Reading the photos"):
-            names, views = read_views(photos, num_frames)
+            names, views = read_views(photos, num_frames, frames=frames)
         with report.status(f"Loading {model}"):
             vlm, processor = load_vlm(model, device, dtype, attention, report.note)
         if model == EMBEDDED:

@@ -15,8 +15,10 @@ from spa3r.checkpoints import EMBEDDED
 from spa3r.console import (
     AsJson,
     Attention,
+    ChoiceOfFrames,
     Device,
     Dtype,
+    Frames,
     Model,
     NumFrames,
     Report,
@@ -94,6 +96,7 @@ def encode(
     batch_size: Annotated[int, typer.Option(min=1, help="Scenes encoded at once.")] = 8,
     model: Model = EMBEDDED,
     num_frames: NumFrames = None,
+    frames: ChoiceOfFrames = Frames.uniform,
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
@@ -110,14 +113,18 @@ def encode(
                 return _load_spa3r(model, device, dtype, attention, report.note)
 
         if scene_per_folder:
-            options = json.dumps({"num_frames": num_frames, "dtype": _dtype_here(dtype, device), "attn": attention})
-            _encode_many(report, load, model, photos, output or Path("latents"), batch_size, num_frames, options)
+            options = json.dumps(
+                {"num_frames": num_frames, "frames": frames, "dtype": _dtype_here(dtype, device), "attn": attention}
+            )
+            _encode_many(
+                report, load, model, photos, output or Path("latents"), batch_size, num_frames, frames, options
+            )
             return
         if output is not None and output.is_dir():
             raise ValueError(
                 f"`--output` must be a file, and {output} is a folder: give {output / 'latents.safetensors'}."
             )
-        names, views = read_views(photos, num_frames)
+        names, views = read_views(photos, num_frames, frames=frames)
         spa3r, processor = load()
         file = output or Path("latents.safetensors")
         with report.status(f"Encoding {plural(len(views), 'view')}"):
@@ -149,6 +156,7 @@ def _encode_many(
     folder: Path,
     batch_size: int,
     num_frames: int | None,
+    frames: Frames,
     options: str,
 ) -> None:
     """Encode every source as a scene. Scenes that can't be read are named and counted, and the others are encoded."""
@@ -164,7 +172,7 @@ def _encode_many(
             batch = []
             for file, source in waiting[start : start + batch_size]:
                 try:
-                    names, views = read_views([source], num_frames, keep=processor.process_view)
+                    names, views = read_views([source], num_frames, None, processor.process_view, frames)
                     about = {"views": json.dumps(hidden(names)), "made_from": made_from[file]}
                     batch.append((file, about, views))
                 except (ValueError, OSError) as error:

@@ -16,8 +16,10 @@ from spa3r.checkpoints import EMBEDDED
 from spa3r.console import (
     AsJson,
     Attention,
+    ChoiceOfFrames,
     Device,
     Dtype,
+    Frames,
     Images,
     Model,
     Report,
@@ -97,7 +99,8 @@ def vsi_bench(
     preset: Annotated[
         Preset, typer.Option(help="Settings: VSI-Bench's, or those of the released Spa3-VLM. Options override them.")
     ] = Preset.official,
-    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of each video, uniformly sampled.")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of each video.")] = None,
+    frames: ChoiceOfFrames = Frames.uniform,
     max_new_tokens: Length = None,
     system: System = None,
     images: Seen = None,
@@ -126,7 +129,7 @@ def vsi_bench(
         chosen |= {"min_pixels": min_pixels, "max_pixels": max_pixels, "batch_size": batch_size, "workers": workers}
         settings = _settings(PRESETS[preset.value], chosen, missing, without_spa3r, seed)
         with report.status("Reading the questions"):
-            benchmark = VsiBench(data, subset.value, revision)
+            benchmark = VsiBench(data, subset.value, revision, frames.value)
         _evaluate(report, benchmark, settings, model, output, fresh, (device, dtype, attention))
 
 
