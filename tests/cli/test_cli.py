@@ -71,7 +71,7 @@ def test_ask_prints_the_answer_and_says_what_the_model_knows(scene):
 def test_frames_by_coverage_leave_a_pause_out(tmp_path):
     """The latents are those of the pictures before and after the pause."""
     pictures = counting_frames(29)
-    video = write_video(tmp_path / "pause.mp4", [pictures[i] for i in [0] * 12 + [14, 28]])
+    video = write_video(tmp_path / "pause.mp4", [pictures[i] for i in [0] * 10 + [14, 28]])
     assert run_json("ask", video, QUESTION, "--num-frames", 3, "--frames", "coverage")["num_views"] == 3
     latents = []
     for choice in ("uniform", "coverage"):
