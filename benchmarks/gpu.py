@@ -28,6 +28,7 @@ from global_attention import FULL_SIZE, operations
 from PIL import Image
 from pretraining_memory import WithoutPinning, fused_attention
 from pretraining_step import tiny
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
@@ -158,12 +159,16 @@ def fake(args: argparse.Namespace) -> None:
     config = tiny() if args.tiny else Spa3RConfig()
     config.backbone_config.heads = []
     grid = (4, 5) if args.tiny else tuple(side // config.patch_size for side in FULL_SIZE)
+    with torch.device("meta"):
+        model = Spa3RModel(config).eval()
+    model.set_attn_implementation("fused")
     with ExitStack() as stack:
         for mode in (FakeTensorMode(), WithoutPinning(), torch.no_grad()):
             stack.enter_context(mode)
-        with torch.device("cuda"):
-            model = Spa3RModel(config).to(torch.bfloat16).eval()
-        model.set_attn_implementation("fused")
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                fake_weight = torch.empty(weight.shape, device="cuda", dtype=torch.bfloat16)
+                module._parameters[name] = nn.Parameter(fake_weight, requires_grad=False)
         for views in args.views:
             pixels = torch.empty(views * grid[0] * grid[1], 3 * config.patch_size**2, device="cuda")
             for kind in ("full", "merged"):  # "subset" reads its choice of views back, which needs data
