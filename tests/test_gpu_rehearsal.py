@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,13 @@ def test_a_failing_step_costs_no_other(tmp_path):
 
 @pytest.mark.parametrize("file", sorted(SCRIPT.parent.glob("*.py")), ids=lambda file: file.name)
 def test_a_benchmark_imports_what_exists(file, monkeypatch):
+    """Programs of other folders have the same names: what this test imports is forgotten."""
+    names = {program.stem for program in SCRIPT.parent.glob("*.py")}
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    code = compile(file.read_text(encoding="utf-8"), str(file), "exec")
-    exec(code, {"__name__": file.stem, "__file__": str(file)})  # definitions only
+    try:
+        runpy.run_path(str(file), run_name=file.stem)  # definitions only
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
