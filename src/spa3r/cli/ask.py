@@ -17,6 +17,7 @@ from spa3r.console import (
     Dtype,
     Frames,
     Images,
+    Int8,
     Model,
     NumFrames,
     Verbose,
@@ -54,6 +55,7 @@ def ask(
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
+    int8: Int8 = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -71,7 +73,7 @@ def ask(
         with report.status("Reading the photos"):
             names, views = read_views(photos, num_frames, frames=frames)
         with report.status(f"Loading {model}"):
-            vlm, processor = load_vlm(model, device, dtype, attention, report.note)
+            vlm, processor = load_vlm(model, device, dtype, attention, report.note, int8)
         if model == EMBEDDED:
             report.note(f"{embedded_note()}. {QUESTIONS_NOTE}")
         processor.image_mode = images.value

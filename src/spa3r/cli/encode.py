@@ -19,6 +19,7 @@ from spa3r.console import (
     Device,
     Dtype,
     Frames,
+    Int8,
     Model,
     NumFrames,
     Report,
@@ -26,6 +27,7 @@ from spa3r.console import (
     WeightType,
     check_model,
     embedded_note,
+    in_int8,
     load_vlm,
     loading_arguments,
     one_line,
@@ -47,7 +49,12 @@ if TYPE_CHECKING:
 
 
 def _load_spa3r(
-    name: str, device: str, dtype: Dtype, attention: str | None, note: Callable[[str], None] | None = None
+    name: str,
+    device: str,
+    dtype: Dtype,
+    attention: str | None,
+    note: Callable[[str], None] | None = None,
+    int8: bool = False,
 ) -> tuple[Spa3RModel, Spa3RImageProcessor]:
     """A Spa3R, on its own or out of a Spa3-VLM."""
     from transformers import AutoConfig
@@ -65,10 +72,12 @@ def _load_spa3r(
         if kind == "spa3r":
             model = Spa3RModel.from_pretrained(name, **arguments)
             model = with_default_dtype(model, dtype, place, note)
+            if int8:
+                in_int8(model)
             return model, Spa3RImageProcessor.from_pretrained(name)
         if kind != "spa3_vlm":
             raise ValueError(f"`--model` must be a Spa3R or a Spa3-VLM to encode with, and {name} is a {kind}.")
-    model, processor = load_vlm(name, device, dtype, attention, note)
+    model, processor = load_vlm(name, device, dtype, attention, note, int8)
     if model.spa3r is None:
         raise ValueError(f"`--model` must hold a Spa3R to encode with, and {name} has `spatial_source` 'none'.")
     return model.spa3r, processor.view_image_processor
@@ -100,6 +109,7 @@ def encode(
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
+    int8: Int8 = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -110,12 +120,11 @@ def encode(
 
         def load() -> tuple[Spa3RModel, Spa3RImageProcessor]:
             with report.status(f"Loading {model}"):
-                return _load_spa3r(model, device, dtype, attention, report.note)
+                return _load_spa3r(model, device, dtype, attention, report.note, int8)
 
         if scene_per_folder:
-            options = json.dumps(
-                {"num_frames": num_frames, "frames": frames, "dtype": _dtype_here(dtype, device), "attn": attention}
-            )
+            about = {"num_frames": num_frames, "frames": frames, "attn": attention, "int8": int8}
+            options = json.dumps(about | {"dtype": _dtype_here(dtype, device)})
             _encode_many(
                 report, load, model, photos, output or Path("latents"), batch_size, num_frames, frames, options
             )
