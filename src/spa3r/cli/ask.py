@@ -12,12 +12,9 @@ from spa3r.checks import shorten
 from spa3r.console import (
     AsJson,
     Attention,
-    ChoiceOfFrames,
     Device,
     Dtype,
-    Frames,
     Images,
-    Int8,
     Model,
     NumFrames,
     Verbose,
@@ -48,14 +45,12 @@ def ask(
     model: Model = EMBEDDED,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 128,
     num_frames: NumFrames = None,
-    frames: ChoiceOfFrames = Frames.uniform,
     images: Annotated[
         Images, typer.Option(help="What the VLM sees: the views as Spa3R sees them, or the pictures as they are.")
     ] = Images.aligned,
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
-    int8: Int8 = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -71,9 +66,9 @@ def ask(
         from spa3r.answering.engine import AnsweringEngine
 
         with report.status("Reading the photos"):
-            names, views = read_views(photos, num_frames, frames=frames)
+            names, views = read_views(photos, num_frames)
         with report.status(f"Loading {model}"):
-            vlm, processor = load_vlm(model, device, dtype, attention, report.note, int8)
+            vlm, processor = load_vlm(model, device, dtype, attention, report.note)
         if model == EMBEDDED:
             report.note(f"{embedded_note()}. {QUESTIONS_NOTE}")
         processor.image_mode = images.value
