@@ -51,14 +51,8 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=4)
-    parser.add_argument("--new-tokens", type=int, default=8)
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    start = time.perf_counter()
+def released_vlm(device: str) -> tuple[spa3r.Spa3VLM, spa3r.Spa3VLMProcessor]:
+    """The model with random weights, and a processor with the embedded model's tokenizer."""
     _, embedded = embedded_model()
     tokens = {
         name: embedded.tokenizer.convert_tokens_to_ids(token)
@@ -76,6 +70,18 @@ def main() -> None:
     torch.set_default_dtype(torch.float32)
     embedded.vlm_processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
     processor = spa3r.Spa3VLMProcessor(embedded.vlm_processor, image_token_id=tokens["image_token_id"])
+    return model, processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=8)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    start = time.perf_counter()
+    model, processor = released_vlm(device)
     built = time.perf_counter() - start
 
     room = generate_room(seed=0, level=2)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
     from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
+    from spa3r.models.spa3r.modeling_spa3r import Spa3RModel
 
 
 LoadedModel = TypeVar("LoadedModel", bound="PreTrainedModel")
@@ -60,8 +61,16 @@ class Images(StrEnum):
     native = "native"
 
 
-NumFrames = Annotated[
-    int | None, typer.Option(min=1, help="Frames of each video, uniformly sampled; by its length if not given (4-8).")
+NumFrames = Annotated[int | None, typer.Option(min=1, help="Frames of each video; by its length if not given (4-8).")]
+
+
+class Frames(StrEnum):
+    uniform = "uniform"
+    coverage = "coverage"
+
+
+ChoiceOfFrames = Annotated[
+    Frames, typer.Option("--frames", help="Frames of a video: evenly spaced, or those that differ most.")
 ]
 Model = Annotated[str, typer.Option("--model", metavar="ID", help="A folder, a hub id, or 'embedded'.")]
 Device = Annotated[str, typer.Option(help="auto (the first of cuda, mps, cpu), or a device such as cuda:1.")]
@@ -75,6 +84,10 @@ WeightType = Annotated[
 ]
 Attention = Annotated[
     str | None, typer.Option("--attn", metavar="NAME", help="Attention back end; `spa3r info` lists those that work.")
+]
+Int8 = Annotated[
+    bool,
+    typer.Option("--int8", help="Run the frozen backbone in int8 on the CPU: faster than float32, and less exact."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.")]
@@ -274,6 +287,17 @@ def with_default_dtype(
     return model.to(place).eval()
 
 
+def in_int8(spa3r: Spa3RModel | None) -> None:
+    """Apply the option ``--int8`` to a loaded Spa3R, in place."""
+    from spa3r.models.precision import use_int8_layers
+
+    if spa3r is None or spa3r.backbone is None:
+        raise ValueError("`--int8` must be left out with a model that has no backbone of a Spa3R.")
+    if spa3r.device.type != "cpu":
+        raise ValueError(f"`--int8` needs `--device cpu`, got {spa3r.device}. Use `--dtype bfloat16` there.")
+    use_int8_layers(spa3r.backbone)
+
+
 def is_adapter(name: str) -> bool:
     """Whether a folder or repository is a PEFT checkpoint of a Spa3-VLM, as `spa3r finetune` writes for ``lora``."""
     from transformers import PreTrainedConfig
@@ -294,7 +318,12 @@ def is_adapter(name: str) -> bool:
 
 
 def load_vlm(
-    name: str, device: str, dtype: Dtype, attention: str | None, note: Callable[[str], None] | None = None
+    name: str,
+    device: str,
+    dtype: Dtype,
+    attention: str | None,
+    note: Callable[[str], None] | None = None,
+    int8: bool = False,
 ) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
     from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
     from spa3r.hub import naming_missing
@@ -317,7 +346,10 @@ def load_vlm(
         else:
             processor = Spa3VLMProcessor.from_pretrained(name)
             model = Spa3VLMForConditionalGeneration.from_pretrained(name, **arguments)
-    return with_default_dtype(model, dtype, place, note), processor
+    model = with_default_dtype(model, dtype, place, note)
+    if int8:
+        in_int8(model.spa3r)
+    return model, processor
 
 
 def embedded_note() -> str:
@@ -424,6 +456,7 @@ def read_views(
     num_frames: int | None,
     limits: Limits | None = None,
     keep: Callable[[PIL.Image.Image], PIL.Image.Image] | None = None,
+    frames: Frames = Frames.uniform,
 ) -> tuple[list[str], list[PIL.Image.Image]]:
     """Read all views of the sources in order, with names: a path, a URL, or ``video#i`` for the i-th sampled frame.
 
@@ -432,6 +465,7 @@ def read_views(
         num_frames: Number of frames of each video; None: by its length.
         limits: Limits to apply; None: unlimited.
         keep: Function that reduces each picture, so that large ones don't add up; None: keep pictures whole.
+        frames: How the frames of a video are chosen.
 
     Raises:
         ValueError: A file can't be read, a folder has nothing to read, or a limit is exceeded. The message names it.
@@ -446,7 +480,7 @@ def read_views(
     names, views = [], []
     for file in files:
         if _suffix(file) in VIDEOS:
-            pictures = sample_frames(file, num_frames)
+            pictures = sample_frames(file, num_frames, frames=frames.value)
             names += [f"{file}#{index}" for index in range(len(pictures))]
         else:
             pictures = [to_rgb(file, None if limits is None else limits.pixels)]

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 from command_line import run, run_json, said
-from media import counting_video, data_url, encoded, noise, smooth
+from media import counting_frames, counting_video, data_url, encoded, noise, smooth, write_video
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import PATCH, alive, pretraining_config
+from tiny import PATCH, alive, pretraining_config, relative_error
 
 import spa3r
 from spa3r import (
@@ -66,6 +66,22 @@ def test_ask_prints_the_answer_and_says_what_the_model_knows(scene):
     result = run("ask", scene / "view2.png", QUESTION, "--max-new-tokens", 4)
     assert result.stdout.strip()
     assert "note: the embedded models were trained on rendered rooms only" in result.stderr
+
+
+def test_frames_by_coverage_leave_a_pause_out(tmp_path):
+    """The latents are those of the pictures before and after the pause."""
+    pictures = counting_frames(29)
+    video = write_video(tmp_path / "pause.mp4", [pictures[i] for i in [0] * 10 + [14, 28]])
+    assert run_json("ask", video, QUESTION, "--num-frames", 3, "--frames", "coverage")["num_views"] == 3
+    latents = []
+    for choice in ("uniform", "coverage"):
+        run("encode", video, "--num-frames", 3, "--frames", choice, "-o", tmp_path / "z.safetensors")
+        latents.append(load_file(tmp_path / "z.safetensors")["latents"])
+    model, processor = embedded.embedded_spa3r()
+    with torch.no_grad():
+        wanted = model.spa3r.encode(**processor([[pictures[i] for i in (0, 14, 28)]], return_tensors="pt"))
+    near, far = (relative_error(ours, wanted) for ours in reversed(latents))
+    assert near < 0.1 * far
 
 
 def test_ask_takes_a_folder_a_video_and_a_picture_together(scene, tmp_path):
@@ -160,7 +176,9 @@ def test_a_missing_question_is_a_usage_error(scene, monkeypatch):
     assert "got 'view10.jpg'" in said(result)
 
 
-@pytest.mark.parametrize("option", [("--images", "small"), ("--dtype", "int4"), ("--max-new-tokens", "0"), ("--what",)])
+@pytest.mark.parametrize(
+    "option", [("--images", "small"), ("--frames", "best"), ("--dtype", "int4"), ("--max-new-tokens", "0"), ("--what",)]
+)
 def test_usage_errors(option, scene):
     result = run("ask", scene / "view2.png", QUESTION, *option, code=2)
     assert result.stdout == "" and option[0] in said(result)

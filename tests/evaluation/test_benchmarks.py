@@ -16,6 +16,7 @@ from tiny_benchmark import make_rows, write_vsi_bench
 from spa3r.evaluation import RoomsBenchmark, VsiBench, open_benchmark
 from spa3r.evaluation.benchmarks import scene_of
 from spa3r.evaluation.runner import _ahead
+from spa3r.media.videos import sample_numbered_frames
 from spa3r.rooms.instructions import FIRST_TEST_SEED, RoomQuestions
 
 
@@ -98,6 +99,19 @@ def test_scenes_are_in_order_and_benchmarks_come_back(released):
     again = open_benchmark(json.loads(json.dumps(benchmark.about)))
     assert again.rows == benchmark.rows and again.fingerprint == benchmark.fingerprint
     assert again.fingerprint != VsiBench(released).fingerprint
+
+
+def test_the_choice_of_frames_belongs_to_the_benchmark(released):
+    video = write_video(released / "scannet" / "scene0.mp4", [counting_frames(9)[i] for i in [0] * 9 + [4, 8]])
+    uniform, coverage = VsiBench(released), VsiBench(released, frames="coverage")
+    again = open_benchmark(json.loads(json.dumps(coverage.about)))
+    assert "frames" not in uniform.about and uniform.frames("scannet/scene0", 3)[0] == [0, 5, 10]
+    for benchmark in (coverage, again):
+        numbers, pictures = benchmark.frames("scannet/scene0", 3)
+        assert numbers == sample_numbered_frames(video, 3, frames="coverage")[0] == [0, 9, 10]
+        assert [read_number(picture) for picture in pictures] == [0, 4, 8]
+    with pytest.raises(ValueError, match="`frames` must be one of 'uniform', 'coverage', got 'best'"):
+        VsiBench(released, frames="best")
 
 
 def without(key):

@@ -23,7 +23,16 @@ from PIL import Image
 
 import spa3r.media.videos
 from spa3r.console import read_views
-from spa3r.media.videos import count_frames, default_num_frames, read_frames, sample_frames, uniform_indices
+from spa3r.media.videos import (
+    FrameSampling,
+    count_frames,
+    coverage_indices,
+    default_num_frames,
+    read_frames,
+    sample_frames,
+    sample_numbered_frames,
+    uniform_indices,
+)
 
 CONTAINERS = {"mp4": "mpeg4", "mov": "libx264", "mkv": "mpeg4", "webm": "libvpx", "avi": "mpeg4"}
 
@@ -505,3 +514,62 @@ def test_frames_by_number_close_the_file(tmp_path):
     for _ in range(5):
         read_frames(video, [0, 9])
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# frames="coverage" ----------------------------------------------------------------------------------------------------
+
+
+def farthest_first(points: np.ndarray, count: int) -> list[int]:
+    """The definition, one distance at a time."""
+    chosen = [0]
+    while len(chosen) < count:
+        nearest = [min(float(np.linalg.norm(point - points[other])) for other in chosen) for point in points]
+        chosen.append(max((i for i in range(len(points)) if i not in chosen), key=lambda i: (nearest[i], -i)))
+    return sorted(chosen)
+
+
+def test_coverage_takes_the_farthest_frames_first():
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(20, 5))
+    for count in (1, 2, 7, 20):
+        assert coverage_indices(list(points), count) == farthest_first(points, count)
+    assert coverage_indices(list(points), 50) == [*range(20)]
+    assert coverage_indices([np.zeros(3)] * 4, 2) == [0, 1]  # the earliest of equal ones, and none twice
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_coverage_wastes_no_frames_on_a_pause(tmp_path, container):
+    """The camera stands still in two thirds of the video."""
+    places = [0] * 12 + [4, 8, 12, 16, 20] + [24] * 12 + [28]
+    frames = [counting_frames(30)[place] for place in places]
+    video = write_video(tmp_path / f"pause.{container}", frames, codec=CONTAINERS[container])
+    seen = {
+        choice: [read_number(frame) for frame in sample_frames(video, 8, frames=choice)]
+        for choice in ("uniform", "coverage")
+    }
+    assert len(set(seen["uniform"])) == 5 and seen["coverage"] == [0, 4, 8, 12, 16, 20, 24, 28]
+    assert seen["coverage"] == [read_number(frame) for frame in sample_frames(video, 8, frames="coverage")]
+    indices, _ = sample_numbered_frames(video, 8, whole=True, frames="coverage")
+    assert [places[index] for index in indices] == seen["coverage"] and indices == sorted(indices)
+
+
+def test_coverage_of_a_short_video_is_all_of_it(tmp_path):
+    video = counting_video(tmp_path / "video.mp4", 3)
+    for count in (3, 5):
+        both = [
+            [read_number(frame) for frame in sample_frames(video, count, frames=f)] for f in ("uniform", "coverage")
+        ]
+        assert both[0] == both[1]
+    assert [read_number(frame) for frame in sample_frames(video, 1, frames="coverage")] == [0]
+
+
+def test_coverage_respects_the_part_of_the_video(tmp_path):
+    video = counting_video(tmp_path / "video.mp4", 30)
+    seen = [read_number(frame) for frame in sample_frames(video, 3, video_start=5, video_end=10, frames="coverage")]
+    assert seen[0] == 10 and seen[-1] == 20 and len(seen) == 3
+
+
+@pytest.mark.parametrize("value", ("best", None, 3))
+def test_unknown_choices_of_frames_are_refused(value):
+    with pytest.raises(ValueError, match="`frames` must be one of 'uniform', 'coverage', got"):
+        FrameSampling(8, frames=value)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from command_line import run, said
 from media import noise
+from safetensors.torch import load_file
 from tiny_spa3_vlm import PICTURES, Composed, prompt
 
 from spa3r import Spa3RModel, Spa3VLM
-from spa3r.console import Dtype, load_vlm
+from spa3r.console import Dtype, in_int8, load_vlm
 from spa3r.models import precision
 from spa3r.models.precision import Int8Linear, cast, compile_layers, cpu_has_bfloat16, set_cpu_dtype, use_int8_layers
 from spa3r.models.spa3_vlm.fingerprints import model_fingerprint
@@ -102,6 +103,23 @@ def test_commands_say_the_dtype_and_the_option_overrides_it(embedded, another_cp
     noise(60, 40, 0).save(tmp_path / "a.png")
     result = run("encode", tmp_path / "a.png", "--model", folder, "-o", tmp_path / "z.safetensors")
     assert "runs in float32: as it was saved; this CPU has no instructions for bfloat16" in said(result)
+
+
+def test_commands_run_the_backbone_in_int8(embedded, tmp_path):
+    _, folder = embedded
+    noise(60, 40, 0).save(tmp_path / "a.png")
+    latents = []
+    for name, options in (("exact", ()), ("int8", ("--int8",))):
+        file = tmp_path / f"{name}.safetensors"
+        run("encode", tmp_path / "a.png", "--model", folder, "-o", file, *options)
+        latents.append(load_file(file)["latents"])
+    assert 0 < relative_error(latents[1], latents[0]) < 0.1
+    model, _ = load_vlm(folder, "cpu", Dtype.auto, None, int8=True)
+    assert any(isinstance(module, Int8Linear) for module in model.spa3r.backbone.modules())
+    with pytest.raises(ValueError, match=r"`--int8` must be left out with a model that has no backbone of a Spa3R"):
+        in_int8(None)
+    with pytest.raises(ValueError, match=r"`--int8` needs `--device cpu`, got meta"):
+        in_int8(Spa3RModel.from_pretrained("embedded").to("meta"))
 
 
 # int8 layers ----------------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from media import counting_frames, counting_video, data_url, encoded, noise, read_number, served, user
+from media import counting_frames, counting_video, data_url, encoded, noise, read_number, served, user, write_video
 from PIL import Image
 from tiny import spa3r_config, vggt_config
 from transformers import AutoProcessor, AutoTokenizer
 from vlm_families import FAMILIES, build, build_processor
 
 from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLMForConditionalGeneration, Spa3VLMProcessor
+from spa3r.models.spa3_vlm.fingerprints import processor_fingerprint
 
 SIZE = 70
 IMAGE_TOKEN = "<|image_pad|>"
@@ -803,3 +804,25 @@ def test_what_a_message_can_not_say_of_its_video_is_refused(processor, tmp_path,
     item = {"type": "video", "video": str(counting_video(tmp_path / "video.mp4", 20))} | item
     with pytest.raises(ValueError, match=words):
         inputs_of(processor, about(item, "?"))
+
+
+def test_frames_that_differ_most_are_chosen_everywhere(tmp_path):
+    """In a video file, a list of frames, a call and a message; saved with the processor; refused if unknown."""
+    places = [0] * 9 + [6, 12]
+    frames = [counting_frames(13)[place] for place in places]
+    video = write_video(tmp_path / "video.mp4", frames)
+    processor = make(num_frames=3, frames="coverage")
+    processor.save_pretrained(tmp_path / "saved")
+    loaded = Spa3VLMProcessor.from_pretrained(tmp_path / "saved")
+    assert loaded.frames == "coverage" and make().frames == "uniform"
+    assert Spa3VLMProcessor.from_pretrained(tmp_path / "saved", frames="uniform").frames == "uniform"
+    assert processor_fingerprint(processor) != processor_fingerprint(make(num_frames=3))
+    for media in (str(video), frames):
+        for options in ({}, {"num_frames": 3}):
+            item = {"type": "video", "video": media, **options}
+            inputs = inputs_of(loaded, [{"role": "user", "content": [item]}])
+            pictures = [{"type": "image", "image": frames[index]} for index in (0, 9, 10)]
+            wanted = inputs_of(make(), [{"role": "user", "content": pictures}])["view_pixel_values"]
+            assert (inputs["view_pixel_values"] - wanted).abs().max() < 0.2  # of neighboring gray levels: 0.3 and more
+    with pytest.raises(ValueError, match="`frames` must be one of 'uniform', 'coverage', got 'all'"):
+        make(frames="all")

@@ -14,6 +14,7 @@ from spa3r.console import (
     Attention,
     Device,
     Dtype,
+    Int8,
     Limits,
     Model,
     Verbose,
@@ -47,6 +48,7 @@ def web_demo(
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
+    int8: Int8 = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -55,7 +57,7 @@ def web_demo(
         from spa3r.app import build_app
 
         with report.status(f"Loading {model}"):
-            vlm, processor = load_vlm(model, device, dtype, attention, report.note)
+            vlm, processor = load_vlm(model, device, dtype, attention, report.note, int8)
         if model == EMBEDDED:
             report.note(f"{embedded_note()}. {QUESTIONS_NOTE}")
         page = build_app(

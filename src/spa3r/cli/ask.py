@@ -12,9 +12,12 @@ from spa3r.checks import shorten
 from spa3r.console import (
     AsJson,
     Attention,
+    ChoiceOfFrames,
     Device,
     Dtype,
+    Frames,
     Images,
+    Int8,
     Model,
     NumFrames,
     Verbose,
@@ -45,12 +48,14 @@ def ask(
     model: Model = EMBEDDED,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 128,
     num_frames: NumFrames = None,
+    frames: ChoiceOfFrames = Frames.uniform,
     images: Annotated[
         Images, typer.Option(help="What the VLM sees: the views as Spa3R sees them, or the pictures as they are.")
     ] = Images.aligned,
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
+    int8: Int8 = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -66,9 +71,9 @@ def ask(
         from spa3r.answering.engine import AnsweringEngine
 
         with report.status("Reading the photos"):
-            names, views = read_views(photos, num_frames)
+            names, views = read_views(photos, num_frames, frames=frames)
         with report.status(f"Loading {model}"):
-            vlm, processor = load_vlm(model, device, dtype, attention, report.note)
+            vlm, processor = load_vlm(model, device, dtype, attention, report.note, int8)
         if model == EMBEDDED:
             report.note(f"{embedded_note()}. {QUESTIONS_NOTE}")
         processor.image_mode = images.value

@@ -15,8 +15,11 @@ from spa3r.checkpoints import EMBEDDED
 from spa3r.console import (
     AsJson,
     Attention,
+    ChoiceOfFrames,
     Device,
     Dtype,
+    Frames,
+    Int8,
     Model,
     NumFrames,
     Report,
@@ -24,6 +27,7 @@ from spa3r.console import (
     WeightType,
     check_model,
     embedded_note,
+    in_int8,
     load_vlm,
     loading_arguments,
     one_line,
@@ -45,7 +49,12 @@ if TYPE_CHECKING:
 
 
 def _load_spa3r(
-    name: str, device: str, dtype: Dtype, attention: str | None, note: Callable[[str], None] | None = None
+    name: str,
+    device: str,
+    dtype: Dtype,
+    attention: str | None,
+    note: Callable[[str], None] | None = None,
+    int8: bool = False,
 ) -> tuple[Spa3RModel, Spa3RImageProcessor]:
     """A Spa3R, on its own or out of a Spa3-VLM."""
     from transformers import AutoConfig
@@ -63,10 +72,12 @@ def _load_spa3r(
         if kind == "spa3r":
             model = Spa3RModel.from_pretrained(name, **arguments)
             model = with_default_dtype(model, dtype, place, note)
+            if int8:
+                in_int8(model)
             return model, Spa3RImageProcessor.from_pretrained(name)
         if kind != "spa3_vlm":
             raise ValueError(f"`--model` must be a Spa3R or a Spa3-VLM to encode with, and {name} is a {kind}.")
-    model, processor = load_vlm(name, device, dtype, attention, note)
+    model, processor = load_vlm(name, device, dtype, attention, note, int8)
     if model.spa3r is None:
         raise ValueError(f"`--model` must hold a Spa3R to encode with, and {name} has `spatial_source` 'none'.")
     return model.spa3r, processor.view_image_processor
@@ -94,9 +105,11 @@ def encode(
     batch_size: Annotated[int, typer.Option(min=1, help="Scenes encoded at once.")] = 8,
     model: Model = EMBEDDED,
     num_frames: NumFrames = None,
+    frames: ChoiceOfFrames = Frames.uniform,
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
+    int8: Int8 = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -107,17 +120,20 @@ def encode(
 
         def load() -> tuple[Spa3RModel, Spa3RImageProcessor]:
             with report.status(f"Loading {model}"):
-                return _load_spa3r(model, device, dtype, attention, report.note)
+                return _load_spa3r(model, device, dtype, attention, report.note, int8)
 
         if scene_per_folder:
-            options = json.dumps({"num_frames": num_frames, "dtype": _dtype_here(dtype, device), "attn": attention})
-            _encode_many(report, load, model, photos, output or Path("latents"), batch_size, num_frames, options)
+            about = {"num_frames": num_frames, "frames": frames, "attn": attention, "int8": int8}
+            options = json.dumps(about | {"dtype": _dtype_here(dtype, device)})
+            _encode_many(
+                report, load, model, photos, output or Path("latents"), batch_size, num_frames, frames, options
+            )
             return
         if output is not None and output.is_dir():
             raise ValueError(
                 f"`--output` must be a file, and {output} is a folder: give {output / 'latents.safetensors'}."
             )
-        names, views = read_views(photos, num_frames)
+        names, views = read_views(photos, num_frames, frames=frames)
         spa3r, processor = load()
         file = output or Path("latents.safetensors")
         with report.status(f"Encoding {plural(len(views), 'view')}"):
@@ -149,6 +165,7 @@ def _encode_many(
     folder: Path,
     batch_size: int,
     num_frames: int | None,
+    frames: Frames,
     options: str,
 ) -> None:
     """Encode every source as a scene. Scenes that can't be read are named and counted, and the others are encoded."""
@@ -164,7 +181,7 @@ def _encode_many(
             batch = []
             for file, source in waiting[start : start + batch_size]:
                 try:
-                    names, views = read_views([source], num_frames, keep=processor.process_view)
+                    names, views = read_views([source], num_frames, None, processor.process_view, frames)
                     about = {"views": json.dumps(hidden(names)), "made_from": made_from[file]}
                     batch.append((file, about, views))
                 except (ValueError, OSError) as error:

@@ -16,9 +16,12 @@ from spa3r.checkpoints import EMBEDDED
 from spa3r.console import (
     AsJson,
     Attention,
+    ChoiceOfFrames,
     Device,
     Dtype,
+    Frames,
     Images,
+    Int8,
     Model,
     Report,
     Verbose,
@@ -26,6 +29,7 @@ from spa3r.console import (
     check_model,
     embedded_note,
     end_processes,
+    in_int8,
     is_adapter,
     load_vlm,
     loading_arguments,
@@ -97,7 +101,8 @@ def vsi_bench(
     preset: Annotated[
         Preset, typer.Option(help="Settings: VSI-Bench's, or those of the released Spa3-VLM. Options override them.")
     ] = Preset.official,
-    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of each video, uniformly sampled.")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of each video.")] = None,
+    frames: ChoiceOfFrames = Frames.uniform,
     max_new_tokens: Length = None,
     system: System = None,
     images: Seen = None,
@@ -112,6 +117,7 @@ def vsi_bench(
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
+    int8: Int8 = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -126,8 +132,8 @@ def vsi_bench(
         chosen |= {"min_pixels": min_pixels, "max_pixels": max_pixels, "batch_size": batch_size, "workers": workers}
         settings = _settings(PRESETS[preset.value], chosen, missing, without_spa3r, seed)
         with report.status("Reading the questions"):
-            benchmark = VsiBench(data, subset.value, revision)
-        _evaluate(report, benchmark, settings, model, output, fresh, (device, dtype, attention))
+            benchmark = VsiBench(data, subset.value, revision, frames.value)
+        _evaluate(report, benchmark, settings, model, output, fresh, (device, dtype, attention, int8))
 
 
 @eval_app.command("rooms")
@@ -152,6 +158,7 @@ def rooms(
     device: Device = "auto",
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
+    int8: Int8 = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -164,7 +171,7 @@ def rooms(
         settings = _settings(PRESETS["official"], chosen, Missing.fail, without_spa3r, seed)
         with report.status("Making the questions"):
             benchmark = RoomsBenchmark(num_rooms, level, num_frames, seed)
-        _evaluate(report, benchmark, settings, model, output, fresh, (device, dtype, attention))
+        _evaluate(report, benchmark, settings, model, output, fresh, (device, dtype, attention, int8))
 
 
 def _settings(
@@ -181,13 +188,13 @@ def _evaluate(
     model: str,
     output: Path | None,
     fresh: bool,
-    loading: tuple[str, Dtype, str | None],
+    loading: tuple[str, Dtype, str | None, bool],
 ) -> None:
     """Run the benchmark; only the first process reports the result."""
     from spa3r.evaluation.runner import check_missing, own_folder, processes, run_benchmark
 
     check_missing(benchmark, settings)  # before gigabytes are loaded
-    device, dtype, attention = loading
+    device, dtype, attention, int8 = loading
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if device == "auto" and not is_alone:
         device = str(processes().device)
@@ -199,7 +206,7 @@ def _evaluate(
         check_model(model)
     with own_folder(output):  # refused before gigabytes are loaded
         with report.status(f"Loading {model}"):
-            vlm, processor = _load_any_vlm(model, device, dtype, attention, report.note)
+            vlm, processor = _load_any_vlm(model, device, dtype, attention, report.note, int8)
         if model == EMBEDDED:
             report.note(embedded_note())
         with report.progress() as progress:
@@ -225,7 +232,12 @@ def _evaluate(
 
 
 def _load_any_vlm(
-    name: str, device: str, dtype: Dtype, attention: str | None, note: Callable[[str], None] | None = None
+    name: str,
+    device: str,
+    dtype: Dtype,
+    attention: str | None,
+    note: Callable[[str], None] | None = None,
+    int8: bool = False,
 ) -> tuple[Any, Any]:
     """A Spa3-VLM, or a VLM of transformers as it is."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -235,14 +247,16 @@ def _load_any_vlm(
 
     if name != EMBEDDED:
         if is_adapter(name):
-            return load_vlm(name, device, dtype, attention, note)
+            return load_vlm(name, device, dtype, attention, note, int8)
         with naming_missing(name):
             released = find_released(name, ("spa3-vlm",), "`--model`")
             if released is None and AutoConfig.from_pretrained(name).model_type != "spa3_vlm":
+                if int8:
+                    in_int8(None)
                 place, arguments = torch_device(device), loading_arguments(dtype, attention)
                 model = AutoModelForImageTextToText.from_pretrained(name, **arguments)
                 return with_default_dtype(model, dtype, place, note), AutoProcessor.from_pretrained(name)
-    return load_vlm(name, device, dtype, attention, note)
+    return load_vlm(name, device, dtype, attention, note, int8)
 
 
 @eval_app.command("compare", no_args_is_help=True)

@@ -180,7 +180,7 @@ class Spa3VLMCollator:
         self.processor.check_messages(messages)
         messages = [_listed(message) for message in messages]
         pictures, messages = self.processor._pictures_of(
-            messages, {"num_frames": self.processor.num_frames}, placeholders=False
+            messages, {"num_frames": self.processor.num_frames, "frames": self.processor.frames}, placeholders=False
         )
         if self.processor.spatial_tokens is not None:  # one placeholder stands for all until the views are known
             messages = self.processor._with_spatial_tokens(messages, 1)

@@ -25,7 +25,7 @@ import PIL.Image
 from spa3r.checks import check_count, check_types, is_count, is_of_type, shorten
 from spa3r.hub import naming_missing
 from spa3r.media.files import exists, inside, read_text, shortened
-from spa3r.media.videos import sample_numbered_frames
+from spa3r.media.videos import FrameChoice, check_frames, sample_numbered_frames
 from spa3r.rooms.instructions import FIRST_TEST_SEED, RoomQuestions
 from spa3r.rooms.walk import walk_steps
 from spa3r.vsi_bench.format import make_prompt
@@ -74,7 +74,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def frames(self, scene: str, num_frames: int) -> Frames:
-        """Uniformly sampled frames of a scene, including the first and the last, and their numbers. Thread-safe.
+        """Frames of a scene, and their numbers; evenly spaced ones include the first and the last. Thread-safe.
 
         Raises:
             ValueError: The frames can't be read.
@@ -98,20 +98,32 @@ class VsiBench(Benchmark):
         subset: ``"full"``; ``"debiased"`` or ``"pruned"``: ``test_<subset>.parquet``, or as given by the rows'
             ``pruned`` or by ``pruned_ids.txt``.
         revision: Revision of a data set on the hub.
+        frames: How the frames of a video are chosen: ``"uniform"`` as in the official evaluation, or ``"coverage"``
+            (:class:`~spa3r.media.videos.FrameSampling`).
 
     Raises:
         FileNotFoundError: There are no annotations.
-        ValueError: A row can't be asked or scored, ids repeat, or nothing tells which rows are pruned.
+        ValueError: `frames` is unknown, a row can't be asked or scored, ids repeat, or nothing tells which rows are
+            pruned.
     """
 
-    def __init__(self, data: str | Path, subset: Subset = "full", revision: str | None = None) -> None:
+    def __init__(
+        self,
+        data: str | Path,
+        subset: Subset = "full",
+        revision: str | None = None,
+        frames: FrameChoice = "uniform",
+    ) -> None:
+        check_frames(frames)
         if subset not in get_args(Subset):
             raise ValueError(f"`subset` must be one of {', '.join(get_args(Subset))}, got {subset!r}.")
         path, revision = _fetched(data, revision)
         self.root = path if path.is_dir() else path.parent
         rows = _rows_of_folder(path, subset) if path.is_dir() else _of_subset(_read_rows(path), subset, self.root)
         about = {"name": "vsi-bench", "data": str(data if revision else path.absolute()), "subset": subset}
-        super().__init__(rows, about | ({} if revision is None else {"revision": revision}), str(path))
+        about |= {} if revision is None else {"revision": revision}
+        self.choice: FrameChoice = frames
+        super().__init__(rows, about | ({} if frames == "uniform" else {"frames": frames}), str(path))
 
     def missing(self) -> dict[str, str]:
         """As :meth:`Benchmark.missing`: videos that don't exist."""
@@ -127,7 +139,7 @@ class VsiBench(Benchmark):
     def frames(self, scene: str, num_frames: int) -> Frames:
         """As :meth:`Benchmark.frames`. A video that ends before its declared number of frames is rejected."""
         with self._video(scene) as video:
-            return sample_numbered_frames(video, num_frames, whole=True)
+            return sample_numbered_frames(video, num_frames, whole=True, frames=self.choice)
 
     @contextmanager
     def _video(self, scene: str, unpack: bool = True) -> Generator[Path]:

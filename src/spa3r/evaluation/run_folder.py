@@ -30,6 +30,7 @@ from transformers.utils import logging
 from spa3r.checks import check_types, is_number, is_of_type, shorten, type_words
 from spa3r.disk import read_json_lines, read_json_object, sha256_of, write_whole, writing
 from spa3r.evaluation.answers import AnswerReport, ScoredAnswer
+from spa3r.models.quantization import plain_tensors
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor
 from spa3r.secret import hidden
 from spa3r.tables import Table
@@ -459,7 +460,7 @@ def about_model(model: PreTrainedModel, processor: ProcessorMixin, name: str | N
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 of the names, types and values of all weights as loaded."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(dict(plain_tensors(model.state_dict().items())).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -14,12 +14,12 @@ from __future__ import annotations
 import io
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar, get_args
 
 import av
 import numpy as np
@@ -51,6 +51,16 @@ MAX_PACKETS = 2**23
 """Maximum number of frames of a video: 38 hours at 60 fps."""
 
 
+FrameChoice = Literal["uniform", "coverage"]
+"""How frames are chosen: evenly spaced, or those that differ most from each other."""
+
+CANDIDATES = 4
+"""Evenly spaced frames per chosen frame that ``"coverage"`` looks at."""
+
+DESCRIPTOR_SIZE = 16
+"""Side in pixels of the small pictures by which ``"coverage"`` compares frames."""
+
+
 def default_num_frames(seconds: float, lowest: int = 4, highest: int = 8, seconds_per_frame: float = 2.0) -> int:
     """Frames per video in instruction tuning: clamp(round(seconds / seconds_per_frame), lowest, highest)."""
     return min(max(round(seconds / seconds_per_frame), lowest), highest)
@@ -65,9 +75,56 @@ def uniform_indices(count: int, num_frames: int) -> np.ndarray:
     return np.linspace(0, count - 1, check_count("num_frames", num_frames, 1, MAX_FRAMES)).astype(int)
 
 
+def descriptor(picture: PIL.Image.Image) -> np.ndarray:
+    """A small picture of a frame, by which :func:`coverage_indices` compares it: (3 * 16 * 16,), float32."""
+    small = picture.convert("RGB").resize((DESCRIPTOR_SIZE, DESCRIPTOR_SIZE), PIL.Image.Resampling.BOX)
+    return np.asarray(small, np.float32).reshape(-1)
+
+
+def coverage_indices(descriptors: Sequence[np.ndarray], count: int) -> list[int]:
+    """Choose frames that differ from each other: greedy farthest-point selection, which starts at the first frame.
+
+    Each step takes the frame whose nearest chosen frame is farthest away (Euclidean distance of the descriptors; the
+    earliest of equal ones). So no frame that is left out is farther from a chosen one than the chosen ones are from
+    each other (Gonzalez 1985).
+
+    Args:
+        descriptors: (D,) of every frame, as :func:`descriptor` returns it; at least one.
+        count: Number of frames to choose; all, if there are not more.
+
+    Returns:
+        Indices of the chosen frames, ascending.
+    """
+    points = np.stack(descriptors).astype(np.float64)
+    chosen, distances = [0], np.full(len(points), np.inf)
+    while len(chosen) < min(count, len(points)):
+        distances = np.minimum(distances, ((points - points[chosen[-1]]) ** 2).sum(-1))
+        distances[chosen] = -1
+        chosen.append(int(distances.argmax()))
+    return sorted(chosen)
+
+
+def candidate_count(available: int, count: int) -> int:
+    """Number of evenly spaced frames of which ``"coverage"`` chooses `count`."""
+    return max(count, min(CANDIDATES * count, available, MAX_FRAMES))
+
+
+def check_frames(frames: Any) -> None:
+    """Raise for an unknown way to choose frames.
+
+    Raises:
+        ValueError: It is not one of :data:`FrameChoice`.
+    """
+    if not isinstance(frames, str) or frames not in get_args(FrameChoice):
+        raise ValueError(
+            f"`frames` must be one of {', '.join(map(repr, get_args(FrameChoice)))}, got {shorten(frames)}."
+        )
+
+
 @dataclass(frozen=True)
 class FrameSampling:
-    """Which frames of a video are taken: uniformly spaced, including the first and last of the selected part.
+    """Which frames of a video are taken: evenly spaced, including the first and last of the selected part; or of
+    :data:`CANDIDATES` times as many, those that differ most from each other.
 
     Attributes:
         num_frames: Number of frames, or a function that computes it from the length in seconds; a shorter video repeats
@@ -77,6 +134,7 @@ class FrameSampling:
         max_frames: Maximum number if `fps` or the length decides.
         video_start: Start of the part, in seconds from the first frame; None: the first frame.
         video_end: End of the part; None, or a value after the last frame: the last frame.
+        frames: ``"uniform"``, or ``"coverage"``: always the first frame, then by :func:`coverage_indices`.
 
     Raises:
         ValueError: A value is out of its range, or two contradict each other.
@@ -88,8 +146,10 @@ class FrameSampling:
     max_frames: int | None = None
     video_start: float | None = None
     video_end: float | None = None
+    frames: FrameChoice = "uniform"
 
     def __post_init__(self) -> None:
+        check_frames(self.frames)
         for name in ("num_frames", "min_frames", "max_frames"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 check_count(name, getattr(self, name), 1, MAX_FRAMES)
@@ -112,15 +172,16 @@ class FrameSampling:
         if start is not None and end is not None and start >= end:
             raise ValueError(f"`video_start` must be less than `video_end`, got {start} and {end} seconds.")
 
-    def indices(self, starts: np.ndarray, seconds: float) -> np.ndarray:
-        """The numbers of the selected frames.
+    def indices(self, starts: np.ndarray, seconds: float) -> tuple[np.ndarray, int]:
+        """The numbers of the frames to read, and how many of them are taken.
 
         Args:
             starts: Start time of each frame, in seconds from the first, ascending; at least one.
             seconds: Length of the video.
 
         Returns:
-            (selected frames,), ascending.
+            (frames,), ascending: with ``"uniform"`` all are taken, with ``"coverage"`` they are candidates; and the
+            number to take.
 
         Raises:
             ValueError: The part contains no frame, or `fps` selects too many.
@@ -135,7 +196,9 @@ class FrameSampling:
         count = stop - first
         if (first, stop) != (0, len(starts)):
             seconds *= count / len(starts)
-        return first + uniform_indices(count, self._number(count, seconds))
+        number = self._number(count, seconds)
+        read = number if self.frames == "uniform" else candidate_count(count, number)
+        return first + uniform_indices(count, read), number
 
     def _number(self, count: int, seconds: float) -> int:
         if self.num_frames is not None:
@@ -162,8 +225,9 @@ def sample_frames(
     max_frames: int | None = None,
     video_start: float | None = None,
     video_end: float | None = None,
+    frames: FrameChoice = "uniform",
 ) -> list[PIL.Image.Image]:
-    """Uniformly sampled frames of a video, or of a part of it, including the first and the last.
+    """Frames of a video, or of a part of it; evenly spaced ones include the first and the last.
 
     The whole file is read, but decoding starts at the nearest key frames; the frames equal those of decoding the whole
     file. Only the selected frames are kept, so memory doesn't grow with the video.
@@ -176,16 +240,20 @@ def sample_frames(
         max_frames: Maximum number of frames.
         video_start: Start of the part in seconds.
         video_end: End of the part in seconds.
+        frames: ``"uniform"`` or ``"coverage"``; the latter reads more frames, so it takes longer.
 
     Raises:
         ValueError: The file can't be opened or has no frames, a frame is damaged, so much is missing that frames would
             repeat, an option is out of its range, or a limit of this module is exceeded.
     """
-    return _sample(video, FrameSampling(num_frames, fps, min_frames, max_frames, video_start, video_end))[1]
+    return _sample(video, FrameSampling(num_frames, fps, min_frames, max_frames, video_start, video_end, frames))[1]
 
 
 def sample_numbered_frames(
-    video: str | Path, num_frames: int | Callable[[float], int] | None = None, whole: bool = False
+    video: str | Path,
+    num_frames: int | Callable[[float], int] | None = None,
+    whole: bool = False,
+    frames: FrameChoice = "uniform",
 ) -> tuple[list[int], list[PIL.Image.Image]]:
     """Like :func:`sample_frames`, with the frames' numbers, from 0.
 
@@ -193,11 +261,12 @@ def sample_numbered_frames(
         video: As in :func:`sample_frames`.
         num_frames: As in :func:`sample_frames`.
         whole: Reject a video that ends before the number of frames in its header.
+        frames: As in :func:`sample_frames`.
 
     Raises:
         ValueError: As in :func:`sample_frames`; or `whole` is set and the video is truncated.
     """
-    return _sample(video, FrameSampling(num_frames), whole)
+    return _sample(video, FrameSampling(num_frames, frames=frames), whole)
 
 
 def count_frames(video: str | Path | bytes) -> int:
@@ -227,16 +296,40 @@ def read_frames(video: str | Path | bytes, indices: Iterable[int]) -> dict[int, 
     wanted = sorted({int(index) for index in indices})
     with _opened(video) as source:
         scan = source.scan()
-        frames, exact = source.decode_near([index for index in wanted if index < scan.num_frames], scan)
+        frames, exact = source.decode_near([index for index in wanted if index < scan.num_frames], scan, _whole)
     if not exact:  # as in _sample; but if packets gave no frame, the times are the better estimate
         with _opened(video) as source:
-            counted, decoded = source.decode(set(wanted), tolerant=True)
+            counted, decoded = source.decode(set(wanted), _whole, tolerant=True)
         if decoded >= scan.num_frames or not frames:
             frames = {index: frame for index, frame in counted.items() if frame is not None}
     return frames
 
 
+T = TypeVar("T")
+
+
+def _whole(picture: PIL.Image.Image) -> PIL.Image.Image:
+    return picture
+
+
 def _sample(video: Any, sampling: FrameSampling, whole: bool = False) -> tuple[list[int], list[PIL.Image.Image]]:
+    if sampling.frames == "uniform":
+        indices, frames, _ = _read(video, sampling, whole, _whole)
+        return indices, frames
+    indices, descriptors, number = _read(video, sampling, whole, descriptor)
+    chosen = [indices[place] for place in coverage_indices(descriptors, number)]
+    frames = read_frames(video, chosen)
+    if missing := [index for index in chosen if index not in frames]:
+        raise _VideoError(
+            f"The video {describe(video)} is damaged: its frame {missing[0]} can't be decoded twice. Download it again."
+        )
+    return chosen, [frames[index] for index in chosen]
+
+
+def _read(
+    video: Any, sampling: FrameSampling, whole: bool, keep: Callable[[PIL.Image.Image], T]
+) -> tuple[list[int], list[T], int]:
+    """Numbers of the frames that are read, what `keep` makes of each, and how many of them are to be taken."""
     with _opened(video) as source:
         scan = source.scan()
         if whole and scan.packets < scan.announced:
@@ -244,24 +337,24 @@ def _sample(video: Any, sampling: FrameSampling, whole: bool = False) -> tuple[l
                 f"The video {source.name} is truncated: it must hold {scan.announced} frames, as its header says, and "
                 f"holds {scan.packets}. Download it again."
             )
-        indices = source.choose(sampling, scan)
-        frames, exact = source.decode_near(sorted(set(indices)), scan)
+        indices, number = source.choose(sampling, scan)
+        frames, exact = source.decode_near(sorted(set(indices)), scan, keep)
     if not exact:  # times don't identify the frames, or something is damaged: count frames
         with _opened(video) as source:
-            frames, decoded = source.decode(set(indices))
+            frames, decoded = source.decode(set(indices), keep)
         if decoded <= indices[-1]:  # not every packet gave a frame
             if not decoded:
                 raise _no_frames(source.name)
-            indices = source.choose(sampling, scan.shortened(decoded))
+            indices, number = source.choose(sampling, scan.shortened(decoded))
             with _opened(video) as source:
-                frames, _ = source.decode(set(indices))
+                frames, _ = source.decode(set(indices), keep)
         if damaged := sorted({index for index in indices if frames.get(index) is None}):
             raise _VideoError(
                 f"The video {source.name} is damaged: its frames {', '.join(map(str, damaged[:5]))}"
                 f"{' and others' if len(damaged) > 5 else ''} of {decoded} can't be decoded. Download it again, or "
                 "take another part of it."
             )
-    return indices, [frame for index in indices if (frame := frames[index]) is not None]
+    return indices, [frame for index in indices if (frame := frames[index]) is not None], number
 
 
 class _Scan(NamedTuple):
@@ -366,10 +459,11 @@ class _Source:
             alone = len(self.container.streams) == 1
             return self.container.duration / av.time_base if alone and self.container.duration else 0.0
 
-    def choose(self, sampling: FrameSampling, scan: _Scan) -> list[int]:
-        """Numbers of the selected frames. Repeats are allowed for a short video, but not for a damaged one."""
+    def choose(self, sampling: FrameSampling, scan: _Scan) -> tuple[list[int], int]:
+        """:meth:`FrameSampling.indices`. Repeats are allowed for a short video, but not for a damaged one."""
         try:
-            indices = sampling.indices(scan.starts, scan.seconds).tolist()
+            places, number = sampling.indices(scan.starts, scan.seconds)
+            indices = places.tolist()
         except ValueError as error:
             raise _VideoError(f"Of the video {self.name}: {str(error).rstrip('.')}.") from error
         distinct = len(set(indices))
@@ -379,13 +473,15 @@ class _Source:
                 f"{scan.num_frames} of those that its header announces can be read. Download it again, or take "
                 "at most so many."
             )
-        self._check_pixels(self.stream.codec_context.width, self.stream.codec_context.height, distinct)
-        return indices
+        self._check_pixels(self.stream.codec_context.width, self.stream.codec_context.height, min(distinct, number))
+        return indices, number
 
-    def decode_near(self, wanted: list[int], scan: _Scan) -> tuple[dict[int, PIL.Image.Image], bool]:
-        """The wanted frames, each decoded from the last key frame before it, or from the previous wanted frame if that
-        is nearer; and whether all were found and every packet on the way gave a frame."""
-        frames: dict[int, PIL.Image.Image] = {}
+    def decode_near(
+        self, wanted: list[int], scan: _Scan, keep: Callable[[PIL.Image.Image], T]
+    ) -> tuple[dict[int, T], bool]:
+        """What `keep` makes of the wanted frames, each decoded from the last key frame before it, or from the previous
+        wanted frame if that is nearer; and whether all were found and every packet on the way gave a frame."""
+        frames: dict[int, T] = {}
         times, key_times, exact = scan.times, list(scan.keys), True
         if not key_times:
             return frames, False
@@ -409,21 +505,23 @@ class _Source:
                     exact &= place < len(times) and times[place] == frame.pts and follows
                 position = frame.pts
                 if position == times[index] and not frame.is_corrupt:
-                    frames[index] = self._upright(frame)
+                    frames[index] = keep(self._upright(frame))
                 if position >= times[index]:
                     break
         return frames, exact and len(frames) == len(wanted)
 
-    def decode(self, wanted: set[int], tolerant: bool = False) -> tuple[dict[int, PIL.Image.Image | None], int]:
-        """The wanted frames, None for damaged ones, and the number of decoded frames: up to the last wanted one, or, if
-        `tolerant`, all that can be decoded."""
-        frames: dict[int, PIL.Image.Image | None] = {}
+    def decode(
+        self, wanted: set[int], keep: Callable[[PIL.Image.Image], T], tolerant: bool = False
+    ) -> tuple[dict[int, T | None], int]:
+        """What `keep` makes of the wanted frames, None for damaged ones, and the number of decoded frames: up to the
+        last wanted one, or, if `tolerant`, all that can be decoded."""
+        frames: dict[int, T | None] = {}
         decoded = 0
         all_frames = _tolerant_decode if tolerant else type(self.container).decode
         for frame in all_frames(self.container, self.stream):
             self.check_time()
             if decoded in wanted:
-                frames[decoded] = None if frame.is_corrupt else self._upright(frame)
+                frames[decoded] = None if frame.is_corrupt else keep(self._upright(frame))
             decoded += 1
             if len(frames) == len(wanted) and not tolerant:
                 break

@@ -23,6 +23,7 @@ from transformers.utils import TensorType
 from spa3r.checkpoints import resolve
 from spa3r.checks import check_count, is_count, shorten
 from spa3r.media.images import Image, flattened, is_batch, to_rgb
+from spa3r.media.videos import FrameChoice, check_frames
 from spa3r.models.released import HUB_KWARGS, WHERE, ReleasedCheckpoint, find_adapter, find_released, view_size
 from spa3r.models.spa3_vlm.messages import Conversations, check_conversations, is_batch_of_conversations, special_texts
 from spa3r.models.spa3_vlm.videos import (
@@ -61,8 +62,8 @@ TOKENIZING = threading.RLock()
 class Spa3VLMProcessor(ProcessorMixin):
     """Any VLM's own processor, extended by packed views.
 
-    All pictures of a conversation are views of one scene. A video is converted to uniformly sampled frames, which are
-    passed to the VLM as pictures.
+    All pictures of a conversation are views of one scene. A video is converted to some of its frames, which are passed
+    to the VLM as pictures.
 
     Args:
         vlm_processor: The VLM's processor.
@@ -71,6 +72,8 @@ class Spa3VLMProcessor(ProcessorMixin):
             the released model was trained; the VLM's own processor doesn't rescale them if their size is within its
             limits. ``"native"``: the original pictures.
         num_frames: Number of frames of a video; None: clamp(round(seconds / 2), 4, 8).
+        frames: How the frames of a video are chosen: ``"uniform"``, evenly spaced, or ``"coverage"``, those that differ
+            most from each other (:class:`~spa3r.media.videos.FrameSampling`).
         image_token_id: Id of the VLM's image placeholder (its configuration's ``image_token_id``), used to count
             image tokens; None: the model counts them, which synchronizes with an accelerator.
         spatial_tokens: Number of places for tokens that the model appends to a scene (``integration="append"``): its
@@ -91,11 +94,13 @@ class Spa3VLMProcessor(ProcessorMixin):
         image_token_id: int | None = None,
         spatial_tokens: int | Literal["patches"] | None = None,
         spatial_token: str | None = None,
+        frames: FrameChoice = "uniform",
     ):
         if image_mode not in ("aligned", "native"):
             raise ValueError(f"`image_mode` must be 'aligned' or 'native', got {shorten(image_mode)}.")
         if num_frames is not None:
             check_count("num_frames", num_frames)
+        check_frames(frames)
         if image_token_id is not None:
             check_count("image_token_id", image_token_id, lowest=0)
         if not isinstance(spatial_token, str | None):
@@ -104,6 +109,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         self.view_image_processor = view_image_processor or Spa3RImageProcessor()
         self.image_mode = image_mode
         self.num_frames = num_frames
+        self.frames: FrameChoice = frames
         self.image_token_id = image_token_id
         self._spatial_token = spatial_token
         self.spatial_tokens = spatial_tokens
@@ -150,6 +156,7 @@ class Spa3VLMProcessor(ProcessorMixin):
             "processor_class": type(self).__name__,
             "images": self.image_mode,
             "num_frames": self.num_frames,
+            "frames": self.frames,
             "image_token_id": self.image_token_id,
             "spatial_tokens": self.spatial_tokens,
             "spatial_token": self._spatial_token,
@@ -207,7 +214,11 @@ class Spa3VLMProcessor(ProcessorMixin):
                 "save the processor again."
             )
         fields["view_image_processor"] = Spa3RImageProcessor.from_dict(fields.get("view_image_processor", {}))
-        fields: dict[str, Any] = {"spatial_tokens": None, "spatial_token": None} | fields  # older folders have neither
+        fields: dict[str, Any] = {
+            "spatial_tokens": None,
+            "spatial_token": None,
+            "frames": "uniform",
+        } | fields  # older folders lack them
         for_vlm = _for_vlm(kwargs, fields)
         fields |= {key: kwargs[key] for key in fields if key in kwargs}
         return cls(AutoProcessor.from_pretrained(folder / VLM_FOLDER, **for_vlm), **fields)
@@ -475,7 +486,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         for_videos |= {
             key: processor_kwargs.pop(key) for key in (*CALL_OPTIONS, "videos_kwargs") if key in processor_kwargs
         }
-        options = call_options(for_videos, self.num_frames)
+        options = call_options(for_videos, self.num_frames, self.frames)
         scenes: list[list[PIL.Image.Image]] = []
         rewritten: list[Any] = []
         conversations: Sequence[Any] = conversation if is_batch else [conversation]
@@ -544,7 +555,7 @@ class Spa3VLMProcessor(ProcessorMixin):
         keywords: dict[str, Any] = {**kwargs}
         self._check_keywords(keywords)
         texts = [text] if isinstance(text, str) else list(text or [])
-        options = call_options(keywords, self.num_frames)
+        options = call_options(keywords, self.num_frames, self.frames)
         clips = [frames_of(video, options) for video in listed_videos(videos)]
         texts, pictures = self._with_frames(texts, self._pictures_by_text(images, texts), clips)
         loaded = [self._load_views(of_text) for of_text in pictures]

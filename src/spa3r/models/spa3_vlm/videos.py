@@ -8,8 +8,16 @@ from typing import Any
 
 from spa3r.checks import shorten
 from spa3r.media.files import describe
-from spa3r.media.images import Image, flattened, is_batch
-from spa3r.media.videos import FrameSampling, sample_frames, uniform_indices
+from spa3r.media.images import Image, flattened, is_batch, to_rgb
+from spa3r.media.videos import (
+    FrameChoice,
+    FrameSampling,
+    candidate_count,
+    coverage_indices,
+    descriptor,
+    sample_frames,
+    uniform_indices,
+)
 
 VIDEO_KEYS = ("video", "url", "path")
 """Keys of a message item that may hold its video."""
@@ -53,7 +61,7 @@ def frames_of(video: Any, options: Mapping[str, Any]) -> list[Image]:
     if not frames:
         raise ValueError("A video given as a list must hold at least one frame, got none. Leave the video out.")
     sampling = FrameSampling(**options)
-    if others := [key for key in options if key != "num_frames"]:
+    if others := [key for key in options if key not in ("num_frames", "frames")]:
         raise ValueError(
             f"{', '.join(f'`{key}`' for key in others)} can't be used for a video given as a list of frames, which "
             "have no times. Give `num_frames` (`nframes`), the frames that you want, or the video's file."
@@ -62,7 +70,12 @@ def frames_of(video: Any, options: Mapping[str, Any]) -> list[Image]:
         return frames
     if callable(sampling.num_frames):
         raise ValueError("`num_frames` must be a number for a list of frames, whose length in seconds is unknown.")
-    return [frames[index] for index in uniform_indices(len(frames), sampling.num_frames)]
+    count = sampling.num_frames
+    if sampling.frames == "uniform":
+        return [frames[index] for index in uniform_indices(len(frames), count)]
+    candidates = uniform_indices(len(frames), candidate_count(len(frames), count))
+    chosen = coverage_indices([descriptor(to_rgb(frames[index])) for index in candidates], count)
+    return [frames[candidates[place]] for place in chosen]
 
 
 def options_of_item(item: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +94,9 @@ def options_of_item(item: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
         if "num_frames" in given:
             raise ValueError("A video must have `nframes` or `num_frames`, got both. Leave one out.")
         given["num_frames"] = given.pop("nframes")
-    return given if any(key in given for key in NUMBER_OPTIONS) else {**defaults, **given}
+    if any(key in given for key in NUMBER_OPTIONS):
+        return {"frames": defaults.get("frames"), **given}
+    return {**defaults, **given}
 
 
 def check_call(keywords: Mapping[str, Any]) -> None:
@@ -116,12 +131,13 @@ def listed_videos(videos: Any) -> list[Any]:
     return [videos]
 
 
-def call_options(keywords: dict[str, Any], num_frames: int | None) -> dict[str, Any]:
+def call_options(keywords: dict[str, Any], num_frames: int | None, frames: FrameChoice = "uniform") -> dict[str, Any]:
     """Remove the video options from a call's keywords, flat or under ``videos_kwargs``.
 
     Args:
         keywords: Keywords of the call; video options are removed from it.
         num_frames: The processor's setting.
+        frames: The processor's setting.
 
     Returns:
         Options for :func:`frames_of`.
@@ -149,7 +165,8 @@ def call_options(keywords: dict[str, Any], num_frames: int | None) -> dict[str, 
         fps = fps[0]
     if fps is not None and given.get("num_frames") is not None:
         raise ValueError("`fps` and `num_frames` must not be given together. Leave one of them out.")
-    return {"num_frames": given.get("num_frames", None if fps is not None else num_frames), "fps": fps}
+    number = given.get("num_frames", None if fps is not None else num_frames)
+    return {"num_frames": number, "fps": fps, "frames": frames}
 
 
 def _is_picture(item: Any) -> bool:
