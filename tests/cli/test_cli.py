@@ -647,7 +647,9 @@ def test_the_installed_command_prints_json_alone(scene):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"TERM": "dumb"})
     answer = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
-    assert done.stderr == "note: the embedded models were trained on rendered rooms only, not on photographs\n"
+    assert done.stderr == (
+        f"note: the embedded models were trained on rendered rooms only, not on photographs. {QUESTIONS_NOTE}\n"
+    )
     assert answer["answer"] == run_json("ask", scene, QUESTION, "--max-new-tokens", 6)["answer"]
 
 

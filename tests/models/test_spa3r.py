@@ -138,8 +138,14 @@ class TestSpa3RModel(ModelTests):
         ):
             self.make()(**inputs, **cameras)
 
-    @pytest.mark.parametrize("back_end", BACK_ENDS)
-    @pytest.mark.parametrize("compiler", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
+    @pytest.mark.parametrize(
+        ("compiler", "back_end"),
+        (
+            ("aot_eager", "sdpa"),
+            *(pytest.param("aot_eager", name, marks=pytest.mark.slow) for name in BACK_ENDS if name != "sdpa"),
+            *(pytest.param("inductor", name, marks=pytest.mark.slow) for name in BACK_ENDS),
+        ),
+    )
     @torch.no_grad()
     def test_encoder_and_decoder_compile_in_one_graph(self, compiler, back_end):
         model, inputs = self.make(back_end), self.inputs()
@@ -160,6 +166,7 @@ class TestSpa3RModel(ModelTests):
 class TestPluecker(TestSpa3RModel):
     fields = {"camera_embedding": "pluecker"}
 
+    @pytest.mark.slow
     def test_encoder_and_decoder_compile_in_one_graph(self):  # with one back end: it takes long
         super().test_encoder_and_decoder_compile_in_one_graph("aot_eager", "sdpa")
 

@@ -72,6 +72,7 @@ def test_forms_are_drawn_as_often_as_planned():
     assert [turn for turn, _ in zip(free(0)[0], range(20))] == turns[:20], "the same seed gives the same questions"
 
 
+@pytest.mark.slow
 def test_answers_are_true():
     checked = sum((check_answers(seed) for seed in range(6)), Counter())
     assert min(checked.values()) >= 5 and len(checked) == 27, checked

@@ -284,6 +284,7 @@ def test_every_letter_is_as_frequent(many):
     assert all(abs(count - total / 4) < 4 * (total * 3 / 16) ** 0.5 for count in places.values()), places
 
 
+@pytest.mark.slow
 def test_orders_are_not_told_by_what_is_mostly_seen_first():
     """A table comes before a trash bin in most rooms, but not in most answers."""
     assert set(_SEEN_FIRST) == set(FURNITURE)
