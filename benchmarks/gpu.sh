@@ -4,16 +4,18 @@
 #   benchmarks/gpu.sh OUT                    with what is installed
 #   benchmarks/gpu.sh --wheels FOLDER OUT    first installs what is missing, from wheels in FOLDER only
 #   benchmarks/gpu.sh --rehearse OUT         every step with a tiny model on the CPU, and CUDA paths on fake tensors
+#   benchmarks/gpu.sh --only rate,prefill OUT  only these steps
 #
 # The most important rows come first. Every step has its own time limit, and none runs past the end: a failure of one
 # costs no other. OUT/summary.txt has a line for each step. The exit status is 1 if a step failed.
 set -uo pipefail
-wheels="" rehearse=""
+wheels="" rehearse="" only=""
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --wheels) wheels=${2:?--wheels needs a folder}; shift 2 ;;
     --rehearse) rehearse=1; shift ;;
-    *) echo "unknown option $1: --wheels FOLDER and --rehearse are known" >&2; exit 2 ;;
+    --only) only=${2:?--only needs names of steps}; shift 2 ;;
+    *) echo "unknown option $1: --wheels FOLDER, --only NAMES and --rehearse are known" >&2; exit 2 ;;
   esac
 done
 out=${1:?give the folder for the results}
@@ -30,6 +32,7 @@ failed=0
 step() { # name seconds command...: what it prints goes to OUT/name.txt
   local name=$1 seconds=$((times * $2)) left=$((limit - SECONDS)) start=$SECONDS status=0
   shift 2
+  [[ -z $only || ,$only, == *,$name,* ]] || return 0
   ((left < seconds)) && seconds=$left
   if ((seconds < 5)); then
     status="not run: no time left"

@@ -1,6 +1,5 @@
-"""The GPU benchmarks are rehearsed on the CPU: every step runs, and a failing one costs no other."""
+"""The GPU benchmarks are rehearsed on the CPU: steps run, and a failing one costs no other."""
 
-import json
 import os
 import runpy
 import subprocess
@@ -19,13 +18,14 @@ def rehearse(folder: Path, *options: str, **variables: str) -> subprocess.Comple
 
 
 @pytest.mark.slow
-def test_every_step_runs_with_a_tiny_model(tmp_path):
-    out = rehearse(tmp_path, "--rehearse")
+def test_steps_run_with_a_tiny_model(tmp_path):
+    """One of every kind; the others differ in an option."""
+    names = ("tests", "encode_compiled", "pretraining_step", "prefill", "encode_merged", "fake")
+    out = rehearse(tmp_path, "--rehearse", "--only", ",".join(names))
     assert out.returncode == 0, out.stdout + "".join(file.read_text()[-2000:] for file in tmp_path.glob("*.log"))
     steps = {line.split()[2]: line.split()[-1] for line in (tmp_path / "summary.txt").read_text().splitlines()}
-    assert set(steps.values()) == {"ok"} and len(steps) == 11
-    assert json.loads((tmp_path / "rate.json").read_text())["products"] > 0
-    for name in ("encode_sdpa", "encode_compiled", "encode_merged", "encode_subset", "prefill"):
+    assert steps == dict.fromkeys(names, "ok")
+    for name in ("encode_compiled", "encode_merged", "prefill"):
         table = [line for line in (tmp_path / f"{name}.txt").read_text().splitlines() if line.startswith("| 2 |")]
         assert len(table) == 1, name
     assert "4 views, merged: latents (1, 8, 32), torch.bfloat16, cuda:0" in (tmp_path / "fake.txt").read_text()
