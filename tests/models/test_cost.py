@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import PATCH, alive, spa3r_config, view_inputs
+from tiny import PATCH, alive, depth_anything_3_config, spa3r_config, vggt_config, view_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 from spa3r import Spa3RModel
@@ -12,11 +12,11 @@ from spa3r.models.cost import LiveBytes, largest_scene, scene_cost
 GRID = (6, 8)
 
 
-@pytest.fixture
-def model(monkeypatch) -> Spa3RModel:
+@pytest.fixture(params=(vggt_config, depth_anything_3_config), ids=("vggt", "depth_anything_3"))
+def model(request, monkeypatch) -> Spa3RModel:
     monkeypatch.setattr(layers, "CPU_CHUNK_BYTES", 2**15)
     monkeypatch.setattr(layers, "CHUNK_BYTES", 2**15)
-    return alive(Spa3RModel(spa3r_config()))
+    return alive(Spa3RModel(spa3r_config(backbone_config=request.param())))
 
 
 @pytest.mark.parametrize("views", (1, 20))
@@ -27,13 +27,21 @@ def test_a_scene_costs_what_is_counted_in_a_real_run(views, model):
         count.add(inputs["view_pixel_values"])
         model.encode(**inputs)
     peak = count.peak
-    assert said.tokens == views * (GRID[0] * GRID[1] + 3)
+    assert said.tokens == views * (GRID[0] * GRID[1] + model.config.backbone_config.num_special_tokens)
     assert said.weights == sum(p.nbytes for p in model.parameters())
     assert said.memory == said.weights + said.activations
     assert said.activations == pytest.approx(peak, rel=0.01)
 
 
-@pytest.mark.parametrize("views", (5,))
+def test_memory_grows_evenly_where_the_chunks_of_all_layers_are_full(model):
+    """Those of the encoder are full last, since its MLPs are the narrowest."""
+    config = spa3r_config(backbone_config=model.config.backbone_config, mlp_ratio=0.5)
+    narrow = Spa3RModel(config)
+    (_, (many, _), _) = cost._growth(narrow, GRID)
+    assert scene_cost(narrow, 2 * many, GRID).activations == cost._activations(narrow, 2 * many, GRID)
+
+
+@pytest.mark.parametrize("views", (1, 6))
 def test_operations_are_counted_exactly(views, model):
     hollow = cost._hollow(model, model.config)
     with FlopCounterMode(display=False) as counter:

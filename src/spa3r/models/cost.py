@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from spa3r.models.layers import rows_at_once
+from spa3r.models.layers import TransformerLayer, rows_at_once
 from spa3r.models.packing import ViewLayout
 from spa3r.models.vggt.configuration_vggt import VggtConfig
 
@@ -121,7 +121,7 @@ def _growth(model: PreTrainedModel, grid_hw: tuple[int, int]) -> tuple[tuple[int
     tokens are full. Counted once for a model."""
     known = _GROWTH.setdefault(model, {})
     if (key := (model.dtype, grid_hw)) not in known:
-        inner = int(model.config.backbone_config.hidden_size * model.config.backbone_config.mlp_ratio)
+        inner = min(layer.intermediate_size for layer in model.modules() if isinstance(layer, TransformerLayer))
         rows = rows_at_once(inner, torch.empty(0, dtype=model.dtype, device="meta"))
         count = -(-2 * rows // (grid_hw[0] * grid_hw[1]))
         few, many = ((views, _activations(model, views, grid_hw)) for views in (count, 2 * count))
@@ -130,15 +130,22 @@ def _growth(model: PreTrainedModel, grid_hw: tuple[int, int]) -> tuple[tuple[int
 
 
 def count_operations(model: PreTrainedModel, views: int, grid_hw: tuple[int, int]) -> int:
-    """Operations of ``encode``, a quadratic polynomial of the number of views, from counts of 1, 2 and 3 views."""
+    """Operations of ``encode``: from 3 views on a quadratic polynomial of their number, from counts of 3, 4 and 5.
+
+    Fewer views are counted themselves: Depth Anything 3 chooses a reference view from 3 on.
+    """
     hollow = _hollow(model, copy.deepcopy(model.config))
-    counts = []
-    for few in (1, 2, 3):
+
+    def counted(few: int) -> int:
         with FlopCounterMode(display=False) as counter:
             _encode_nothing(hollow, few, grid_hw)
-        counts.append(counter.get_total_flops())
+        return counter.get_total_flops()
+
+    if views < 3:
+        return counted(views)
+    counts = [counted(few) for few in (3, 4, 5)]
     first, second = counts[1] - counts[0], counts[2] - 2 * counts[1] + counts[0]
-    return counts[0] + (views - 1) * first + (views - 1) * (views - 2) // 2 * second
+    return counts[0] + (views - 3) * first + (views - 3) * (views - 4) // 2 * second
 
 
 def _activations(model: PreTrainedModel, views: int, grid_hw: tuple[int, int]) -> int:
