@@ -148,7 +148,7 @@ def demo(
     ] = 0,
     num_rooms: Annotated[
         int, typer.Option("--rooms", min=2, max=ROOMS_PER_SEED, help="Number of rooms that questions are about.")
-    ] = 24,
+    ] = 10,
     level: Annotated[int, typer.Option(min=0, max=3, help="How varied the rooms are.")] = 0,
     views: Annotated[
         int, typer.Option(min=2, max=16, help="Views of each room; of the field every second one is held out.")
@@ -159,7 +159,7 @@ def demo(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Try everything without a download: rooms, questions with and without Spa3R, fields of cameras nobody took."""
+    """Try everything without a download: rooms, questions with and without Spa3R, fields of new cameras."""
     with reporting(as_json, verbose) as report:
         import numpy as np
         import PIL.Image
@@ -228,24 +228,22 @@ def demo(
                 marked=held_out,
             ).savefig(files[0])
             kinds = ["between", "beside"]
-            new_figure = field_figure(
+            field_figure(
                 list(both.images),
                 at_new,
                 new_inputs["view_grid_hw"],
                 list(both.depth),
-                title="Feature field of cameras that nobody took (cameras: given)",
+                title="Feature field of new cameras (cameras: given)",
                 targets_are="New camera",
                 labels=[""] * views + [f"{kinds[2 * i // new]} views" for i in range(new)],
-            )
-            new_figure.savefig(files[1])
-            figure = field_figure(
+            ).savefig(files[1])
+            field_figure(
                 images,
                 predicted,
                 inputs["view_grid_hw"],
                 list(taken.depth),
                 title="Feature field of held-out views of an unseen room (cameras: given)",
-            )
-            figure.savefig(files[2])
+            ).savefig(files[2])
             what = f"This demo: {plural(scores.questions, 'question')} about {plural(scores.rooms, 'room')}."
             of_all = {what: scores}
             if measured is not None:
@@ -261,17 +259,17 @@ def demo(
                 of_all,
                 facts,
                 figures={
-                    "Cameras that nobody took": {
+                    "New cameras": {
                         "All views are given. The features and the depth that Spa3R predicts for cameras between and "
                         "beside these views, without their pictures. The pictures were rendered to compare: beside "
                         "each prediction are the features that the backbone and the teacher compute from them.": (
-                            new_figure
+                            PIL.Image.open(files[1])
                         )
                     },
                     "Held-out views": {
                         "The same views, every second one held out: the features that Spa3R predicts for the cameras "
                         "of these, beside the true ones. The table has their errors and those of baselines, for "
-                        f"{plural(len(in_field), 'room')}.": figure
+                        f"{plural(len(in_field), 'room')}.": PIL.Image.open(files[2])
                     },
                 },
                 table=metrics.table(),

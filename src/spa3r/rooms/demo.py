@@ -6,7 +6,6 @@ Path("report.html").write_text(page, encoding="utf-8")
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import PIL.Image
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from spa3r.page import Answer, Question, data_url, environment, render_page
 from spa3r.rooms import COLORS, Cameras, Room
@@ -143,7 +141,7 @@ def room_report(
     scores: Mapping[str, DemoScores],
     facts: Mapping[str, str],
     note: str = "",
-    figures: Mapping[str, Mapping[str, Figure]] | None = None,
+    figures: Mapping[str, Mapping[str, PIL.Image.Image]] | None = None,
     table: Table | None = None,
     command: str = "",
     new_cameras: Cameras | None = None,
@@ -158,7 +156,7 @@ def room_report(
         scores: Overall scores by a sentence that says what they are of.
         facts: Facts about room, model and weights, by name.
         note: A warning at the top, such as that the answers come from untrained weights.
-        figures: More pictures: for every heading, figures by their captions.
+        figures: More pictures: for every heading, pictures by their captions.
         table: A table of the errors of the fields.
         command: The command that creates the same page again.
         new_cameras: More cameras in the plan, of which there are no views.
@@ -179,17 +177,11 @@ def room_report(
         scores=scores,
         questions=[asked.for_page() for asked in questions],
         figures={
-            heading: [(caption, _figure_url(drawn)) for caption, drawn in part.items()]
+            heading: [(caption, data_url(picture)) for caption, picture in part.items()]
             for heading, part in (figures or {}).items()
         },
         table=table,
     )
-
-
-def _figure_url(figure: Figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return data_url(PIL.Image.open(file))
 
 
 def floor_plan(room: Room, cameras: Cameras, new_cameras: Cameras | None = None) -> str:
