@@ -18,11 +18,14 @@ from types import FrameType
 
 import pytest
 import torch
+import transformers
 from media import noise
+from packaging.version import Version
 from tiny_benchmark import write_vsi_bench
 from tiny_finetuning import write_config
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from typer.testing import CliRunner
-from vlm_families import FAMILIES
+from vlm_families import FAMILIES, MORE_FAMILIES
 
 import spa3r
 import spa3r.data
@@ -30,7 +33,7 @@ import spa3r.evaluation
 import spa3r.rooms
 import spa3r.training
 from spa3r.cli.main import app
-from spa3r.models.spa3_vlm.vlm import UNSUPPORTED_FAMILIES
+from spa3r.models.spa3_vlm.vlm import TESTED_FAMILIES, UNSUPPORTED_FAMILIES
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "spa3r"
@@ -200,12 +203,36 @@ def table_below(text: str, heading: str) -> list[list[str]]:
 
 def test_families_are_those_that_are_run():
     page = read("docs", "guides", "compose.md")
-    told = {row[0].strip("`"): row[2].strip("`") for row in table_below(page, "## Tested families")}
-    assert told == {name: family.processor[0] for name, family in FAMILIES.items()}
+    for heading, families in (("## Tested families", FAMILIES), ("### More families", MORE_FAMILIES)):
+        told = {row[0].strip("`"): row[2].strip("`") for row in table_below(page, heading)}
+        assert told == {name: family.processor[0] for name, family in families.items()}
+    run = {family.model_type or name for name, family in (FAMILIES | MORE_FAMILIES).items()}
+    assert run == TESTED_FAMILIES
     refused = {row[0].strip("`"): row[1] for row in table_below(page, "## Unsupported families")}
     assert refused == UNSUPPORTED_FAMILIES
-    assert read("docs", "guides", "compose.md").count("tests/models/test_spa3_vlm_families.py") == 1
+    assert page.count("tests/models/test_spa3_vlm_families.py") == 1
     assert (ROOT / "tests" / "models" / "test_spa3_vlm_families.py").is_file()
+
+
+def test_the_other_families_are_untested_or_refused():
+    """Read from the source of transformers: importing each model takes long."""
+    untested = read("docs", "guides", "compose.md").partition("## Untested families")[2].partition("\n## ")[0]
+    version, count = re.search(r"In transformers (\d+\.\d+), (\d+) families", untested).groups()
+    if Version(transformers.__version__).release[:2] != Version(version).release:
+        pytest.skip(f"the page is about transformers {version}")
+    classes: dict[str, str] = {}
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        parts = re.split(r"^class (\w+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        classes |= zip(parts[1::2], parts[2::2], strict=True)
+    takes = {
+        family
+        for family, name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()
+        if "mm_encoder_outputs" in re.search(r"def forward\(.*?\)( ->.*?)?:\n|$", classes[name], re.DOTALL)[0]
+    }
+    listed = set(re.findall(r"`(\w+)`", untested.rpartition("Untested are:")[2]))
+    assert len(takes) == int(count)
+    assert listed == takes - TESTED_FAMILIES - UNSUPPORTED_FAMILIES.keys()
+    assert takes >= TESTED_FAMILIES | UNSUPPORTED_FAMILIES.keys()
 
 
 def test_commands_are_all_told():

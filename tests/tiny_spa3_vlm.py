@@ -5,7 +5,7 @@ from functools import cached_property
 
 from media import noise, user
 from tiny import alive, spa3r_config, vggt_config
-from vlm_families import FAMILIES, build
+from vlm_families import FAMILIES, MORE_FAMILIES, build
 
 from spa3r import Spa3RImageProcessor, Spa3RModel, Spa3VLM, Spa3VLMProcessor
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import VIEW_KEYS
@@ -131,7 +131,7 @@ class ComposedFamily:
     @cached_property
     def conversations(self) -> list:
         # A processor that was not made for conversations wants a picture in every call.
-        return CONVERSATIONS if FAMILIES[self.name].chats else CONVERSATIONS[:2]
+        return CONVERSATIONS if (FAMILIES | MORE_FAMILIES)[self.name].chats else CONVERSATIONS[:2]
 
     @cached_property
     def special_tokens(self) -> list[int]:

@@ -14,7 +14,7 @@ picture in the wrong place changes the logits.
 import inspect
 import json
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -605,6 +605,472 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+SIZES = {"size": {"shortest_edge": 28 * 28, "longest_edge": 12 * 28 * 28}}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+PLAIN = {"system": ("", "\n"), "user": ("User: ", "\n"), "assistant": ("Assistant: ", "<eos>")}
+PLAIN_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+IMAGE_BOUNDS = {"image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>"}
+
+
+def _glm(text: dict, processor: str = "Glm46V") -> Family:
+    """Relatives of GLM-4V."""
+    glm = FAMILIES["glm4v"]
+    parts = {"processor": f"{processor}Processor", "image": f"{processor}ImageProcessor"}
+    parts |= {"video": f"{processor}VideoProcessor"}
+    return replace(glm, **{part: (cls, getattr(glm, part)[1]) for part, cls in parts.items()}, text=glm.text | text)
+
+
+def _omni(processor: str, base: str, audio: dict, config: dict) -> Family:
+    """The parts of Qwen-Omni that see, hear and write."""
+    family = FAMILIES[base]
+    tokens = {f"{kind}_{end}_token": f"<|{kind}_{end}|>" for kind in ("vision", "audio") for end in ("bos", "eos")}
+    shared = {
+        "vision_start_token_id": "<|vision_bos|>",
+        "vision_end_token_id": "<|vision_eos|>",
+        "audio_start_token_id": "<|audio_bos|>",
+        "audio_config": {
+            "num_mel_bins": 16,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "d_model": 32,
+            "n_window": 4,
+            "output_dim": 64,
+        }
+        | audio,
+    }
+    return replace(
+        family,
+        tokens=QWEN_TOKENS | tokens | {"audio_token": "<|AUDIO|>"},
+        more_tokens=("<|im_start|>",),
+        picture="<|vision_bos|><|image_pad|><|vision_eos|>",
+        processor=(processor, {}),
+        video=("Qwen2VLVideoProcessor", family.image[1]),
+        audio=("WhisperFeatureExtractor", {"feature_size": 16}),
+        config=shared | config,
+    )
+
+
+def _minicpm(version: str) -> Family:
+    return Family(
+        tokens=QWEN_TOKENS
+        | IMAGE_BOUNDS
+        | {
+            "slice_start_token": "<slice>",
+            "slice_end_token": "</slice>",
+            "image_id_start_token": "<image_id>",
+            "image_id_end_token": "</image_id>",
+        },
+        more_tokens=("<|im_start|>",),
+        turns=CHATML,
+        picture="<|image_pad|>\n",
+        processor=(f"MiniCPMV{version}Processor", {}),
+        image=("MiniCPMV4_6ImageProcessor", {"scale_resolution": 56, "patch_size": 7, "max_slice_nums": 4}),
+        video=("MiniCPMV4_6VideoProcessor", {"scale_resolution": 56, "patch_size": 7}),
+        text={"model_type": "qwen3_5_text"} | QWEN3_5_TEXT,
+        vision=NARROW | {"num_hidden_layers": 3, "patch_size": 7, "image_size": 112, "insert_layer_id": 1},
+        config={
+            "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "insert_layer_id": 1,
+            "image_size": 56,
+        },
+    )
+
+
+MORE_FAMILIES: dict[str, Family] = {
+    "glm46v": _glm({}),
+    "glm4v_moe": _glm(
+        {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+        "Glm4v",
+    ),
+    "glm_ocr": _glm({"head_dim": 16}),
+    "exaone4_5": replace(
+        FAMILIES["qwen2_5_vl"],
+        processor=("Exaone4_5_Processor", {}),
+        text={
+            "model_type": "exaone4",
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        vision=FAMILIES["qwen2_5_vl"].vision | {"num_key_value_heads": 1},
+        config={"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+    ),
+    "llava_next_video": replace(
+        FAMILIES["llava_next"],
+        tokens=LLAMA_TOKENS | {"video_token": "<video>"},
+        processor=("LlavaNextVideoProcessor", FAMILIES["llava_next"].processor[1]),
+        video=("LlavaNextVideoVideoProcessor", {"size": {"shortest_edge": 28}, "crop_size": SQUARE}),
+        text={"model_type": "llama"},
+        config=FAMILIES["llava_next"].config | {"video_token_index": "<video>"},
+    ),
+    "vipllava": replace(FAMILIES["llava"], config=FAMILIES["llava"].config | {"vision_feature_layer": [-2, -1, 1]}),
+    "video_llama_3": Family(
+        tokens=QWEN_TOKENS,
+        more_tokens=("<|im_start|>", "<|vision_start|>", "<|vision_end|>"),
+        turns=CHATML,
+        picture="<|vision_start|><|image_pad|><|vision_end|>",
+        processor=("VideoLlama3Processor", {}),
+        image=("VideoLlama3ImageProcessor", SIZES),
+        video=("VideoLlama3VideoProcessor", SIZES),
+        text={"model_type": "qwen2"},
+        vision=NARROW | {"patch_size": 14},
+        config={"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+    ),
+    "paddleocr_vl": Family(
+        tokens=PLAIN_TOKENS | {"image_token": "<|IMAGE_PLACEHOLDER|>"},
+        more_tokens=("<|IMAGE_START|>", "<|IMAGE_END|>"),
+        turns=PLAIN,
+        picture="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        processor=("PaddleOCRVLProcessor", {}),
+        image=("PaddleOCRVLImageProcessor", SIZES),
+        text={"head_dim": 16} | MROPE,
+        vision=NARROW | {"patch_size": 14, "image_size": 56},
+        config={
+            "image_token_id": "<|IMAGE_PLACEHOLDER|>",
+            "vision_start_token_id": "<|IMAGE_START|>",
+            "vision_end_token_id": "<|IMAGE_END|>",
+        },
+    ),
+    "lighton_ocr": Family(
+        tokens=QWEN_TOKENS | {"image_break_token": "<|vision_pad|>", "image_end_token": "<|vision_end|>"},
+        more_tokens=("<|im_start|>",),
+        turns=CHATML,
+        picture="<|image_pad|>",
+        processor=("LightOnOcrProcessor", {"patch_size": 7, "spatial_merge_size": 2}),
+        image=("PixtralImageProcessor", {"size": {"longest_edge": 56}, "patch_size": 7}),
+        text={"model_type": "qwen3", "head_dim": 16},
+        vision=TOWER | {"model_type": "pixtral", "image_size": 56},
+        config={"image_token_id": "<|image_pad|>", "spatial_merge_size": 2},
+    ),
+    "perception_lm": Family(
+        tokens=LLAMA_TOKENS | {"image_token": "<|image|>", "video_token": "<|video|>"},
+        turns=VICUNA,
+        opening="<s>",
+        adds_bos=True,
+        picture="<|image|>",
+        processor=("PerceptionLMProcessor", {"patch_size": 7, "pooling_ratio": 2}),
+        image=("PerceptionLMImageProcessor", {"tile_size": 28, "vision_input_type": "vanilla"}),
+        video=("PerceptionLMVideoProcessor", {"size": SQUARE}),
+        text={"model_type": "llama"},
+        vision={
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_core_tiny_patch16_384",
+            "do_pooling": False,
+            "hidden_size": 32,
+            "num_labels": 0,
+            "model_args": {
+                "embed_dim": 32,
+                "depth": 2,
+                "num_heads": 2,
+                "img_size": [28, 28],
+                "patch_size": 7,
+                "mlp_ratio": 2,
+                "global_pool": "",
+                "ref_feat_shape": [4, 4],
+            },
+        },
+        config={"image_token_id": "<|image|>", "video_token_id": "<|video|>", "projector_pooling_ratio": 2},
+    ),
+    "fast_vlm": Family(
+        tokens=QWEN_TOKENS | {"image_token": "<image>"},
+        more_tokens=("<|im_start|>",),
+        turns=CHATML,
+        picture="<image>\n",
+        processor=(
+            "LlavaProcessor",
+            {"patch_size": 32, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0},
+        ),
+        image=("CLIPImageProcessor", {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}),
+        text={"model_type": "qwen2"},
+        vision={
+            "model_type": "timm_wrapper",
+            "architecture": "test_resnet",
+            "do_pooling": False,
+            "hidden_size": 96,
+            "num_labels": 0,
+            "model_args": {"global_pool": ""},
+        },
+        config={"image_token_index": "<image>", "image_seq_length": 4},
+    ),
+    "gemma3n": Family(
+        tokens=GEMMA_TOKENS
+        | {"audio_token": "<audio_soft_token>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>"},
+        more_tokens=("<start_of_turn>", "<end_of_turn>"),
+        turns=GEMMA3,
+        opening="<bos>",
+        adds_bos=True,
+        picture="<image_soft_token>",
+        processor=("Gemma3nProcessor", {"image_seq_length": 4}),
+        image=("SiglipImageProcessor", {"size": {"height": 64, "width": 64}}),
+        audio=("Gemma3nAudioFeatureExtractor", {}),
+        text={
+            "head_dim": 16,
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 512,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.0, 0.0],
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+        },
+        vision={
+            "architecture": "test_resnet",
+            "hidden_size": 96,
+            "vocab_size": 8,
+            "vocab_offset": 512,
+            "model_args": {"global_pool": ""},
+        },
+        config={
+            "vision_soft_tokens_per_image": 4,
+            "image_token_id": "<image_soft_token>",
+            "audio_token_id": "<audio_soft_token>",
+            "boi_token_id": "<start_of_image>",
+            "eoi_token_id": "<end_of_image>",
+            "boa_token_id": "<start_of_audio>",
+            "eoa_token_id": "<end_of_audio>",
+            "audio_config": {
+                "hidden_size": 32,
+                "conf_num_attention_heads": 2,
+                "conf_num_hidden_layers": 1,
+                "sscp_conv_channel_size": [8, 8],
+                "vocab_size": 8,
+                "vocab_offset": 520,
+            },
+        },
+    ),
+    "qwen2_5_omni_thinker": _omni(
+        "Qwen2_5OmniProcessor",
+        "qwen2_5_vl",
+        {},
+        {
+            "image_token_index": "<|image_pad|>",
+            "video_token_index": "<|video_pad|>",
+            "audio_token_index": "<|AUDIO|>",
+            "audio_end_token_id": "<|audio_eos|>",
+        },
+    ),
+    "qwen3_omni_moe_thinker": _omni(
+        "Qwen3OmniMoeProcessor",
+        "qwen3_vl_moe",
+        {"downsample_hidden_size": 8},
+        {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "audio_token_id": "<|AUDIO|>"},
+    ),
+    "minicpmv4_6": _minicpm("4_6"),
+    "minicpmv4_7": _minicpm("4_7"),
+    "kimi_k25": Family(
+        tokens=QWEN_TOKENS | {"image_token": "<|media_pad|>"},
+        more_tokens=("<|im_start|>", "<|media_begin|>", "<|media_content|>", "<|media_end|>"),
+        turns=CHATML,
+        picture="<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
+        processor=("Kimi_K25Processor", {}),
+        image=("Kimi_K25ImageProcessor", {"patch_size": 14, "size": {"max_height": 112, "max_width": 112}}),
+        video=("Kimi_K25VideoProcessor", {"patch_size": 14}),
+        text={
+            "model_type": "deepseek_v3",
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "num_key_value_heads": 4,
+        },
+        vision=NARROW | {"patch_size": 14, "pos_emb_height": 8, "pos_emb_width": 8},
+        config={
+            "image_token_id": "<|media_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|media_begin|>",
+            "vision_end_token_id": "<|media_end|>",
+            "projection_hidden_size": 32,
+        },
+    ),
+    "molmo2": Family(
+        tokens={
+            "pad_token": "<|endoftext|>",
+            "bos_token": "<|im_end|>",
+            "eos_token": "<|im_end|>",
+            "image_token": "<|image|>",
+            "video_token": "<|video|>",
+        },
+        more_tokens=(
+            *("<|im_start|>", "<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<frame_start>"),
+            *("<im_end>", "<frame_end>", "<im_low>"),
+        ),
+        turns=CHATML,
+        opening="<|im_end|>",
+        picture="<|image|>",
+        processor=("Molmo2Processor", {}),
+        image=(
+            "Molmo2ImageProcessor",
+            {"size": SQUARE, "patch_size": 7, "max_crops": 2, "overlap_margins": [0, 0]},
+        ),
+        video=("Molmo2VideoProcessor", {"size": SQUARE, "patch_size": 7}),
+        text={"head_dim": 16, "additional_vocab_size": 16},
+        vision=NARROW
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 7,
+            "image_size": [28, 28],
+            "num_position_embeddings": 16,
+        },
+        config={
+            "image_patch_id": "<im_patch>",
+            "image_start_token_id": "<im_start>",
+            "low_res_image_start_token_id": "<low_res_im_start>",
+            "image_end_token_id": "<im_end>",
+            "frame_start_token_id": "<frame_start>",
+            "frame_end_token_id": "<frame_end>",
+            "adapter_config": {
+                "vision_feature_layer": [-1, -2],
+                "hidden_size": 32,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "intermediate_size": 64,
+                "text_hidden_size": 64,
+            },
+        },
+    ),
+    "ernie4_5_vl_moe": Family(
+        tokens=PLAIN_TOKENS
+        | IMAGE_BOUNDS
+        | {
+            "image_token": "<|image|>",
+            "video_token": "<|video|>",
+            "video_start_token": "<|video_start|>",
+            "video_end_token": "<|video_end|>",
+        },
+        turns=PLAIN,
+        picture="<|image_start|><|image|><|image_end|>",
+        processor=("Ernie4_5_VLMoeProcessor", {}),
+        image=("Ernie4_5_VLMoeImageProcessor", SIZES),
+        video=("Ernie4_5_VLMoeVideoProcessor", {"draw_on_frames": False}),
+        text={
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+            "moe_intermediate_size": [32, 32],
+            "moe_k": 2,
+            "moe_num_experts": 4,
+            "moe_num_shared_experts": 1,
+        },
+        vision={"depth": 2, "num_heads": 2, "hidden_size": 32, "intermediate_size": 64},
+        config={
+            f"{kind}{part}_token_id": f"<|{kind}{part}|>"
+            for kind in ("image", "video")
+            for part in ("", "_start", "_end")
+        },
+    ),
+    "minimax_m3_vl": Family(
+        tokens=PLAIN_TOKENS,
+        more_tokens=("]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>["),
+        turns=PLAIN,
+        opening="<bos>",
+        picture="]<]image[>[",
+        processor=("MiniMaxM3VLProcessor", {}),
+        image=("MiniMaxM3VLImageProcessor", SIZES),
+        video=("MiniMaxM3VLVideoProcessor", {}),
+        text={
+            "head_dim": 16,
+            "rotary_dim": 8,
+            "intermediate_size": 32,
+            "dense_intermediate_size": 64,
+            "shared_intermediate_size": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "mlp_layer_types": ["dense", "sparse"],
+            "layer_types": ["full_attention", "full_attention"],
+        },
+        vision=NARROW | {"patch_size": 14, "image_size": 112},
+        config={
+            "image_token_index": "]<]image[>[",
+            "video_token_index": "]<]video[>[",
+            "projector_hidden_size": 64,
+        },
+    ),
+    "step3p7": Family(
+        tokens=PLAIN_TOKENS,
+        more_tokens=("<im_patch>", "<im_start>", "<im_end>", "<patch_start>", "<patch_end>", "<patch_newline>"),
+        turns=PLAIN,
+        opening="<bos>",
+        picture="<im_patch>",
+        processor=("Step3p7Processor", {}),
+        image=(
+            "Step3p7ImageProcessor",
+            {"size": {"height": 112, "width": 112}, "patch_size": 56, "vision_patch_size": 7},
+        ),
+        text={
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "share_expert_dim": 32,
+            "mlp_layer_types": ["dense", "sparse"],
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 32,
+            "num_sliding_attention_heads": 4,
+        },
+        vision=NARROW | {"patch_size": 7, "image_size": 112, "mlp_ratio": 2.0},
+        config={"image_token_id": "<im_patch>"},
+    ),
+    "deepseek_vl_hybrid": replace(
+        FAMILIES["deepseek_vl"],
+        processor=("DeepseekVLHybridProcessor", {"num_image_tokens": 16}),
+        image=(
+            "DeepseekVLHybridImageProcessor",
+            {"size": SQUARE, "high_res_size": {"height": 64, "width": 64}} | CLIP_MEAN,
+        ),
+        config={
+            "image_token_id": "<image_placeholder>",
+            "high_res_vision_config": {
+                "model_type": "sam_vision_model",
+                "hidden_size": 32,
+                "output_channels": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 64,
+                "patch_size": 16,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "mlp_dim": 64,
+                "num_pos_feats": 16,
+            },
+        },
+    ),
+    "idefics2": replace(
+        FAMILIES["idefics3"],
+        tokens=IDEFICS_TOKENS | {"image_boundary_token": "<fake_token_around_image>"},
+        processor=("Idefics2Processor", {"image_seq_len": 4}),
+        image=(
+            "Idefics2ImageProcessor",
+            {"size": {"shortest_edge": 28, "longest_edge": 28}, "do_image_splitting": False},
+        ),
+        text={"model_type": "mistral"},
+        config={
+            "image_token_id": "<image>",
+            "perceiver_config": {
+                "hidden_size": 64,
+                "resampler_n_latents": 4,
+                "resampler_depth": 1,
+                "resampler_n_heads": 2,
+                "resampler_head_dim": 16,
+                "num_key_value_heads": 1,
+            },
+        },
+    ),
+}
+"""Families that only the slow tests of :mod:`test_spa3_vlm_families` run."""
+
+
 @cache
 def _byte_level_bpe() -> str:
     """Tokenizer file of a byte-level BPE: the 256 bytes and a few merges, so every string comes back as it went in."""
@@ -653,9 +1119,9 @@ def build_processor(name: str) -> ProcessorMixin:
     """A family's processor, with a tiny tokenizer.
 
     Args:
-        name: A key of `FAMILIES`.
+        name: A key of `FAMILIES` or `MORE_FAMILIES`.
     """
-    family = deepcopy(FAMILIES[name])
+    family = deepcopy((FAMILIES | MORE_FAMILIES)[name])
     parts = {"tokenizer": _tokenizer(family)}
     specs = {"image_processor": family.image, "video_processor": family.video, "feature_extractor": family.audio}
     for part, spec in specs.items():
@@ -669,14 +1135,14 @@ def build_config(name: str, processor: ProcessorMixin) -> transformers.PreTraine
     """A family's tiny configuration.
 
     Args:
-        name: A key of `FAMILIES`.
+        name: A key of `FAMILIES` or `MORE_FAMILIES`.
         processor: The processor whose token ids the configuration shall know.
     """
     # Configurations write into the dictionaries that they are given.
-    family, tokenizer = deepcopy(FAMILIES[name]), processor.tokenizer
+    family, tokenizer = deepcopy((FAMILIES | MORE_FAMILIES)[name]), processor.tokenizer
 
     def ids(key: str, value: Any) -> Any:
-        if "_token_i" not in key:
+        if "_token_i" not in key and not key.endswith("_patch_id"):
             return value
         return [ids(key, item) for item in value] if isinstance(value, tuple) else tokenizer.vocab[value]
 
@@ -690,7 +1156,7 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple
     """A family's tiny model and processor.
 
     Args:
-        name: A key of `FAMILIES`.
+        name: A key of `FAMILIES` or `MORE_FAMILIES`.
         seed: Seed of the weights; equal seeds give equal weights, and the global generator is left alone.
         dtype: Type of the weights.
 

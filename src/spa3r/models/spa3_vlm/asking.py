@@ -34,6 +34,7 @@ from spa3r.models.spa3_vlm.prefix_cache import (
     empty_cache,
     repeated,
 )
+from spa3r.models.spa3_vlm.probe import probe_once
 from spa3r.models.spa3_vlm.processing_spa3_vlm import VIEW_KEYS, Spa3VLMProcessor, check_messages, prompt_inputs
 from spa3r.models.spa3_vlm.scenes import EncodedScene, check_origin
 from spa3r.models.spa3_vlm.state import cache_name, in_eval_mode, place_positions, position_offsets, turn
@@ -140,7 +141,9 @@ def _with_image_tokens(
     for tokens in image_tokens(features):
         check_finite(model, tokens, "image tokens", **inputs)
     del inputs["pixel_values"]
-    return inputs | {"mm_encoder_outputs": {"image": features}}, nullcontext()
+    inputs |= {"mm_encoder_outputs": {"image": features}}
+    probe_once(model, ids, mask, inputs)
+    return inputs, nullcontext()
 
 
 @torch.no_grad()

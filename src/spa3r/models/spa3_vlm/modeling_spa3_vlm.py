@@ -58,6 +58,7 @@ from spa3r.models.quantization import adopt_quantization
 from spa3r.models.released import ReleasedCheckpoint
 from spa3r.models.spa3_vlm.asking import ask, encode_scene
 from spa3r.models.spa3_vlm.configuration_spa3_vlm import Spa3VLMConfig
+from spa3r.models.spa3_vlm.probe import probe_once
 from spa3r.models.spa3_vlm.processing_spa3_vlm import VIEW_KEYS, Spa3VLMProcessor
 from spa3r.models.spa3_vlm.released_spa3_vlm import translate_spa3_vlm
 from spa3r.models.spa3_vlm.scenes import EncodedScene
@@ -807,7 +808,9 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
             check_finite(self, tokens, "image tokens", **pixels, **views)
         if (deepstack := getattr(features, "deepstack_features", None)) is not None:
             fused.deepstack_features = [_regroup(layer, tokens_per_row) for layer in deepstack]
-        return kwargs | {"mm_encoder_outputs": {"image": fused}}, appended
+        kwargs |= {"mm_encoder_outputs": {"image": fused}}
+        probe_once(self.vlm, input_ids, attention_mask, kwargs)
+        return kwargs, appended
 
     def _check_inputs(self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         """Raise for invalid inputs before any work. Tensor values are not checked."""

@@ -35,8 +35,9 @@ def cache_name(vlm: PreTrainedModel) -> str:
 
 
 def keeps_offset(vlm: PreTrainedModel) -> bool:
-    """Whether the family stores the offset of the last prompt's positions."""
-    return hasattr(vlm.base_model, "rope_deltas")
+    """Whether the family stores the offset of the last prompt's positions. EXAONE 4.5 has the field, and no use for
+    it."""
+    return hasattr(vlm.base_model, "rope_deltas") and hasattr(vlm.base_model, "get_rope_index")
 
 
 def position_offsets(
@@ -55,12 +56,16 @@ def position_offsets(
     """
     if not keeps_offset(vlm):
         return None
-    types = inputs.get("mm_token_type_ids")
-    if types is None or not bool(types.any()):
-        return torch.zeros(len(input_ids), 1, dtype=torch.long, device=input_ids.device)
     base: Any = vlm.base_model
     compute = base.get_rope_index
     known = inspect.signature(compute).parameters
+    if "mm_token_type_ids" in known:
+        types = inputs.get("mm_token_type_ids")
+        has_pictures = types is not None and bool(types.any())
+    else:  # (Qwen-Omni) pictures are found by their tokens
+        has_pictures = inputs.get("image_grid_thw") is not None
+    if not has_pictures:
+        return torch.zeros(len(input_ids), 1, dtype=torch.long, device=input_ids.device)
     arguments = {name: value for name, value in inputs.items() if name in known and value is not None}
     return compute(input_ids=input_ids, **arguments | {"attention_mask": attention_mask})[1]
 

@@ -19,11 +19,26 @@ UNSUPPORTED_FAMILIES = {
     "blip-2": "its generate takes pixels only",
     "fuyu": "its forward reads raw patch embeddings",
     "granite4_vision": "its image tokens enter between layers",
+    "hunyuan_vl": "the positions of a row depend on the pictures of the rows before it",
     "instructblip": "its generate takes pixels only",
     "instructblipvideo": "it takes videos only",
     "llama4": "it projects image features inside its forward",
+    "video_llava": "its pictures are not called `pixel_values`",
 }
-"""Families that accept ``mm_encoder_outputs`` but would ignore fused image tokens, in forward or in generate."""
+"""Families that accept ``mm_encoder_outputs``, and whose answers would be wrong."""
+
+TESTED_FAMILIES = frozenset(
+    {
+        *("aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "ernie4_5_vl_moe", "exaone4_5"),
+        *("fast_vlm", "gemma3", "gemma3n", "gemma4", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "idefics2"),
+        *("idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl", "lighton_ocr", "llava", "llava_next"),
+        *("llava_next_video", "llava_onevision", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "mistral3", "molmo2"),
+        *("ovis2", "paddleocr_vl", "paligemma", "perception_lm", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl"),
+        *("qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "step3p7"),
+        *("video_llama_3", "vipllava"),
+    }
+)
+"""Families that the tests run. A model of another one is probed with its first pictures."""
 
 
 def unsupported(family: str, vlm_class: type | None) -> str | None:
