@@ -429,6 +429,12 @@ class Spa3VLMForConditionalGeneration(PackedPreTrainedModel, GenerationMixin):
         if isinstance(self.adapter, Spa3VLMAdapter) and module is self.adapter.bottleneck.fc2:
             init.zeros_(module.weight)
 
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Modules that stay in float32. Names that the VLM gives (``gate.weight``) apply to the VLM alone."""
+        of_vlm = self.vlm._get_dtype_plan(dtype)
+        others = {name: kept for name, kept in super()._get_dtype_plan(dtype).items() if name not in of_vlm}
+        return others | {f"vlm.*{name}": kept for name, kept in of_vlm.items()}
+
     # Submodules
 
     @property

@@ -62,12 +62,10 @@ def probe_once(
     _PROBED.add(vlm)
 
 
-def _probe(vlm: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
-    base: Any = vlm.base_model
-    features = inputs["mm_encoder_outputs"]["image"]
-    calls: list[Any] = [vlm.forward, base.forward]
-    known = set().union(*(inspect.signature(call).parameters for call in calls)) - _LEFT_OUT
-    known = {name: value for name, value in inputs.items() if name in known and value is not None}
+def _probe(vlm: Any, inputs: Mapping[str, Any]) -> None:
+    base, features = vlm.base_model, inputs["mm_encoder_outputs"]["image"]
+    names = {*inspect.signature(vlm.forward).parameters, *inspect.signature(base.forward).parameters} - _LEFT_OUT
+    known = {name: value for name, value in inputs.items() if name in names and value is not None}
     offsets = getattr(base, "rope_deltas", None)
 
     def logits(call: str, tokens: Any) -> Tensor:
