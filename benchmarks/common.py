@@ -86,8 +86,12 @@ def measure_in_turn(calls: dict[str, Callable[[], Any]], repeats: int, device: s
     return runs
 
 
-def matrix_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:
-    """Operations a CPU second (wall second on a device) of a matrix product, the best of five."""
+def matrix_rate(device: str, dtype: torch.dtype, size: int | None = None) -> float:
+    """Operations a CPU second (wall second on a device) of a matrix product, the best of five.
+
+    `size` is the side of the matrices; by default, one that keeps the device busy.
+    """
+    size = size or (8192 if device == "cuda" else 2048)
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     rates = []
     for _ in range(5):

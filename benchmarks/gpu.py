@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,20 +22,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
+from common import GIB, bandwidth, machine, matrix_rate
 from global_attention import FULL_SIZE, operations
 from PIL import Image
-from pretraining_memory import WithoutPinning, fused_attention
-from pretraining_step import tiny
+from pretrain_step import tiny
+from pretraining_memory import WithoutPinning
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface
 
 from spa3r import Spa3RConfig, Spa3RModel
 from spa3r.models.attention import why_unusable
 from spa3r.models.layers import TransformerLayer
 
-GIB = 2**30
 LONG_ENOUGH = 4.0
 """Seconds after which a row is not repeated."""
 
@@ -58,17 +55,12 @@ def measured(call: Callable[[], object], device: str, repeats: int = 3) -> tuple
 
 def rate(args: argparse.Namespace) -> None:
     """The rate of bfloat16 matrix products, and the bandwidth of a copy."""
-    side = 256 if args.tiny else 8192
-    a, b = (torch.randn(side, side, device=args.device, dtype=torch.bfloat16) for _ in range(2))
-    _, seconds, _ = measured(lambda: [a @ b for _ in range(10)], args.device)
-    products = 10 * 2 * side**3 / seconds
-    source = torch.empty(2**20 if args.tiny else 2**30, device=args.device, dtype=torch.int32)
-    target = torch.empty_like(source)
-    _, seconds, _ = measured(lambda: target.copy_(source), args.device)
-    bandwidth = 2 * source.nbytes / seconds
+    side, size = (256, 2**20) if args.tiny else (8192, 2**32)  # of matrices, and bytes of a copy
+    products = matrix_rate(args.device, torch.bfloat16, side)
+    copied = bandwidth(args.device, size)
     print(f"bfloat16 products of {side} x {side}: {products / 1e12:.3g} * 10^12 operations a second")
-    print(f"copy of {source.nbytes / GIB:.2g} GiB: {bandwidth / 1e9:.3g} GB read and written a second")
-    (args.out / "rate.json").write_text(json.dumps({"products": products, "bandwidth": bandwidth}))
+    print(f"copy of {size / GIB:.2g} GiB: {copied / 1e9:.3g} GB read and written a second")
+    (args.out / "rate.json").write_text(json.dumps({"products": products, "bandwidth": copied}))
 
 
 def encode_operations(config: Spa3RConfig, views: int, grid: tuple[int, int]) -> float:
@@ -155,7 +147,6 @@ def prefill(args: argparse.Namespace) -> None:
 
 def fake(args: argparse.Namespace) -> None:
     """Run ``encode`` on fake CUDA tensors, exact, merged and asymmetric: shapes, types and devices, no numbers."""
-    AttentionInterface.register("fused", fused_attention)
     config = tiny() if args.tiny else Spa3RConfig()
     config.backbone_config.heads = []
     grid = (4, 5) if args.tiny else tuple(side // config.patch_size for side in FULL_SIZE)
@@ -192,9 +183,7 @@ def main() -> None:
     if args.device == "cpu" and not args.tiny and args.what != "fake":
         parser.error("the released sizes need a CUDA device, got none. --tiny runs anywhere.")
     args.out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
-    print(f"{name}; Python {platform.python_version()}, torch {torch.__version__}, ", end="")
-    print(f"transformers {transformers.__version__}")
+    print(machine(args.device))
     if args.tiny:
         print("A TINY model: these numbers say that the program runs, nothing else.")
     if args.what == "encode" and (reason := why_unusable(args.attn)):

@@ -62,9 +62,9 @@ install() { # from wheels only; nothing that is installed is changed
 
 if [[ -n $rehearse ]]; then
   export CUDA_VISIBLE_DEVICES=
-  tiny=(--tiny) many=(--views 2 3) few=(--views 2) tests=(--collect-only) step_of=(--tiny)
+  tiny=(--tiny) many=(--views 2 3) few=(--views 2) tests=(--collect-only) step_of=(--tiny --views 3)
 else
-  tiny=() many=(--views 32 100 8 200 300) few=(--views 32 100) tests=() step_of=(--steps 20)
+  tiny=() many=(--views 32 100 8 200 300) few=(--views 32 100) tests=() step_of=(--views 12 --scenes 2 --repeats 5)
 fi
 gpu() { local name=$1 seconds=$2; shift 2; step "$name" "$seconds" "$python" "$here/gpu.py" "$@" "${tiny[@]}"; }
 
@@ -79,7 +79,7 @@ step tests 110 "$python" -m pytest -m gpu -q --rootdir "$here/.." "$here/../test
 gpu encode_flash 60 encode "$out" --attn flash_attention_2 "${many[@]}"
 gpu encode_xformers 60 encode "$out" --attn xformers "${many[@]}"
 gpu encode_compiled 60 encode "$out" --attn sdpa --compile "${few[@]}"
-step pretraining_step 50 "$python" "$here/pretraining_step.py" "${step_of[@]}"
+step pretrain_step 60 "$python" "$here/pretrain_step.py" "${step_of[@]}"
 gpu prefill 50 prefill "$out" "${few[@]}"
 gpu encode_merged 40 encode "$out" --attn sdpa "${few[@]}" \
   --approximation '{"global_attention": "merged", "global_merge_ratio": 0.9}'

@@ -12,10 +12,11 @@ import platform
 
 import torch
 import transformers
+from pretrain_step import released
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, DINOv3ViTConfig
+from transformers import DINOv3ViTConfig
 
 from spa3r import Spa3RConfig, Spa3RForPreTraining, VggtConfig
 from spa3r.models.cost import LiveBytes
@@ -27,15 +28,6 @@ SCENE = 12
 """Views of a scene; the first half is context."""
 SIZES = {"224 x 224": (16, 16), "518 x 392": (28, 37), "518 x 518": (37, 37)}
 """Width x height of a view, and its patch grid (rows, columns)."""
-
-
-def released() -> Spa3RConfig:
-    """The released sizes."""
-    # The published configuration of DINOv3 ViT-L/16.
-    teacher = DINOv3ViTConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, num_register_tokens=4
-    )
-    return Spa3RConfig(semantic_teacher_config=teacher)
 
 
 def medium() -> Spa3RConfig:
@@ -143,12 +135,6 @@ class WithoutPinning(TorchFunctionMode):
         return func(*args, **{key: value for key, value in (kwargs or {}).items() if key != "pin_memory"})
 
 
-def fused_attention(module, query, key, value, mask, scaling=None, **kwargs):
-    """What the fused kernels of xformers, flash and SDPA keep: queries, keys, values, output, a sum per query."""
-    attend = torch.ops.aten._scaled_dot_product_flash_attention
-    return attend(query, key, value, scale=scaling)[0].transpose(1, 2), None
-
-
 def inputs(config: Spa3RConfig, views: int, grid: tuple[int, int], device: str) -> dict:
     scenes = max(1, views // SCENE)
     own = views // scenes
@@ -217,7 +203,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=8)
     devices = parser.parse_args().devices
-    AttentionInterface.register("fused", fused_attention)
     config = released()
     model = on_meta(config)
     parts = {**dict(model.spa3r.named_children()), "semantic_teacher": model.semantic_teacher}

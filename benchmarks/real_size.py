@@ -13,6 +13,7 @@ import time
 
 import torch
 import transformers
+from encode import make_config
 from PIL import Image
 from transformers import Qwen2_5_VLConfig
 
@@ -51,8 +52,16 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def released_vlm(device: str) -> tuple[spa3r.Spa3VLM, spa3r.Spa3VLMProcessor]:
-    """The model with random weights, and a processor with the embedded model's tokenizer."""
+def released_vlm(
+    device: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> tuple[spa3r.Spa3VLM, spa3r.Spa3VLMProcessor]:
+    """The model with random weights, and a processor with the embedded model's tokenizer.
+
+    Args:
+        device: Where the weights are made.
+        layers: Layers of each stack; None: all.
+        dtype: Dtype of the weights.
+    """
     _, embedded = embedded_model()
     tokens = {
         name: embedded.tokenizer.convert_tokens_to_ids(token)
@@ -63,10 +72,14 @@ def released_vlm(device: str) -> tuple[spa3r.Spa3VLM, spa3r.Spa3VLMProcessor]:
             ("vision_end_token_id", "<|vision_end|>"),
         )
     }
-    vlm_config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True, **tokens)
-    torch.set_default_dtype(torch.bfloat16)
+    text, vision, own = TEXT, VISION, None
+    if layers is not None:
+        text, vision = TEXT | {"num_hidden_layers": layers}, VISION | {"depth": layers, "fullatt_block_indexes": [0]}
+        own = make_config(layers, None)
+    vlm_config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
+    torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = spa3r.Spa3VLM(spa3r.Spa3VLMConfig(vlm_config=vlm_config)).eval()
+        model = spa3r.Spa3VLM(spa3r.Spa3VLMConfig(vlm_config=vlm_config, spa3r_config=own)).eval()
     torch.set_default_dtype(torch.float32)
     embedded.vlm_processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
     processor = spa3r.Spa3VLMProcessor(embedded.vlm_processor, image_token_id=tokens["image_token_id"])

@@ -1,7 +1,6 @@
 """The GPU benchmarks are rehearsed on the CPU: steps run, and a failing one costs no other."""
 
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ def rehearse(folder: Path, *options: str, **variables: str) -> subprocess.Comple
 @pytest.mark.slow
 def test_steps_run_with_a_tiny_model(tmp_path):
     """One of every kind; the others differ in an option."""
-    names = ("tests", "encode_compiled", "pretraining_step", "prefill", "encode_merged", "fake")
+    names = ("tests", "encode_compiled", "pretrain_step", "prefill", "encode_merged", "fake")
     out = rehearse(tmp_path, "--rehearse", "--only", ",".join(names))
     assert out.returncode == 0, out.stdout + "".join(file.read_text()[-2000:] for file in tmp_path.glob("*.log"))
     steps = {line.split()[2]: line.split()[-1] for line in (tmp_path / "summary.txt").read_text().splitlines()}
@@ -38,17 +37,3 @@ def test_a_failing_step_costs_no_other(tmp_path):
     lines = (tmp_path / "summary.txt").read_text().splitlines()
     assert out.returncode == 1 and len(lines) == 11 and all("failed with status 1" in line for line in lines)
     assert rehearse(tmp_path, "--fast").returncode == 2
-
-
-@pytest.mark.parametrize("file", sorted(SCRIPT.parent.glob("*.py")), ids=lambda file: file.name)
-def test_a_benchmark_imports_what_exists(file, monkeypatch):
-    """Programs of other folders have the same names: what this test imports is forgotten."""
-    names = {program.stem for program in SCRIPT.parent.glob("*.py")}
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    try:
-        runpy.run_path(str(file), run_name=file.stem)  # definitions only
-    finally:
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)

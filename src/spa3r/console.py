@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -88,6 +89,12 @@ Attention = Annotated[
 Int8 = Annotated[
     bool,
     typer.Option("--int8", help="Run the frozen backbone in int8 on the CPU: faster than float32, and less exact."),
+]
+Compiled = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="Compile the layers of the Spa3R: the first scene takes longer. Needs a C++ compiler."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.")]
@@ -296,6 +303,21 @@ def in_int8(spa3r: Spa3RModel | None) -> None:
     if spa3r.device.type != "cpu":
         raise ValueError(f"`--int8` needs `--device cpu`, got {spa3r.device}. Use `--dtype bfloat16` there.")
     use_int8_layers(spa3r.backbone)
+
+
+def compile_spa3r(spa3r: Spa3RModel | None) -> None:
+    """Apply the option ``--compile`` to a loaded Spa3R, in place."""
+    from spa3r.models.precision import compile_layers
+
+    if spa3r is None:
+        raise ValueError("`--compile` must be left out with a model that has no Spa3R.")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"`--compile` needs a C++ compiler, and {compiler} is not installed. Install it, name another in the "
+            "environment variable CXX, or leave the option out."
+        )
+    compile_layers(spa3r)
 
 
 def is_adapter(name: str) -> bool:

@@ -675,3 +675,15 @@ def test_a_small_picture_is_named(processor, tmp_path):
     for picture in (tmp_path / "thin.png", to_rgb(tmp_path / "thin.png")):
         with pytest.raises(ValueError, match=r"got \S+thin\.png of 5 x 50 \(width x height\)\. Leave it out"):
             processor(picture)
+
+
+@pytest.mark.parametrize("rescale, normalize", ((True, True), (True, False), (False, False)))
+def test_every_level_is_normalized_to_the_bit(rescale, normalize):
+    processor = Spa3RImageProcessor(size=28, patch_size=14, do_rescale=rescale, do_normalize=normalize)
+    levels = np.arange(28 * 28 * 3, dtype=np.int64).reshape(28, 28, 3) % 256
+    got = processor([[Image.fromarray(levels.astype(np.uint8))]])["view_pixel_values"].numpy()
+    mean, std = np.float32(processor.image_mean), np.float32(processor.image_std)
+    pixels = levels.astype(np.float32) / np.float32(255 if rescale else 1)
+    pixels = (pixels - mean) / std if normalize else pixels
+    wanted = np.stack([pixels[y : y + 14, x : x + 14].transpose(2, 0, 1).reshape(-1) for y in (0, 14) for x in (0, 14)])
+    assert np.array_equal(got, wanted)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_spa3_vlm import PICTURES, Composed, prompt
 
 from spa3r import Spa3RModel, Spa3VLM
-from spa3r.console import Dtype, in_int8, load_vlm
+from spa3r.console import Dtype, compile_spa3r, in_int8, load_vlm
 from spa3r.models import precision
 from spa3r.models.precision import Int8Linear, cast, compile_layers, cpu_has_bfloat16, set_cpu_dtype, use_int8_layers
 from spa3r.models.spa3_vlm.fingerprints import model_fingerprint
@@ -181,3 +181,23 @@ def test_compiled_layers_take_any_lengths_without_compiling_again(embedded):
         assert relative_error(model.encode(**views), composed.model.spa3r.encode(**views)) < 1e-5
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1] == graphs[2] > 0
+
+
+@pytest.mark.slow
+def test_commands_run_compiled_layers(embedded, tmp_path):
+    _, folder = embedded
+    noise(60, 40, 0).save(tmp_path / "a.png")
+    latents = []
+    for name, options in (("exact", ()), ("compiled", ("--compile",))):
+        file = tmp_path / f"{name}.safetensors"
+        run("encode", tmp_path / "a.png", "--model", folder, "-o", file, *options)
+        latents.append(load_file(file)["latents"])
+    assert relative_error(latents[1], latents[0]) < 1e-4
+
+
+def test_compiling_needs_a_spa3r_and_a_compiler(embedded, monkeypatch):
+    with pytest.raises(ValueError, match=r"`--compile` must be left out with a model that has no Spa3R"):
+        compile_spa3r(None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and no-such-compiler is not installed.*CXX"):
+        compile_spa3r(embedded[0].model.spa3r)

@@ -12,6 +12,7 @@ from spa3r.checkpoints import EMBEDDED, QUESTIONS_NOTE
 from spa3r.console import (
     AsJson,
     Attention,
+    Compiled,
     Device,
     Dtype,
     Int8,
@@ -19,6 +20,7 @@ from spa3r.console import (
     Model,
     Verbose,
     WeightType,
+    compile_spa3r,
     embedded_note,
     load_vlm,
     reporting,
@@ -49,6 +51,7 @@ def web_demo(
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
     int8: Int8 = False,
+    compiled: Compiled = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -58,6 +61,8 @@ def web_demo(
 
         with report.status(f"Loading {model}"):
             vlm, processor = load_vlm(model, device, dtype, attention, report.note, int8)
+            if compiled:
+                compile_spa3r(vlm.spa3r)
         if model == EMBEDDED:
             report.note(f"{embedded_note()}. {QUESTIONS_NOTE}")
         page = build_app(

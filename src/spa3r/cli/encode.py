@@ -16,6 +16,7 @@ from spa3r.console import (
     AsJson,
     Attention,
     ChoiceOfFrames,
+    Compiled,
     Device,
     Dtype,
     Frames,
@@ -26,6 +27,7 @@ from spa3r.console import (
     Verbose,
     WeightType,
     check_model,
+    compile_spa3r,
     embedded_note,
     in_int8,
     load_vlm,
@@ -110,6 +112,7 @@ def encode(
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
     int8: Int8 = False,
+    compiled: Compiled = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -120,7 +123,10 @@ def encode(
 
         def load() -> tuple[Spa3RModel, Spa3RImageProcessor]:
             with report.status(f"Loading {model}"):
-                return _load_spa3r(model, device, dtype, attention, report.note, int8)
+                spa3r, processor = _load_spa3r(model, device, dtype, attention, report.note, int8)
+                if compiled:
+                    compile_spa3r(spa3r)
+                return spa3r, processor
 
         if scene_per_folder:
             about = {"num_frames": num_frames, "frames": frames, "attn": attention, "int8": int8}

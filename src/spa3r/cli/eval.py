@@ -17,6 +17,7 @@ from spa3r.console import (
     AsJson,
     Attention,
     ChoiceOfFrames,
+    Compiled,
     Device,
     Dtype,
     Frames,
@@ -27,6 +28,7 @@ from spa3r.console import (
     Verbose,
     WeightType,
     check_model,
+    compile_spa3r,
     embedded_note,
     end_processes,
     in_int8,
@@ -118,6 +120,7 @@ def vsi_bench(
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
     int8: Int8 = False,
+    compiled: Compiled = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -133,7 +136,7 @@ def vsi_bench(
         settings = _settings(PRESETS[preset.value], chosen, missing, without_spa3r, seed)
         with report.status("Reading the questions"):
             benchmark = VsiBench(data, subset.value, revision, frames.value)
-        _evaluate(report, benchmark, settings, model, output, fresh, (device, dtype, attention, int8))
+        _evaluate(report, benchmark, settings, model, output, fresh, (device, dtype, attention, int8, compiled))
 
 
 @eval_app.command("rooms")
@@ -159,6 +162,7 @@ def rooms(
     dtype: WeightType = Dtype.auto,
     attention: Attention = None,
     int8: Int8 = False,
+    compiled: Compiled = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -171,7 +175,7 @@ def rooms(
         settings = _settings(PRESETS["official"], chosen, Missing.fail, without_spa3r, seed)
         with report.status("Making the questions"):
             benchmark = RoomsBenchmark(num_rooms, level, num_frames, seed)
-        _evaluate(report, benchmark, settings, model, output, fresh, (device, dtype, attention, int8))
+        _evaluate(report, benchmark, settings, model, output, fresh, (device, dtype, attention, int8, compiled))
 
 
 def _settings(
@@ -188,13 +192,13 @@ def _evaluate(
     model: str,
     output: Path | None,
     fresh: bool,
-    loading: tuple[str, Dtype, str | None, bool],
+    loading: tuple[str, Dtype, str | None, bool, bool],
 ) -> None:
     """Run the benchmark; only the first process reports the result."""
     from spa3r.evaluation.runner import check_missing, own_folder, processes, run_benchmark
 
     check_missing(benchmark, settings)  # before gigabytes are loaded
-    device, dtype, attention, int8 = loading
+    device, dtype, attention, int8, compiled = loading
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if device == "auto" and not is_alone:
         device = str(processes().device)
@@ -207,6 +211,8 @@ def _evaluate(
     with own_folder(output):  # refused before gigabytes are loaded
         with report.status(f"Loading {model}"):
             vlm, processor = _load_any_vlm(model, device, dtype, attention, report.note, int8)
+            if compiled:
+                compile_spa3r(getattr(vlm, "spa3r", None))
         if model == EMBEDDED:
             report.note(embedded_note())
         with report.progress() as progress:

@@ -288,14 +288,20 @@ class Spa3RImageProcessor(BaseImageProcessor):
         if not self.do_normalize:
             mean, std = np.float32(0), np.float32(1)
         scale = np.float32(255 if self.do_rescale else 1)
-        patches, grids = [], []
-        for view in (view for scene in scenes for view in scene):
-            pixels = (np.asarray(view, np.float32) / scale - mean) / std
-            grid = (pixels.shape[0] // p, pixels.shape[1] // p)
-            grids.append(grid)
-            patches.append(rearrange(pixels, "(h p) (w q) c -> (h w) (c p q)", p=p, q=p))
+        # Pixels have 256 levels: a table of normalized ones is faster than arithmetic with every pixel.
+        table = ((np.arange(256, dtype=np.float32)[:, None].repeat(3, axis=1) / scale - mean) / std).T.copy()
+        views = [view for scene in scenes for view in scene]
+        grids = [(view.height // p, view.width // p) for view in views]
+        patches = np.empty((sum(height * width for height, width in grids), 3, p * p), np.float32)
+        start = 0
+        for view, (height, width) in zip(views, grids):
+            levels = rearrange(np.asarray(view), "(h p) (w q) c -> (h w) c (p q)", p=p, q=p)
+            for channel in range(3):  # "clip" writes without a buffer
+                own = patches[start : start + height * width, channel]
+                np.take(table[channel], levels[:, channel], out=own, mode="clip")
+            start += height * width
         data = {
-            "view_pixel_values": np.concatenate(patches) if patches else np.zeros((0, 3 * p * p), np.float32),
+            "view_pixel_values": patches.reshape(len(patches), 3 * p * p),
             "view_grid_hw": np.asarray(grids, np.int64).reshape(-1, 2),
             "views_per_scene": np.asarray([len(scene) for scene in scenes], np.int64),
         }

@@ -341,10 +341,10 @@ def load_backbone(name: str | Path, **kwargs: Any) -> BackbonePreTrainedModel:
 
 
 def _check_backbone(config: Spa3RConfig, given: Any, what: str) -> None:
-    """Raise for a backbone of another type or other features than the one that a Spa3R was trained on.
+    """Check that a backbone has the type, the features and the patches of the one that a Spa3R was trained on.
 
     Raises:
-        ValueError: It is one.
+        ValueError: One of them differs.
     """
 
     def described(backbone: BackboneConfig) -> str:
