@@ -32,10 +32,9 @@ from spa3r.vsi_bench.format import TYPE_TITLES, make_prompt
 
 try:
     import gradio as gr
-    from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
-    from starlette.responses import JSONResponse
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from spa3r.serving.bodies import LimitedBodies
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('The web demo needs gradio, which is not installed. pip install "spa3r[app]".') from error
 
@@ -276,8 +275,18 @@ class _Page(gr.Blocks):
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
         looks = {"theme": gr.themes.Default(**fonts), "css": CSS, "footer_links": [], "run_history": False}
         for_server = dict(kwargs.pop("app_kwargs", None) or {})
-        for_server["middleware"] = [*(for_server.get("middleware") or ()), Middleware(_LimitedBodies, page=self)]
+        limited = Middleware(LimitedBodies, limit_of=self._limit_of)  # gradio reads every body whole
+        for_server["middleware"] = [*(for_server.get("middleware") or ()), limited]
         return super().launch(**looks | {"max_file_size": self.limits.file_bytes, "app_kwargs": for_server} | kwargs)
+
+    def _limit_of(self, path: str) -> tuple[int, str]:
+        if path.rstrip("/").endswith("/upload"):
+            what, cure = "Files that are uploaded together", "Give fewer or smaller files"
+            limit = max(self.limits.file_bytes, self.max_file_size or 0) + 2**20  # for names and boundaries
+        else:
+            what, cure = "A request", "Ask a shorter question, or begin a new chat: look at the place again"
+            limit = self.limits.request_bytes
+        return limit, f"{what} must have at most {limit} bytes, got {{}}. {cure}."
 
     def block_thread(self) -> None:
         """Serve until the process ends: SIGTERM and SIGHUP stop it like Ctrl+C does, so that uploads are deleted."""
@@ -293,48 +302,6 @@ class _Page(gr.Blocks):
                 signal.signal(end, handler)
             for file in {file for files in self.temp_file_sets for file in files}:
                 Path(file).unlink(missing_ok=True)  # gradio keeps them if a visitor's page is still open
-
-
-class _LimitedBodies:
-    """Middleware that rejects too large request bodies, if possible before reading; gradio reads every body whole.
-
-    Args:
-        app: The wrapped ASGI app.
-        page: The page whose limits apply.
-    """
-
-    def __init__(self, app: ASGIApp, page: _Page):
-        self.app, self.page = app, page
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        if scope["path"].rstrip("/").endswith("/upload"):
-            what, cure = "Files that are uploaded together", "Give fewer or smaller files"
-            limit = max(self.page.limits.file_bytes, self.page.max_file_size or 0) + 2**20  # for names and boundaries
-        else:
-            what, cure = "A request", "Ask a shorter question, or begin a new chat: look at the place again"
-            limit = self.page.limits.request_bytes
-        refusal = f"{what} must have at most {limit} bytes, got {{}}. {cure}."
-        promised = dict(scope["headers"]).get(b"content-length", b"")
-        if promised.isdigit() and int(promised) > limit:
-            message = refusal.format(int(promised))
-            await JSONResponse({"detail": message, "error": message}, 413, {"connection": "close"})(
-                scope, receive, send
-            )
-            return
-        size = 0
-
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > limit:  # a chunked body has no declared size
-                raise HTTPException(413, refusal.format("more"), {"connection": "close"})
-            return message
-
-        await self.app(scope, counted, send)
 
 
 @contextmanager

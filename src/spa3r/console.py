@@ -70,6 +70,13 @@ class Frames(StrEnum):
     coverage = "coverage"
 
 
+class Evicted(StrEnum):
+    """What a server does with a question about a scene that was evicted from memory."""
+
+    ENCODE = "encode"  # a member `encode` would hide the method of texts
+    REFUSE = "refuse"
+
+
 ChoiceOfFrames = Annotated[
     Frames, typer.Option("--frames", help="Frames of a video: evenly spaced, or those that differ most.")
 ]

@@ -21,6 +21,7 @@ from spa3r.cli.finetune import finetune
 from spa3r.cli.info import info
 from spa3r.cli.merge import merge
 from spa3r.cli.pretrain import pretrain
+from spa3r.cli.serve import serve
 
 ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": True}
 """Settings of commands that take `--section.key value`."""
@@ -53,6 +54,7 @@ def main(
 
 app.command(no_args_is_help=True)(ask)
 app.command("app")(web_demo)
+app.command()(serve)
 app.command(no_args_is_help=True)(encode)
 app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(merge)

@@ -142,7 +142,7 @@ def _file(source: Any) -> Path | IO[bytes]:
         )
     if not is_path(source):
         if source[:5].lower() == "data:":
-            return BytesIO(_of_data_url(source))
+            return BytesIO(data_url_bytes(source))
         if source[:4].lower() == "http":
             return _downloaded(source)
         return BytesIO(_of_base64(source))
@@ -161,7 +161,12 @@ def is_path(source: str | Path) -> bool:
     return not _BASE64.fullmatch(source) or exists(source) or not _is_picture(_of_base64(source[:64]))
 
 
-def _of_data_url(url: str) -> bytes:
+def data_url_bytes(url: str) -> bytes:
+    """The content of a ``data:`` URL, in base64 or percent-encoded.
+
+    Raises:
+        ValueError: The URL has no comma.
+    """
     head, comma, payload = url.partition(",")
     if not comma:
         raise _PictureError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import Any
@@ -71,23 +71,59 @@ def encode_scene(
     Raises:
         ValueError: There is no picture or more than one scene, or the prompts have no prefix that questions share.
     """
-    views: list[PIL.Image.Image] = []
     pictures, *others = as_scenes(images)
     if others:
         raise ValueError(
             f"`images` must be the pictures of one scene, got {1 + len(others)} scenes. Encode each on its own."
         )
-    vlm = vlm_of(model)
-    check_shares_prefix(vlm)
+    check_shares_prefix(vlm_of(model))
     if not isinstance(processor, Spa3VLMProcessor):
-        pictures = views = [to_rgb(picture) for picture in pictures]
+        pictures = [to_rgb(picture) for picture in pictures]
     inputs = prompt_inputs(processor, [conversation(pictures, PROBE, system)])
-    ids = inputs["input_ids"]
-    length = _prefix_length(ids[0], _picture_ids(model, processor), processor)
-    _check_probe(model, processor, ids[0], length, system)
+    ids = inputs["input_ids"][0]
+    length = _prefix_length(ids, _picture_ids(model, processor), processor)
+    _check_probe(model, processor, ids, length, system)
+    return _encode(model, processor, inputs, length, pictures, system)
+
+
+@torch.no_grad()
+def encode_prompt(
+    model: PreTrainedModel, processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]]
+) -> tuple[EncodedScene, list[int]]:
+    """Encode a whole conversation, with pictures anywhere or none, for an answer to its last message.
+
+    Args:
+        model: A Spa3-VLM or a VLM.
+        processor: A :class:`~spa3r.Spa3VLMProcessor`, or for a VLM its own processor.
+        messages: The conversation; its pictures are of one scene.
+
+    Returns:
+        All tokens of the prompt but the last, encoded, and the last one, as :func:`continuations` returns it.
+
+    Raises:
+        ValueError: A message is invalid, a picture can't be read, or the VLM's pictures depend on the question.
+    """
+    check_shares_prefix(vlm_of(model))
+    inputs = prompt_inputs(processor, [messages])
+    ids = inputs["input_ids"][0].tolist()
+    return _encode(model, processor, inputs, len(ids) - 1, [], None), ids[-1:]
+
+
+def _encode(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    inputs: Any,
+    length: int,
+    views: list[Any],
+    system: str | None,
+) -> EncodedScene:
+    """The first tokens of a prompt, encoded. `views` are those of a VLM without Spa3R."""
+    vlm, ids = vlm_of(model), inputs["input_ids"]
     check_length(vlm, length)
     if isinstance(processor, Spa3VLMProcessor):
-        arrays = processor.view_image_processor.unpack(inputs["view_pixel_values"], inputs["view_grid_hw"])
+        arrays: list[Any] = []
+        if len(inputs["view_pixel_values"]):
+            arrays = processor.view_image_processor.unpack(inputs["view_pixel_values"], inputs["view_grid_hw"])
         views = [PIL.Image.fromarray(array) for array in arrays]
     inputs = {
         key: value[:, :length] if isinstance(value, Tensor) and value.shape == ids.shape else value
@@ -102,11 +138,13 @@ def encode_scene(
         with appended:
             vlm(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_name(vlm): cache}, **last, **inputs)
     delta = position_offsets(vlm, ids, mask, inputs)
+    features = inputs.get("mm_encoder_outputs")
+    tokens = [t.flatten(0, -2) for t in image_tokens(features["image"])] if features else []
     return EncodedScene(
         processor=processor,
         views=views,
         input_ids=ids[0].cpu(),
-        image_tokens=torch.cat([t.flatten(0, -2) for t in image_tokens(inputs["mm_encoder_outputs"]["image"])]),
+        image_tokens=torch.cat(tokens) if tokens else torch.empty(0, vlm.config.get_text_config().hidden_size),
         cache=cache,
         rope_delta=None if delta is None else int(delta.reshape(-1)[0]),
         system=system,
@@ -137,6 +175,8 @@ def _with_image_tokens(
         inputs, appended = spa3_vlm._fuse(ids, mask, inputs)
         return inputs, spa3_vlm._entering(appended)
     inputs = {key: value for key, value in inputs.items() if key not in VIEW_KEYS}
+    if inputs.get("pixel_values") is None:
+        return inputs, nullcontext()
     features = encode_images(model, inputs)
     for tokens in image_tokens(features):
         check_finite(model, tokens, "image tokens", **inputs)
@@ -187,7 +227,7 @@ def ask(
     check_origin(vars(scene), model, processor, "`scene`")
     if not questions:
         return []
-    tails = _tails(model, scene, questions)
+    tails = continuations(model, scene, [conversation([], question, scene.system) for question in questions])
     check_length(vlm, len(scene) + max(map(len, tails)) + max_new_tokens)
     pads = all(type(layer).__name__ in PADDABLE_LAYERS for layer in scene.cache.layers)
     answers: dict[int, str] = {}
@@ -224,7 +264,7 @@ def _continue(
     device, length, longest = execution_device(model), len(scene), max(map(len, tails))
     # Padding lies between prefix and question and uses a token that the prefix contains anyway. Processors that
     # depend on the prompt's tokens, such as a repetition penalty, then give the same result as without padding.
-    pad = next(token for token in scene.input_ids.tolist() if token not in _picture_ids(model, scene.processor))
+    pad = text_token(model, scene)
     ids = torch.full((len(tails), length + longest), pad)
     ids[:, :length] = scene.input_ids
     mask = torch.ones_like(ids)
@@ -260,15 +300,36 @@ def _batches(lengths: Sequence[int], batch_size: int, pads: bool) -> Iterator[li
 
 def conversation(images: Sequence[Image], question: str, system: str | None = None) -> list[dict[str, Any]]:
     """The messages of a question about pictures: the system prompt, if given, and the pictures with the question."""
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
     before = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
-    return [*before, {"role": "user", "content": content}]
+    return behind_pictures(images, [*before, {"role": "user", "content": [{"type": "text", "text": question}]}])
+
+
+def behind_pictures(images: Sequence[Image], messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with pictures before the content of the first user message.
+
+    Raises:
+        ValueError: There is no user message.
+    """
+    first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        raise ValueError("The messages must hold one of the role 'user', got none. Ask something.")
+    content = messages[first]["content"]
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    pictures = [{"type": "image", "image": image} for image in images]
+    asked = {**messages[first], "content": [*pictures, *items]}
+    return [*map(dict, messages[:first]), asked, *map(dict, messages[first + 1 :])]
 
 
 def _picture_ids(model: PreTrainedModel, processor: ProcessorMixin) -> set[int]:
     """Tokens whose embeddings are replaced by other vectors."""
     appends = isinstance(processor, Spa3VLMProcessor) and processor.spatial_tokens is not None
     return {vlm_of(model).config.image_token_id} | ({processor.spatial_token_id} if appends else set())
+
+
+def text_token(model: PreTrainedModel, scene: EncodedScene) -> int:
+    """A token of the prefix whose embedding is not replaced, for padding."""
+    picture_ids = _picture_ids(model, scene.processor)
+    return next(token for token in scene.input_ids.tolist() if token not in picture_ids)
 
 
 def _prefix_length(ids: Tensor, picture_ids: set[int], processor: ProcessorMixin) -> int:
@@ -280,8 +341,8 @@ def _prefix_length(ids: Tensor, picture_ids: set[int], processor: ProcessorMixin
     return length
 
 
-def _ask_about_one_tiny_picture(
-    processor: ProcessorMixin, questions: Sequence[str], system: str | None
+def _prompts_about_one_tiny_picture(
+    processor: ProcessorMixin, conversations: Sequence[Sequence[Mapping[str, Any]]]
 ) -> list[list[int]]:
     """Whole prompts with minimal pictures, since the tokens after a picture don't depend on it."""
     if isinstance(processor, Spa3VLMProcessor):
@@ -290,7 +351,7 @@ def _ask_about_one_tiny_picture(
         processor.image_mode = "native"
         processor.view_image_processor = Spa3RImageProcessor(size=side, patch_size=side)
     picture = PIL.Image.new("RGB", (56, 56))
-    inputs = prompt_inputs(processor, [conversation([picture], question, system) for question in questions])
+    inputs = prompt_inputs(processor, [behind_pictures([picture], messages) for messages in conversations])
     return [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
 
 
@@ -306,9 +367,21 @@ def _tails_behind(prompts: Sequence[list[int]], prefix: Sequence[int], picture_i
     return tails
 
 
-def _tails(model: PreTrainedModel, scene: EncodedScene, questions: Sequence[str]) -> list[list[int]]:
-    """The tokens of each question's prompt after the prefix."""
-    prompts = _ask_about_one_tiny_picture(scene.processor, questions, scene.system)
+def continuations(
+    model: PreTrainedModel, scene: EncodedScene, conversations: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[list[int]]:
+    """The tokens of conversations about a scene after the scene's prefix.
+
+    Args:
+        model: The model that encoded the scene.
+        scene: The result of :func:`encode_scene`.
+        conversations: Messages without the scene's pictures, which belong before the first user message. They begin
+            with the scene's system prompt, if it has one.
+
+    Raises:
+        ValueError: A conversation changes the prompt before its first question, or a message is invalid.
+    """
+    prompts = _prompts_about_one_tiny_picture(scene.processor, conversations)
     tails = _tails_behind(prompts, scene.input_ids.tolist(), _picture_ids(model, scene.processor))
     if tails is None:
         raise ValueError(
@@ -324,7 +397,7 @@ def _check_probe(
     """Check that the chat template puts the question after the pictures, followed by nothing that depends on them."""
     prompt, tails = ids.tolist(), None
     if length:
-        others = _ask_about_one_tiny_picture(processor, [PROBE], system)
+        others = _prompts_about_one_tiny_picture(processor, [conversation([], PROBE, system)])
         tails = _tails_behind(others, prompt[:length], _picture_ids(model, processor))
     if tails != [prompt[length:]] or PROBE not in processor.decode(prompt[length:]):
         raise ValueError(

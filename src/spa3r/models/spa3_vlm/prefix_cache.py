@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
@@ -165,3 +166,38 @@ def repeated(cache: Cache, rows: int) -> Cache:
         PrefixLayer(layer) if type(layer) is DynamicLayer else _changed_layer(layer, repeat) for layer in cache.layers
     ]
     return copies
+
+
+def joined(parts: Sequence[tuple[Cache, Sequence[int], Sequence[int]]]) -> Cache:
+    """Chosen rows and columns of several caches as the rows of one cache, with room to grow.
+
+    Shorter rows are padded with zeros at the end, which the caller's mask has to exclude. The given caches are not
+    changed, and their tensors are not referenced.
+
+    Args:
+        parts: Caches of :data:`PADDABLE_LAYERS` of the same model, each with the indices of its rows and columns.
+    """
+    length = max(len(columns) for _, _, columns in parts)
+    result = copy.copy(parts[0][0])
+    result.layers = list(result.layers)
+    for index, layer in enumerate(result.layers):
+        if isinstance(layer, DynamicLayer):
+            result.layers[index] = joined_layer = PrefixLayer(layer)
+            for name in ("key", "value"):
+                held = [(getattr(c.layers[index], f"{name}s"), rows, columns) for c, rows, columns in parts]
+                first = held[0][0]
+                count = sum(len(rows) for _, rows, _ in held)
+                store = first.new_zeros(count, first.shape[1], length + GROWTH, first.shape[-1])
+                start = 0
+                for tensor, rows, columns in held:
+                    at = [torch.tensor(indices, device=tensor.device) for indices in (rows, columns)]
+                    store[start : start + len(rows), :, : len(columns)] = tensor[at[0]][:, :, at[1]]
+                    start += len(rows)
+                setattr(joined_layer, f"{name}s", store[:, :, :length])
+                setattr(joined_layer, f"_{name}_store", store)
+    return result
+
+
+def chosen_rows(cache: Cache, rows: Sequence[int]) -> Cache:
+    """A cache with some of the rows of another, of any :data:`CACHE_LAYERS`; the given one is not changed."""
+    return changed(cache, lambda t: t[torch.tensor(rows, device=t.device)] if t.ndim > 1 else t)
