@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import fastapi  # noqa: F401  # fails while autodoc sets typing.TYPE_CHECKING
+
 import spa3r
 
 sys.path.insert(0, str(Path(__file__).parent))  # figures.py
@@ -20,7 +22,7 @@ myst_heading_anchors = 3
 
 default_role = "literal"
 add_module_names = False
-autodoc_mock_imports = ["gradio", "starlette"]  # an extra of its own
+autodoc_mock_imports = ["gradio"]  # an extra of its own
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
