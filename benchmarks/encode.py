@@ -6,7 +6,7 @@ without data at the full depth. The floor is the number of operations over the m
 Weights are random.
 
     python benchmarks/encode.py --layers 1          # one of the 24 layers of each stack, at the full width
-    python benchmarks/encode.py --width 64          # a narrow backbone
+    python benchmarks/encode.py --width 64          # a narrow model
 """
 
 import argparse
@@ -28,6 +28,8 @@ def make_config(layers: int | None, width: int | None) -> Spa3RConfig:
     if width is not None:
         fields |= {"hidden_size": width, "num_attention_heads": width // 32, "patch_embedding_num_heads": width // 32}
     own = {} if layers is None else {"num_encoder_layers": layers}
+    if width is not None:
+        own |= {"hidden_size": width, "num_attention_heads": width // 32}
     return Spa3RConfig(backbone_config=VggtConfig(**fields), **own)
 
 
@@ -69,7 +71,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attn", help="attention back end; default: the best that is installed")
     parser.add_argument("--layers", type=int, help="layers of each stack; default: all")
-    parser.add_argument("--width", type=int, help="width of the backbone; default: the full one")
+    parser.add_argument("--width", type=int, help="width of the model; default: the full one")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--alone", action="store_true", help="without the reference, for scenes that it can't hold")
     parser.add_argument("--json", type=Path)

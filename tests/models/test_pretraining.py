@@ -26,10 +26,12 @@ from tiny import (
     vggt_config,
     view_inputs,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForPreTraining, Trainer, TrainingArguments
 from transformers.models.dinov3_vit import DINOv3ViTModel
 
 from spa3r import Spa3RForPreTraining, Spa3VLM, VggtModel
+from spa3r.models.spa3r.modeling_spa3r import ATTENTION_KERNELS
 
 LOSSES = ("geometry_l1", "geometry_cosine", "semantic_l1", "semantic_cosine", "depth_probe")
 GOLDEN_OUTPUTS = {
@@ -602,3 +604,29 @@ def test_a_checkpoint_that_names_itself_as_a_home_is_refused(tmp_path):
         ValueError, match=r"names itself as the source of its backbone, which it doesn't hold\. Set its location"
     ):
         Spa3RForPreTraining.from_pretrained(tmp_path / "spa3r")
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+def test_checkpointing_does_not_run_attention_again():
+    model = alive(Spa3RForPreTraining(pretraining_config()))
+    model.set_attn_implementation("sdpa")
+    inputs, calls = view_inputs(targets=TARGETS), []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func in ATTENTION_KERNELS)
+            return func(*args, **(kwargs or {}))
+
+    def forward_calls() -> int:
+        calls.clear()
+        with Counting():
+            model.train()(**inputs).loss.backward()
+        return sum(calls)
+
+    plain = forward_calls()
+    assert plain > 0
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert forward_calls() == plain, "attention ran again"
+    nothing_kept = {"use_reentrant": False, "context_fn": torch.utils.checkpoint.noop_context_fn}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=nothing_kept)
+    assert forward_calls() > plain, "the check sees no attention in backward"
