@@ -26,6 +26,7 @@ from spa3r.models.backbone import BackbonePreTrainedModel
 from spa3r.models.configuration_backbone import BackboneConfig
 from spa3r.models.configuration_base import checked, count
 from spa3r.models.packing import prepend_tokens
+from spa3r.models.spa3r import modeling_spa3r
 
 # A Depth Anything 3 of another width than the VGGT's
 FIELDS = {"hidden_size": 24, "num_attention_heads": 2, "camera_encoder_num_heads": 2}
@@ -204,6 +205,18 @@ def test_predicted_cameras_need_a_camera_head():
         model(**view_inputs())
     inputs = view_inputs()
     assert model(**inputs, **some_cameras(inputs)).geometry_features.isfinite().all()
+
+
+def test_without_a_depth_head_the_depth_probe_is_left_out_and_the_log_says_so(caplog):
+    modeling_spa3r.logger.warning_once.cache_clear()
+    Spa3RForPreTraining(pretraining_config(backbone_config=depth_anything_3_config(heads=["camera", "depth"])))
+    assert not caplog.messages
+    config = pretraining_config(backbone_config=depth_anything_3_config(heads=["camera"]))
+    model = Spa3RForPreTraining(config)
+    (message,) = caplog.messages
+    assert "must have a depth head to pretrain it, got the heads ['camera']. Take a checkpoint with one" in message
+    assert not any(parameter.requires_grad for parameter in model.spa3r.depth_probe.parameters())
+    assert "depth_probe" not in model(**pretraining_batch()).losses
 
 
 def test_a_model_that_is_no_backbone_is_refused(tmp_path):

@@ -43,7 +43,12 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 def test_every_file_is_known():
-    assert {file.stem for file in CONFIGS.iterdir()} == {*LAUNCHERS, "pretrain_paper", "finetune_paper"}
+    assert {file.stem for file in CONFIGS.iterdir()} == {
+        *LAUNCHERS,
+        "pretrain_paper",
+        "pretrain_depth_anything_3_base",
+        "finetune_paper",
+    }
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -105,6 +110,18 @@ def test_the_papers_recipe_is_the_default_on_the_papers_data():
     args = PretrainingArguments(output_dir="runs", use_cpu=True)
     assert (args.max_steps, args.gradient_accumulation_steps, args.learning_rate) == (80_000, 2, 2e-3)
     assert yaml.safe_load(config.to_yaml())["training"]["max_steps"] == 80_000
+
+
+def test_the_recipe_on_depth_anything_3_differs_in_the_backbone_alone():
+    ours, paper = (
+        PretrainingConfig.from_yaml(CONFIGS / f"{name}.yaml")
+        for name in ("pretrain_depth_anything_3_base", "pretrain_paper")
+    )
+    assert ours.model.backbone == "depth-anything/DA3-BASE"
+    changed = yaml.safe_load(ours.to_yaml())
+    changed["model"]["backbone"] = paper.model.backbone
+    changed["training"]["output_dir"] = paper.training["output_dir"]
+    assert changed == yaml.safe_load(paper.to_yaml())
 
 
 # Running --------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from spa3r.checks import is_count, shorten
 from spa3r.models.attention import Segments
@@ -34,6 +34,8 @@ from spa3r.models.released import HUB_KWARGS, Kind, ReleasedCheckpoint, find_rel
 from spa3r.models.spa3r.configuration_spa3r import Spa3RConfig
 from spa3r.models.spa3r.released_spa3r import for_pretraining, translate_spa3r
 from spa3r.models.vggt.modeling_vggt import VggtModel
+
+logger = logging.get_logger(__name__)
 
 ATTENTION_KERNELS = [
     getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
@@ -663,8 +665,13 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
 
     def _freeze(self) -> None:
         super()._freeze()
-        if "depth" not in self.config.backbone_config.heads:  # no depth targets
+        heads = self.config.backbone_config.heads
+        if "depth" not in heads:
             self.spa3r.depth_probe.requires_grad_(False)
+            logger.warning_once(
+                "The depth probe is not trained, and the field's depth means nothing: the backbone must have a depth "
+                f"head to pretrain it, got the heads {list(heads)}. Take a checkpoint with one if you need depth."
+            )
 
     def frozen_modules(self) -> dict[str, PreTrainedModel | None]:
         parts: dict[str, PreTrainedModel | None] = {"spa3r.backbone": self.spa3r.backbone}
