@@ -544,6 +544,28 @@ def test_requests_take_at_most_their_time(start, talkative):
         assert wait_until(lambda: server.engine.load() == (0, 0))
 
 
+@pytest.mark.parametrize("grace", (0.2, 60.0))
+def test_running_requests_have_the_time_of_grace(start, talkative, grace):
+    """One that takes longer gets an error, one that takes less its answer; new ones are refused."""
+    tokens = 3000 if grace < 1 else 60
+    with start(talkative.model, talkative.processor, "tiny", max_tokens=3000, grace=grace) as server:
+        response, client = open_stream(server, tokens)
+        lines = response.iter_lines()
+        next(lines)
+        server.stop()
+        *_, last = [line for line in lines if line]
+        if grace < 1:
+            error = json.loads(last.removeprefix("data: "))["error"]
+            assert error["code"] == "shutting_down" and "Ask again when it is back" in error["message"]
+        else:
+            assert last == "data: [DONE]"
+        client.close()
+        server.thread.join(30)
+        assert not server.thread.is_alive()
+        with pytest.raises(httpx.ConnectError):
+            post(server, chat("Hi."))
+
+
 def test_a_failing_step_fails_its_answers_alone(talkative, capfd):
     """The server goes on, and doesn't show its insides."""
     step = talkative.engine._batch.step

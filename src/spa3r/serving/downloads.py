@@ -48,13 +48,14 @@ def download(url: str, max_bytes: int, max_seconds: float, is_allowed: Callable[
                 parts = urlsplit(url)
                 target = (parts.path or "/") + f"?{parts.query}" * bool(parts.query)
                 connection.request("GET", target, headers={"User-Agent": "spa3r", "Accept-Encoding": "identity"})
+                sock = connection.sock  # the connection lets go of it if the server closes after its answer
                 response = connection.getresponse()
                 if response.status in (301, 302, 303, 307, 308) and (place := response.getheader("Location")):
                     url = urljoin(url, place)
                     continue
                 if response.status != 200:
                     raise OSError(f"HTTP status {response.status}")
-                return _content(response, connection, max_bytes, end)
+                return _content(response, sock, max_bytes, end)
             finally:
                 connection.close()
         raise OSError(f"more than {MAX_REDIRECTS} redirects")
@@ -87,14 +88,13 @@ def _connection(url: str, end: float, is_allowed: Callable[[str], bool]) -> HTTP
     return kind(parts.hostname, port, addresses[0], _left(end))
 
 
-def _content(response: HTTPResponse, connection: HTTPConnection, max_bytes: int, end: float) -> bytes:
+def _content(response: HTTPResponse, sock: socket.socket, max_bytes: int, end: float) -> bytes:
     content = bytearray()
     while block := response.read1(2**16):
         content += block
         if len(content) > max_bytes:
             raise OSError(f"it has more than {max_bytes} bytes")
-        if connection.sock is not None:
-            connection.sock.settimeout(_left(end))
+        sock.settimeout(_left(end))
     return bytes(content)
 
 

@@ -109,8 +109,12 @@ class Engine(Protocol):
         """
         ...
 
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> Generation:
-        """Begin an answer. Iterating over it may raise ValueError, or EngineClosed.
+    async def generate(self, prompt: Prompt, samplings: Sequence[Sampling]) -> Sequence[Generation]:
+        """Begin several answers to one prompt. Iterating over one may raise ValueError, or EngineClosed.
+
+        Args:
+            prompt: What is asked.
+            samplings: How each answer is generated; at least one.
 
         Raises:
             ValueError: The conversation is invalid, or too long for the model.

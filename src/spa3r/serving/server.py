@@ -339,7 +339,10 @@ class _Uvicorn(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
+        try:
+            await super().serve(sockets)
+        finally:
+            await self.service.engine.close()  # also if the app was not shut down
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -347,14 +350,15 @@ class _Uvicorn(uvicorn.Server):
             yield
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        super().handle_exit(sig, frame)  # a second SIGINT ends it at once
         self.stop()
-        super().handle_exit(sig, frame)
 
     def stop(self) -> None:
         """Stop as after a signal; from any thread."""
         self.should_exit = True
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.service.stop)
+            with suppress(RuntimeError):  # it has stopped already
+                self._loop.call_soon_threadsafe(self.service.stop)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -284,16 +284,8 @@ class Service:
         return Prompt(as_chat(messages, None), encoded), len(encoded) if was_kept else 0
 
     async def begin(self, prompt: Prompt, sampling: Sampling, count: int) -> list[Generation]:
-        """Begin the answers to a prompt."""
-        begun: list[Generation] = []
-        try:
-            for index in range(count):
-                seed = None if sampling.seed is None else sampling.seed + index
-                one = Sampling(sampling.max_tokens, sampling.temperature, sampling.top_p, seed, sampling.stop)
-                begun.append(await self.engine.generate(prompt, one))
-        except BaseException:
-            for generation in begun:
-                generation.cancel()
-            raise
+        """Begin the answers to a prompt. Each has the next seed, if there is one."""
+        seeds = [None if sampling.seed is None else sampling.seed + index for index in range(count)]
+        begun = await self.engine.generate(prompt, [replace(sampling, seed=seed) for seed in seeds])
         self.metrics.prompt_tokens.inc(sum(generation.prompt_tokens for generation in begun))
-        return begun
+        return list(begun)

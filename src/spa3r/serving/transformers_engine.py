@@ -68,6 +68,7 @@ class TransformersEngine:
         self._condition = threading.Condition()
         self._is_closed = False
         self._encoder = ThreadPoolExecutor(1, "spa3r-encode")
+        self._encodings: set[asyncio.Future[Any]] = set()  # under way
         self._generator = threading.Thread(target=self._generate_all, name="spa3r-generate", daemon=True)
         self._generator.start()
 
@@ -79,18 +80,19 @@ class TransformersEngine:
     async def encode(self, pictures: Sequence[Any], system: str | None) -> EncodedScene:
         return await self._on_encoder(partial(self._answering.encode, list(pictures), system))
 
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> _Running:
+    async def generate(self, prompt: Prompt, samplings: Sequence[Sampling]) -> list[_Running]:
         scene: Any = prompt.scene
         if scene is None:
             scene, tail = await self._on_encoder(partial(encode_prompt, self._model, self._processor, prompt.messages))
         else:
             [tail] = await asyncio.to_thread(continuations, self._model, scene, [prompt.messages])
-        running = await asyncio.to_thread(self._begin, scene, tail, sampling, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        begun = await asyncio.to_thread(lambda: [self._begin(scene, tail, sampling, loop) for sampling in samplings])
         with self._condition:
             self._check_open()
-            self._waiting.append(running)
+            self._waiting += begun
             self._condition.notify()
-        return running
+        return begun
 
     def load(self) -> tuple[int, int]:
         with self._condition:
@@ -100,6 +102,8 @@ class TransformersEngine:
         with self._condition:
             self._is_closed = True
             self._condition.notify()
+        for encoding in list(self._encodings):
+            encoding.cancel()
         self._encoder.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._generator.join)
 
@@ -108,13 +112,18 @@ class TransformersEngine:
             raise EngineClosed(CLOSED)
 
     async def _on_encoder(self, work: Callable[[], Any]) -> Any:
+        """Do work that may take long. After :meth:`close`, nobody waits for its end."""
         self._check_open()
+        encoding = asyncio.get_running_loop().run_in_executor(self._encoder, self._encoding, work)
+        self._encodings.add(encoding)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder, self._encoding, work)
+            return await encoding
         except asyncio.CancelledError:
             if self._is_closed:
                 raise EngineClosed(CLOSED) from None
             raise
+        finally:
+            self._encodings.discard(encoding)
 
     def _encoding(self, work: Callable[[], Any]) -> Any:
         """Do work beside the generating thread: on GPUs in a stream of its own, since work of one stream waits."""
