@@ -23,7 +23,7 @@ from spa3r.models.configuration_backbone import BackboneConfig
 from spa3r.models.cost import FusedAttention, scene_cost
 from spa3r.models.packing import ViewLayout
 
-SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "camera_encoder_num_heads": 6}
+SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 SMALL |= {"dpt_channels": [48, 96, 192, 384], "dpt_features": 64}
 
 
