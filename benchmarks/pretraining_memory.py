@@ -84,7 +84,8 @@ def arithmetic(config: Spa3RConfig, views: int, grid: tuple[int, int], half: boo
     kept, work = {}, 4 * 4 * patches * wide  # the first gradients
     for part, count in layers.items():
         layer = layer_bytes(width, config.num_attention_heads, ratio, part == "decoder", half)
-        kept[part] = tokens[part] * count * (b * width if checkpointing else layer)
+        # With checkpointing: the input of the layer and the result of its attention, with a sum for every query.
+        kept[part] = tokens[part] * count * (2 * b * width + 4 * config.num_attention_heads if checkpointing else layer)
         work = max(work, tokens[part] * layer * checkpointing)  # one layer at a time is recomputed
     kept["encoder"] += context * b * wide  # the input
     kept["decoder"] += patches * 4 * width + tokens["decoder"] * 4 * 4 * (8 + 8)  # last norm's input; cameras, angles
