@@ -16,6 +16,8 @@ HEAVY = (
     "av",
     "huggingface_hub",
     "jinja2",
+    "fastapi",
+    "uvicorn",
 )
 ALL_HELP = """
 import click, sys
