@@ -18,7 +18,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.15
-"""Share by which a ratio may grow: repeated runs on a busy machine differ by less."""
+"""Share by which a ratio may grow. On a busy machine ratios vary by more, so repeat a run before you act on it."""
 
 Tables = dict[str, dict[str, Any]]
 
