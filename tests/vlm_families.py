@@ -1131,12 +1131,13 @@ def build_processor(name: str) -> ProcessorMixin:
     return getattr(transformers, cls)(**parts, **kwargs, chat_template=_chat_template(family))
 
 
-def build_config(name: str, processor: ProcessorMixin) -> transformers.PreTrainedConfig:
+def build_config(name: str, processor: ProcessorMixin, **text_fields: Any) -> transformers.PreTrainedConfig:
     """A family's tiny configuration.
 
     Args:
         name: A key of `FAMILIES` or `MORE_FAMILIES`.
         processor: The processor whose token ids the configuration shall know.
+        **text_fields: Fields of the language model's configuration in place of the family's.
     """
     # Configurations write into the dictionaries that they are given.
     family, tokenizer = deepcopy((FAMILIES | MORE_FAMILIES)[name]), processor.tokenizer
@@ -1147,24 +1148,27 @@ def build_config(name: str, processor: ProcessorMixin) -> transformers.PreTraine
         return [ids(key, item) for item in value] if isinstance(value, tuple) else tokenizer.vocab[value]
 
     special = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    text = TEXT | family.text | special | {"vocab_size": len(tokenizer)}
+    text = TEXT | family.text | special | {"vocab_size": len(tokenizer)} | text_fields
     config = {key: ids(key, value) for key, value in family.config.items()}
     return AutoConfig.for_model(family.model_type or name, text_config=text, vision_config=family.vision, **config)
 
 
-def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ProcessorMixin]:
+def build(
+    name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **text_fields: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A family's tiny model and processor.
 
     Args:
         name: A key of `FAMILIES` or `MORE_FAMILIES`.
         seed: Seed of the weights; equal seeds give equal weights, and the global generator is left alone.
         dtype: Type of the weights.
+        **text_fields: Fields of the language model's configuration in place of the family's.
 
     Returns:
         The model, in evaluation mode, and the processor, which pads on the left.
     """
     processor = build_processor(name)
-    config = build_config(name, processor)
+    config = build_config(name, processor, **text_fields)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)

@@ -17,6 +17,7 @@ from spa3r.cli.convert import convert
 from spa3r.cli.demo import demo
 from spa3r.cli.encode import encode
 from spa3r.cli.eval import eval_app
+from spa3r.cli.export import export
 from spa3r.cli.finetune import finetune
 from spa3r.cli.info import info
 from spa3r.cli.merge import merge
@@ -58,6 +59,7 @@ app.command()(serve)
 app.command(no_args_is_help=True)(encode)
 app.command(no_args_is_help=True)(convert)
 app.command(no_args_is_help=True)(merge)
+app.command(no_args_is_help=True)(export)
 app.command(
     no_args_is_help=True,
     context_settings=ANY_KEY,

@@ -134,7 +134,7 @@ def _encode(
     cache = empty_cache(vlm)
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(vlm.forward).parameters else {}
     with turn(model), in_eval_mode(model):
-        inputs, appended = _with_image_tokens(model, ids, mask, inputs)
+        inputs, appended = with_image_tokens(model, ids, mask, inputs)
         with appended:
             vlm(input_ids=ids, attention_mask=mask, use_cache=True, **{cache_name(vlm): cache}, **last, **inputs)
     delta = position_offsets(vlm, ids, mask, inputs)
@@ -166,7 +166,7 @@ def check_batch_size(batch_size: int | None) -> int:
     return batch_size
 
 
-def _with_image_tokens(
+def with_image_tokens(
     model: PreTrainedModel, ids: Tensor, mask: Tensor | None, inputs: dict[str, Any]
 ) -> tuple[dict[str, Any], AbstractContextManager]:
     """The VLM's arguments with image tokens in place of pixels, and the context in which it has to run."""

@@ -417,6 +417,20 @@ class Spa3VLMProcessor(ProcessorMixin):
         """
         check_conversations(conversation, self.reserved_tokens)
 
+    def with_frames(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """A conversation in which every video is replaced by its frames, and every picture is an item of type "image".
+
+        Args:
+            messages: The conversation. Frames are chosen as by :meth:`apply_chat_template`.
+
+        Raises:
+            ValueError: A message is invalid, or a video can't be read.
+        """
+        self.check_messages(messages)
+        options = call_options({}, self.num_frames, self.frames)
+        pictures, rewritten = self._pictures_of([dict(message) for message in messages], options, placeholders=False)
+        return _with_pictures(rewritten, pictures)
+
     def apply_chat_template(  # ty: ignore[incompatible-method-override]  # with arguments for videos
         self,
         conversation: Conversations,

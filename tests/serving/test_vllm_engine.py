@@ -1,0 +1,151 @@
+"""Engines of vLLM answer as the model does, token by token. They need vLLM, in an environment of its own."""
+
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from media import noise
+from serving.vllm_models import SERVED, compose, pictures
+
+from spa3r.models.spa3_vlm.asking import conversation
+from spa3r.serving import export_vlm, vllm_messages, vllm_prompt
+from spa3r.serving.vllm import GRID_FAMILIES
+
+vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+
+WORDS = 6
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, which saves its start
+    "VLLM_NO_USAGE_STATS": "1",
+}
+QUESTIONS = [
+    "How many chairs are in the room?",
+    "What?",
+    "Which object is closer to the door, the lamp or the sofa?",
+    "How many lamps are in the room?",
+]
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """A function that exports a model and starts an engine on it."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    started = []
+
+    def start(composed):
+        export_vlm(composed.model, composed.processor, tmp_path)
+        options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024}
+        started.append(vllm.LLM(str(tmp_path), enable_mm_embeds=True, limit_mm_per_prompt={"image": 4}, **options))
+        return started[-1]
+
+    yield start
+    started.clear()
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def scenes(family: str) -> list[list]:
+    """Different scenes, of different numbers of pictures where the family's engine allows it."""
+    if family not in GRID_FAMILIES:
+        return [pictures(family), list(reversed(pictures(family)))]
+    sizes = [(60, 40), (33, 90), (28, 28), (120, 50)]
+    return [[noise(*size, 10 * scene + i) for i, size in enumerate(sizes[:count])] for scene, count in enumerate((1, 4, 2, 3))]
+
+
+def wanted(composed, asked) -> tuple[list[int], list[float]]:
+    """Tokens that the model generates, and their log probabilities."""
+    inputs = composed.processor.apply_chat_template([asked], tokenize=True, return_dict=True, add_generation_prompt=True)
+    choice = {"max_new_tokens": WORDS, "min_new_tokens": WORDS, "do_sample": False}
+    output = composed.model.generate(**inputs, **choice, return_dict_in_generate=True, output_logits=True)
+    tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    logits = [step[0].log_softmax(-1) for step in output.logits]
+    return tokens, [step[token].item() for step, token in zip(logits, tokens)]
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_engine_gives_the_tokens_of_generate(family, engine):
+    """1, 4 and 16 requests at once about different scenes; of most families 4."""
+    composed = compose(family)
+    is_main = family in ("qwen2_5_vl", "qwen3_vl")
+    asked = [conversation(scene, question) for question in QUESTIONS[: 4 if is_main else 2] for scene in scenes(family)]
+    want = [wanted(composed, one) for one in asked]
+    prompts = [vllm_prompt(composed.model, composed.processor, one) for one in asked]
+    running = engine(composed)
+    options = {"temperature": 0, "max_tokens": WORDS, "min_tokens": WORDS, "ignore_eos": True, "logprobs": 1}
+    for at_once in (1, 4, 16) if is_main else (4,):
+        some = prompts[-at_once:]  # also those that the engine has in its cache
+        outputs = running.generate(some, vllm.SamplingParams(**options), use_tqdm=False)
+        for output, (tokens, probabilities) in zip(outputs, want[-at_once:], strict=True):
+            chosen = output.outputs[0]
+            assert list(chosen.token_ids) == tokens
+            got = [step[token].logprob for step, token in zip(chosen.logprobs, tokens)]
+            assert got == pytest.approx(probabilities, abs=2e-4)
+
+
+def test_server_reuses_a_scene_by_uuid(tmp_path):
+    """The OpenAI-compatible server, with deepstack features."""
+    composed = compose("qwen3_vl")
+    export_vlm(composed.model, composed.processor, tmp_path)
+    asked = [conversation(pictures("qwen3_vl"), question) for question in QUESTIONS]
+    want = [composed.processor.decode(wanted(composed, one)[0], skip_special_tokens=True) for one in asked]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)]
+    command += ["--served-model-name", "vlm", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--enforce-eager", "--max-model-len", "1024", "--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 4}']
+    command += ["--enable-prompt-tokens-details", "--block-size", "32"]
+    log = (tmp_path / "server.log").open("w")
+    server = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", server)
+        cached = []
+        for one, expected in zip(asked, want):
+            messages = vllm_messages(composed.model, composed.processor, one)
+            body = {"model": "vlm", "messages": messages, "temperature": 0, "max_tokens": WORDS, "min_tokens": WORDS}
+            answer = _post(f"http://127.0.0.1:{port}/v1/chat/completions", body | {"ignore_eos": True})
+            assert answer["choices"][0]["message"]["content"] == expected
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        assert cached[0] == 0
+        assert min(cached[1:]) >= 32  # the scene's keys and values were found again by its digests
+    finally:
+        server.terminate()
+        server.wait(60)
+        log.close()
+
+
+def _wait_for(url: str, server: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert server.poll() is None, "the server stopped"
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"{url} gave no answer")
+
+
+def _post(url: str, body: dict) -> dict:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise AssertionError(error.read().decode()) from error
