@@ -161,7 +161,7 @@ def test_pictures_of_different_sizes_are_refused_where_the_engine_would_stop():
     single = [vllm_prompt(composed.model, composed.processor, user(picture, QUESTION)) for picture in scene]
     assert len({len(prompt["multi_modal_data"]["image"][0]) for prompt in single}) == 2
     composed = compose("internvl")
-    with pytest.raises(ValueError, match=r"different numbers of tokens, \[\d+, \d+\].*'internvl'.*pictures of one size"):
+    with pytest.raises(ValueError, match=r"different numbers of tokens, \[20, 12\].*'internvl'.*of one size"):
         vllm_prompt(composed.model, composed.processor, conversation([noise(98, 98, 0), noise(196, 98, 1)], QUESTION))
 
 

@@ -40,8 +40,8 @@ GRID_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose engines take all image tokens of a prompt in one tensor, with the grid of each picture."""
 
 LIST_FAMILIES = ("internvl", "llava", "llava_onevision")
-"""Families whose engines take a tensor of image tokens for each picture. vLLM 0.32 requires as many tokens of all pictures
-that it processes at once, also those of other requests, and stops otherwise."""
+"""Families whose engines take a tensor of image tokens for each picture. All pictures that vLLM 0.32 processes at once,
+also those of other requests, must have the same number of tokens: it stops otherwise."""
 
 
 TOWER = re.compile(r"\bvision_tower\.(?!vision_model\.)")
