@@ -354,31 +354,40 @@ def load_vlm(
     note: Callable[[str], None] | None = None,
     int8: bool = False,
 ) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
-    from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
-    from spa3r.hub import naming_missing
-
-    arguments, place = loading_arguments(dtype, attention), torch_device(device)
-    if name != EMBEDDED:
-        check_model(name)
-    with naming_missing(name):
-        if is_adapter(name):
-            import torch
-
-            from spa3r.models.precision import cast
-            from spa3r.training.finetuning.run import merge_lora
-
-            model, processor = merge_lora(name)
-            if dtype != Dtype.auto:
-                cast(model, getattr(torch, dtype.value))
-            if attention is not None:
-                model.set_attn_implementation(attention)
-        else:
-            processor = Spa3VLMProcessor.from_pretrained(name)
-            model = Spa3VLMForConditionalGeneration.from_pretrained(name, **arguments)
+    """The Spa3-VLM of the options of a command, on its device and in the dtype to run in."""
+    place = torch_device(device)
+    model, processor = load_saved_vlm(name, dtype, attention)
     model = with_default_dtype(model, dtype, place, note)
     if int8:
         in_int8(model.spa3r)
     return model, processor
+
+
+def load_saved_vlm(
+    name: str, dtype: Dtype = Dtype.auto, attention: str | None = None
+) -> tuple[Spa3VLMForConditionalGeneration, Spa3VLMProcessor]:
+    """A Spa3-VLM as it was saved, or in a given dtype. Low-rank updates are merged."""
+    from spa3r import Spa3VLMForConditionalGeneration, Spa3VLMProcessor
+    from spa3r.hub import naming_missing
+
+    arguments = loading_arguments(dtype, attention)
+    if name != EMBEDDED:
+        check_model(name)
+    with naming_missing(name):
+        if not is_adapter(name):
+            processor = Spa3VLMProcessor.from_pretrained(name)
+            return Spa3VLMForConditionalGeneration.from_pretrained(name, **arguments), processor
+        import torch
+
+        from spa3r.models.precision import cast
+        from spa3r.training.finetuning.run import merge_lora
+
+        model, processor = merge_lora(name)
+        if dtype != Dtype.auto:
+            cast(model, getattr(torch, dtype.value))
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        return model, processor
 
 
 def embedded_note() -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import run, run_json
 from media import noise, user
+from safetensors.torch import load_file
 from serving.vllm_models import SERVED, compose, pictures
 from tiny_spa3_vlm import make
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -166,7 +167,12 @@ def test_pictures_of_different_sizes_are_refused_where_the_engine_would_stop():
 
 
 def test_export_command(tmp_path):
-    result = run_json("export", "embedded", tmp_path / "vlm")
+    """Weights keep their type, whatever this CPU is fast in."""
+    qwen = compose("qwen2_5_vl")
+    qwen.model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    qwen.processor.save_pretrained(tmp_path / "model")
+    result = run_json("export", tmp_path / "model", tmp_path / "vlm")
     assert result["family"] == "qwen2_5_vl"
-    assert (tmp_path / "vlm" / "model.safetensors").is_file()
-    assert "must be a new or an empty folder" in run("export", "embedded", tmp_path / "vlm", code=1).stderr
+    saved = load_file(tmp_path / "vlm" / "model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+    assert "must be a new or an empty folder" in run("export", tmp_path / "model", tmp_path / "vlm", code=1).stderr

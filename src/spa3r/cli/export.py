@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spa3r.console import AsJson, Dtype, Verbose, WeightType, load_vlm, reporting
+from spa3r.console import AsJson, Verbose, load_saved_vlm, reporting
 
 
 def export(
@@ -15,18 +15,17 @@ def export(
         str, typer.Argument(metavar="MODEL", help="Hub id or folder of a Spa3-VLM, or 'embedded', the bundled one.")
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    dtype: WeightType = Dtype.auto,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the VLM of a Spa3-VLM, without Spa3R, to a folder that vLLM serves."""
+    """Write the VLM of a Spa3-VLM, without Spa3R, to a folder that vLLM serves. Low-rank updates are merged."""
     with reporting(as_json, verbose) as report:
         from spa3r.serving.vllm import export_vlm
 
         if output.is_dir() and any(output.iterdir()):
             raise ValueError(f"`OUT` must be a new or an empty folder, and {output} holds files. Give another.")
         with report.status(f"Loading {model}"):
-            spa3_vlm, processor = load_vlm(model, "cpu", dtype, None, report.note)
+            spa3_vlm, processor = load_saved_vlm(model)
         with report.status("Writing the VLM"):
             export_vlm(spa3_vlm, processor, output)
         family = spa3_vlm.vlm.config.model_type
