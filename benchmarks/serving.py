@@ -8,6 +8,13 @@ from that of `model.ask`, or if memory grows by more than 5 % between the first 
 
     python benchmarks/serving.py
     python benchmarks/serving.py --requests 100 --rounds 1   # quick
+
+With several engines, each has a server, and they take turns, too. Ratios are to one client of the first engine, whose
+memory is measured:
+
+    spa3r export embedded vlm
+    vllm serve vlm --enable-mm-embeds --limit-mm-per-prompt '{"image": 8}' --dtype float32 --port 8001
+    python benchmarks/serving.py --engine transformers --engine http://127.0.0.1:8001
 """
 
 import argparse
@@ -101,6 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the table (3)")
     parser.add_argument("--per-round", type=int, default=48, help="requests of each number of clients in a round (48)")
+    parser.add_argument("--engine", action="append", help="`--engine` of spa3r serve; may be repeated (transformers)")
     parser.add_argument("--requests", type=int, default=1000, help="requests whose memory is measured (1000)")
     arguments = parser.parse_args()
 
@@ -108,50 +116,63 @@ def main() -> int:
     rooms = [photos(seed) for seed in range(4)]
     wanted = [model.ask(model.encode_scene(processor, room), list(QUESTIONS)) for room in rooms]
     print(f"{machine()}, fastapi {metadata.version('fastapi')}, uvicorn {metadata.version('uvicorn')}")
-    command = [sys.executable, "-m", "spa3r", "serve", "--json", "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    servers, clients = [], {}
     try:
-        assert server.stdout is not None
-        url = json.loads(server.stdout.readline())["url"]
-        scenes = []
-        for room in rooms:
-            content = [{"type": "image_url", "image_url": {"url": data_url(photo)}} for photo in room]
-            made = httpx.post(f"{url}/scenes", json={"content": content}, timeout=300).raise_for_status().json()
-            scenes.append(made["id"])
-        clients = Clients(url, scenes, wanted)
-        clients.run(max(CLIENTS), 2 * max(CLIENTS))  # warm
+        for engine in arguments.engine or ["transformers"]:
+            command = [sys.executable, "-m", "spa3r", "serve", "--json", "--port", "0", "--engine", engine]
+            server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            servers.append(server)
+            assert server.stdout is not None
+            url = json.loads(server.stdout.readline())["url"]
+            scenes = []
+            for room in rooms:
+                content = [{"type": "image_url", "image_url": {"url": data_url(photo)}} for photo in room]
+                made = httpx.post(f"{url}/scenes", json={"content": content}, timeout=300).raise_for_status().json()
+                scenes.append(made["id"])
+            name = "vllm" if "://" in engine else engine
+            clients[name] = Clients(url, scenes, wanted)
+            clients[name].run(max(CLIENTS), 2 * max(CLIENTS))  # warm
         print(f"4 scenes of {made['views']} views, {made['prompt_tokens']} tokens each\n")
         print(measured(clients, arguments.rounds, arguments.per_round))
-        grown = memory(clients, server.pid, arguments.requests)
-        server.terminate()
-        code = server.wait(60)
+        first = next(iter(clients))
+        print(f"\n{first}: ", end="")
+        grown = memory(clients[first], servers[0].pid, arguments.requests)
+        for server in servers:
+            server.terminate()
+        codes = [server.wait(60) for server in servers]
     finally:
-        server.kill()
-    print(f"\nanswers that differ from model.ask: {clients.wrong}; exit code of the server after SIGTERM: {code}")
-    return int(clients.wrong > 0 or grown > 0.05 or code != 0)
+        for server in servers:
+            server.kill()
+    wrong = sum(each.wrong for each in clients.values())
+    codes_shown = ", ".join(map(str, codes))
+    print(f"\nanswers that differ from model.ask: {wrong}; exit code after SIGTERM: {codes_shown}")
+    return int(wrong > 0 or grown > 0.05 or any(codes))
 
 
-def measured(clients: Clients, rounds: int, requests: int) -> str:
-    """The table of latency and throughput."""
-    runs = {count: [] for count in CLIENTS}
+def measured(clients: dict[str, Clients], rounds: int, requests: int) -> str:
+    """The table of latency and throughput, by engine."""
+    runs: dict[tuple[str, int], list[tuple[float, float, float]]] = {
+        (engine, count): [] for engine in clients for count in CLIENTS
+    }
     for _ in range(rounds):
-        for count in CLIENTS:
-            seconds, total = clients.run(count, requests)
+        for engine, count in runs:
+            seconds, total = clients[engine].run(count, requests)
             firsts, wholes = zip(*seconds)
-            runs[count].append((statistics.median(firsts), statistics.median(wholes), requests / total))
-    rows, base = [], [statistics.median(column) for column in zip(*runs[1])]
-    for count in CLIENTS:
-        first, whole, rate = (statistics.median(column) for column in zip(*runs[count]))
+            runs[engine, count].append((statistics.median(firsts), statistics.median(wholes), requests / total))
+    rows: list[list[str]] = []
+    medians = {key: [statistics.median(column) for column in zip(*found)] for key, found in runs.items()}
+    base = next(iter(medians.values()))
+    for (engine, count), (first, whole, rate) in medians.items():
         cells = [f"{1000 * first:.0f}", f"{1000 * whole:.0f}", f"{whole / base[1]:.2f}", f"{rate:.1f}"]
-        rows.append([str(count), *cells, f"{rate / base[2]:.2f}"])
-    head = ["clients", "first text, ms", "answer, ms", "times one client", "answers per s", "times one client"]
+        rows.append([engine, str(count), *cells, f"{rate / base[2]:.2f}"])
+    head = ["engine", "clients", "first text, ms", "answer, ms", "ratio", "answers per s", "ratio"]
     return str(Table(head, rows))
 
 
 def memory(clients: Clients, server: int, requests: int) -> float:
     """Print the server's memory and threads after each fifth of the requests; returns how much memory grew."""
     process, sizes = psutil.Process(server), []
-    print(f"\n{requests} requests of 16 clients, every tenth left after its first piece")
+    print(f"{requests} requests of 16 clients, every tenth left after its first piece")
     for part in range(1, 6):
         clients.run(16, requests // 5, leave_every=10)
         time.sleep(0.5)

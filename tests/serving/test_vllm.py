@@ -3,11 +3,12 @@
 import base64
 import io
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from command_line import run, run_json
+from command_line import run, run_json, said
 from media import noise, user
 from safetensors.torch import load_file
 from serving.vllm_models import SERVED, compose, pictures
@@ -16,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spa3r.models.spa3_vlm.asking import conversation
 from spa3r.serving import export_vlm, vllm_messages, vllm_prompt
-from spa3r.serving.vllm import GRID_FAMILIES
+from spa3r.serving.vllm import GRID_FAMILIES, fused_prompt, fused_scene, prompt_about
 
 QUESTION = "How many chairs are in the room?"
 
@@ -81,6 +82,23 @@ def test_digests_depend_on_all_pictures_of_a_scene(qwen):
     ]
     assert digests[0] == digests[1]
     assert not set(digests[0]) & set(digests[2])
+
+
+def test_questions_about_a_scene_give_the_prompts_of_whole_conversations(served):
+    family, composed = served
+    scene = fused_scene(composed.model, composed.processor, pictures(family), "Be brief.")
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    turns = [{"role": "assistant", "content": [{"type": "text", "text": "Two."}]}, *user("Where?")]
+    whole = [*conversation(pictures(family), QUESTION, "Be brief."), *turns]
+    prompt = prompt_about(composed.model, composed.processor, scene, [system, *user(QUESTION), *turns])
+    want = fused_prompt(composed.model, composed.processor, whole)
+    assert prompt.token_ids == want.token_ids
+    assert prompt.num_tokens == want.num_tokens
+    assert prompt.for_server() == want.for_server()
+    short = fused_prompt(composed.model, composed.processor, conversation(pictures(family), "?", "Be brief."))
+    tail = short.token_ids[::-1].index(composed.model.vlm.config.image_token_id)
+    assert len(scene) == short.num_tokens - tail
+    assert scene.num_bytes == sum(picture.tokens.numel() * 4 for picture in scene.pictures)
 
 
 def test_a_question_without_pictures(qwen):
@@ -176,3 +194,16 @@ def test_export_command(tmp_path):
     saved = load_file(tmp_path / "vlm" / "model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.bfloat16}
     assert "must be a new or an empty folder" in run("export", tmp_path / "model", tmp_path / "vlm", code=1).stderr
+
+
+def test_what_is_no_engine_is_refused():
+    wrong = run("serve", "--engine", "vlm", "--port", 0, code=1)
+    assert "`--engine` must be 'transformers', 'vllm' or the address of a vLLM server, got 'vlm'" in said(wrong)
+    nothing = run("serve", "--engine", "http://127.0.0.1:9", "--port", 0, code=1)
+    assert "which does not list its models" in said(nothing) and "vllm serve FOLDER --enable-mm-embeds" in said(nothing)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_must_be_installed():
+    missing = run("serve", "--engine", "vllm", "--port", 0, code=1)
+    assert "`--engine vllm` needs vLLM in this environment" in said(missing)

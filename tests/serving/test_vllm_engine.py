@@ -1,6 +1,9 @@
 """Engines of vLLM answer as the model does, token by token. They need vLLM, in an environment of its own."""
 
+import asyncio
+import base64
 import gc
+import io
 import json
 import os
 import socket
@@ -9,14 +12,17 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from media import noise
+from media import noise, user
 from serving.vllm_models import SERVED, compose, pictures
 
 from spa3r.models.spa3_vlm.asking import conversation
 from spa3r.serving import export_vlm, vllm_messages, vllm_prompt
+from spa3r.serving.engine import EngineClosed, Prompt, Sampling
 from spa3r.serving.vllm import GRID_FAMILIES
+from spa3r.serving.vllm_engine import LocalVllm, VllmEngine
 
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -137,10 +143,96 @@ def test_server_reuses_a_scene_by_uuid(tmp_path):
             cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
         assert cached[0] == 0
         assert min(cached[1:]) >= 32  # the scene's keys and values were found again by its digests
+        _ask_through_spa3r_serve(composed, f"http://127.0.0.1:{port}", tmp_path / "model")
     finally:
         server.terminate()
         server.wait(60)
         log.close()
+
+
+def _ask_through_spa3r_serve(composed, engine: str, folder) -> None:
+    """`spa3r serve --engine URL`: 8 questions at once, about an uploaded scene and about pictures in the request."""
+    composed.model.save_pretrained(folder)
+    composed.processor.save_pretrained(folder)
+    command = [sys.executable, "-m", "spa3r", "serve", "--model", str(folder), "--engine", engine, "--port", "0"]
+    command.append("--json")
+    server = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True)
+    try:
+        url = json.loads(server.stdout.readline())["url"]
+        photos = [_data_url(picture) for picture in pictures("qwen3_vl")]
+        images = [{"type": "image_url", "image_url": {"url": photo}} for photo in photos]
+        scene = _post(f"{url}/scenes", {"content": images})
+        starts = [images, [{"type": "scene", "id": scene["id"]}]]
+        asked = [(start, question) for start in starts for question in QUESTIONS]
+
+        def answer(start, question) -> str:
+            content = [*start, {"type": "text", "text": question}]
+            body = {"model": "model", "messages": [{"role": "user", "content": content}], "max_tokens": WORDS}
+            return _post(f"{url}/chat/completions", body)["choices"][0]["message"]["content"]
+
+        with ThreadPoolExecutor(8) as clients:
+            answers = list(clients.map(answer, *zip(*asked)))
+        alone = composed.model.ask(composed.encode(pictures("qwen3_vl")), QUESTIONS, max_new_tokens=WORDS)
+        assert answers == [*alone, *alone]
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _data_url(picture) -> str:
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def test_serve_with_vllm_in_this_process(monkeypatch):
+    """Scenes are encoded once; 12 answers at once, some cancelled; closing ends what runs."""
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+    composed = compose("qwen2_5_vl")
+    some = scenes("qwen2_5_vl")
+    want = {
+        (index, question): wanted(composed, conversation(scene, question))[0]
+        for index, scene in enumerate(some)
+        for question in QUESTIONS[:3]
+    }
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024}
+    local = LocalVllm(composed.model, composed.processor, 4, **options)
+    engine = VllmEngine(composed.model, composed.processor, local)
+
+    async def ask(index: int, question: str, scene, tokens: int = WORDS) -> tuple[str, int, str | None]:
+        [answer] = await engine.generate(Prompt(user(question), scene), [Sampling(tokens)])
+        pieces = [piece async for piece in answer]
+        return "".join(piece.text for piece in pieces), pieces[-1].num_tokens, pieces[-1].finish_reason
+
+    async def leave(scene) -> None:
+        [answer] = await engine.generate(Prompt(user(QUESTIONS[0]), scene), [Sampling(900)])
+        reading = asyncio.ensure_future(anext(aiter(answer)))
+        await asyncio.sleep(0.05)
+        answer.cancel()
+        reading.cancel()
+
+    async def work() -> None:
+        encoded = [await engine.encode(scene, None) for scene in some]
+        leaving = asyncio.gather(*(leave(scene) for scene in encoded))
+        answers = await asyncio.gather(*(ask(*key, encoded[key[0]]) for key in want))
+        await leaving
+        for (text, count, reason), tokens in zip(answers, want.values(), strict=True):
+            ends = composed.model.vlm.generation_config.eos_token_id
+            assert ends not in tokens
+            assert text == composed.processor.decode(tokens, skip_special_tokens=True).strip()
+            assert (count, reason) == (WORDS, "length")
+        assert engine.load() == (0, 0)
+        running = asyncio.ensure_future(ask(0, QUESTIONS[0], encoded[0], 900))
+        while engine.load() == (0, 0):
+            await asyncio.sleep(0.01)
+        await engine.close()
+        with pytest.raises(EngineClosed):
+            await running
+        with pytest.raises(EngineClosed):
+            await engine.encode(some[0], None)
+
+    asyncio.run(work())
+    assert not local._folder.exists()
 
 
 def _wait_for(url: str, server: subprocess.Popen) -> None:

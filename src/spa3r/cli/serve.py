@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spa3r.checkpoints import EMBEDDED, QUESTIONS_NOTE
+from spa3r.checks import shorten
 from spa3r.console import (
     AsJson,
     Attention,
@@ -27,6 +28,25 @@ from spa3r.console import (
     reporting,
 )
 
+if TYPE_CHECKING:
+    from spa3r.serving.engine import Engine
+    from spa3r.serving.metrics import Metrics
+    from spa3r.serving.service import ServerSettings
+
+
+def _engine(
+    name: str, key: str | None, model: Any, processor: Any, settings: ServerSettings, metrics: Metrics
+) -> Engine:
+    if name == "transformers":
+        from spa3r.serving.transformers_engine import TransformersEngine
+
+        return TransformersEngine(model, processor, settings.max_running, metrics.step.observe)
+    from spa3r.serving.vllm_engine import LocalVllm, RemoteVllm, VllmEngine
+
+    if name == "vllm":
+        return VllmEngine(model, processor, LocalVllm(model, processor, settings.limits.views))
+    return VllmEngine(model, processor, RemoteVllm(name, key, settings.timeout))
+
 
 def serve(
     model: Model = EMBEDDED,
@@ -43,6 +63,18 @@ def serve(
     images: Annotated[
         Images, typer.Option(help="What the VLM sees: the views as Spa3R sees them, or the pictures as they are.")
     ] = Images.aligned,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|URL",
+            help="What generates: 'transformers'; 'vllm', in this process; or the address of a vLLM server with the "
+            "VLM that `spa3r export` writes.",
+        ),
+    ] = "transformers",
+    engine_key: Annotated[
+        str | None,
+        typer.Option(envvar="SPA3R_ENGINE_KEY", show_envvar=True, help="Key of the vLLM server, with `--engine URL`."),
+    ] = None,
     allow_remote: Annotated[
         bool, typer.Option("--allow-remote", help="Download pictures and videos at public http(s) addresses.")
     ] = False,
@@ -76,8 +108,11 @@ def serve(
         from spa3r.serving import server
         from spa3r.serving.metrics import Metrics
         from spa3r.serving.service import ServerSettings
-        from spa3r.serving.transformers_engine import TransformersEngine
 
+        if engine not in ("transformers", "vllm") and not engine.startswith(("http://", "https://")):
+            raise ValueError(
+                f"`--engine` must be 'transformers', 'vllm' or the address of a vLLM server, got {shorten(engine)}."
+            )
         settings = ServerSettings(
             limits=Limits(max_text, max_views, max_mib * 2**20, max_pixels),
             max_tokens=max_tokens,
@@ -98,10 +133,10 @@ def serve(
             report.note(f"{embedded_note()}. {QUESTIONS_NOTE}")
         processor.image_mode = images.value
         metrics = Metrics()
-        engine = TransformersEngine(vlm, processor, max_running, metrics.step.observe)
+        running = _engine(engine, engine_key, vlm, processor, settings, metrics)
         keep = processor.view_image_processor.process_view if images == Images.aligned else None
         name = Path(model).resolve().name if Path(model).exists() else model
-        app = server.build_server(engine, name, settings, keep, metrics)
+        app = server.build_server(running, name, settings, keep, metrics)
         found = listening.getsockname()
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{found[1]}/v1"

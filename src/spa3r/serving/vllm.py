@@ -29,8 +29,9 @@ from transformers import PreTrainedModel
 
 from spa3r.checks import shorten
 from spa3r.conversion import save_together
+from spa3r.media.images import Image
 from spa3r.models.placement import execution_device
-from spa3r.models.spa3_vlm.asking import with_image_tokens
+from spa3r.models.spa3_vlm.asking import PROBE, conversation, with_image_tokens
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor, prompt_inputs
 from spa3r.models.spa3_vlm.state import in_eval_mode, turn
@@ -59,7 +60,7 @@ def export_vlm(model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcess
         ValueError: vLLM takes no fused image tokens of this model, or the model has adapters of PEFT.
         WriteError: The folder can't be written.
     """
-    _check(model)
+    check_served(model)
     save_together(folder, _Exported(model.vlm), processor.vlm_processor)
 
 
@@ -103,17 +104,7 @@ def vllm_prompt(
     Raises:
         ValueError: vLLM takes no fused image tokens of this model, a message is invalid, or a picture can't be read.
     """
-    prompt = _fused(model, processor, messages)
-    if not prompt.pictures:
-        return {"prompt_token_ids": prompt.token_ids}
-    data: Any = [picture.tokens for picture in prompt.pictures]
-    if prompt.grids is not None:
-        data = {"image_embeds": torch.cat(data), "image_grid_thw": prompt.grids}
-    return {
-        "prompt_token_ids": prompt.token_ids,
-        "multi_modal_data": {"image": data},
-        "multi_modal_uuids": {"image": [picture.uuid for picture in prompt.pictures]},
-    }
+    return fused_prompt(model, processor, messages).for_engine()
 
 
 def vllm_messages(
@@ -135,43 +126,197 @@ def vllm_messages(
     Raises:
         ValueError: As :func:`vllm_prompt`.
     """
-    prompt = _fused(model, processor, messages)
-    parts: list[dict[str, Any]] = []
-    for index, picture in enumerate(prompt.pictures):
-        embeds: Any = _base64(picture.tokens)
-        if prompt.grids is not None:
-            embeds = {"image_embeds": embeds, "image_grid_thw": _base64(prompt.grids[index])}
-        parts.append({"type": "image_embeds", "image_embeds": embeds, "uuid": picture.uuid})
-    remaining = iter(parts)
-    return [
-        {
-            **message,
-            "content": [dict(item) if item["type"] == "text" else next(remaining) for item in message["content"]],
-        }
-        if isinstance(message["content"], list)
-        else dict(message)
-        for message in prompt.messages
-    ]
+    return fused_prompt(model, processor, messages).for_server()
 
 
 @dataclass
-class _Picture:
+class FusedPicture:
+    """The image tokens of a picture.
+
+    Attributes:
+        tokens: (tokens, width) on the CPU; for Qwen3-VL, the features of its deepstack layers follow in each row.
+        uuid: A digest of the tokens.
+    """
+
     tokens: Tensor
-    """(tokens, width): fused image tokens; for Qwen3-VL followed by the features of its deepstack layers."""
     uuid: str
 
 
 @dataclass
-class _Prompt:
-    token_ids: list[int]
-    messages: list[dict[str, Any]]
-    """With an item of type "image" for every picture."""
-    pictures: list[_Picture]
+class FusedScene:
+    """The image tokens of the pictures of a scene; see :func:`fused_scene`.
+
+    Attributes:
+        pictures: The pictures, in order.
+        grids: (pictures, 3): time, height and width in patches, for families whose engines ask for it; or None.
+        num_tokens: Number of tokens of a prompt up to the last picture.
+        first_token: First token of a prompt.
+    """
+
+    pictures: list[FusedPicture]
     grids: Tensor | None
-    """(pictures, 3): time, height and width in patches, for families whose engines ask for it."""
+    num_tokens: int
+    first_token: int
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory in bytes."""
+        return sum(picture.tokens.nbytes for picture in self.pictures)
 
 
-def _check(model: Any) -> None:
+@dataclass
+class FusedPrompt:
+    """A conversation whose pictures are image tokens.
+
+    Attributes:
+        messages: The conversation, with an item of type "image" for each picture.
+        token_ids: Its tokens, with one placeholder for each picture.
+        pictures: The pictures, in order.
+        grids: As in :class:`FusedScene`.
+        num_tokens: Number of tokens of the whole prompt.
+    """
+
+    messages: list[dict[str, Any]]
+    token_ids: list[int]
+    pictures: list[FusedPicture]
+    grids: Tensor | None
+    num_tokens: int
+
+    def for_engine(self) -> dict[str, Any]:
+        """The argument of ``generate`` of an engine; see :func:`vllm_prompt`."""
+        if not self.pictures:
+            return {"prompt_token_ids": self.token_ids}
+        data: Any = [picture.tokens for picture in self.pictures]
+        if self.grids is not None:
+            data = {"image_embeds": torch.cat(data), "image_grid_thw": self.grids}
+        return {
+            "prompt_token_ids": self.token_ids,
+            "multi_modal_data": {"image": data},
+            "multi_modal_uuids": {"image": [picture.uuid for picture in self.pictures]},
+        }
+
+    def for_server(self) -> list[dict[str, Any]]:
+        """Messages for the server; see :func:`vllm_messages`."""
+        parts: list[dict[str, Any]] = []
+        for index, picture in enumerate(self.pictures):
+            embeds: Any = _base64(picture.tokens)
+            if self.grids is not None:
+                embeds = {"image_embeds": embeds, "image_grid_thw": _base64(self.grids[index])}
+            parts.append({"type": "image_embeds", "image_embeds": embeds, "uuid": picture.uuid})
+        remaining = iter(parts)
+        return [
+            {**message, "content": [dict(i) if i["type"] == "text" else next(remaining) for i in message["content"]]}
+            if isinstance(message["content"], list)
+            else dict(message)
+            for message in self.messages
+        ]
+
+
+@torch.no_grad()
+def fused_prompt(
+    model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor, messages: Sequence[Mapping[str, Any]]
+) -> FusedPrompt:
+    """The prompt of a conversation, in the form for engines and for servers.
+
+    Args:
+        model: A Spa3-VLM.
+        processor: Its processor.
+        messages: See :func:`vllm_prompt`.
+
+    Raises:
+        ValueError: As :func:`vllm_prompt`.
+    """
+    check_served(model)
+    messages = processor.with_frames(messages)
+    inputs = dict(prompt_inputs(processor, [messages]).to(execution_device(model)))
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
+    placeholder, whole = model.vlm.config.image_token_id, ids[0].tolist()
+    short = _short_ids(processor, messages, whole[0])
+    num_pictures, grids = short.count(placeholder), None
+    if not num_pictures:
+        return FusedPrompt(messages, short, [], None, len(short))
+    with turn(model), in_eval_mode(model):
+        inputs, _ = with_image_tokens(model, ids, mask, inputs)
+    features = inputs["mm_encoder_outputs"]["image"]
+    tokens = torch.cat([part.flatten(0, -2) for part in image_tokens(features)])
+    for layer in getattr(features, "deepstack_features", None) or ():
+        tokens = torch.cat([tokens, torch.cat(list(layer))], dim=-1)
+    if model.vlm.config.model_type in GRID_FAMILIES:
+        grids = inputs["image_grid_thw"].cpu()
+        counts = (grids.prod(-1) // model.vlm.config.vision_config.spatial_merge_size**2).tolist()
+    else:
+        counts = _runs(whole, placeholder)
+    if len(counts) != num_pictures or _expanded(short, placeholder, counts, processor) != whole:
+        raise ValueError(
+            f"The tokens of this conversation, {shorten(messages)}, differ from those of its text with its pictures, "
+            "so vLLM would see another prompt. Ask with `model.generate`."
+        )
+    if grids is None and len(set(counts)) > 1:
+        raise ValueError(
+            f"The pictures have different numbers of tokens, {counts}, and vLLM needs equal ones for the VLM family "
+            f"{model.vlm.config.model_type!r}. Give pictures of one size, or crop them to one."
+        )
+    pictures = [FusedPicture(part, _digest(part)) for part in tokens.detach().cpu().split(counts)]
+    return FusedPrompt(messages, short, pictures, grids, len(whole))
+
+
+def fused_scene(
+    model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor, images: Sequence[Image], system: str | None
+) -> FusedScene:
+    """The image tokens of pictures, for any number of questions: see :func:`prompt_about`.
+
+    Args:
+        model: A Spa3-VLM.
+        processor: Its processor.
+        images: Pictures of the scene, at least one.
+        system: The system prompt.
+
+    Raises:
+        ValueError: As :func:`vllm_prompt`.
+    """
+    prompt = fused_prompt(model, processor, conversation(images, PROBE, system))
+    ids, placeholder = prompt.token_ids, model.vlm.config.image_token_id
+    behind = ids[::-1].index(placeholder)  # number of tokens after the last picture
+    return FusedScene(prompt.pictures, prompt.grids, prompt.num_tokens - behind, ids[0])
+
+
+def prompt_about(
+    model: Spa3VLMForConditionalGeneration,
+    processor: Spa3VLMProcessor,
+    scene: FusedScene,
+    messages: Sequence[Mapping[str, Any]],
+) -> FusedPrompt:
+    """The prompt of a conversation about a scene.
+
+    Args:
+        model: The model that made the scene.
+        processor: Its processor.
+        scene: The result of :func:`fused_scene`.
+        messages: The conversation without pictures: they belong before the content of the first user message.
+
+    Raises:
+        ValueError: A message is invalid.
+    """
+    processor.check_messages(messages)
+    with_pictures, images = [dict(message) for message in messages], [{"type": "image"} for _ in scene.pictures]
+    first = next(message for message in with_pictures if message["role"] == "user")
+    content = first["content"]
+    first["content"] = [*images, *([{"type": "text", "text": content}] if isinstance(content, str) else content)]
+    short = _short_ids(processor, with_pictures, scene.first_token)
+    counts = [len(picture.tokens) for picture in scene.pictures]
+    num_tokens = len(_expanded(short, model.vlm.config.image_token_id, counts, processor))
+    return FusedPrompt(with_pictures, short, scene.pictures, scene.grids, num_tokens)
+
+
+def check_served(model: Any) -> None:
+    """Raise for a model whose fused image tokens vLLM does not take.
+
+    Raises:
+        ValueError: The reason.
+    """
     if hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "The model has adapters of PEFT, which the exported VLM would not have. Merge them before: "
@@ -192,49 +337,15 @@ def _check(model: Any) -> None:
         )
 
 
-@torch.no_grad()
-def _fused(
-    model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor, messages: Sequence[Mapping[str, Any]]
-) -> _Prompt:
-    _check(model)
-    messages = processor.with_frames(messages)
+def _short_ids(processor: Spa3VLMProcessor, messages: Sequence[Mapping[str, Any]], first: int) -> list[int]:
+    """The tokens of a conversation's text, with one placeholder for each picture.
+
+    `first` is the first token of whole prompts: the tokenizer may put it before a text.
+    """
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = dict(prompt_inputs(processor, [messages]).to(execution_device(model)))
-    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
-    placeholder = model.vlm.config.image_token_id
-    short = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    whole = ids[0].tolist()
-    if whole and whole[0] == processor.tokenizer.bos_token_id != (short or [None])[0]:
-        short = [whole[0], *short]
-    wrapping = _wrapping(processor)
-    num_pictures = short.count(placeholder)
-    if not num_pictures:
-        return _Prompt(short, messages, [], None)
-    grids = None
-    with turn(model), in_eval_mode(model):
-        inputs, _ = with_image_tokens(model, ids, mask, inputs)
-    features = inputs["mm_encoder_outputs"]["image"]
-    tokens = torch.cat([part.flatten(0, -2) for part in image_tokens(features)])
-    for layer in getattr(features, "deepstack_features", None) or ():
-        tokens = torch.cat([tokens, torch.cat(list(layer))], dim=-1)
-    if model.vlm.config.model_type in GRID_FAMILIES:
-        grids = inputs["image_grid_thw"].cpu()
-        merged = model.vlm.config.vision_config.spatial_merge_size**2
-        counts = (grids.prod(-1) // merged).tolist()
-    else:
-        counts = _runs(whole, placeholder)
-    if len(counts) != num_pictures or _expanded(short, placeholder, counts, wrapping) != whole:
-        raise ValueError(
-            f"The tokens of the prompt differ from those of the text {shorten(text)} with its pictures, so vLLM would "
-            "see another prompt. Ask with `model.generate`."
-        )
-    if grids is None and len(set(counts)) > 1:
-        raise ValueError(
-            f"The pictures have different numbers of tokens, {counts}, and vLLM needs equal ones for the VLM family "
-            f"{model.vlm.config.model_type!r}. Give pictures of one size, or crop them to one."
-        )
-    pictures = [_Picture(part, _digest(part)) for part in tokens.detach().cpu().split(counts)]
-    return _Prompt(short, messages, pictures, grids)
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    begins = first == processor.tokenizer.bos_token_id != (ids or [None])[0]
+    return [first, *ids] if begins else ids
 
 
 def _wrapping(processor: Spa3VLMProcessor) -> tuple[list[int], list[int]]:
@@ -258,11 +369,9 @@ def _runs(ids: Sequence[int], token: int) -> list[int]:
     return runs
 
 
-def _expanded(
-    ids: Sequence[int], placeholder: int, counts: Sequence[int], wrapping: tuple[list[int], list[int]]
-) -> list[int]:
+def _expanded(ids: Sequence[int], placeholder: int, counts: Sequence[int], processor: Spa3VLMProcessor) -> list[int]:
     """A prompt's tokens with as many placeholders for each picture as it has image tokens."""
-    before, after = wrapping
+    before, after = _wrapping(processor)
     remaining, expanded = iter(counts), []
     for token in ids:
         expanded += [*before, *[token] * next(remaining), *after] if token == placeholder else [token]
