@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import logging
@@ -527,12 +526,3 @@ def read_views(
         if limits is not None:
             limits.check_views(len(views))  # a video's length may have decided the number
     return names, views
-
-
-def end_processes() -> None:
-    """Destroy the process group of a distributed run, if there is one."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        gc.collect()  # a referenced group keeps its threads alive after the interpreter's end, which may abort
-        torch.distributed.destroy_process_group()

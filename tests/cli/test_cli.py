@@ -259,6 +259,38 @@ def test_encode_many_scenes_and_again_after_an_interruption(scenes, tmp_path, mo
     torch.testing.assert_close(packed["latents"], alone["latents"], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_scenes_are_dealt_to_processes(scenes, tmp_path):
+    """Two processes encode the folders in a folder, each its own; then one more scene, and a broken one is named."""
+    folder, out = scenes[0].parent, tmp_path / "latents"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spa3r"]
+    command = [sys.executable, *launcher, "encode", "--scenes", folder, "--output", out, "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def launched(code: int = 0) -> dict:
+        result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+        assert (result.returncode != 0) == bool(code), result.stderr
+        return json.loads(result.stdout)
+
+    report = launched()
+    assert (report["num_scenes"], report["encoded"], report["skipped"]) == (5, 5, 0)
+    run("encode", *scenes, "--scene-per-folder", "--output", out / "alone", "--batch-size", 1)
+    for file in (out / "alone").iterdir():
+        alone, dealt = load_file(file)["latents"], load_file(out / file.name)["latents"]
+        torch.testing.assert_close(dealt, alone, atol=1e-4, rtol=1e-4)
+    (scenes[1] / "0.png").write_bytes(b"no picture")
+    report = launched(code=1)
+    assert (report["encoded"], report["skipped"], list(report["failed"])) == (0, 4, [str(scenes[1])])
+
+
+def test_scenes_in_a_folder(tmp_path):
+    assert "must be a folder, and" in said(run("encode", "--scenes", tmp_path / "none", code=1))
+    (tmp_path / "a.txt").write_text("no scene")
+    assert "has neither" in said(run("encode", "--scenes", tmp_path, code=1))
+    both = run("encode", "photo.png", "--scenes", tmp_path, code=2)
+    assert "Give either photos or a folder of scenes" in said(both)
+
+
 def test_a_scene_of_another_model_or_a_damaged_file_is_encoded_again(scenes, checkpoint, tmp_path):
     out = tmp_path / "latents"
     arguments = ("encode", *scenes[:2], "--scene-per-folder", "--output", out)

@@ -40,7 +40,8 @@ from spa3r.console import (
     with_default_dtype,
 )
 from spa3r.disk import write_whole
-from spa3r.media.files import is_url
+from spa3r.media.files import VIDEOS, is_url
+from spa3r.processes import end_processes, is_alone, processes
 from spa3r.secret import hidden, hide
 
 if TYPE_CHECKING:
@@ -87,9 +88,9 @@ def _load_spa3r(
 
 def encode(
     photos: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="PHOTOS...", help="Pictures, videos, folders of them, or URLs.", show_default=False),
-    ],
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -104,6 +105,13 @@ def encode(
             "made from the same photos by the same model and options.",
         ),
     ] = False,
+    scenes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="As --scene-per-folder, with every folder and video in this folder; without PHOTOS.",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Scenes encoded at once.")] = 8,
     model: Model = EMBEDDED,
     num_frames: NumFrames = None,
@@ -117,13 +125,22 @@ def encode(
     verbose: Verbose = False,
 ) -> None:
     """Encode photos of a scene, or of many, into latents: a safetensors file of (1, L, D) for each scene."""
+    photos = photos or []
+    if bool(photos) == (scenes is not None):
+        raise typer.BadParameter(
+            "Give either photos or a folder of scenes, --scenes DIR.", param_hint="PHOTOS... or --scenes"
+        )
+    scene_per_folder = scene_per_folder or scenes is not None
     with reporting(as_json, verbose, resumable=scene_per_folder) as report:
+        if scenes is not None:
+            photos = _scenes_in(scenes, output or Path("latents"))
         if model == EMBEDDED:
             report.note(embedded_note())
 
         def load() -> tuple[Spa3RModel, Spa3RImageProcessor]:
+            place = str(processes().device) if device == "auto" and not is_alone() else device
             with report.status(f"Loading {model}"):
-                spa3r, processor = _load_spa3r(model, device, dtype, attention, report.note, int8)
+                spa3r, processor = _load_spa3r(model, place, dtype, attention, report.note, int8)
                 if compiled:
                     compile_spa3r(spa3r)
                 return spa3r, processor
@@ -155,6 +172,18 @@ def encode(
         )
 
 
+def _scenes_in(folder: Path, output: Path) -> list[str]:
+    """The folders and videos in a folder, by name, without the folder of the output."""
+    if not folder.is_dir():
+        raise ValueError(f"`--scenes` must be a folder, and {folder} is {'a file' if folder.exists() else 'missing'}.")
+    found = [path for path in folder.iterdir() if path.is_dir() or path.suffix.lower() in VIDEOS]
+    found = [path for path in found if not path.name.startswith(".") and path.resolve() != output.resolve()]
+    found = sorted(map(str, found))
+    if not found:
+        raise ValueError(f"`--scenes` must hold folders of photos, or videos, and {folder} has neither.")
+    return found
+
+
 def _dtype_here(dtype: Dtype, device: str) -> str:
     """The option, and whether ``auto`` may mean another dtype on this machine."""
     from spa3r.models.precision import cpu_has_bfloat16
@@ -177,12 +206,16 @@ def _encode_many(
     """Encode every source as a scene. Scenes that can't be read are named and counted, and the others are encoded."""
     scenes = _scene_files(sources, folder)
     made_from = {file: options + _fingerprint(source) + _fingerprint(model) for file, source in scenes.items()}
-    waiting = [(file, source) for file, source in scenes.items() if not _is_encoded(file, model, made_from[file])]
+    rank, others = (0, 1) if is_alone() else (processes().process_index, processes().num_processes)
+    mine = list(scenes.items())[rank::others]  # before the first file is written, so that all have the same list
+    waiting = [(file, source) for file, source in mine if not _is_encoded(file, model, made_from[file])]
     failed: dict[str, str] = {}
     if waiting:
         spa3r, processor = load()
     with report.progress() as progress:
-        task = progress.add_task("Encoding scenes", total=len(waiting))
+        task = progress.add_task(
+            "Encoding scenes" if others == 1 else "Encoding scenes (the first process's share)", total=len(waiting)
+        )
         for start in range(0, len(waiting), batch_size):
             batch = []
             for file, source in waiting[start : start + batch_size]:
@@ -196,7 +229,17 @@ def _encode_many(
             if batch:
                 _encode_and_save(spa3r, processor, model, batch)
             progress.advance(task, min(batch_size, len(waiting) - start))
-    encoded, skipped = len(waiting) - len(failed), len(scenes) - len(waiting)
+    skipped = len(mine) - len(waiting)
+    if others > 1:
+        from accelerate.utils import gather_object
+
+        shares = gather_object([(failed, skipped)])
+        failed = {source: reason for share, _ in shares for source, reason in share.items()}
+        skipped = sum(number for _, number in shares)
+        end_processes()
+        if rank:
+            raise typer.Exit(int(bool(failed)))
+    encoded = len(scenes) - skipped - len(failed)
     report.finish(
         f"{folder}: {plural(encoded, 'scene')} encoded, {skipped} already done, {len(failed)} failed",
         exit_code=int(bool(failed)),

@@ -30,7 +30,6 @@ from spa3r.console import (
     check_model,
     compile_spa3r,
     embedded_note,
-    end_processes,
     in_int8,
     is_adapter,
     load_vlm,
@@ -43,6 +42,7 @@ from spa3r.console import (
     with_default_dtype,
 )
 from spa3r.disk import write_whole
+from spa3r.processes import end_processes, is_alone, processes
 from spa3r.vsi_bench.format import task_title
 
 if TYPE_CHECKING:
@@ -195,12 +195,11 @@ def _evaluate(
     loading: tuple[str, Dtype, str | None, bool, bool],
 ) -> None:
     """Run the benchmark; only the first process reports the result."""
-    from spa3r.evaluation.runner import check_missing, own_folder, processes, run_benchmark
+    from spa3r.evaluation.runner import check_missing, own_folder, run_benchmark
 
     check_missing(benchmark, settings)  # before gigabytes are loaded
     device, dtype, attention, int8, compiled = loading
-    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if device == "auto" and not is_alone:
+    if device == "auto" and not is_alone():
         device = str(processes().device)
     about = benchmark.about
     if output is None:
@@ -216,7 +215,7 @@ def _evaluate(
         if model == EMBEDDED:
             report.note(embedded_note())
         with report.progress() as progress:
-            task = progress.add_task("Answering" if is_alone else "Answering (the first process's share)", total=None)
+            task = progress.add_task("Answering" if is_alone() else "Answering (the first process's share)", total=None)
 
             def update(done: int, total: int) -> None:
                 progress.update(task, completed=done, total=total)

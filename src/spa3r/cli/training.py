@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from spa3r.console import Report, end_processes, plural, resuming_command
+from spa3r.console import Report, plural, resuming_command
+from spa3r.processes import end_processes
 from spa3r.vsi_bench.format import task_title
 
 PARTS = ("vlm", "spa3r", "backbone", "semantic_teacher", "init_from")

@@ -13,13 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import PIL.Image
-import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.utils import logging
 
@@ -31,6 +28,7 @@ from spa3r.evaluation.run_folder import EvaluationRun, LineWriter, RunFolder, ab
 from spa3r.media.videos import MAX_FRAMES
 from spa3r.models.spa3_vlm.asking import conversation
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor, check_messages
+from spa3r.processes import processes
 from spa3r.secret import hide
 from spa3r.vsi_bench.format import make_prompt
 from spa3r.vsi_bench.scoring import parse_prediction, score_prediction
@@ -205,11 +203,6 @@ def own_folder(output: str | Path) -> AbstractContextManager[None]:
     if not processes().is_main_process:
         return nullcontext()
     return alone_in(output, "Wait for its end, or name another folder with `--output` (`output`).")
-
-
-def processes() -> PartialState:
-    """The state of all processes. Each waits for the others until their last scene is done, for days if necessary."""
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 def check_missing(benchmark: Benchmark, settings: EvaluationSettings) -> None:
