@@ -16,7 +16,7 @@ from tiny_spa3_vlm import make
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spa3r.models.spa3_vlm.asking import conversation
-from spa3r.serving import export_vlm, vllm_messages, vllm_prompt
+from spa3r.serving import export_vlm, sglang_arguments, vllm_messages, vllm_prompt
 from spa3r.serving.vllm import GRID_FAMILIES, fused_prompt, fused_scene, prompt_about
 
 QUESTION = "How many chairs are in the room?"
@@ -99,6 +99,23 @@ def test_questions_about_a_scene_give_the_prompts_of_whole_conversations(served)
     tail = short.token_ids[::-1].index(composed.model.vlm.config.image_token_id)
     assert len(scene) == short.num_tokens - tail
     assert scene.num_bytes == sum(picture.tokens.numel() * 4 for picture in scene.pictures)
+
+
+def test_arguments_for_sglang(qwen):
+    """By its documentation: tokens of the whole prompt, and one item with the image tokens of all pictures."""
+    asked = conversation(pictures("qwen2_5_vl"), QUESTION)
+    arguments = sglang_arguments(qwen.model, qwen.processor, asked)
+    data = vllm_prompt(qwen.model, qwen.processor, asked)["multi_modal_data"]["image"]
+    inputs = qwen.processor.apply_chat_template([asked], tokenize=True, return_dict=True, add_generation_prompt=True)
+    assert arguments["input_ids"] == inputs["input_ids"][0].tolist()
+    [item] = arguments["image_data"]
+    assert item["format"] == "precomputed_embedding"
+    assert torch.equal(item["feature"], data["image_embeds"])
+    assert torch.equal(item["image_grid_thw"], inputs["image_grid_thw"])
+    assert sglang_arguments(qwen.model, qwen.processor, user("Hello")).keys() == {"input_ids"}
+    other = compose("qwen3_vl")
+    with pytest.raises(ValueError, match=r"for qwen2_vl and qwen2_5_vl only, got .* 'qwen3_vl'.*vllm_prompt"):
+        sglang_arguments(other.model, other.processor, user("Hello"))
 
 
 def test_a_question_without_pictures(qwen):

@@ -176,14 +176,19 @@ class FusedPrompt:
         token_ids: Its tokens, with one placeholder for each picture.
         pictures: The pictures, in order.
         grids: As in :class:`FusedScene`.
-        num_tokens: Number of tokens of the whole prompt.
+        whole_ids: Its tokens, with a placeholder for each image token.
     """
 
     messages: list[dict[str, Any]]
     token_ids: list[int]
     pictures: list[FusedPicture]
     grids: Tensor | None
-    num_tokens: int
+    whole_ids: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the whole prompt."""
+        return len(self.whole_ids)
 
     def for_engine(self) -> dict[str, Any]:
         """The argument of ``generate`` of an engine; see :func:`vllm_prompt`."""
@@ -237,7 +242,7 @@ def fused_prompt(
     short = _short_ids(processor, messages, whole[0])
     num_pictures, grids = short.count(placeholder), None
     if not num_pictures:
-        return FusedPrompt(messages, short, [], None, len(short))
+        return FusedPrompt(messages, short, [], None, short)
     with turn(model), in_eval_mode(model):
         inputs, _ = with_image_tokens(model, ids, mask, inputs)
     features = inputs["mm_encoder_outputs"]["image"]
@@ -260,7 +265,7 @@ def fused_prompt(
             f"{model.vlm.config.model_type!r}. Give pictures of one size, or crop them to one."
         )
     pictures = [FusedPicture(part, _digest(part)) for part in tokens.detach().cpu().split(counts)]
-    return FusedPrompt(messages, short, pictures, grids, len(whole))
+    return FusedPrompt(messages, short, pictures, grids, whole)
 
 
 def fused_scene(
@@ -307,8 +312,8 @@ def prompt_about(
     first["content"] = [*images, *([{"type": "text", "text": content}] if isinstance(content, str) else content)]
     short = _short_ids(processor, with_pictures, scene.first_token)
     counts = [len(picture.tokens) for picture in scene.pictures]
-    num_tokens = len(_expanded(short, model.vlm.config.image_token_id, counts, processor))
-    return FusedPrompt(with_pictures, short, scene.pictures, scene.grids, num_tokens)
+    whole = _expanded(short, model.vlm.config.image_token_id, counts, processor)
+    return FusedPrompt(with_pictures, short, scene.pictures, scene.grids, whole)
 
 
 def check_served(model: Any) -> None:
