@@ -142,7 +142,6 @@ class TestSpa3RModel(ModelTests):
         ("compiler", "back_end"),
         (
             ("aot_eager", "sdpa"),
-            *(pytest.param("aot_eager", name, marks=pytest.mark.slow) for name in BACK_ENDS if name != "sdpa"),
             *(pytest.param("inductor", name, marks=pytest.mark.slow) for name in BACK_ENDS),
         ),
     )
