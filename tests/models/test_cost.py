@@ -33,6 +33,7 @@ def test_a_scene_costs_what_is_counted_in_a_real_run(views, model):
     assert said.activations == pytest.approx(peak, rel=0.01)
 
 
+@pytest.mark.slow
 def test_memory_grows_evenly_where_the_chunks_of_all_layers_are_full(model):
     """Those of the encoder are full last, since its MLPs are the narrowest."""
     config = spa3r_config(backbone_config=model.config.backbone_config, mlp_ratio=0.5)

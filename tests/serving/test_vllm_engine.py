@@ -20,9 +20,10 @@ from serving.vllm_models import SERVED, compose, pictures
 
 from spa3r.models.spa3_vlm.asking import conversation
 from spa3r.serving import export_vlm, vllm_messages, vllm_prompt
+from spa3r.serving.answers import merged
 from spa3r.serving.engine import EngineClosed, Prompt, Sampling
 from spa3r.serving.vllm import GRID_FAMILIES
-from spa3r.serving.vllm_engine import LocalVllm, VllmEngine
+from spa3r.serving.vllm_engine import LocalVllm, RemoteVllm, VllmEngine
 
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -143,6 +144,7 @@ def test_server_reuses_a_scene_by_uuid(tmp_path):
             cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
         assert cached[0] == 0
         assert min(cached[1:]) >= 32  # the scene's keys and values were found again by its digests
+        _connections_are_kept(composed, f"http://127.0.0.1:{port}")
         _ask_through_spa3r_serve(composed, f"http://127.0.0.1:{port}", tmp_path / "model")
     finally:
         server.terminate()
@@ -177,6 +179,27 @@ def _ask_through_spa3r_serve(composed, engine: str, folder) -> None:
     finally:
         server.terminate()
         server.wait(60)
+
+
+def _connections_are_kept(composed, url: str) -> None:
+    """Answers read as the server reads them leave no connection in use."""
+
+    async def work() -> list:
+        remote = RemoteVllm(url)
+        engine = VllmEngine(composed.model, composed.processor, remote)
+        scene = await engine.encode(pictures("qwen3_vl"), None)
+        for _ in range(5):
+            answers = await engine.generate(Prompt(user(QUESTIONS[0]), scene), [Sampling(WORDS)] * 4)
+            reasons = [piece.finish_reason async for _, piece in merged(answers)]
+            assert len(reasons) - reasons.count(None) == 4
+        await asyncio.sleep(0.1)
+        connections = remote._client._transport._pool.connections
+        states = [connection.is_idle() for connection in connections]
+        await engine.close()
+        return states
+
+    states = asyncio.run(work())
+    assert all(states) and len(states) <= 4
 
 
 def _data_url(picture) -> str:

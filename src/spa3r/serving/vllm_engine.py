@@ -125,7 +125,7 @@ class _Answer:
         self._is_cancelled = False
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        engine, tokens = self._engine, []
+        engine, tokens, last = self._engine, [], None
         engine._check_open()
         if self._is_cancelled:
             return
@@ -139,16 +139,19 @@ class _Answer:
                     text = self._text.next(tokens, reason is not None)
                     if self._text.is_stopped:
                         reason = "stop"
-                    if text or reason is not None:
-                        yield Piece(text, len(tokens), reason)
                     if reason is not None:
-                        return
+                        last = Piece(text, len(tokens), reason)
+                        break
+                    if text:
+                        yield Piece(text, len(tokens))
         except asyncio.CancelledError:
             if not self._is_cancelled:
                 engine._check_open()  # raises if the engine was closed
             raise
         finally:
             engine._running.discard(self._task)
+        if last is not None:  # with the stream closed: who reads this piece may cancel the task at once
+            yield last
 
     def cancel(self) -> None:
         self._is_cancelled = True
@@ -242,11 +245,15 @@ class RemoteVllm:
                 f"`--engine` must be the address of a server of vLLM, got {url!r}, which does not list its models "
                 f"({type(error).__name__}: {error}). Start it with `vllm serve FOLDER --enable-mm-embeds`."
             ) from error
-        self._client = httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(10, read=timeout, write=timeout))
+        # The server limits the requests, and vLLM has a queue.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+        timeouts = httpx.Timeout(10, read=timeout, write=timeout)
+        self._client = httpx.AsyncClient(headers=headers, timeout=timeouts, limits=limits)
 
     async def tokens(self, prompt: FusedPrompt, sampling: Sampling) -> AsyncGenerator[Tokens]:
         body = {"model": self._model, "stream": True, "return_token_ids": True, **_options(sampling)}
         body["messages"] = await asyncio.to_thread(prompt.for_server)
+        last: Tokens | None = None
         try:
             async with self._client.stream("POST", f"{self._url}/v1/chat/completions", json=body) as answer:
                 if answer.status_code != 200:
@@ -257,10 +264,16 @@ class RemoteVllm:
                     if not line.startswith("data: ") or line == "data: [DONE]":
                         continue
                     for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
-                        yield list(choice.get("token_ids") or ()), _reason(choice.get("finish_reason"))
+                        fresh: Tokens = (list(choice.get("token_ids") or ()), _reason(choice.get("finish_reason")))
+                        if fresh[1] is None:
+                            yield fresh
+                        else:
+                            last = fresh  # the response is read to its end before, so that its connection is kept
         except httpx.HTTPError as error:
             logger.error(f"vLLM at {self._url}: {type(error).__name__}: {error}")
             raise EngineClosed("The engine behind this server gives no answer. Ask again later.") from error
+        if last is not None:
+            yield last
 
     async def close(self) -> None:
         await self._client.aclose()

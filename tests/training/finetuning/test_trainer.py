@@ -428,7 +428,14 @@ def test_lora_checkpoint_is_small_loads_and_merges(tmp_path):
         assert relative_error(whole(**batch).logits, before) < 1e-5
 
 
-@pytest.mark.parametrize(("policy", "workers"), [("paper", 0), ("lora", 2), ("end_to_end", 0)])
+@pytest.mark.parametrize(
+    ("policy", "workers"),
+    [
+        ("paper", 0),
+        pytest.param("lora", 2, marks=pytest.mark.slow),
+        pytest.param("end_to_end", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_run_ends_in_the_same_weights_and_log(policy, workers, tmp_path):
     """Killed in the second epoch, in the middle of what an epoch's batches are accumulated to."""
     fields = {"policy": policy, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.1}
