@@ -206,15 +206,15 @@ def _encode_many(
     """Encode every source as a scene. Scenes that can't be read are named and counted, and the others are encoded."""
     scenes = _scene_files(sources, folder)
     made_from = {file: options + _fingerprint(source) + _fingerprint(model) for file, source in scenes.items()}
-    rank, others = (0, 1) if is_alone() else (processes().process_index, processes().num_processes)
-    mine = list(scenes.items())[rank::others]  # before the first file is written, so that all have the same list
+    rank, count = (0, 1) if is_alone() else (processes().process_index, processes().num_processes)
+    mine = list(scenes.items())[rank::count]  # before the first file is written, so that all have the same list
     waiting = [(file, source) for file, source in mine if not _is_encoded(file, model, made_from[file])]
     failed: dict[str, str] = {}
     if waiting:
         spa3r, processor = load()
     with report.progress() as progress:
         task = progress.add_task(
-            "Encoding scenes" if others == 1 else "Encoding scenes (the first process's share)", total=len(waiting)
+            "Encoding scenes" if count == 1 else "Encoding scenes (the first process's share)", total=len(waiting)
         )
         for start in range(0, len(waiting), batch_size):
             batch = []
@@ -230,7 +230,7 @@ def _encode_many(
                 _encode_and_save(spa3r, processor, model, batch)
             progress.advance(task, min(batch_size, len(waiting) - start))
     skipped = len(mine) - len(waiting)
-    if others > 1:
+    if count > 1:
         from accelerate.utils import gather_object
 
         shares = gather_object([(failed, skipped)])

@@ -11,7 +11,6 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -26,12 +25,11 @@ from spa3r.models.placement import execution_device
 from spa3r.models.spa3_vlm.asking import continuations, encode_prompt
 from spa3r.models.spa3_vlm.processing_spa3_vlm import check_messages
 from spa3r.models.spa3_vlm.scenes import EncodedScene
+from spa3r.serving.encoder import CLOSED, EncodingThread
 from spa3r.serving.engine import EngineClosed, Piece, Prompt, Sampling
 from spa3r.serving.text import GrowingText
 
 logger = logging.get_logger(__name__)
-
-CLOSED = "The server is shutting down before this was answered. Ask again when it is back."
 
 
 class TransformersEngine:
@@ -67,8 +65,7 @@ class TransformersEngine:
         self._running: list[_Running] = []
         self._condition = threading.Condition()
         self._is_closed = False
-        self._encoder = ThreadPoolExecutor(1, "spa3r-encode")
-        self._encodings: set[asyncio.Future[Any]] = set()  # under way
+        self._encoder = EncodingThread()
         self._generator = threading.Thread(target=self._generate_all, name="spa3r-generate", daemon=True)
         self._generator.start()
 
@@ -102,9 +99,7 @@ class TransformersEngine:
         with self._condition:
             self._is_closed = True
             self._condition.notify()
-        for encoding in list(self._encodings):
-            encoding.cancel()
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._encoder.close()
         await asyncio.to_thread(self._generator.join)
 
     def _check_open(self) -> None:
@@ -112,18 +107,7 @@ class TransformersEngine:
             raise EngineClosed(CLOSED)
 
     async def _on_encoder(self, work: Callable[[], Any]) -> Any:
-        """Do work that may take long. After :meth:`close`, nobody waits for its end."""
-        self._check_open()
-        encoding = asyncio.get_running_loop().run_in_executor(self._encoder, self._encoding, work)
-        self._encodings.add(encoding)
-        try:
-            return await encoding
-        except asyncio.CancelledError:
-            if self._is_closed:
-                raise EngineClosed(CLOSED) from None
-            raise
-        finally:
-            self._encodings.discard(encoding)
+        return await self._encoder.run(partial(self._encoding, work))
 
     def _encoding(self, work: Callable[[], Any]) -> Any:
         """Do work beside the generating thread: on GPUs in a stream of its own, since work of one stream waits."""

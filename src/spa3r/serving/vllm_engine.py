@@ -11,8 +11,7 @@ import json
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers.utils import logging
 
 from spa3r.models.spa3_vlm.modeling_spa3_vlm import Spa3VLMForConditionalGeneration
 from spa3r.models.spa3_vlm.processing_spa3_vlm import Spa3VLMProcessor, check_messages
+from spa3r.serving.encoder import CLOSED, EncodingThread
 from spa3r.serving.engine import EngineClosed, Piece, Prompt, Sampling
 from spa3r.serving.text import GrowingText
 from spa3r.serving.vllm import (
@@ -75,7 +75,7 @@ class VllmEngine:
     def __init__(self, model: Spa3VLMForConditionalGeneration, processor: Spa3VLMProcessor, vllm: Vllm):
         check_served(model)
         self._model, self._processor, self._vllm = model, processor, vllm
-        self._encoder = ThreadPoolExecutor(1, "spa3r-encode")
+        self._encoder = EncodingThread()
         self._running: set[asyncio.Task[Any]] = set()
         self._is_closed = False
 
@@ -83,12 +83,12 @@ class VllmEngine:
         check_messages(self._processor, [message for message in messages if message["content"]])
 
     async def encode(self, pictures: Sequence[Any], system: str | None) -> FusedScene:
-        return await self._on_encoder(partial(fused_scene, self._model, self._processor, list(pictures), system))
+        return await self._encoder.run(partial(fused_scene, self._model, self._processor, list(pictures), system))
 
     async def generate(self, prompt: Prompt, samplings: Sequence[Sampling]) -> list[_Answer]:
         scene: Any = prompt.scene
         if scene is None:
-            fused = await self._on_encoder(partial(fused_prompt, self._model, self._processor, prompt.messages))
+            fused = await self._encoder.run(partial(fused_prompt, self._model, self._processor, prompt.messages))
         else:
             fused = await asyncio.to_thread(prompt_about, self._model, self._processor, scene, prompt.messages)
         self._check_open()
@@ -101,16 +101,12 @@ class VllmEngine:
         self._is_closed = True
         for task in list(self._running):
             task.cancel()
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._encoder.close()
         await self._vllm.close()
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise EngineClosed("The server is shutting down before this was answered. Ask again when it is back.")
-
-    async def _on_encoder(self, work: Callable[[], Any]) -> Any:
-        self._check_open()
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, work)
+            raise EngineClosed(CLOSED)
 
 
 class _Answer:
